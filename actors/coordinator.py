@@ -1,0 +1,418 @@
+"""The one coordinator: holds the lease, looks at the accounts, runs the core against the shells.
+
+A term of office lasts while the lease is held. In it, one loop an account looks at the chain and
+gives each of its tasks a turn; wake-ups and due times only say "look now". Everything is rebuilt
+from the journal at the start of a term, so ending one (a lost lease, a crash, a bug) costs only
+the time to come back.
+
+    acquire lease ─▶ term: renew · watch GPUs · wake-ups · fleet · one loop an account ─▶ (lost) ─┐
+         ▲────────────────────────────────────────────────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import ray
+import structlog
+
+from actors.dispatcher import Dispatcher
+from actors.ledger import Ledger
+from actors.overview import Sight, describe, totals_of
+from actors.pool import RayGpuPool
+from actors.reconciler import Reconciler
+from cluster.chain import outbox_rows
+from cluster.core import fleet
+from cluster.core.errors import LeaseLost, NetworkUnavailable
+from cluster.core.lifecycle import Policy
+from cluster.core.ports import Artifacts, Lease, Network
+from cluster.core.types import (
+    AccountFacts,
+    AccountView,
+    Address,
+    AttemptId,
+    Commitment,
+    GpuClass,
+    GpuState,
+    ModelId,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import Assignment, SqlJournal
+from cluster.metrics import Metrics
+from cluster.status import Status
+
+NAME = "coordinator"
+"""The actor's name in its Ray namespace."""
+IDLE_LOOK_SECONDS = 5.0
+"""How often an account without a task is looked at when nothing wakes it."""
+BUSY_LOOK_SECONDS = 2.0
+KICKED_OUT = "NodeKickedOut"
+MOST_MODELS = 16
+BETWEEN_TERMS_SECONDS = 0.5
+POOL_SECONDS = 1.0
+FLEET_SECONDS = 2.0
+
+
+class RunningNetwork(Network, Protocol):
+    """A network with loops of its own (watcher, outbox), which run while a term lasts."""
+
+    async def run(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Everything around the coordinator; `cluster.runtime.assemble` makes it."""
+
+    version: str
+    config_digest: str
+    chain_id: int
+    treasury: Address
+    accounts: Mapping[int, Address]
+    journal: SqlJournal
+    artifacts: Artifacts
+    pool: RayGpuPool
+    open_network: Callable[
+        [Callable[[], Lease]], contextlib.AbstractAsyncContextManager[RunningNetwork]
+    ]
+    metrics: Metrics
+    policy: Policy
+    stake: Wei
+    gas_reserve: Wei
+    lease_seconds: float
+    clock: Callable[[], float]
+    new_attempt_id: Callable[[], AttemptId]
+
+
+class Coordinator:
+    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted."""
+
+    def __init__(self, world: World, holder: str) -> None:
+        self._world = world
+        self._holder = holder
+        self._term: Term | None = None
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._log = structlog.get_logger("coordinator")
+
+    async def run(self) -> None:
+        """Serve one term of office after the other until `stop`."""
+        try:
+            while not self._stopping.is_set():
+                lease = self._acquire()
+                if lease is None:
+                    await self._pause(self._world.lease_seconds / 3)
+                    continue
+                self._log.info("acting", epoch=lease.epoch)
+                await self._serve(lease)
+                await self._pause(BETWEEN_TERMS_SECONDS)
+        finally:
+            self._ended.set()
+
+    def _acquire(self) -> Lease | None:
+        world = self._world
+        now = Timestamp(world.clock())
+        try:
+            lease = world.journal.acquire(self._holder, now, world.lease_seconds)
+        except Exception:  # noqa: BLE001 - the top of a supervised loop
+            self._log.exception("journal_away")
+            return None
+        if lease is None:
+            self._log.info("waiting_for_the_lease")
+        return lease
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+
+    async def _serve(self, lease: Lease) -> None:
+        world = self._world
+        try:
+            ledger = Ledger.load(world.journal, lease, world.clock)
+            self._leave_out_strangers(ledger)
+            async with world.open_network(lambda: ledger.lease) as network:
+                self._term = Term(world, ledger, network)
+                if self._stopping.is_set():
+                    self._term.end()
+                await self._term.run()
+        except* LeaseLost:
+            self._log.warning("lease_lost", epoch=lease.epoch)
+            # Whoever has it now may be this actor's own successor: don't pass for it, but wait.
+            self._holder = f"{self._holder}'"
+        except* Exception:  # noqa: BLE001 - the top of a supervised loop
+            # A term that broke is begun again from the journal.
+            self._log.exception("term_broke", epoch=lease.epoch)
+        finally:
+            self._term = None
+
+    def _leave_out_strangers(self, ledger: Ledger) -> None:
+        """Tasks of accounts that this configuration doesn't tend stay as they are."""
+        ours = set(self._world.accounts.values())
+        strangers = {task for task, record in ledger.open.items() if record.account not in ours}
+        for task in strangers:
+            self._log.warning("task_of_an_account_not_tended", task=task)
+            del ledger.open[task]
+
+    async def stop(self) -> None:
+        """End the term and give the lease back; pauses, quits and unstakes nothing."""
+        self._stopping.set()
+        if self._term is not None:
+            self._term.end()
+        await self._ended.wait()
+
+    def status(self) -> dict[str, object]:
+        """`cluster.status.Status` as plain JSON values."""
+        return self._status().model_dump(mode="json")
+
+    def metrics_text(self) -> bytes:
+        metrics = self._world.metrics
+        metrics.observe(self._status())
+        with self._world.journal.read() as connection:
+            metrics.outbox(outbox_rows.states(connection))
+        return metrics.render()
+
+    def release(self) -> str:
+        return f"{self._world.version}+{self._world.config_digest}"
+
+    def _status(self) -> Status:
+        world, pool = self._world, self._world.pool
+        sight = Sight(
+            version=world.version,
+            config_digest=world.config_digest,
+            now=Timestamp(world.clock()),
+            treasury=world.treasury,
+            chain_id=world.chain_id,
+            accounts=world.accounts,
+            gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in pool.gpus()),
+        )
+        return describe(sight if self._term is None else self._term.add_to(sight))
+
+
+class Term:
+    """From taking the lease to losing it."""
+
+    def __init__(self, world: World, ledger: Ledger, network: RunningNetwork) -> None:
+        self._world = world
+        self._ledger = ledger
+        self._network = network
+        self._end = asyncio.Event()
+        self._broken: BaseException | None = None
+        self._dispatcher = Dispatcher(
+            self._ledger,
+            world.pool,
+            world.artifacts,
+            world.metrics,
+            world.new_attempt_id,
+            self._settled,
+            self._break,
+        )
+        self._reconciler = Reconciler(
+            self._ledger,
+            self._network,
+            world.artifacts,
+            self._dispatcher,
+            world.policy,
+            world.metrics,
+            world.clock,
+        )
+        self._wake = {address: asyncio.Event() for address in world.accounts.values()}
+        self._views: dict[Address, AccountView] = {}
+        self._stale: set[Address] = set()
+        """Accounts of which something was heard since they were last looked at."""
+        self._ahead = 0.0
+        ledger.clock = self._network_clock
+        self._chain_errors: dict[Address, str] = {}
+        self._log = structlog.get_logger("coordinator")
+
+    async def run(self) -> None:
+        world = self._world
+        world.pool.on_change(self._dispatch)
+        await world.pool.refresh()
+        try:
+            async with asyncio.TaskGroup() as group:
+                loops = [
+                    self._renew(),
+                    self._network.run(),
+                    self._listen(),
+                    world.pool.run(POOL_SECONDS),
+                    self._tend_fleet(),
+                    *(self._tend(address) for address in world.accounts.values()),
+                ]
+                tasks = [group.create_task(loop) for loop in loops]
+                await self._end.wait()
+                for task in tasks:
+                    task.cancel()
+                if self._broken is not None:
+                    raise self._broken
+        finally:
+            await self._dispatcher.stop()
+        world.journal.release(self._ledger.lease)
+
+    def end(self) -> None:
+        self._end.set()
+
+    def add_to(self, sight: Sight) -> Sight:
+        """What only the acting coordinator knows."""
+        return replace(
+            sight,
+            epoch=self._ledger.lease.epoch,
+            views=self._views,
+            assigned=self._assigned(),
+            open=tuple(self._ledger.open.values()),
+            closed=tuple(self._ledger.closed),
+            totals=totals_of(self._ledger.outcomes, self._ledger.paid),
+            turns=self._reconciler.turns,
+            chain_error=self._chain_error(),
+            slashed=frozenset(self._ledger.slashed),
+            relay_error=self._reconciler.relay_error,
+        )
+
+    def _chain_error(self) -> str | None:
+        """Why the chain isn't reached; None as long as any account can be read."""
+        errors = self._chain_errors
+        return next(iter(errors.values())) if len(errors) == len(self._wake) else None
+
+    # --- loops -----------------------------------------------------------------------------------
+
+    async def _renew(self) -> None:
+        world, ledger = self._world, self._ledger
+        while True:
+            await asyncio.sleep(world.lease_seconds / 3)
+            now = Timestamp(world.clock())
+            ledger.lease = world.journal.renew(ledger.lease, now, world.lease_seconds)
+
+    async def _listen(self) -> None:
+        while True:
+            wakeup = await self._network.next_wakeup()
+            if wakeup.reason == KICKED_OUT:
+                self._log.error("kicked_out", account=wakeup.account)
+                self._world.metrics.kicked_out()
+            for address, event in self._wake.items():
+                if wakeup.account in (None, address):
+                    self._stale.add(address)
+                    event.set()
+
+    async def _tend(self, account: Address) -> None:
+        """Look, act, wait; for ever. A failure to read is waited out with growing patience."""
+        patience = 0.5
+        while True:
+            self._wake[account].clear()
+            try:
+                wait = await self._turn(account)
+                patience = 0.5
+                self._chain_errors.pop(account, None)
+            except NetworkUnavailable as error:
+                self._chain_errors[account] = str(error)
+                self._log.warning("look_failed", account=account, error=str(error))
+                wait, patience = patience, min(patience * 2, 15.0)
+            await self._sleep(account, wait)
+
+    async def _turn(self, account: Address) -> float:
+        known = [record.commitment for record in self._ledger.of_account(account)]
+        heard = {account} & self._stale
+        view = await self._network.look(account, known)
+        self._views[account] = view
+        # What is heard while looking may not be in what was seen.
+        self._stale -= heard
+        self._ahead = view.now - self._world.clock()
+        due = await self._reconciler.turn(view)
+        self._dispatch()
+        self._world.metrics.turn_ended(Timestamp(self._world.clock()))
+        busy = bool(self._ledger.of_account(account))
+        longest = BUSY_LOOK_SECONDS if busy else IDLE_LOOK_SECONDS
+        return longest if due is None else min(due, longest)
+
+    async def _sleep(self, account: Address, seconds: float) -> None:
+        # Not wait_for: on Python 3.11 it can swallow a cancellation.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake[account].wait()
+
+    async def _tend_fleet(self) -> None:
+        while True:
+            try:
+                for action in self._plan():
+                    await self._apply(action)
+            except NetworkUnavailable as error:
+                self._log.warning("fleet_action_failed", error=str(error))
+            await asyncio.sleep(FLEET_SECONDS)
+
+    def _plan(self) -> Sequence[fleet.FleetAction]:
+        world = self._world
+        pool: dict[GpuClass, int] = {}
+        for gpu in world.pool.gpus():
+            if gpu.state in (GpuState.READY, GpuState.BUSY):
+                pool[gpu.gpu_class] = pool.get(gpu.gpu_class, 0) + 1
+        assigned = self._assigned()
+        accounts = [
+            fleet.NodeAccount(
+                index,
+                address,
+                assigned.get(index),
+                self._facts_of(address),
+            )
+            for index, address in world.accounts.items()
+        ]
+        return fleet.plan(pool, accounts, world.stake, world.gas_reserve)
+
+    def _facts_of(self, address: Address) -> AccountFacts | None:
+        """What fleet may act on: nothing that is out of date, and no account that was slashed,
+        which only the operator may stake again."""
+        view = self._views.get(address)
+        unfit = address in self._stale or address in self._ledger.slashed
+        return None if view is None or unfit else view.account
+
+    def _assigned(self) -> Mapping[int, GpuClass]:
+        return {each.index: each.gpu_class for each in self._world.journal.assignments()}
+
+    async def _apply(self, action: fleet.FleetAction) -> None:
+        self._log.info("fleet", action=type(action).__name__, account=action.address)
+        match action:
+            case fleet.Assign(index, address, gpu_class):
+                assignment = Assignment(index, address, gpu_class)
+                self._world.journal.assign(self._ledger.lease, assignment)
+            case fleet.Join(address, gpu_class):
+                models = self._models_on_disk(gpu_class)
+                await self._network.join(address, gpu_class, self._world.stake, models)
+            case fleet.Resume(address):
+                await self._network.resume(address)
+
+    def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
+        """The base models that every card of the class has: what a join may declare. Some at
+        most, because each costs the join gas."""
+        cards = [gpu for gpu in self._world.pool.gpus() if gpu.gpu_class == gpu_class]
+        common = frozenset[str].intersection(*(gpu.on_disk for gpu in cards)) if cards else ()
+        return tuple(ModelId(f"base:{name}") for name in sorted(common)[:MOST_MODELS])
+
+    def _network_clock(self) -> float:
+        """The network's time, carried on from the last look by the wall clock."""
+        return self._world.clock() + self._ahead
+
+    # --- called back -----------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        self._dispatcher.dispatch(Timestamp(self._network_clock()))
+
+    def _settled(self, task: Commitment) -> None:
+        record = self._ledger.open.get(task)
+        if record is not None:
+            self._wake[record.account].set()
+
+    def _break(self, error: BaseException) -> None:
+        self._broken = error
+        self._end.set()
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
+class CoordinatorActor(Coordinator):
+    """Detached, named `NAME`, pinned to the head. Reads its keys itself: none is an argument."""
+
+    async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
+        holder = ray.get_runtime_context().get_actor_id()
+        Coordinator.__init__(self, assemble(), f"coordinator:{holder}")
+        self._running = asyncio.get_running_loop().create_task(self.run())

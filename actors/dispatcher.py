@@ -1,0 +1,246 @@
+"""From a task that wants to be executed to its attempt's outcome in the journal.
+
+`want` is said anew on every turn of a task, so wants are never stale; `dispatch` places them
+(cluster.core.matching) and follows each attempt in a task of its own. An attempt that an earlier
+coordinator started is followed again by its id: starting it twice is harmless. An answer that comes
+after its attempt was given up is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from actors.ledger import Ledger
+from cluster.core.errors import (
+    AttemptLost,
+    Cancelled,
+    ClusterError,
+    DeadlinePassed,
+    DeviceFault,
+    ModelUnavailable,
+    TaskInvalid,
+    TaskUnsupported,
+)
+from cluster.core.matching import Card, Want, place
+from cluster.core.ports import Artifacts, Computed, GpuPool, Order
+from cluster.core.record import (
+    AttemptFailed,
+    AttemptStarted,
+    Event,
+    Fault,
+    FaultFound,
+    ResultStored,
+    TaskRecord,
+)
+from cluster.core.types import AttemptId, Commitment, Gpu, GpuId, GpuState, Timestamp
+from cluster.metrics import Metrics
+
+FIRST_PACE = 1e-7
+"""Compute seconds for one pixel-step until some were measured."""
+PACE_WEIGHT = 0.3
+UNKNOWN_BUSY_SECONDS = 5.0
+"""How long a card is expected to stay busy with something that isn't ours to know."""
+
+_FAULTS: tuple[tuple[type[ClusterError], Fault], ...] = (
+    (DeviceFault, Fault.DEVICE),
+    (ModelUnavailable, Fault.MODEL),
+    (TaskUnsupported, Fault.UNSUPPORTED),
+    (AttemptLost, Fault.LOST),
+    (Cancelled, Fault.CANCELLED),
+    (DeadlinePassed, Fault.DEADLINE),
+)
+
+
+def event_for(attempt: AttemptId, error: ClusterError) -> Event:
+    """What an attempt's error means for the task, by the error's type alone."""
+    if isinstance(error, TaskInvalid):
+        return FaultFound(str(error))
+    for kind, fault in _FAULTS:
+        if isinstance(error, kind):
+            return AttemptFailed(attempt, fault, str(error))
+    return AttemptFailed(attempt, Fault.DEVICE, f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    task: Commitment
+    attempt: AttemptId
+    work: float
+    pipeline: str
+    free_at: Timestamp
+
+
+class Dispatcher:
+    """`settled(task)` is called when an attempt's outcome has been stored."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        pool: GpuPool,
+        artifacts: Artifacts,
+        metrics: Metrics,
+        new_attempt_id: Callable[[], AttemptId],
+        settled: Callable[[Commitment], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._ledger = ledger
+        self._pool = pool
+        self._artifacts = artifacts
+        self._metrics = metrics
+        self._pace = FIRST_PACE
+        self._new_attempt_id = new_attempt_id
+        self._settled = settled
+        self._failed = failed
+        self._wants: dict[Commitment, tuple[Want, Order, float]] = {}
+        self._running: dict[GpuId, _Running] = {}
+        self._followers: set[asyncio.Task[None]] = set()
+        self._log = structlog.get_logger("dispatch")
+
+    def seconds_for(self, work: float) -> float:
+        """How long so much work (pixels times steps) takes, as measured of late."""
+        return work * self._pace
+
+    def want(self, want: Want, order: Order, work: float) -> None:
+        """The task may be started with `order` (whose attempt id is filled in on placement)."""
+        self._wants[want.task] = (want, order, work)
+
+    def forget(self, task: Commitment) -> None:
+        self._wants.pop(task, None)
+
+    def waiting(self) -> tuple[Commitment, ...]:
+        return tuple(self._wants)
+
+    def follows(self, attempt: AttemptId) -> bool:
+        return any(running.attempt == attempt for running in self._running.values())
+
+    def dispatch(self, now: Timestamp) -> None:
+        """Place what is wanted on what is free; each placement is stored before it is started."""
+        if not self._wants:
+            return
+        wants = [want for want, _, _ in self._wants.values()]
+        held = self._held()
+        cards = [self._card(gpu, now, held) for gpu in self._pool.gpus()]
+        for placement in place(wants, cards, now):
+            want, order, work = self._wants.pop(placement.task)
+            attempt = self._new_attempt_id()
+            self._ledger.append(want.task, AttemptStarted(attempt, placement.gpu_id))
+            self._log.info("attempt_started", task=want.task, gpu=placement.gpu_id, attempt=attempt)
+            self.follow(placement.gpu_id, replace(order, attempt_id=attempt), want, work, now)
+
+    def follow(self, gpu: GpuId, order: Order, want: Want, work: float, now: Timestamp) -> None:
+        """Follow an attempt that the journal holds, be it new or an earlier coordinator's."""
+        follower = asyncio.get_running_loop().create_task(self._follow(gpu, order))
+        self._followers.add(follower)
+        follower.add_done_callback(self._surface)
+        free_at = Timestamp(now + want.compute_seconds)
+        self._running[gpu] = _Running(want.task, order.attempt_id, work, want.pipeline, free_at)
+
+    async def cancel(self, gpu: GpuId, task: Commitment, attempt: AttemptId) -> None:
+        """Give the attempt up: what it may still answer is dropped."""
+        await self._pool.cancel(gpu, attempt)
+        self._store(task, attempt, AttemptFailed(attempt, Fault.CANCELLED, "given up"))
+
+    async def stop(self) -> None:
+        """Stop following; the GPUs go on, and the next coordinator follows again."""
+        followers = tuple(self._followers)
+        for follower in followers:
+            follower.cancel()
+        await asyncio.gather(*followers, return_exceptions=True)
+
+    async def _follow(self, gpu: GpuId, order: Order) -> None:
+        try:
+            event = await self._outcome(gpu, order)
+            self._metrics.attempt_ended(event.fault if isinstance(event, AttemptFailed) else None)
+            if self._store(order.task, order.attempt_id, event):
+                self._log.info(
+                    "attempt_ended",
+                    task=order.task,
+                    gpu=gpu,
+                    attempt=order.attempt_id,
+                    outcome=type(event).__name__,
+                    detail=_detail(event),
+                )
+        finally:
+            running = self._running.get(gpu)
+            if running is not None and running.attempt == order.attempt_id:
+                del self._running[gpu]
+            self._settled(order.task)
+
+    def _surface(self, follower: asyncio.Task[None]) -> None:
+        """A follower's own failure (a lost lease, a bug) ends the coordinator's term."""
+        self._followers.discard(follower)
+        if not follower.cancelled() and (error := follower.exception()) is not None:
+            self._failed(error)
+
+    async def _outcome(self, gpu: GpuId, order: Order) -> Event:
+        try:
+            await self._pool.start(gpu, order)
+            computed = await self._pool.result(gpu, order.attempt_id)
+            self._learn(gpu, computed.seconds)
+            return await self._keep(order, computed)
+        except ClusterError as error:
+            return event_for(order.attempt_id, error)
+        except OSError as error:
+            # Our own disk: the files couldn't be kept, so there is no result.
+            return AttemptFailed(order.attempt_id, Fault.DEVICE, f"artifacts: {error}")
+
+    def _learn(self, gpu: GpuId, seconds: float) -> None:
+        running = self._running.get(gpu)
+        if running is not None and running.work > 0:
+            self._pace += PACE_WEIGHT * (seconds / running.work - self._pace)
+
+    async def _keep(self, order: Order, computed: Computed) -> Event:
+        files = await self._artifacts.put(order.task, computed.files)
+        return ResultStored(order.attempt_id, computed.score, files)
+
+    def _store(self, task: Commitment, attempt: AttemptId, event: Event) -> bool:
+        """Append unless the attempt isn't the task's open one any more (a late answer)."""
+        record = self._ledger.open.get(task)
+        if not is_open(record, attempt):
+            self._log.info("late_answer_dropped", task=task, attempt=attempt)
+            return False
+        self._ledger.append(task, event)
+        return True
+
+    def _held(self) -> frozenset[GpuId]:
+        """Cards with an earlier coordinator's attempt that isn't followed yet: a new one would
+        displace what it has computed."""
+        attempts = (record.open_attempt for record in self._ledger.open.values())
+        return frozenset(
+            attempt.gpu_id
+            for attempt in attempts
+            if attempt is not None and not self.follows(attempt.attempt_id)
+        )
+
+    def _card(self, gpu: Gpu, now: Timestamp, held: frozenset[GpuId]) -> Card:
+        running = self._running.get(gpu.gpu_id)
+        if running is not None:
+            busy = replace(gpu, state=GpuState.BUSY) if gpu.state is GpuState.READY else gpu
+            return Card(busy, running.free_at, gpu.warm | {running.pipeline})
+        if gpu.gpu_id in held and gpu.state is GpuState.READY:
+            gpu = replace(gpu, state=GpuState.BUSY)
+        if gpu.state is GpuState.BUSY:
+            return Card(gpu, Timestamp(now + UNKNOWN_BUSY_SECONDS), gpu.warm)
+        return Card(gpu, None, gpu.warm)
+
+
+def is_open(record: TaskRecord | None, attempt: AttemptId) -> bool:
+    return (
+        record is not None
+        and record.open_attempt is not None
+        and record.open_attempt.attempt_id == attempt
+    )
+
+
+def _detail(event: Event) -> str:
+    match event:
+        case FaultFound(reason):
+            return reason
+        case AttemptFailed(_, fault, detail):
+            return f"{fault.value}: {detail}"
+        case _:
+            return ""

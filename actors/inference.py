@@ -1,0 +1,194 @@
+"""One GPU, one process, one attempt at a time.
+
+The event loop answers pings while a single thread of its own computes. An attempt's outcome is kept
+until the next one starts, so a coordinator that crashed and came back still finds it. A second
+attempt is refused while one computes: the coordinator must have cancelled it first.
+
+The engine is made in that thread too (importing torch takes seconds), so the actor answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import ray
+
+from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
+from cluster.core.ports import Computed, Order
+from cluster.core.types import AttemptId, Commitment, GpuClass
+
+Outcome = Computed | ClusterError
+"""What an attempt came to. Errors travel as values, so that their types survive the actor call."""
+
+
+class EngineState(Protocol):
+    @property
+    def warm(self) -> frozenset[str]: ...
+    @property
+    def in_host_memory(self) -> frozenset[str]: ...
+    @property
+    def on_disk(self) -> frozenset[str]: ...
+
+
+class Engine(Protocol):
+    """What the actor needs of `cluster.inference.engine.Engine`."""
+
+    @property
+    def gpu_class(self) -> GpuClass: ...
+
+    def run(
+        self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
+    ) -> Computed: ...
+
+    def state(self) -> EngineState: ...
+
+
+class Health(enum.Enum):
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the actor answers to a ping; `gpu_class` is None until the engine is up."""
+
+    release: str
+    pid: int
+    health: Health
+    gpu_class: GpuClass | None
+    problem: str
+    attempt: AttemptId | None
+    task: Commitment | None
+    step: int
+    steps: int
+    finished: int
+    warm: frozenset[str]
+    in_host_memory: frozenset[str]
+    on_disk: frozenset[str]
+
+
+@dataclass(slots=True)
+class _Attempt:
+    order: Order
+    done: asyncio.Future[Outcome]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    step: tuple[int, int] = (0, 0)
+
+
+class InferenceWorker:
+    """The plain class behind the actor, on one event loop; `make_engine` runs in its thread."""
+
+    def __init__(self, make_engine: Callable[[], Engine], release: str) -> None:
+        self._release = release
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
+        self._engine: Engine | None = None
+        self._problem = ""
+        self._attempt: _Attempt | None = None
+        self._finished = 0
+        loop = asyncio.get_running_loop()
+        self._booting = loop.create_task(self._boot(make_engine))
+
+    async def _boot(self, make_engine: Callable[[], Engine]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._engine = await loop.run_in_executor(self._thread, make_engine)
+        except ClusterError as error:
+            self._problem = str(error) or type(error).__name__
+        except Exception as error:  # noqa: BLE001 - a driver's, a library's: the card is broken
+            self._problem = f"{type(error).__name__}: {error}"
+
+    async def start(self, order: Order) -> ClusterError | None:
+        """Start an attempt; the same attempt again is a repetition and changes nothing."""
+        # First, and nothing awaited after it: of two starts during boot, the second sees the first.
+        await asyncio.shield(self._booting)
+        current = self._attempt
+        if current is not None and current.order.attempt_id == order.attempt_id:
+            return None
+        if current is not None and not current.done.done():
+            return DeviceFault(DeviceFaultKind.OTHER, f"busy with {current.order.attempt_id}")
+        if self._engine is None:
+            return DeviceFault(DeviceFaultKind.OTHER, f"the engine didn't start: {self._problem}")
+        loop = asyncio.get_running_loop()
+        attempt = _Attempt(order, loop.create_future())
+        self._attempt = attempt
+        running = loop.run_in_executor(self._thread, self._compute, self._engine, attempt)
+        running.add_done_callback(lambda future: self._settle(attempt, future))
+        return None
+
+    def _compute(self, engine: Engine, attempt: _Attempt) -> Outcome:
+        def on_step(step: int, steps: int) -> None:
+            attempt.step = (step, steps)
+
+        try:
+            return engine.run(attempt.order, attempt.cancelled.is_set, on_step)
+        except ClusterError as error:
+            return _bare(error)
+        except BaseException as error:  # noqa: BLE001 - the top of the computing thread
+            return DeviceFault(DeviceFaultKind.OTHER, f"{type(error).__name__}: {error}")
+
+    def _settle(self, attempt: _Attempt, future: asyncio.Future[Outcome]) -> None:
+        self._finished += 1
+        attempt.done.set_result(future.result())
+
+    async def result(self, attempt_id: AttemptId) -> Outcome:
+        """Wait for an attempt's outcome; `AttemptLost` for one this process never had."""
+        attempt = self._attempt
+        if attempt is None or attempt.order.attempt_id != attempt_id:
+            return AttemptLost(f"attempt {attempt_id} isn't known to this GPU actor")
+        return await asyncio.shield(attempt.done)
+
+    async def cancel(self, attempt_id: AttemptId) -> None:
+        attempt = self._attempt
+        if attempt is not None and attempt.order.attempt_id == attempt_id:
+            attempt.cancelled.set()
+
+    async def report(self) -> Report:
+        attempt, engine = self._attempt, self._engine
+        running = attempt is not None and not attempt.done.done()
+        state = None if engine is None else engine.state()
+        if engine is None:
+            health = Health.BROKEN if self._problem else Health.STARTING
+        else:
+            health = Health.BUSY if running else Health.READY
+        step, steps = attempt.step if attempt is not None and running else (0, 0)
+        return Report(
+            release=self._release,
+            pid=os.getpid(),
+            health=health,
+            gpu_class=None if engine is None else engine.gpu_class,
+            problem=self._problem,
+            attempt=attempt.order.attempt_id if attempt is not None and running else None,
+            task=attempt.order.task if attempt is not None and running else None,
+            step=step,
+            steps=steps,
+            finished=self._finished,
+            warm=frozenset() if state is None else state.warm,
+            in_host_memory=frozenset() if state is None else state.in_host_memory,
+            on_disk=frozenset() if state is None else state.on_disk,
+        )
+
+
+def _bare(error: ClusterError) -> ClusterError:
+    """The error without its frames: an outcome is kept, and they hold the failed run's tensors."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class InferenceActor(InferenceWorker):
+    """Detached, named after its GPU; `make_engine` is a function of the installed package."""
+
+    # Ray awaits an async __init__ on the actor's event loop.
+    async def __init__(  # type: ignore[misc]
+        self, make_engine: Callable[[], Engine], release: str
+    ) -> None:
+        InferenceWorker.__init__(self, make_engine, release)

@@ -1,0 +1,69 @@
+"""The open records in memory and the journal behind them: written first, then believed."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cluster.core.ports import Lease
+from cluster.core.record import Closed, Event, Outcome, Seen, TaskRecord
+from cluster.core.types import Address, Commitment, Timestamp, Wei
+from cluster.journal import SqlJournal
+
+KEPT_CLOSED = 200
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Raises `LeaseLost` from `append` when another coordinator acts.
+
+    `clock` is the network's: what is stored is compared with what the network says.
+    """
+
+    journal: SqlJournal
+    lease: Lease
+    clock: Callable[[], float]
+    open: dict[Commitment, TaskRecord]
+    closed: deque[TaskRecord]
+    outcomes: Counter[Outcome]
+    paid: Wei
+    slashed: set[Address]
+    """Accounts that lost their stake by a task: never joined again by themselves."""
+
+    @classmethod
+    def load(cls, journal: SqlJournal, lease: Lease, clock: Callable[[], float]) -> Ledger:
+        records = {record.commitment: record for record in journal.open_records()}
+        closed = deque(journal.recent_records(KEPT_CLOSED), maxlen=KEPT_CLOSED)
+        outcomes, paid = journal.totals()
+        slashed = set(journal.slashed_accounts())
+        return cls(journal, lease, clock, records, closed, outcomes, paid, slashed)
+
+    def append(self, task: Commitment, event: Event) -> TaskRecord:
+        """Store `event`; on return it survives a crash and the record in memory has it."""
+        record = self.journal.append(self.lease, task, event, Timestamp(self.clock()))
+        self.open[task] = record
+        match event:
+            case Seen():
+                self._reopen(task)
+            case Closed(outcome, payment):
+                del self.open[task]
+                self.closed.appendleft(replace(record, parameters=None))
+                if outcome is Outcome.INVALIDATED:
+                    self.slashed.add(record.account)
+                self._count(outcome, payment, 1)
+        return record
+
+    def _reopen(self, task: Commitment) -> None:
+        """The network took back that the task had ended: it no longer counts."""
+        for record in [each for each in self.closed if each.commitment == task]:
+            self.closed.remove(record)
+            if record.outcome is not None:
+                self._count(record.outcome, record.payment, -1)
+
+    def _count(self, outcome: Outcome, payment: Wei, sign: int) -> None:
+        self.outcomes[outcome] += sign
+        self.paid = Wei(self.paid + sign * payment)
+
+    def of_account(self, account: Address) -> tuple[TaskRecord, ...]:
+        return tuple(record for record in self.open.values() if record.account == account)

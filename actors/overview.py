@@ -1,0 +1,195 @@
+"""What the coordinator knows, made into a `Status` for people and gauges. Decides nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from actors.inference import Report
+from actors.reconciler import Turn
+from cluster.core.record import Claim, Outcome, TaskRecord
+from cluster.core.types import (
+    AccountView,
+    Address,
+    Commitment,
+    Gpu,
+    GpuClass,
+    GpuId,
+    Stage,
+    TaskStatus,
+    Timestamp,
+)
+from cluster.status import (
+    AccountStatus,
+    ChainView,
+    GpuClassView,
+    GpuStatus,
+    IdentityView,
+    RelayView,
+    Status,
+    TaskView,
+    Totals,
+)
+
+_FINAL_STATUS = {
+    Outcome.SUCCESS: TaskStatus.END_SUCCESS,
+    Outcome.GROUP_SUCCESS: TaskStatus.END_GROUP_SUCCESS,
+    Outcome.GROUP_REFUND: TaskStatus.END_GROUP_REFUND,
+    Outcome.ABORTED: TaskStatus.END_ABORTED,
+    Outcome.INVALIDATED: TaskStatus.END_INVALIDATED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Everything that a status is made of, taken at one moment; a coordinator that doesn't act
+    has no epoch, views or records."""
+
+    version: str
+    config_digest: str
+    now: Timestamp
+    treasury: Address
+    chain_id: int
+    accounts: Mapping[int, Address]
+    gpus: tuple[tuple[Gpu, Report | None], ...]
+    epoch: int | None = None
+    views: Mapping[Address, AccountView] = field(default_factory=dict)
+    assigned: Mapping[int, GpuClass] = field(default_factory=dict)
+    open: tuple[TaskRecord, ...] = ()
+    closed: tuple[TaskRecord, ...] = ()
+    totals: Totals = field(default_factory=Totals)
+    turns: Mapping[Commitment, Turn] = field(default_factory=dict)
+    slashed: frozenset[Address] = frozenset()
+    chain_error: str | None = None
+    relay_error: str | None = None
+
+
+def describe(sight: Sight) -> Status:
+    newest = max(sight.views.values(), key=lambda view: view.moment, default=None)
+    errors = [error for error in (sight.chain_error, sight.relay_error) if error is not None]
+    slashed = [
+        f"account {account} was slashed; it is not joined again by itself"
+        for account in sorted(sight.slashed)
+    ]
+    broken = [
+        f"GPU {gpu.gpu_id}: {report.problem}"
+        for gpu, report in sight.gpus
+        if report is not None and report.problem
+    ]
+    return Status(
+        version=sight.version,
+        config_digest=sight.config_digest,
+        now=sight.now,
+        acting=sight.epoch is not None,
+        epoch=sight.epoch,
+        identity=IdentityView(treasury=sight.treasury),
+        chain=ChainView(
+            reached=newest is not None and sight.chain_error is None,
+            chain_id=sight.chain_id,
+            block=None if newest is None else newest.moment,
+            block_timestamp=None if newest is None else newest.now,
+            error=sight.chain_error,
+        ),
+        relay=RelayView(reached=sight.relay_error is None, error=sight.relay_error),
+        accounts=tuple(
+            _account(index, address, sight.views.get(address), sight.assigned.get(index))
+            for index, address in sorted(sight.accounts.items())
+        ),
+        gpus=tuple(_gpu(gpu, report) for gpu, report in sight.gpus),
+        tasks=tuple(
+            task_view(record, sight.turns.get(record.commitment))
+            for record in (*sight.open, *sight.closed)
+        ),
+        totals=sight.totals,
+        problems=(*errors, *slashed, *broken),
+    )
+
+
+def totals_of(outcomes: Mapping[Outcome, int], paid: int) -> Totals:
+    counts = Counter({outcome.value: count for outcome, count in outcomes.items()})
+    return Totals(
+        paid_wei=str(paid), tasks=dict(counts), slashed=outcomes.get(Outcome.INVALIDATED, 0)
+    )
+
+
+def task_view(record: TaskRecord, turn: Turn | None) -> TaskView:
+    status, stage, deadline = None, "unknown", None
+    if record.outcome is not None:
+        final = _FINAL_STATUS.get(record.outcome)
+        status, stage = None if final is None else final.label, Stage.ENDED.value
+    elif turn is not None:
+        stage = turn.stage.value
+        if turn.facts is not None:
+            status, deadline = turn.facts.status.label, turn.facts.deadline
+    return TaskView(
+        commitment=record.commitment,
+        account=record.account,
+        type=record.task_type.name,
+        status=status,
+        stage=stage,
+        progress=record.progress.value,
+        action="" if turn is None else turn.action,
+        gpu_id=_gpu_of(record),
+        attempts=len(record.attempts),
+        seen_at=record.seen_at,
+        score_at=next((at for claim, at in record.claims if claim is Claim.SCORE), None),
+        deadline=deadline,
+        outcome=None if record.outcome is None else record.outcome.value,
+        payment=str(record.payment),
+        fee=str(record.fee),
+        fault=record.fault,
+        closed_at=record.closed_at,
+    )
+
+
+def _gpu_of(record: TaskRecord) -> GpuId | None:
+    """The card of the open attempt, or of the one that gave the result."""
+    if record.open_attempt is not None:
+        return record.open_attempt.gpu_id
+    if record.result is None:
+        return None
+    made_by = record.result.attempt_id
+    return next(a.gpu_id for a in record.attempts if a.attempt_id == made_by)
+
+
+def _account(
+    index: int, address: Address, view: AccountView | None, assigned: GpuClass | None
+) -> AccountStatus:
+    if view is None:
+        return AccountStatus(
+            index=index, address=address, status="unknown", gpu_class=_class(assigned)
+        )
+    facts = view.account
+    return AccountStatus(
+        index=index,
+        address=address,
+        status=facts.status.name.lower(),
+        gpu_class=_class(facts.gpu_class or assigned),
+        stake=str(facts.stake),
+        balance=str(facts.balance),
+        qos=facts.qos,
+        current_task=facts.current_task,
+    )
+
+
+def _class(gpu_class: GpuClass | None) -> GpuClassView | None:
+    return None if gpu_class is None else GpuClassView(name=gpu_class.name, vram=gpu_class.vram)
+
+
+def _gpu(gpu: Gpu, report: Report | None) -> GpuStatus:
+    busy = report is not None and report.attempt is not None
+    return GpuStatus(
+        gpu_id=gpu.gpu_id,
+        ray_node=gpu.ray_node,
+        name=gpu.gpu_class.name,
+        vram=gpu.gpu_class.vram,
+        simulated=gpu.simulated,
+        state=gpu.state,
+        warm=tuple(sorted(gpu.warm)),
+        task=report.task if report is not None else None,
+        attempt=report.attempt if report is not None else None,
+        step=report.step if report is not None and busy else None,
+        steps=report.steps if report is not None and busy else None,
+        tasks_done=0 if report is None else report.finished,
+    )

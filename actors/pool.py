@@ -1,0 +1,297 @@
+"""The cluster's GPUs: finds the cards of every Ray node, keeps one actor on each, watches them.
+
+A Ray node offers real cards as Ray's `GPU` resource and simulated ones as a custom resource named
+`crynux-sim|<GPU name>|<GB>`. Each card is a slot of its node, each slot a detached actor with its
+own name, pinned to the node; Ray restarts the actor when its process dies, this pool replaces it
+when it runs another release. A node that leaves takes its cards with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import structlog
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.inference import Engine, Health, InferenceActor, Report
+from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
+from cluster.core.ports import Computed, Order
+from cluster.core.types import (
+    AttemptId,
+    GigaBytes,
+    Gpu,
+    GpuClass,
+    GpuId,
+    GpuState,
+    RayNodeId,
+)
+
+SIMULATED_PREFIX = "crynux-sim|"
+PING_SECONDS = 5.0
+MEND_SECONDS = 60.0
+HUNG_SECONDS = 60.0
+"""How long an attempt that was cancelled may go on."""
+_STATES = {
+    Health.STARTING: GpuState.STARTING,
+    Health.READY: GpuState.READY,
+    Health.BUSY: GpuState.BUSY,
+    Health.BROKEN: GpuState.UNREACHABLE,
+}
+
+EngineFactory = Callable[[GpuClass | None], Callable[[], Engine]]
+"""Given a simulated card's class, or None for a real card, how its actor makes its engine."""
+
+
+def simulated_resource(gpu_class: GpuClass) -> str:
+    """The custom Ray resource by which a node offers simulated cards of this class."""
+    return f"{SIMULATED_PREFIX}{gpu_class.name}|{gpu_class.vram}"
+
+
+def parse_simulated(resource: str) -> GpuClass | None:
+    """The class that a custom resource stands for, None for any other resource."""
+    if not resource.startswith(SIMULATED_PREFIX):
+        return None
+    name, _, vram = resource.removeprefix(SIMULATED_PREFIX).rpartition("|")
+    return GpuClass(name, GigaBytes(int(vram))) if name and vram.isdecimal() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a card sits. `simulated` is the card's class if it is one; a real one tells its own."""
+
+    gpu_id: GpuId
+    node: RayNodeId
+    resource: str
+    simulated: GpuClass | None
+
+
+def slots_of(nodes: Iterable[Mapping[str, Any]], allow_simulated: bool) -> tuple[Slot, ...]:
+    """Every card of every living node, from what `ray.nodes()` says.
+
+    Simulated cards are left out unless `allow_simulated`: on a real chain they would take tasks
+    that they can't finish in time.
+    """
+    slots: list[Slot] = []
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        node_id = RayNodeId(node["NodeID"])
+        number = 0
+        for resource, count in sorted(node["Resources"].items()):
+            simulated = parse_simulated(resource)
+            if resource != "GPU" and (simulated is None or not allow_simulated):
+                continue
+            for _ in range(int(count)):
+                slots.append(Slot(GpuId(f"{node_id[:8]}-{number}"), node_id, resource, simulated))
+                number += 1
+    return tuple(slots)
+
+
+@dataclass(slots=True)
+class _Member:
+    slot: Slot
+    actor: ActorHandle[Any]
+    report: Report | None = None
+    answering: bool = False
+    gpu_class: GpuClass | None = None
+    broken_since: float | None = None
+    cancelled: tuple[AttemptId, float] | None = None
+
+
+class RayGpuPool:
+    """`cluster.core.ports.GpuPool` on Ray. `release` names version and configuration together."""
+
+    def __init__(
+        self,
+        make_engine: EngineFactory,
+        release: str,
+        allow_simulated: bool,
+    ) -> None:
+        self._make_engine = make_engine
+        self._release = release
+        self._allow_simulated = allow_simulated
+        self._changed: Callable[[], None] = lambda: None
+        self._members: dict[GpuId, _Member] = {}
+        self._log = structlog.get_logger("pool")
+
+    # --- ports.GpuPool ---------------------------------------------------------------------------
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        return tuple(
+            gpu
+            for gpu_id in sorted(self._members)
+            if (gpu := _gpu(self._members[gpu_id])) is not None
+        )
+
+    def report(self, gpu: GpuId) -> Report | None:
+        member = self._members.get(gpu)
+        return None if member is None else member.report
+
+    async def start(self, gpu: GpuId, order: Order) -> None:
+        member = self._members.get(gpu)
+        if member is None:
+            raise DeviceFault(DeviceFaultKind.OTHER, f"GPU {gpu} has left the cluster")
+        try:
+            refused = await _within(PING_SECONDS * 4, member.actor.start.remote(order))
+        except (RayError, TimeoutError) as error:
+            raise DeviceFault(
+                DeviceFaultKind.OTHER, f"GPU {gpu} doesn't answer: {type(error).__name__}"
+            ) from error
+        if refused is not None:
+            raise refused
+
+    async def result(self, gpu: GpuId, attempt: AttemptId) -> Computed:
+        member = self._members.get(gpu)
+        if member is None:
+            raise AttemptLost(f"GPU {gpu} has left the cluster")
+        try:
+            outcome = await member.actor.result.remote(attempt)
+        except RayError as error:  # its process, or the node that held the answer
+            raise AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}") from error
+        if isinstance(outcome, ClusterError):
+            if _breaks_the_process(outcome):
+                self._kill(member, restart=True)
+            raise outcome
+        return outcome
+
+    async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
+        member = self._members.get(gpu)
+        if member is None:
+            return
+        member.cancelled = (attempt, asyncio.get_running_loop().time())
+        try:
+            await _within(PING_SECONDS, member.actor.cancel.remote(attempt))
+        except (RayError, TimeoutError) as error:
+            self._log.warning("gpu_cancel_unanswered", gpu=gpu, error=type(error).__name__)
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        """Call `changed` whenever a refresh finds the GPUs different from before."""
+        self._changed = changed
+
+    # --- watching --------------------------------------------------------------------------------
+
+    async def run(self, interval: float) -> None:
+        """Look at the cluster every `interval` seconds, for ever."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(interval)
+
+    async def refresh(self) -> None:
+        """One look: nodes that came or left, actors to make or replace, a ping to each."""
+        before = self.gpus()
+        try:
+            nodes = await asyncio.to_thread(ray.nodes)
+        except RayError as error:
+            self._log.warning("cluster_unreadable", error=str(error))
+            return
+        slots = {slot.gpu_id: slot for slot in slots_of(nodes, self._allow_simulated)}
+        for gone in self._members.keys() - slots.keys():
+            self._log.warning("gpu_left", gpu=gone)
+            self._kill(self._members.pop(gone), restart=False)
+        for new in sorted(slots.keys() - self._members.keys()):
+            self._log.info("gpu_found", gpu=new, resource=slots[new].resource)
+            self._members[new] = _Member(slots[new], self._actor(slots[new]))
+        await asyncio.gather(*(self._ping(member) for member in self._members.values()))
+        if self.gpus() != before:
+            self._changed()
+
+    async def _ping(self, member: _Member) -> None:
+        try:
+            report: Report = await _within(PING_SECONDS, member.actor.report.remote())
+        except (RayError, TimeoutError) as error:
+            member.answering = False
+            if isinstance(error, ActorDiedError):
+                # Ray restarts it unless it was killed for good; the one that lives is taken then.
+                member.actor = self._actor(member.slot)
+            return
+        if report.release != self._release:
+            self._log.info("gpu_actor_replaced", gpu=member.slot.gpu_id, old=report.release)
+            self._kill(member, restart=False)
+            member.actor = self._actor(member.slot)
+            member.answering = False
+            return
+        self._mend(member, report)
+        member.report = report
+        member.answering = True
+        member.gpu_class = report.gpu_class or member.gpu_class
+
+    def _mend(self, member: _Member, report: Report) -> None:
+        """Begin a broken or hung process anew, a broken one not again and again at once."""
+        now = asyncio.get_running_loop().time()
+        if report.health is not Health.BROKEN:
+            member.broken_since = None
+        elif member.broken_since is None:
+            self._log.error("gpu_broken", gpu=member.slot.gpu_id, problem=report.problem)
+            member.broken_since = now
+        elif now - member.broken_since > MEND_SECONDS:
+            self._log.warning("gpu_actor_restarted", gpu=member.slot.gpu_id)
+            member.broken_since = None
+            self._kill(member, restart=True)
+        if member.cancelled is not None and member.cancelled[0] != report.attempt:
+            member.cancelled = None
+        elif member.cancelled is not None and now - member.cancelled[1] > HUNG_SECONDS:
+            # It doesn't come to the end of a step: only the end of its process frees the card.
+            self._log.error("gpu_hung", gpu=member.slot.gpu_id, attempt=report.attempt)
+            member.cancelled = None
+            self._kill(member, restart=True)
+
+    def _actor(self, slot: Slot) -> ActorHandle[Any]:
+        simulated = slot.simulated is not None
+        options: dict[str, Any] = {
+            "name": f"gpu:{slot.gpu_id}",
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(slot.node, soft=False),
+            "num_gpus": 0 if simulated else 1,
+            "resources": {slot.resource: 1} if simulated else {},
+            "max_concurrency": 16,
+        }
+        actor_class = cast(Any, InferenceActor)
+        return cast(
+            ActorHandle[Any],
+            actor_class.options(**options).remote(self._make_engine(slot.simulated), self._release),
+        )
+
+    def _kill(self, member: _Member, restart: bool) -> None:
+        ray.kill(member.actor, no_restart=not restart)
+
+
+def _gpu(member: _Member) -> Gpu | None:
+    """The card as matching sees it; None until a real card has said what it is."""
+    gpu_class = member.slot.simulated or member.gpu_class
+    if gpu_class is None:
+        return None
+    report = member.report
+    if report is None:
+        state = GpuState.STARTING
+    else:
+        state = _STATES[report.health] if member.answering else GpuState.UNREACHABLE
+    return Gpu(
+        gpu_id=member.slot.gpu_id,
+        ray_node=member.slot.node,
+        gpu_class=gpu_class,
+        simulated=member.slot.simulated is not None,
+        state=state,
+        warm=report.warm if report else frozenset(),
+        in_host_memory=report.in_host_memory if report else frozenset(),
+        on_disk=report.on_disk if report else frozenset(),
+    )
+
+
+def _breaks_the_process(error: ClusterError) -> bool:
+    return isinstance(error, DeviceFault) and error.kind in (
+        DeviceFaultKind.CONTEXT_LOST,
+        DeviceFaultKind.STALLED,
+    )
+
+
+async def _within(seconds: float, call: Awaitable[Any]) -> Any:  # noqa: ANN401
+    """Await a Ray call for at most `seconds`; raises `TimeoutError`."""
+    async with asyncio.timeout(seconds):
+        return await call

@@ -1,0 +1,266 @@
+"""`ports.Network` in its on-chain form (protocol.md sections 1 to 3)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+import structlog
+
+from cluster.chain.node_contract import NodeContract, Version
+from cluster.chain.outbox import Clock, Outbox
+from cluster.chain.outbox_rows import OutboxRow, task_intent
+from cluster.chain.qos_contract import QosContract
+from cluster.chain.rpc import Block, Rpc
+from cluster.chain.task_contract import TaskContract
+from cluster.chain.watcher import CURSOR, Holders, Watcher
+from cluster.core.errors import NetworkUnavailable
+from cluster.core.lifecycle import WriteState
+from cluster.core.ports import Lease, Wakeup
+from cluster.core.record import Claim
+from cluster.core.types import (
+    AbortReason,
+    AccountFacts,
+    AccountView,
+    Address,
+    Commitment,
+    GpuClass,
+    ModelId,
+    Score,
+    TaskError,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import SqlJournal
+
+BELIEVED_SECONDS = 60.0
+"""How long a head is held on to that the endpoint no longer reaches."""
+_log = structlog.get_logger(__name__)
+
+
+class Relay(Protocol):
+    async def fetch_parameters(self, account: Address, task: Commitment) -> str: ...
+
+    async def upload_result(
+        self, account: Address, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contracts:
+    task: TaskContract
+    node: NodeContract
+    qos: QosContract
+
+    @classmethod
+    def at(cls, rpc: Rpc, task: Address, node: Address, qos: Address) -> Contracts:
+        return cls(TaskContract(rpc, task), NodeContract(rpc, node), QosContract(rpc, qos))
+
+    def addresses(self) -> Mapping[str, Address]:
+        """By name, as `Rpc.check` wants them."""
+        return {"task": self.task.address, "node": self.node.address, "qos": self.qos.address}
+
+
+class ChainClock:
+    """The chain's time: what the next block will most likely say, by which it judges deadlines.
+
+    A block's own timestamp is too old for that on a chain that makes blocks only when there is
+    something to put in them. So the wall clock carries it on, corrected by how far the two are
+    apart; that shows only where a block was made between two looks, and then only as a range:
+
+        look (wall w0) ──── block (chain t) ──── look (wall w1)    wall − chain in [w0 − t, w1 − t]
+
+    Until a block is seen to be made, the wall clock is believed. Being early costs a simulation
+    that reverts, being late a few seconds.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, Timestamp] | None = None
+        self._ahead = 0.0
+
+    def observe(self, block: Block, wall: Timestamp) -> Timestamp:
+        """The network's `now` at a look at `wall` that found `block`."""
+        if self._last is not None and block.number > self._last[0]:
+            least, most = self._last[1] - block.timestamp, wall - block.timestamp
+            self._ahead = min(max(self._ahead, least), most)
+        if self._last is None or block.number >= self._last[0]:
+            self._last = (block.number, wall)
+        return Timestamp(max(block.timestamp, wall - self._ahead))
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSettings:
+    """Seconds between two reads of the logs, and how many wake-ups wait at most."""
+
+    poll: float = 1.0
+    waiting: int = 10_000
+
+
+class ChainNetwork:
+    def __init__(
+        self,
+        rpc: Rpc,
+        contracts: Contracts,
+        outbox: Outbox,
+        journal: SqlJournal,
+        lease: Callable[[], Lease],
+        relay: Relay,
+        version: Version,
+        public_key: Callable[[Address], bytes],
+        clock: Clock,
+        settings: NetworkSettings | None = None,
+    ) -> None:
+        """`public_key` gives an account's 64 bytes, as `join` takes them."""
+        self._rpc = rpc
+        self._contracts = contracts
+        self._outbox = outbox
+        self._relay = relay
+        self._version = version
+        self._public_key = public_key
+        self._clock = clock
+        self._settings = settings or NetworkSettings()
+        self._chain_clock = ChainClock()
+        self._newest = Block(0, Timestamp(0))
+        self._newest_at = Timestamp(0)
+        self._accounts: set[Address] = set()
+        self._holders = Holders()
+        self._wakeups: asyncio.Queue[Wakeup] = asyncio.Queue(self._settings.waiting)
+        self._watcher = Watcher(
+            rpc,
+            contracts.task.address,
+            contracts.node.address,
+            lambda: self._accounts,
+            self._holders,
+            lambda: journal.cursor(CURSOR),
+            lambda value: journal.set_cursor(lease(), CURSOR, value),
+        )
+        outbox.resolved = self._resolved
+
+    # --- facts
+
+    async def look(self, account: Address, known: Sequence[Commitment]) -> AccountView:
+        self._accounts.add(account)
+        block, now = await self._moment()
+        at = block.number
+        contracts = self._contracts
+        info, stake, balance, qos, current = await asyncio.gather(
+            contracts.node.info(account, at),
+            contracts.node.stake(account, at),
+            self._rpc.balance(account, at),
+            contracts.qos.score(account, at),
+            contracts.task.current_task(account, at),
+        )
+        wanted = dict.fromkeys(known if current is None else (*known, current))
+        found = await asyncio.gather(
+            *(contracts.task.task(task, self._accounts, at) for task in wanted)
+        )
+        tasks = tuple(facts for facts in found if facts is not None)
+        for facts in tasks:
+            if facts.selected_node == account:
+                self._holders.learn(facts.commitment, account)
+        return AccountView(
+            at,
+            now,
+            AccountFacts(account, info.status, info.gpu_class, stake, balance, qos, current),
+            tasks,
+        )
+
+    async def _moment(self) -> tuple[Block, Timestamp]:
+        """The block to read at: an endpoint of many machines may answer with an older head than
+        before, and a later look must not see less. One that stays behind for long is believed:
+        then it was the higher number that was wrong, or that block is gone."""
+        head = await self._rpc.head()
+        wall = self._clock()
+        now = self._chain_clock.observe(head, wall)
+        if head.number >= self._newest.number or wall - self._newest_at > BELIEVED_SECONDS:
+            self._newest, self._newest_at = head, wall
+        return self._newest, now
+
+    # --- a task's writes
+
+    async def fetch_parameters(self, account: Address, task: Commitment) -> str:
+        return await self._relay.fetch_parameters(account, task)
+
+    async def upload_result(
+        self, account: Address, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> None:
+        await self._relay.upload_result(account, task, files)
+
+    async def submit_score(self, account: Address, task: Commitment, score: Score) -> None:
+        data = self._contracts.task.submit_score(task, score)
+        self._ensure(account, task, Claim.SCORE, data)
+
+    async def report_error(self, account: Address, task: Commitment, error: TaskError) -> None:
+        data = self._contracts.task.report_error(task, error)
+        self._ensure(account, task, Claim.ERROR, data)
+
+    async def abort(self, account: Address, task: Commitment, reason: AbortReason) -> None:
+        data = self._contracts.task.abort(task, reason)
+        self._ensure(account, task, Claim.ABORT, data)
+
+    def _ensure(self, account: Address, task: Commitment, claim: Claim, data: bytes) -> None:
+        to = self._contracts.task.address
+        self._outbox.ensure(task_intent(account, task, claim, to, data))
+
+    def writes(self, task: Commitment) -> Mapping[Claim, WriteState]:
+        return self._outbox.writes(task)
+
+    # --- an account's writes
+
+    async def join(
+        self, account: Address, gpu_class: GpuClass, stake: Wei, models: Sequence[ModelId]
+    ) -> None:
+        node = self._contracts.node
+        data = node.join(gpu_class, self._version, self._public_key(account), models)
+        self._outbox.ensure_verb(account, "join", node.address, data, stake)
+
+    async def resume(self, account: Address) -> None:
+        self._verb(account, "resume", self._contracts.node.resume())
+
+    async def pause(self, account: Address) -> None:
+        self._verb(account, "pause", self._contracts.node.pause())
+
+    async def quit(self, account: Address) -> None:
+        self._verb(account, "quit", self._contracts.node.quit())
+
+    async def report_model(self, account: Address, model: ModelId) -> None:
+        """Once for each model: what a node has reported it still has after it joins again,
+        because `join` names all models."""
+        node = self._contracts.node
+        self._outbox.ensure_verb(
+            account, f"model:{model}", node.address, node.report_model(model), once=True
+        )
+
+    def _verb(self, account: Address, verb: str, data: bytes) -> None:
+        self._outbox.ensure_verb(account, verb, self._contracts.node.address, data)
+
+    # --- wake-ups and loops
+
+    async def next_wakeup(self) -> Wakeup:
+        return await self._wakeups.get()
+
+    def _wake(self, wakeup: Wakeup) -> None:
+        # When full, whoever reads them is far behind and looks at everything anyway.
+        if not self._wakeups.full():
+            self._wakeups.put_nowait(wakeup)
+
+    def _resolved(self, row: OutboxRow) -> None:
+        self._wake(Wakeup(row.intent.account, f"outbox: {row.state.value}"))
+
+    async def run(self) -> None:
+        """The watcher and the outbox, for ever; ends only by cancellation or, in an
+        `ExceptionGroup`, by `LeaseLost` or a bug."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._outbox.run())
+            group.create_task(self.watch())
+
+    async def watch(self) -> NoReturn:
+        while True:
+            try:
+                for wakeup in await self._watcher.poll():
+                    self._wake(wakeup)
+            except NetworkUnavailable as error:
+                _log.warning("watcher_waits", reason=str(error))
+            await asyncio.sleep(self._settings.poll)

@@ -1,0 +1,235 @@
+"""The outbox's rows in the journal, and the pure rules on how a row may move."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, Select, func, insert, select, update
+
+from cluster.core.errors import IllegalMove
+from cluster.core.lifecycle import WriteState
+from cluster.core.record import Claim
+from cluster.core.types import Address, Commitment, Timestamp, Wei
+from cluster.journal import outbox_table as table
+
+
+class RowState(enum.Enum):
+    """NEW → SIGNED → SENT → MINED | REVERTED, or NEW → REFUSED with nothing ever sent."""
+
+    NEW = "new"
+    SIGNED = "signed"
+    """Nonce and bytes are stored; from here on they may be on the chain at any moment."""
+    SENT = "sent"
+    MINED = "mined"
+    REVERTED = "reverted"
+    REFUSED = "refused"
+    """The simulation reverted, or another transaction took the nonce."""
+
+
+IN_FLIGHT = frozenset({RowState.SIGNED, RowState.SENT})
+UNRESOLVED = IN_FLIGHT | {RowState.NEW}
+_ANSWERS = frozenset({Claim.SCORE, Claim.ERROR})
+
+WRITE_STATES: Mapping[RowState, WriteState] = {
+    RowState.NEW: WriteState.OPEN,
+    RowState.SIGNED: WriteState.OPEN,
+    RowState.SENT: WriteState.OPEN,
+    RowState.MINED: WriteState.DONE,
+    RowState.REVERTED: WriteState.REFUSED,
+    RowState.REFUSED: WriteState.REFUSED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A transaction that must come to be once. `key` is its identity."""
+
+    key: str
+    account: Address
+    recipient: Address
+    data: bytes
+    value: Wei = Wei(0)
+    task: Commitment | None = None
+    claim: Claim | None = None
+
+    @property
+    def is_answer(self) -> bool:
+        return self.claim in _ANSWERS
+
+
+def task_intent(
+    account: Address, task: Commitment, claim: Claim, recipient: Address, data: bytes
+) -> Intent:
+    key = f"task:{task}:{claim.value}"
+    return Intent(key, account, recipient, data, task=task, claim=claim)
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    nonce: int
+    raw: bytes
+    tx_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """`sent_at`: the last broadcast; `updated_at`: when the state last changed."""
+
+    seq: int
+    intent: Intent
+    state: RowState
+    signed: Signed | None
+    sent_at: Timestamp | None
+    updated_at: Timestamp
+    reason: str
+
+    @property
+    def order(self) -> tuple[bool, int, bool, int]:
+        """Those that have a nonce by nonce; then tasks' writes before the account's own, by age."""
+        nonce = 0 if self.signed is None else self.signed.nonce
+        return self.signed is None, nonce, self.intent.task is None, self.seq
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """`retry`: seconds before a refused row is tried again; `recheck`: before one that was mined,
+    but that the caller still misses, is looked for again (its block may have been replaced)."""
+
+    retry: float
+    recheck: float
+
+
+def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) -> OutboxRow:
+    """The row after another `ensure`; the row itself when nothing changes.
+
+    Raises `IllegalMove` when a task's answer would become another one.
+    """
+    same = replace(row.intent, key=intent.key) == intent
+    if not same and (intent.is_answer or row.intent.is_answer):
+        raise IllegalMove(f"{intent.key}: another answer than the one stored")
+    age = now - row.updated_at
+    if row.state in {RowState.REFUSED, RowState.REVERTED} and age >= patience.retry:
+        return replace(
+            row,
+            intent=intent,
+            state=RowState.NEW,
+            signed=None,
+            sent_at=None,
+            updated_at=now,
+            reason="",
+        )
+    if row.state is RowState.MINED and intent.task is not None and age >= patience.recheck:
+        return replace(row, state=RowState.SENT, updated_at=now)
+    return row
+
+
+def check_sole_answer(intent: Intent, others: tuple[OutboxRow, ...]) -> None:
+    """Raises `IllegalMove` when the task has the other kind of answer already, in any state."""
+    if intent.is_answer and any(row.intent.is_answer for row in others):
+        raise IllegalMove(f"{intent.key}: the task has another answer already")
+
+
+# --- storage ------------------------------------------------------------------------------------
+
+
+def _row(found: Any) -> OutboxRow:
+    intent = Intent(
+        key=found.key,
+        account=Address(found.account),
+        recipient=Address(found.recipient),
+        data=found.data,
+        value=Wei(int(found.value)),
+        task=None if found.task is None else Commitment(found.task),
+        claim=None if found.claim is None else Claim(found.claim),
+    )
+    signed = None if found.raw is None else Signed(found.nonce, found.raw, found.tx_hash)
+    sent_at = None if found.sent_at is None else Timestamp(found.sent_at)
+    return OutboxRow(
+        found.seq,
+        intent,
+        RowState(found.state),
+        signed,
+        sent_at,
+        Timestamp(found.updated_at),
+        found.reason,
+    )
+
+
+def _columns(row: OutboxRow) -> dict[str, object]:
+    intent, signed = row.intent, row.signed
+    return {
+        "key": intent.key,
+        "account": intent.account,
+        "task": intent.task,
+        "claim": None if intent.claim is None else intent.claim.value,
+        "recipient": intent.recipient,
+        "data": intent.data,
+        "value": str(intent.value),
+        "state": row.state.value,
+        "nonce": None if signed is None else signed.nonce,
+        "raw": None if signed is None else signed.raw,
+        "tx_hash": None if signed is None else signed.tx_hash,
+        "sent_at": row.sent_at,
+        "updated_at": row.updated_at,
+        "reason": row.reason,
+    }
+
+
+def _rows(connection: Connection, query: Select[Any]) -> tuple[OutboxRow, ...]:
+    return tuple(_row(found) for found in connection.execute(query.order_by(table.c.seq)))
+
+
+def by_key(connection: Connection, key: str) -> OutboxRow | None:
+    return next(iter(_rows(connection, select(table).where(table.c.key == key))), None)
+
+
+def of_task(connection: Connection, task: Commitment) -> tuple[OutboxRow, ...]:
+    return _rows(connection, select(table).where(table.c.task == task))
+
+
+def unresolved(connection: Connection) -> tuple[OutboxRow, ...]:
+    states = [state.value for state in UNRESOLVED]
+    return _rows(connection, select(table).where(table.c.state.in_(states)))
+
+
+def highest_nonce(
+    connection: Connection, account: Address, states: frozenset[RowState], since: float
+) -> int | None:
+    """The highest nonce among the account's rows in `states` that changed after `since`."""
+    query = select(func.max(table.c.nonce)).where(
+        table.c.account == account,
+        table.c.state.in_([state.value for state in states]),
+        table.c.updated_at > since,
+    )
+    return connection.execute(query).scalar()
+
+
+def count_mined(connection: Connection, account: Address, prefix: str) -> int:
+    query = (
+        select(func.count())
+        .select_from(table)
+        .where(
+            table.c.account == account,
+            table.c.state == RowState.MINED.value,
+            table.c.key.startswith(prefix, autoescape=True),
+        )
+    )
+    return connection.execute(query).scalar_one()
+
+
+def states(connection: Connection) -> Mapping[RowState, int]:
+    """How many rows stand in each state."""
+    query = select(table.c.state, func.count()).group_by(table.c.state)
+    return {RowState(state): count for state, count in connection.execute(query)}
+
+
+def add(connection: Connection, intent: Intent, now: Timestamp) -> None:
+    row = OutboxRow(0, intent, RowState.NEW, None, None, now, "")
+    connection.execute(insert(table).values(**_columns(row)))
+
+
+def store(connection: Connection, row: OutboxRow) -> None:
+    connection.execute(update(table).where(table.c.key == row.intent.key).values(**_columns(row)))

@@ -1,0 +1,320 @@
+"""One EVM endpoint: raw JSON-RPC with timeouts, and answers checked before anyone sees them.
+
+Plain JSON-RPC over httpx. Not web3's asynchronous HTTP provider: its session cache takes a thread
+lock for each call, which was seen to deadlock for good when many calls ran at once; and callers
+here want the endpoint's own errors and decide themselves when to try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from eth_abi.abi import decode as abi_decode
+from eth_abi.exceptions import DecodingError
+from eth_utils.address import is_address, to_checksum_address
+from pydantic_core import from_json
+
+from cluster.core.errors import ChainError, ConfigError
+from cluster.core.types import Address, Timestamp, Wei
+
+Transport = Callable[[str, Sequence[Any]], Awaitable[Mapping[str, Any]]]
+"""Sends one call, gives the JSON-RPC response object; raises `ChainError` when none came."""
+
+LATEST = "latest"
+PENDING = "pending"
+MAX_ANSWER = 64 * 2**20
+MAX_WORDS = 200
+_QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
+_LAST_TIMESTAMP = 2**40
+TIP = Wei(10**9)
+"""For whoever makes the block, in wei per gas."""
+
+_ERROR_STRING = bytes.fromhex("08c379a0")
+_PANIC = bytes.fromhex("4e487b71")
+
+
+class RpcRefused(ChainError):
+    """The endpoint answered with a JSON-RPC error that isn't a revert."""
+
+    def __init__(self, method: str, code: int, message: str) -> None:
+        super().__init__(f"{method}: {message} ({code})")
+        self.code = code
+        self.message = message
+
+
+class Reverted(ChainError):
+    """The contract would not do it; `reason` is its own word where it gave one."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"execution reverted: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`base_fee` in wei per gas; None on a chain that has none (EIP-1559)."""
+
+    number: int
+    timestamp: Timestamp
+    base_fee: Wei | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    address: Address
+    topics: tuple[bytes, ...]
+    data: bytes
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    block: int
+    succeeded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is asked of a contract; `sender` matters where the contract looks at the caller."""
+
+    to: Address
+    data: bytes
+    sender: Address | None = None
+    value: Wei = Wei(0)
+
+    def fields(self) -> dict[str, str]:
+        fields = {"to": self.to, "data": "0x" + self.data.hex()}
+        if self.sender is not None:
+            fields["from"] = self.sender
+        if self.value:
+            fields["value"] = hex(self.value)
+        return fields
+
+
+def http_transport(url: str, timeout: float) -> tuple[Transport, Callable[[], Awaitable[None]]]:
+    """A transport over kept-alive connections, and the function that closes them.
+
+    Redirects are not followed, and an answer of more than `MAX_ANSWER` bytes is not read.
+    """
+    client = httpx.AsyncClient(timeout=timeout, follow_redirects=False)
+    numbers = itertools.count(1)
+
+    async def send(method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+        number = next(numbers)
+        question = {"jsonrpc": "2.0", "id": number, "method": method, "params": list(params)}
+        try:
+            async with asyncio.timeout(timeout):
+                status, body = await _post(client, url, question)
+        except (httpx.HTTPError, TimeoutError, OSError) as error:
+            # Its text may hold the address, and the address a key.
+            what = type(error).__name__
+            raise ChainError(f"{method}: the endpoint doesn't answer: {what}") from None
+        return _answer(method, number, status, body)
+
+    return send, client.aclose
+
+
+async def _post(
+    client: httpx.AsyncClient, url: str, question: Mapping[str, Any]
+) -> tuple[int, bytes]:
+    body = bytearray()
+    async with client.stream("POST", url, json=question) as response:
+        async for part in response.aiter_bytes():
+            body += part
+            if len(body) > MAX_ANSWER:
+                raise httpx.DecodingError("the answer is too long")
+    return response.status_code, bytes(body)
+
+
+def _answer(method: str, number: int, status: int, body: bytes) -> Mapping[str, Any]:
+    try:
+        answer = from_json(body)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or answer.get("id", number) not in (number, None):
+        raise ChainError(f"{method}: HTTP {status}, and no JSON-RPC answer to what was asked")
+    return answer
+
+
+def revert_reason(data: bytes, message: str) -> str:
+    """A revert's text, a panic's code, or the endpoint's message without its prefix."""
+    try:
+        if data[:4] == _ERROR_STRING:
+            return brief(abi_decode(["string"], data[4:])[0])
+        if data[:4] == _PANIC:
+            return f"panic {abi_decode(['uint256'], data[4:])[0]:#x}"
+    except (DecodingError, UnicodeDecodeError):
+        pass
+    return message.removeprefix("execution reverted").removeprefix(":").strip() or "no reason given"
+
+
+def _failure(method: str, error: object) -> ChainError:
+    if not isinstance(error, Mapping):
+        return ChainError(f"{method}: malformed error {brief(error)}")
+    code, message, data = error.get("code"), brief(error.get("message", "")), error.get("data")
+    payload = _bytes(method, data) if isinstance(data, str) and data.startswith("0x") else b""
+    if code == 3 or payload or "revert" in message.lower():
+        return Reverted(revert_reason(payload, message))
+    return RpcRefused(method, code if isinstance(code, int) else 0, message)
+
+
+def brief(value: object) -> str:
+    """An endpoint's words, short enough for a log."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]} …"
+
+
+def _int(method: str, value: object) -> int:
+    if not isinstance(value, str) or _QUANTITY.fullmatch(value) is None:
+        raise ChainError(f"{method}: {brief(value)} is not a quantity")
+    return int(value, 16)
+
+
+def _bytes(method: str, value: object) -> bytes:
+    if not isinstance(value, str) or not value.startswith("0x"):
+        raise ChainError(f"{method}: {brief(value)} is not data")
+    try:
+        return bytes.fromhex(value[2:])
+    except ValueError:
+        raise ChainError(f"{method}: {brief(value)} is not data") from None
+
+
+def _log(value: object) -> Log | None:
+    """The log, or None when it can't be one: a bad log must not hide those beside it."""
+    if not isinstance(value, Mapping) or value.get("removed"):
+        return None
+    try:
+        address = value.get("address")
+        if not is_address(address):
+            return None
+        topics = tuple(_bytes("log", topic) for topic in value.get("topics") or ())
+        data, block = _bytes("log", value.get("data")), _int("log", value.get("blockNumber"))
+        return Log(Address(to_checksum_address(str(address))), topics, data, block)
+    except (ChainError, TypeError):
+        return None
+
+
+def _tag(block: int | str) -> str:
+    return hex(block) if isinstance(block, int) else block
+
+
+class Rpc:
+    """Typed calls to one endpoint. All raise `ChainError`; `call` also `Reverted`."""
+
+    def __init__(self, transport: Transport, close: Callable[[], Awaitable[None]] | None = None):
+        self._transport = transport
+        self._close = close
+
+    @classmethod
+    def http(cls, url: str, timeout: float = 10.0) -> Rpc:
+        return cls(*http_transport(url, timeout))
+
+    async def close(self) -> None:
+        if self._close is not None:
+            await self._close()
+
+    async def request(self, method: str, *params: Any) -> Any:
+        response = await self._transport(method, params)
+        if response.get("error") is not None:
+            raise _failure(method, response["error"])
+        if "result" not in response:
+            raise ChainError(f"{method}: an answer without a result")
+        return response["result"]
+
+    async def check(self, chain_id: int, contracts: Mapping[str, Address]) -> None:
+        """Raises `ConfigError` when this is another chain, or a contract isn't on it."""
+        found = await self.chain_id()
+        if found != chain_id:
+            raise ConfigError(
+                f"the endpoint serves chain {found}, not {chain_id}: check the RPC URL and chain id"
+            )
+        codes = await asyncio.gather(*(self.code(address) for address in contracts.values()))
+        for (name, address), code in zip(contracts.items(), codes, strict=True):
+            if not code:
+                raise ConfigError(
+                    f"there is no contract at {address} on chain {chain_id}:"
+                    f" check the {name} contract's address"
+                )
+
+    async def chain_id(self) -> int:
+        return _int("eth_chainId", await self.request("eth_chainId"))
+
+    async def code(self, address: Address) -> bytes:
+        return _bytes("eth_getCode", await self.request("eth_getCode", address, LATEST))
+
+    async def head(self) -> Block:
+        found = await self.request("eth_getBlockByNumber", LATEST, False)
+        if not isinstance(found, Mapping):
+            raise ChainError(f"eth_getBlockByNumber: {brief(found)} is not a block")
+        method = "eth_getBlockByNumber"
+        base_fee, timestamp = found.get("baseFeePerGas"), _int(method, found.get("timestamp"))
+        if timestamp > _LAST_TIMESTAMP:
+            raise ChainError(f"{method}: {timestamp} is not a time")
+        return Block(
+            _int(method, found.get("number")),
+            Timestamp(timestamp),
+            None if base_fee is None else Wei(_int(method, base_fee)),
+        )
+
+    async def call(self, call: Call, block: int | str) -> bytes:
+        return _bytes("eth_call", await self.request("eth_call", call.fields(), _tag(block)))
+
+    async def estimate_gas(self, call: Call, block: int | str) -> int:
+        return _int(
+            "eth_estimateGas", await self.request("eth_estimateGas", call.fields(), _tag(block))
+        )
+
+    async def gas_price(self, percent: int) -> Wei:
+        """What a legacy transaction offers for each gas.
+
+        On a chain with a base fee: twice that fee and a small tip, not a multiple of eth_gasPrice,
+        which follows what was offered and so would grow with every transaction of ours. Elsewhere
+        `percent` of eth_gasPrice.
+        """
+        base_fee = (await self.head()).base_fee
+        if base_fee is not None:
+            return Wei(2 * base_fee + TIP)
+        return Wei(_int("eth_gasPrice", await self.request("eth_gasPrice")) * percent // 100)
+
+    async def balance(self, address: Address, block: int | str) -> Wei:
+        return Wei(
+            _int("eth_getBalance", await self.request("eth_getBalance", address, _tag(block)))
+        )
+
+    async def transaction_count(self, address: Address) -> int:
+        """How many transactions of the account are in the chain: the next nonce, pool aside."""
+        method = "eth_getTransactionCount"
+        return _int(method, await self.request(method, address, LATEST))
+
+    async def send(self, raw: bytes) -> None:
+        await self.request("eth_sendRawTransaction", "0x" + raw.hex())
+
+    async def receipt(self, tx_hash: str) -> Receipt | None:
+        method = "eth_getTransactionReceipt"
+        found = await self.request(method, tx_hash)
+        if found is None:
+            return None
+        if not isinstance(found, Mapping):
+            raise ChainError(f"{method}: {brief(found)} is not a receipt")
+        if found.get("blockNumber") is None:
+            return None
+        status = _int(method, found.get("status"))
+        return Receipt(_int(method, found.get("blockNumber")), status == 1)
+
+    async def knows(self, tx_hash: str) -> bool:
+        """Whether the endpoint has the transaction, in its pool or in a block."""
+        return await self.request("eth_getTransactionByHash", tx_hash) is not None
+
+    async def logs(self, addresses: Sequence[Address], first: int, last: int) -> tuple[Log, ...]:
+        """Logs of the blocks `first` to `last`, both included."""
+        wanted = {"address": list(addresses), "fromBlock": hex(first), "toBlock": hex(last)}
+        found = await self.request("eth_getLogs", wanted)
+        if not isinstance(found, list):
+            raise ChainError(f"eth_getLogs: {brief(found)} is not a list")
+        return tuple(log for log in map(_log, found) if log is not None)

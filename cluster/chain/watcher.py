@@ -1,0 +1,157 @@
+"""Reads the contracts' logs and says which of our accounts to look at.
+
+Nothing depends on a wake-up being seen: a sweep reads every account anyway. So the watcher starts
+at the chain's head, leaves out what it can't decode, and after a long absence skips what it missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eth_typing import ABIEvent
+
+from cluster.chain.abi import NODE_ABI, TASK_ABI
+from cluster.chain.contract import address_of, commitment_of, decode_log, events_by_topic
+from cluster.chain.rpc import Log, Rpc, RpcRefused
+from cluster.core.ports import Wakeup
+from cluster.core.types import Address, Commitment, ModelId
+
+CURSOR = "logs"
+
+_ACCOUNT_FIELDS = {
+    "TaskStarted": "selectedNode",
+    "TaskParametersUploaded": "selectedNode",
+    "TaskErrorReported": "selectedNode",
+    "TaskScoreReady": "selectedNode",
+    "DownloadModel": "nodeAddress",
+    "NodeSlashed": "nodeAddress",
+    "NodeKickedOut": "nodeAddress",
+}
+"""Events that name the node. The others name only the task: its holder is woken."""
+
+
+class Holders:
+    """Which of our accounts holds which task, as far as was seen; the oldest are forgotten."""
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        self._capacity = capacity
+        self._held: dict[Commitment, Address] = {}
+
+    def learn(self, task: Commitment, account: Address) -> None:
+        self._held.pop(task, None)
+        self._held[task] = account
+        while len(self._held) > self._capacity:
+            del self._held[next(iter(self._held))]
+
+    def get(self, task: Commitment) -> Address | None:
+        return self._held.get(task)
+
+
+@dataclass(frozen=True, slots=True)
+class WatcherSettings:
+    """In blocks: `span` at most in one request, `lookback` at most after an absence, `save_every`
+    between two writes of the cursor when there was nothing for us."""
+
+    span: int = 500
+    lookback: int = 2_000
+    save_every: int = 50
+
+
+def wakeup_of(
+    name: str, fields: Mapping[str, Any], own: Collection[Address], holders: Holders
+) -> Wakeup | None:
+    """Whom an event concerns among `own`; None when it is another's."""
+    task = commitment_of(fields["taskIDCommitment"]) if "taskIDCommitment" in fields else None
+    account: Address | None
+    if name in _ACCOUNT_FIELDS:
+        account = address_of(fields[_ACCOUNT_FIELDS[name]])
+        if account not in own:
+            return None
+        if task is not None:
+            holders.learn(task, account)
+    else:
+        account = None if task is None else holders.get(task)
+        if account is None:
+            return None
+    models = (ModelId(fields["modelID"]),) if name == "DownloadModel" else ()
+    return Wakeup(account, name, models)
+
+
+class Watcher:
+    """`load` and `save` keep the cursor: the number of the next block to read."""
+
+    def __init__(
+        self,
+        rpc: Rpc,
+        task_contract: Address,
+        node_contract: Address,
+        own: Callable[[], Collection[Address]],
+        holders: Holders,
+        load: Callable[[], str | None],
+        save: Callable[[str], None],
+        settings: WatcherSettings | None = None,
+    ) -> None:
+        self._rpc = rpc
+        self._events: Mapping[Address, Mapping[bytes, ABIEvent]] = {
+            task_contract: events_by_topic(TASK_ABI),
+            node_contract: events_by_topic(NODE_ABI),
+        }
+        self._own = own
+        self._holders = holders
+        self._load = load
+        self._save = save
+        self._settings = settings or WatcherSettings()
+        self._next: int | None = None
+        self._saved = 0
+        self._span = self._settings.span
+
+    async def poll(self) -> tuple[Wakeup, ...]:
+        """Wake-ups from one bounded range of blocks, each account and reason once."""
+        head = (await self._rpc.head()).number
+        first, missed = self._first(head)
+        last = min(head, first + self._span - 1)
+        if first > last:
+            self._next = first
+            return missed
+        try:
+            logs = await self._rpc.logs(list(self._events), first, last)
+        except RpcRefused:
+            # Most often: more results, or more blocks, than the endpoint gives at once.
+            if last == first:
+                self._next = last + 1
+            self._span = max(1, self._span // 2)
+            raise
+        self._span = min(self._settings.span, self._span * 2)
+        found = tuple(dict.fromkeys((*missed, *self._wakeups(logs))))
+        self._advance(last + 1, bool(found))
+        return found
+
+    def _first(self, head: int) -> tuple[int, tuple[Wakeup, ...]]:
+        """The next block to read, and a wake-up for all when blocks were left out."""
+        if self._next is None:
+            stored = self._load()
+            self._next = int(stored) if stored is not None and stored.isdecimal() else head + 1
+        if self._next > head + 1:
+            # The chain is shorter than it was: another fork, or a devnet made anew.
+            return head + 1, (Wakeup(None, "chain went back"),)
+        oldest = head + 1 - self._settings.lookback
+        if self._next < oldest:
+            return oldest, (Wakeup(None, "blocks left out"),)
+        return self._next, ()
+
+    def _wakeups(self, logs: Iterable[Log]) -> Iterable[Wakeup]:
+        own = self._own()
+        for log in logs:
+            decoded = decode_log(log, self._events.get(log.address, {}))
+            if decoded is not None:
+                wakeup = wakeup_of(*decoded, own, self._holders)
+                if wakeup is not None:
+                    yield wakeup
+
+    def _advance(self, block: int, save_now: bool) -> None:
+        self._next = block
+        if save_now or block - self._saved >= self._settings.save_every:
+            self._save(str(block))
+            self._saved = block

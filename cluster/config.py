@@ -1,0 +1,363 @@
+"""The operator's configuration: read once, checked once, then passed in as a frozen value.
+
+Whatever is wrong with a file becomes one line that names the file, the key, what is wrong and how
+to mend it (`ConfigError`). Relative paths are relative to the configuration file. What can hold a
+credential (a database URL, an endpoint with a key in it) is left out of `repr`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+import yaml
+from eth_utils.address import is_address, is_checksum_address, to_checksum_address
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from cluster.core.errors import ConfigError
+from cluster.core.lifecycle import Policy
+from cluster.core.types import Address, GigaBytes, Wei
+
+WEI_PER_CNX = 10**18
+_ZERO_ADDRESS = "0x" + "00" * 20
+_SQLITE = "sqlite:///"
+
+# --- values -------------------------------------------------------------------------------------
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("expected a path")
+    return (_base(info) / Path(value).expanduser()).resolve()
+
+
+def _seed_path(value: object, info: ValidationInfo) -> Path | None:
+    if isinstance(value, str) and len(value.split()) >= 12:
+        raise ValueError("expected the path of a file that holds the phrase, not the phrase itself")
+    return None if value is None else _path(value, info)
+
+
+def _base(info: ValidationInfo) -> Path:
+    context = info.context
+    return context["base"] if isinstance(context, dict) else Path.cwd()
+
+
+def _address(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError("YAML took the address for a number; put it in quotes")
+    if not isinstance(value, str) or not is_address(value) or not value.startswith("0x"):
+        raise ValueError("expected an address: 0x and 40 hex digits")
+    checksummed = to_checksum_address(value)
+    if value.lower() == _ZERO_ADDRESS:
+        raise ValueError("the zero address is a placeholder; put the real one here")
+    if value not in (value.lower(), checksummed) and not is_checksum_address(value):
+        raise ValueError(
+            "the address fails its checksum, so a digit is probably wrong; copy it again"
+        )
+    return checksummed
+
+
+def _http_url(value: object) -> str:
+    problem = "expected a URL such as https://host:port/path"
+    if not isinstance(value, str):
+        raise ValueError(problem)
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or re.search(r"\s", value):
+        raise ValueError(problem)
+    return value.rstrip("/")
+
+
+def _journal_url(value: object, info: ValidationInfo) -> str:
+    if isinstance(value, str) and value.startswith(_SQLITE):
+        path = value.removeprefix(_SQLITE)
+        if path and path != ":memory:":
+            return _SQLITE + str((_base(info) / Path(path).expanduser()).resolve())
+    if isinstance(value, str) and re.match(r"postgresql(\+\w+)?://[^\s/]+/\S", value):
+        return value
+    raise ValueError("expected sqlite:///path or postgresql://user@host/database")
+
+
+def _amount(value: object) -> Wei:
+    """Wei, from an amount in CNX: text, a whole number or a decimal one."""
+    problem = "expected an amount in CNX such as 400 or '400.5'"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(problem)
+    try:
+        wei = Decimal(str(value)) * WEI_PER_CNX
+    except InvalidOperation:
+        raise ValueError(problem) from None
+    if not wei.is_finite() or wei <= 0 or wei != wei.to_integral_value():
+        raise ValueError(problem)
+    return Wei(int(wei))
+
+
+def _version(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"\d+\.\d+\.\d+", value):
+        raise ValueError("expected three numbers in quotes, such as '2.5.0'")
+    return value
+
+
+def _listed(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_path)]
+ConfigAddress = Annotated[str, BeforeValidator(_address)]
+HttpUrl = Annotated[str, BeforeValidator(_http_url)]
+JournalUrl = Annotated[str, BeforeValidator(_journal_url)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+# --- the schema ---------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class IdentityConfig(Section):
+    """`seed_file` holds the BIP-39 phrase, readable by its owner only; without one nothing is
+    signed. `accounts` is the most node accounts that are ever derived and used."""
+
+    seed_file: Annotated[Path | None, BeforeValidator(_seed_path)] = None
+    accounts: int = Field(default=8, ge=1, le=10_000)
+
+
+class Contracts(Section):
+    task: ConfigAddress
+    node: ConfigAddress
+    qos: ConfigAddress
+
+    @property
+    def addresses(self) -> tuple[Address, Address, Address]:
+        """Task, node and QoS contract."""
+        return Address(self.task), Address(self.node), Address(self.qos)
+
+
+class NetworkConfig(Section):
+    rpc_url: HttpUrl = Field(repr=False)
+    chain_id: int = Field(ge=1)
+    devnet: bool = False
+    contracts: Contracts
+    relay_url: HttpUrl
+    node_version: Annotated[str, BeforeValidator(_version)] = "2.5.0"
+    stake: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "400")
+    """Written in CNX, held in wei."""
+    block_poll_seconds: Seconds = 1.0
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        major, minor, patch = (int(part) for part in self.node_version.split("."))
+        return major, minor, patch
+
+
+class SimulatedGpus(Section):
+    name: str = Field(min_length=1)
+    """The driver's name; the platform is added as for a real card."""
+    vram: int = Field(ge=1)
+    """Whole GB."""
+    count: int = Field(default=1, ge=1, le=1000)
+
+    @property
+    def vram_gb(self) -> GigaBytes:
+        return GigaBytes(self.vram)
+
+
+class RayConfig(Section):
+    """`address` null starts Ray on this machine; `auto` or host:port joins a running cluster."""
+
+    address: str | None = None
+    namespace: str = Field(default="crynux", pattern=r"^[A-Za-z0-9_.-]+$")
+    platform: str = Field(default="docker", pattern=r"^[a-z0-9_-]+$")
+    simulated_gpus: Annotated[tuple[SimulatedGpus, ...], BeforeValidator(_listed)] = ()
+
+
+class JournalConfig(Section):
+    url: JournalUrl = Field(default="sqlite:///data/journal.db", repr=False)
+
+
+class ArtifactsConfig(Section):
+    path: ConfigPath = Path("data/artifacts")
+
+
+class ModelsConfig(Section):
+    root: ConfigPath = Path("data/models")
+
+
+class ServeConfig(Section):
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=1, le=65535)
+
+
+class PolicyConfig(Section):
+    """`cluster.core.lifecycle.Policy`, whose defaults these are."""
+
+    abort_margin: float = Field(default=Policy().abort_margin, ge=0, allow_inf_nan=False)
+    answer_grace: float = Field(default=Policy().answer_grace, ge=0, allow_inf_nan=False)
+    max_attempts: int = Field(default=Policy().max_attempts, ge=1)
+    retry_backoff: float = Field(default=Policy().retry_backoff, ge=0, allow_inf_nan=False)
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(**self.model_dump())
+
+
+class LogsConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+
+
+class LeaseConfig(Section):
+    ttl_seconds: Seconds = 15.0
+
+
+class Config(Section):
+    identity: IdentityConfig = IdentityConfig()
+    network: NetworkConfig
+    ray: RayConfig = RayConfig()
+    journal: JournalConfig = Field(default_factory=dict, validate_default=True)
+    artifacts: ArtifactsConfig = Field(default_factory=dict, validate_default=True)
+    models: ModelsConfig = Field(default_factory=dict, validate_default=True)
+    serve: ServeConfig = ServeConfig()
+    policy: PolicyConfig = PolicyConfig()
+    logs: LogsConfig = LogsConfig()
+    lease: LeaseConfig = LeaseConfig()
+
+    @model_validator(mode="after")
+    def _simulate_on_devnets_only(self) -> Config:
+        if self.ray.simulated_gpus and not self.network.devnet:
+            raise ValueError(
+                "ray.simulated_gpus: refused on any chain that isn't marked a devnet; "
+                "remove the simulated GPUs, or set network.devnet to true if it is one"
+            )
+        return self
+
+
+def digest(config: Config) -> str:
+    """Short and stable: the supervisor compares it to see whether the configuration changed."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load(path: str | Path) -> Config:
+    """The configuration at `path`; raises `ConfigError`."""
+    file = Path(path)
+    raw = _read_mapping(file)
+    try:
+        return Config.model_validate(raw, context={"base": file.resolve().parent})
+    except ValidationError as error:
+        line = _explain(error)
+    raise ConfigError(f"{file}: {line}")
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        # The base class is SafeLoader.
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: there is no such file; configs/ has examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{file}: can't be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: {_explain_yaml(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected keys and values (YAML), such as 'network:'")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _explain_yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    problem = getattr(error, "problem", None) or "check indentation, quotes and brackets"
+    return f"{where}not valid YAML: {problem}"
+
+
+def _explain(error: ValidationError) -> str:
+    # A misspelt key also makes the right one missing: name the misspelt one.
+    errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return _explain_one(errors[0]) + more
+
+
+def _explain_one(error: ErrorDetails) -> str:
+    location = error["loc"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    key = key.removeprefix(".")
+    kind = error["type"]
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_suggest(location)}"
+    if kind == "missing":
+        return f"{key}: missing, and there is no default; add it"
+    if kind in {"model_type", "model_attributes_type"}:
+        return f"{key}: expected keys and values{_got(location, error['input'])}"
+    if not key:
+        return message
+    return f"{key}: {message}{_got(location, error['input'])}"
+
+
+def _got(location: tuple[int | str, ...], value: object) -> str:
+    """The wrong value, unless it is long or may hold a secret."""
+    secret = location[0] in {"identity", "journal"} or location[-1] == "rpc_url"
+    if secret or isinstance(value, Mapping | list | tuple):
+        return ""
+    text = "null" if value is None else json.dumps(value, default=str)
+    return f", got {text}" if len(text) <= 80 else ""
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    known = tuple(_keys_at(Config, location[:-1]))
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, ...]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _section(model.model_fields[part].annotation)
+    return tuple(model.model_fields)
+
+
+def _section(annotation: object) -> type[BaseModel]:
+    """The section model that a field's type is, or is a tuple of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return _section(getattr(annotation, "__args__", (Section,))[0])

@@ -1,0 +1,199 @@
+"""The interfaces between the decisions and the world. One network port serves both of its forms.
+
+What `Network` does not assume (design.md, "Two forms of the network, one port"): that the node can
+abort (`TaskFacts.abortable`), that writes have receipts or cost gas (`WriteState` only says whether
+the network has taken one), that parameters can be "not ready", that wake-ups are chain events, that
+joining is one step, or that one deadline covers a task's life (`TaskFacts.deadline` is the present
+stage's).
+
+Every method may raise `NetworkUnavailable` (try again later) or `LeaseLost` (stop at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.core.lifecycle import WriteState
+from cluster.core.record import Claim, Event, TaskRecord
+from cluster.core.types import (
+    AbortReason,
+    AccountView,
+    Address,
+    AttemptId,
+    Commitment,
+    FileRef,
+    Gpu,
+    GpuClass,
+    GpuId,
+    ModelId,
+    Score,
+    TaskError,
+    Timestamp,
+    Wei,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wakeup:
+    """Look now, at every account if `account` is None; `models` are wanted on disk."""
+
+    account: Address | None
+    reason: str
+    models: tuple[ModelId, ...] = ()
+
+
+class Network(Protocol):
+    """The Crynux network as one operator's accounts see it."""
+
+    async def look(self, account: Address, known: Sequence[Commitment]) -> AccountView:
+        """Facts on the account, its current task and the `known` ones, all read at one moment.
+
+        A known task that the network has no record of is absent from the answer.
+        """
+        ...
+
+    async def fetch_parameters(self, account: Address, task: Commitment) -> str:
+        """The task's parameters as JSON text, opened if they came encrypted.
+
+        Raises `ParametersNotReady`, or `ParametersUnreadable` when they came in an envelope that
+        the account's key doesn't open; never reported, as each node gets an envelope of its own.
+        """
+        ...
+
+    async def submit_score(self, account: Address, task: Commitment, score: Score) -> None:
+        """Make sure that the score is on its way; idempotent, stored before it is sent."""
+        ...
+
+    async def report_error(self, account: Address, task: Commitment, error: TaskError) -> None:
+        """Make sure that the error report is on its way; idempotent, stored before it is sent."""
+        ...
+
+    async def abort(self, account: Address, task: Commitment, reason: AbortReason) -> None:
+        """Make sure that the abort is on its way; idempotent, stored before it is sent."""
+        ...
+
+    def writes(self, task: Commitment) -> Mapping[Claim, WriteState]:
+        """Where this task's writes stand, as far as is known here and now."""
+        ...
+
+    async def upload_result(
+        self, account: Address, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> None:
+        """Hand the files over, in index order. Raises `ResultRefused`; done already is success."""
+        ...
+
+    async def join(
+        self, account: Address, gpu_class: GpuClass, stake: Wei, models: Sequence[ModelId]
+    ) -> None:
+        """Make sure that the account is joining; may take several steps and calls."""
+        ...
+
+    async def resume(self, account: Address) -> None: ...
+
+    async def pause(self, account: Address) -> None: ...
+
+    async def quit(self, account: Address) -> None: ...
+
+    async def report_model(self, account: Address, model: ModelId) -> None: ...
+
+    async def next_wakeup(self) -> Wakeup:
+        """Wait for the network to say that something has changed; losing one is never fatal."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to act. Every write to the journal checks that `epoch` is still the newest."""
+
+    holder: str
+    epoch: int
+    expires_at: Timestamp
+
+
+class Journal(Protocol):
+    """Durable facts. Writes raise `LeaseLost` when the lease's epoch is not the newest."""
+
+    def acquire(self, holder: str, now: Timestamp, ttl: float) -> Lease | None:
+        """Take the lease if it is free, expired or ours; None when another holds it."""
+        ...
+
+    def renew(self, lease: Lease, now: Timestamp, ttl: float) -> Lease: ...
+
+    def release(self, lease: Lease) -> None: ...
+
+    def append(self, lease: Lease, task: Commitment, event: Event, at: Timestamp) -> TaskRecord:
+        """Store an event; on return it survives a crash. The record as it is after it.
+
+        Raises `IllegalMove`, and stores nothing, for an event that can't follow those stored.
+        """
+        ...
+
+    def open_records(self) -> tuple[TaskRecord, ...]: ...
+
+    def recent_records(self, limit: int) -> tuple[TaskRecord, ...]:
+        """The newest `limit` closed records, newest first, without their parameters."""
+        ...
+
+    def story(self, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]: ...
+
+
+class Artifacts(Protocol):
+    """Result files until they are uploaded."""
+
+    async def put(
+        self, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> tuple[FileRef, ...]: ...
+
+    async def get(
+        self, task: Commitment, files: Sequence[FileRef]
+    ) -> tuple[tuple[str, bytes], ...]:
+        """The files' bytes; raises `ClusterError` when one is missing or not what it was."""
+        ...
+
+    async def drop(self, task: Commitment) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a GPU gets to do: plain values, no key, no address of a service.
+
+    `parameters` is JSON text already validated; `deadline` is on the GPU machine's clock, which is
+    assumed right to a few seconds.
+    """
+
+    attempt_id: AttemptId
+    task: Commitment
+    task_type: int
+    parameters: str
+    deadline: Timestamp | None
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """`files` in index order; `score` is what protocol.md section 4 makes of them."""
+
+    score: Score
+    files: tuple[tuple[str, bytes], ...]
+    seconds: float
+
+
+class GpuPool(Protocol):
+    """The cluster's GPUs, each one actor and one process with one attempt at a time."""
+
+    def gpus(self) -> tuple[Gpu, ...]: ...
+
+    async def start(self, gpu: GpuId, order: Order) -> None:
+        """Start an attempt; raises `DeviceFault` when the GPU can't take it."""
+        ...
+
+    async def result(self, gpu: GpuId, attempt: AttemptId) -> Computed:
+        """Wait for the attempt, also one that an earlier coordinator started.
+
+        Raises `TaskInvalid`, `TaskUnsupported`, `DeviceFault`, `ModelUnavailable`, `Cancelled`,
+        `DeadlinePassed`, or `AttemptLost` when the GPU or its actor no longer knows it.
+        """
+        ...
+
+    async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None: ...

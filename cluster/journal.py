@@ -1,0 +1,507 @@
+"""Durable facts: the lease, every task's events, the outbox's rows, cursors, account assignments.
+
+SQLite by default, PostgreSQL by URL, through the same statements. A write is one transaction that
+begins by checking the lease's epoch, under a lock that no second writer passes: SQLite takes its
+write lock at BEGIN IMMEDIATE, PostgreSQL locks the lease's row. So a coordinator that has lost the
+lease can't write anything, however late it wakes up. Epochs only grow; each acquisition takes one.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    Engine,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Row,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+
+from cluster.core import ports
+from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
+from cluster.core.record import (
+    AttemptFailed,
+    AttemptStarted,
+    Claim,
+    Claimed,
+    Closed,
+    Event,
+    Fault,
+    FaultFound,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+    ResultUploaded,
+    Seen,
+    TaskRecord,
+    apply,
+    begin,
+    fold,
+)
+from cluster.core.types import (
+    Address,
+    Commitment,
+    FileRef,
+    GigaBytes,
+    GpuClass,
+    Score,
+    TaskType,
+    Timestamp,
+    Wei,
+)
+
+SCHEMA = "1"
+
+metadata = MetaData()
+_BigSerial = BigInteger().with_variant(Integer, "sqlite")
+
+lease_table = Table(
+    "lease",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("holder", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+tasks_table = Table(
+    "tasks",
+    metadata,
+    Column("commitment", Text, primary_key=True),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("closed_seq", BigInteger, index=True),
+    Column("account", Text, nullable=False),
+    Column("outcome", Text, index=True),
+    Column("payment", Text, nullable=False),
+)
+"""One row per task, so that open ones are found without reading the history."""
+events_table = Table(
+    "task_events",
+    metadata,
+    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
+    Column("commitment", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Index("task_events_by_task", "commitment", "seq"),
+)
+outbox_table = Table(
+    "outbox",
+    metadata,
+    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
+    Column("key", Text, nullable=False, unique=True),
+    Column("account", Text, nullable=False, index=True),
+    Column("task", Text, index=True),
+    Column("claim", Text),
+    Column("recipient", Text, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Column("value", Text, nullable=False),
+    Column("state", Text, nullable=False, index=True),
+    Column("nonce", BigInteger),
+    Column("raw", LargeBinary),
+    Column("tx_hash", Text),
+    Column("sent_at", Double),
+    Column("updated_at", Double, nullable=False),
+    Column("reason", Text, nullable=False),
+)
+cursors_table = Table(
+    "cursors",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+accounts_table = Table(
+    "accounts",
+    metadata,
+    Column("path_index", Integer, primary_key=True, autoincrement=False),
+    Column("address", Text, nullable=False, unique=True),
+    Column("gpu_name", Text, nullable=False),
+    Column("gpu_vram", Integer, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A derived account (by its index) and the class of GPU that it stands for."""
+
+    index: int
+    address: Address
+    gpu_class: GpuClass
+
+
+# --- events as JSON -----------------------------------------------------------------------------
+
+KINDS: dict[str, type[Event]] = {
+    "seen": Seen,
+    "parameters_fetched": ParametersFetched,
+    "attempt_started": AttemptStarted,
+    "attempt_failed": AttemptFailed,
+    "result_stored": ResultStored,
+    "fault_found": FaultFound,
+    "claimed": Claimed,
+    "result_uploaded": ResultUploaded,
+    "closed": Closed,
+}
+"""Names in the database; they stay when a class is renamed."""
+_NAMES: dict[type[Event], str] = {kind: name for name, kind in KINDS.items()}
+
+_READERS: Mapping[str, Any] = {
+    "task_type": TaskType,
+    "claim": Claim,
+    "fault": Fault,
+    "outcome": Outcome,
+    "model_ids": tuple,
+    "score": lambda text: Score(bytes.fromhex(text)),
+    "files": lambda files: tuple(FileRef(**each) for each in files),
+}
+"""How a field comes back where JSON has no such type."""
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, enum.Enum):
+        return value.value
+    raise TypeError(f"no JSON form for {value!r}")
+
+
+def encode_event(event: Event) -> tuple[str, str]:
+    """The event's kind and JSON body."""
+    return _NAMES[type(event)], json.dumps(asdict(event), default=_plain, sort_keys=True)
+
+
+def decode_event(kind: str, body: str) -> Event:
+    fields: dict[str, Any] = json.loads(body)
+    return KINDS[kind](
+        **{name: _READERS.get(name, lambda x: x)(value) for name, value in fields.items()}
+    )
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+        engine = create_engine(parsed, pool_pre_ping=not url.startswith("sqlite"))
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(f"the journal's URL can't be used: {error}") from error
+    if engine.dialect.name == "sqlite":
+        _make_folder(parsed.database)
+        _tune_sqlite(engine)
+    return engine
+
+
+def _make_folder(database: str | None) -> None:
+    if not database or database == ":memory:":
+        return
+    try:
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the journal's folder can't be made: {error}") from error
+
+
+def _tune_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, _record: Any) -> None:
+        # The driver's own implicit BEGIN would come too late to be IMMEDIATE.
+        connection.isolation_level = None
+        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class SqlJournal:
+    """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database, and makes its tables where it is new. Raises `ConfigError`."""
+        self._database = _engine(url)
+        self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
+        try:
+            self._prepare()
+        except DBAPIError as error:
+            raise ConfigError(f"the journal can't be opened: {error.orig}") from error
+
+    def _prepare(self) -> None:
+        with self._transaction() as connection:
+            metadata.create_all(connection)
+        try:
+            with self._transaction() as connection:
+                if connection.execute(select(lease_table.c.id)).first() is None:
+                    connection.execute(
+                        insert(lease_table).values(id=1, holder="", epoch=0, expires_at=0.0)
+                    )
+                    connection.execute(insert(cursors_table).values(key="schema", value=SCHEMA))
+        except IntegrityError:
+            pass  # another process made the rows at the same moment
+        found = self.cursor("schema")
+        if found != SCHEMA:
+            raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")
+
+    def close(self) -> None:
+        self._database.dispose()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with (
+            self._database.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def write(self, lease: ports.Lease) -> Iterator[Connection]:
+        """A transaction under the lease; raises `LeaseLost`, having written nothing."""
+        with self._transaction() as connection:
+            _check(connection, lease)
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        with self._database.connect() as connection:
+            yield connection
+
+    # --- lease
+
+    def acquire(self, holder: str, now: Timestamp, ttl: float) -> ports.Lease | None:
+        with self._transaction() as connection:
+            held = _current(connection)
+            if held.holder not in {"", holder} and held.expires_at > now:
+                return None
+            lease = ports.Lease(holder, held.epoch + 1, Timestamp(now + ttl))
+            _store_lease(connection, lease)
+            return lease
+
+    def renew(self, lease: ports.Lease, now: Timestamp, ttl: float) -> ports.Lease:
+        with self.write(lease) as connection:
+            renewed = replace(lease, expires_at=Timestamp(now + ttl))
+            _store_lease(connection, renewed)
+            return renewed
+
+    def release(self, lease: ports.Lease) -> None:
+        with self.write(lease) as connection:
+            _store_lease(connection, replace(lease, holder="", expires_at=Timestamp(0)))
+
+    # --- tasks
+
+    def append(
+        self, lease: ports.Lease, task: Commitment, event: Event, at: Timestamp
+    ) -> TaskRecord:
+        """As the port says; raises `IllegalMove` for an event that can't follow those stored."""
+        with self.write(lease) as connection:
+            before = self._record(connection, task)
+            after = _after(task, before, event, at)
+            kind, body = encode_event(event)
+            written = connection.execute(
+                insert(events_table).values(commitment=task, at=at, kind=kind, body=body)
+            )
+            seq = int(_inserted(written.inserted_primary_key))
+            _mark(connection, after, seq, first=before is None)
+        # Only now: a transaction that fails must not leave a fold of what was never stored.
+        if isinstance(event, Closed):
+            self._folds.pop(task, None)
+        else:
+            self._folds[task] = (seq, after)
+        return after
+
+    def _record(self, connection: Connection, task: Commitment) -> TaskRecord | None:
+        """The task's fold; a cached one only if nothing was stored since by anyone."""
+        last = connection.execute(
+            select(tasks_table.c.last_seq).where(tasks_table.c.commitment == task)
+        ).scalar()
+        if last is None:
+            return None
+        cached = self._folds.get(task)
+        if cached is not None and cached[0] == last:
+            return cached[1]
+        return fold(task, _history(connection, task))
+
+    def open_records(self) -> tuple[TaskRecord, ...]:
+        with self.read() as connection:
+            opened = (
+                select(tasks_table.c.commitment)
+                .where(tasks_table.c.closed_seq.is_(None))
+                .order_by(tasks_table.c.last_seq)
+            )
+            return self._records(connection, connection.execute(opened))
+
+    def recent_records(self, limit: int) -> tuple[TaskRecord, ...]:
+        with self.read() as connection:
+            closed = (
+                select(tasks_table.c.commitment)
+                .where(tasks_table.c.closed_seq.is_not(None))
+                .order_by(tasks_table.c.closed_seq.desc())
+                .limit(limit)
+            )
+            tasks = [Commitment(row.commitment) for row in connection.execute(closed)]
+            # One after the other without their parameters, which may be large.
+            return tuple(
+                replace(record, parameters=None)
+                for task in tasks
+                if (record := self._record(connection, task)) is not None
+            )
+
+    def totals(self) -> tuple[Counter[Outcome], Wei]:
+        """Closed tasks by outcome, and what they paid in all."""
+        query = select(tasks_table.c.outcome, tasks_table.c.payment).where(
+            tasks_table.c.closed_seq.is_not(None)
+        )
+        outcomes: Counter[Outcome] = Counter()
+        paid = 0
+        with self.read() as connection:
+            for outcome, payment in connection.execute(query):
+                outcomes[Outcome(outcome)] += 1
+                paid += int(payment)
+        return outcomes, Wei(paid)
+
+    def slashed_accounts(self) -> frozenset[Address]:
+        """Accounts that lost their stake by a task."""
+        query = select(tasks_table.c.account).where(
+            tasks_table.c.outcome == Outcome.INVALIDATED.value
+        )
+        with self.read() as connection:
+            return frozenset(Address(row.account) for row in connection.execute(query))
+
+    def _records(self, connection: Connection, found: Any) -> tuple[TaskRecord, ...]:
+        tasks = [Commitment(row.commitment) for row in found]
+        records = (self._record(connection, task) for task in tasks)
+        return tuple(record for record in records if record is not None)
+
+    def story(self, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
+        with self.read() as connection:
+            return _history(connection, task)
+
+    # --- cursors and accounts
+
+    def cursor(self, key: str) -> str | None:
+        with self.read() as connection:
+            return connection.execute(
+                select(cursors_table.c.value).where(cursors_table.c.key == key)
+            ).scalar()
+
+    def set_cursor(self, lease: ports.Lease, key: str, value: str) -> None:
+        with self.write(lease) as connection:
+            changed = connection.execute(
+                update(cursors_table).where(cursors_table.c.key == key).values(value=value)
+            )
+            if changed.rowcount == 0:
+                connection.execute(insert(cursors_table).values(key=key, value=value))
+
+    def assign(self, lease: ports.Lease, assignment: Assignment) -> None:
+        """Store an account's class, or change it. Raises `IllegalMove` for another address."""
+        values = {
+            "gpu_name": assignment.gpu_class.name,
+            "gpu_vram": assignment.gpu_class.vram,
+        }
+        index, address = accounts_table.c.path_index, assignment.address
+        with self.write(lease) as connection:
+            found = connection.execute(
+                select(accounts_table.c.address).where(index == assignment.index)
+            ).scalar()
+            if found is None:
+                connection.execute(
+                    insert(accounts_table).values(
+                        path_index=assignment.index, address=address, **values
+                    )
+                )
+            elif found == address:
+                connection.execute(
+                    update(accounts_table).where(index == assignment.index).values(**values)
+                )
+            else:
+                raise IllegalMove(f"account {assignment.index} is {found}, not {address}")
+
+    def assignments(self) -> tuple[Assignment, ...]:
+        with self.read() as connection:
+            rows = connection.execute(select(accounts_table).order_by(accounts_table.c.path_index))
+            return tuple(
+                Assignment(
+                    row.path_index,
+                    Address(row.address),
+                    GpuClass(row.gpu_name, GigaBytes(row.gpu_vram)),
+                )
+                for row in rows
+            )
+
+
+def _after(task: Commitment, before: TaskRecord | None, event: Event, at: Timestamp) -> TaskRecord:
+    if before is not None:
+        return apply(before, event, at)
+    if not isinstance(event, Seen):
+        raise IllegalMove(f"{task}: a history begins with Seen, not {event!r}")
+    return begin(task, event, at)
+
+
+def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> None:
+    """Keep the task's row in step with its history."""
+    outcome = record.outcome
+    values = {
+        "last_seq": seq,
+        "closed_seq": None if outcome is None else seq,
+        "account": record.account,
+        "outcome": None if outcome is None else outcome.value,
+        "payment": str(record.payment),
+    }
+    task = record.commitment
+    if first:
+        connection.execute(insert(tasks_table).values(commitment=task, **values))
+    else:
+        connection.execute(
+            update(tasks_table).where(tasks_table.c.commitment == task).values(**values)
+        )
+
+
+def _history(connection: Connection, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
+    rows = connection.execute(
+        select(events_table).where(events_table.c.commitment == task).order_by(events_table.c.seq)
+    )
+    return tuple((decode_event(row.kind, row.body), Timestamp(row.at)) for row in rows)
+
+
+def _inserted(key: Row[Any] | None) -> Any:
+    assert key is not None, "one row was inserted"  # noqa: S101
+    return key[0]
+
+
+def _current(connection: Connection) -> Row[Any]:
+    return connection.execute(select(lease_table).with_for_update()).one()
+
+
+def _check(connection: Connection, lease: ports.Lease) -> None:
+    newest = _current(connection).epoch
+    if newest != lease.epoch:
+        raise LeaseLost(f"lease {lease.epoch} of {lease.holder} was followed by {newest}")
+
+
+def _store_lease(connection: Connection, lease: ports.Lease) -> None:
+    connection.execute(
+        update(lease_table).values(
+            holder=lease.holder, epoch=lease.epoch, expires_at=lease.expires_at
+        )
+    )

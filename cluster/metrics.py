@@ -1,0 +1,243 @@
+"""Prometheus metrics of the coordinator, in a registry of their own (one scrape for everything).
+
+Counters and histograms are fed as things happen, and start at 0 when the coordinator does; gauges
+are set from a `Status`. Every label set that can be known is there from the start, at 0, because
+`increase()` misses a series that is born at 1; a state is a label, with all states exported. Labels
+are bounded: no task, no attempt, no prompt, no address ever becomes one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from cluster.chain.outbox_rows import RowState
+from cluster.core.record import Claim, Fault, Outcome, Progress, TaskRecord
+from cluster.core.types import GpuState, NodeStatus, TaskType, Timestamp, Wei
+from cluster.status import AccountStatus, GpuClassView, GpuStatus, Status, TaskView, readiness
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Stage = Literal[
+    "parameters",
+    "queue",
+    "load",
+    "compute",
+    "score_sent",
+    "score_mined",
+    "validated",
+    "uploaded",
+    "paid",
+]
+"""What a task waits for, in the order of its life."""
+RelayCall = Literal["now", "parameters", "checkpoint", "results"]
+RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
+
+WEI_PER_CNX = 10**18
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_NO_CLASS = GpuClassView(name="", vram=0)
+_CLASS_LABELS = ("gpu_name", "vram_gb")
+
+
+def stages(record: TaskRecord) -> tuple[tuple[Stage, float], ...]:
+    """The stages whose both ends the record has, in seconds."""
+    first = record.attempts[0].started_at if record.attempts else None
+    last = record.attempts[-1].started_at if record.attempts else None
+    stored = record.result.stored_at if record.result is not None else None
+    claimed = next((at for claim, at in record.claims if claim is Claim.SCORE), None)
+    ends: tuple[tuple[Stage, Timestamp | None, Timestamp | None], ...] = (
+        ("queue", record.seen_at, first),
+        ("compute", last, stored),
+        ("score_sent", stored, claimed),
+        ("uploaded", claimed, record.uploaded_at),
+        ("paid", record.uploaded_at, record.closed_at),
+    )
+    return tuple(
+        (stage, until - since)
+        for stage, since, until in ends
+        if since is not None and until is not None
+    )
+
+
+class Metrics:
+    """What the coordinator reports; `render` gives the text of one scrape."""
+
+    def __init__(self, version: str, config_digest: str) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._classes: set[GpuClassView] = set()
+        self._make_task_metrics()
+        self._make_network_metrics()
+        self._make_fleet_metrics()
+        self._build = self._gauge("build_info", "What runs here.", ("version", "config_digest"))
+        self._build.labels(version, config_digest).set(1)
+
+    # --- what happens ---------------------------------------------------------------------------
+
+    def task_closed(self, task_type: TaskType, outcome: Outcome, payment: Wei) -> None:
+        self._tasks.labels(task_type.name, outcome.value).inc()
+        self._paid.inc(payment / WEI_PER_CNX)
+
+    def closed(self, record: TaskRecord) -> None:
+        """A task's end, and how long each stage took as far as its record tells."""
+        if record.outcome is None:
+            return
+        self.task_closed(record.task_type, record.outcome, record.payment)
+        if record.outcome is Outcome.INVALIDATED:
+            self.slashed()
+        for stage, seconds in stages(record):
+            self.stage_took(stage, record.task_type, seconds)
+
+    def stage_took(self, stage: Stage, task_type: TaskType, seconds: float) -> None:
+        self._stages.labels(stage, task_type.name).observe(max(seconds, 0.0))
+
+    def attempt_ended(self, fault: Fault | None) -> None:
+        """An execution ended: with a result when `fault` is None."""
+        self._attempts.labels(fault.value if fault is not None else "none").inc()
+
+    def slashed(self) -> None:
+        self._slashes.inc()
+
+    def kicked_out(self) -> None:
+        self._kick_outs.inc()
+
+    def relay_called(self, call: RelayCall, result: RelayResult) -> None:
+        self._relay_calls.labels(call, result).inc()
+
+    def turn_ended(self, now: Timestamp) -> None:
+        """The coordinator's loop is alive; `now` is unix time."""
+        self._turn.set(now)
+
+    def outbox(self, rows: Mapping[RowState, int]) -> None:
+        """How many writes to the network stand in each state."""
+        for state in RowState:
+            self._outbox.labels(state.value).set(rows.get(state, 0))
+
+    # --- what is --------------------------------------------------------------------------------
+
+    def observe(self, status: Status) -> None:
+        """Set every gauge from one look at everything."""
+        self._ready.set(readiness(status)[0])
+        self._lease_held.set(status.acting)
+        self._lease_epoch.set(status.epoch or 0)
+        self._chain_reached.set(status.chain.reached)
+        if status.chain.block is not None:
+            self._head_block.set(status.chain.block)
+        if status.chain.block_timestamp is not None:
+            self._head_time.set(status.chain.block_timestamp)
+        self._relay_reached.set(status.relay.reached)
+        self._problems.set(len(status.problems))
+        self._observe_fleet(status.gpus, status.accounts)
+        self._observe_tasks(status.tasks)
+
+    def render(self) -> bytes:
+        """Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
+        return prometheus_client.generate_latest(self.registry)
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:
+        cards = [(GpuClassView(name=gpu.name, vram=gpu.vram), gpu.state) for gpu in gpus]
+        nodes = [(account.gpu_class or _NO_CLASS, account) for account in accounts]
+        # A class that is gone stays, at 0.
+        self._classes |= {kind for kind, _ in cards} | {kind for kind, _ in nodes}
+        for kind in self._classes:
+            labels = (kind.name, str(kind.vram))
+            for state in GpuState:
+                count = sum(card == (kind, state) for card in cards)
+                self._gpus.labels(*labels, state.value).set(count)
+            ours = [account for of, account in nodes if of == kind]
+            for node_status in NodeStatus:
+                label = node_status.name.lower()
+                count = sum(account.status.lower() == label for account in ours)
+                self._accounts.labels(*labels, label).set(count)
+            stake = sum(int(account.stake) for account in ours)
+            self._stake.labels(*labels).set(stake / WEI_PER_CNX)
+
+    def _observe_tasks(self, tasks: Iterable[TaskView]) -> None:
+        standing = [(task.type, task.progress) for task in tasks if task.outcome is None]
+        for task_type in TaskType:
+            for progress in _OPEN:
+                count = standing.count((task_type.name, progress.value))
+                self._open_tasks.labels(task_type.name, progress.value).set(count)
+
+    def _make_task_metrics(self) -> None:
+        types = [task_type.name for task_type in TaskType]
+        self._tasks = self._counter(
+            "tasks",
+            "Tasks closed, by how they ended.",
+            type=types,
+            outcome=[o.value for o in Outcome],
+        )
+        self._stages = Histogram(
+            "crynux_task_stage_seconds",
+            "Time that tasks spent in each stage of their life.",
+            ("stage", "type"),
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        for stage in get_args(Stage):
+            for task_type in types:
+                self._stages.labels(stage, task_type)
+        faults = ["none", *(fault.value for fault in Fault)]
+        self._attempts = self._counter(
+            "attempts", "Executions ended, by why they gave no result.", fault=faults
+        )
+        self._paid = self._counter("paid_cnx", "Payments received for tasks, in CNX.")
+        self._slashes = self._counter("slashes", "Accounts slashed.")
+        self._kick_outs = self._counter("kick_outs", "Accounts kicked out for their QoS.")
+        self._open_tasks = self._gauge(
+            "open_tasks", "Tasks not closed, by how far we are.", ("type", "progress")
+        )
+        self._observe_tasks(())
+
+    def _make_network_metrics(self) -> None:
+        self._chain_reached = self._gauge("chain_reached", "1 when the chain answers.")
+        self._head_block = self._gauge("chain_head_block", "Number of the newest block seen.")
+        self._head_time = self._gauge(
+            "chain_head_timestamp_seconds", "Unix time of the newest block seen."
+        )
+        self._relay_reached = self._gauge("relay_reached", "1 when the relay answers.")
+        self._relay_calls = self._counter(
+            "relay_calls",
+            "Calls to the relay, by result.",
+            call=get_args(RelayCall),
+            result=get_args(RelayResult),
+        )
+        self._outbox = self._gauge(
+            "outbox_rows", "Writes to the network, by where they stand.", ("state",)
+        )
+        self.outbox({})
+
+    def _make_fleet_metrics(self) -> None:
+        self._gpus = self._gauge("gpus", "GPUs, by class and state.", (*_CLASS_LABELS, "state"))
+        self._accounts = self._gauge(
+            "accounts",
+            "Node accounts, by class and status on the network.",
+            (*_CLASS_LABELS, "status"),
+        )
+        self._stake = self._gauge("stake_cnx", "Stake of the accounts of a class.", _CLASS_LABELS)
+        self._ready = self._gauge("ready", "1 when tasks can be taken.")
+        self._problems = self._gauge("problems", "Problems that the status names now.")
+        self._lease_held = self._gauge("lease_held", "1 when this coordinator may act.")
+        self._lease_epoch = self._gauge("lease_epoch", "Epoch of the lease held, or 0.")
+        self._turn = self._gauge(
+            "coordinator_last_turn_timestamp_seconds", "Unix time when the loop last went round."
+        )
+
+    def _gauge(self, name: str, help_text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"crynux_{name}", help_text, labels, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str, **labels: Iterable[str]) -> Counter:
+        """A counter `crynux_<name>_total` with every combination of its labels' values at 0."""
+        counter = Counter(f"crynux_{name}", help_text, tuple(labels), registry=self.registry)
+        for values in itertools.product(*labels.values()) if labels else ():
+            counter.labels(*values)
+        return counter
+
+
+_OPEN = tuple(progress for progress in Progress if progress is not Progress.CLOSED)

@@ -1,0 +1,360 @@
+"""Composition root and supervisor.
+
+`assemble` makes the world around the coordinator, inside the coordinator's own process: the key is
+read there and nowhere else. `up` is the supervisor: it makes sure that the coordinator and the
+Serve application exist with this version and this configuration, watches them, and repairs. It
+keeps nothing itself, so it can be killed and started again at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import ray
+import structlog
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+import cluster
+from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
+from actors.inference import Engine
+from actors.pool import RayGpuPool, simulated_resource
+from cluster import config as configuration
+from cluster import logs
+from cluster.artifacts import FolderArtifacts
+from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
+from cluster.chain.outbox import Outbox
+from cluster.chain.rpc import Rpc
+from cluster.config import Config
+from cluster.core.errors import ChainError, ConfigError
+from cluster.core.ports import Lease
+from cluster.core.types import AttemptId, GigaBytes, GpuClass, Timestamp, Wei
+from cluster.identity import Identity
+from cluster.journal import SqlJournal
+from cluster.metrics import Metrics
+from cluster.relay.client import RelayClient
+
+LOOK_SECONDS = 2.0
+SILENT_LOOKS = 5
+"""After so many looks without an answer the coordinator's process is begun anew."""
+ANSWER_SECONDS = 10.0
+APPLICATION = "crynux"
+GAS_RESERVE = Wei(10**16)
+"""What an account must own beyond its stake before it joins: some thousand transactions' gas."""
+
+
+def release(config: Config) -> str:
+    """What must be equal for a running actor to be left alone: version and configuration."""
+    return f"{cluster.__version__}+{configuration.digest(config)}"
+
+
+def simulated_classes(config: Config) -> dict[GpuClass, int]:
+    """The simulated cards that this configuration declares, by the class the network will see."""
+    counts: dict[GpuClass, int] = {}
+    for gpus in config.ray.simulated_gpus:
+        gpu_class = GpuClass(f"{gpus.name}+{config.ray.platform}", GigaBytes(gpus.vram))
+        counts[gpu_class] = counts.get(gpu_class, 0) + gpus.count
+    return counts
+
+
+# --- inside the actors ---------------------------------------------------------------------------
+
+
+def assemble(config: Config) -> World:
+    """The world around the coordinator. Raises `ConfigError` when key or configuration is wrong."""
+    logs.setup(config.logs.level, config.logs.format)
+    if config.identity.seed_file is None:
+        raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
+    identity = Identity.load(config.identity.seed_file)
+    journal = SqlJournal(config.journal.url)
+    digest = configuration.digest(config)
+    return World(
+        version=cluster.__version__,
+        config_digest=digest,
+        chain_id=config.network.chain_id,
+        treasury=identity.address(0),
+        accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
+        journal=journal,
+        artifacts=FolderArtifacts(config.artifacts.path),
+        pool=RayGpuPool(
+            functools.partial(engine_factory, config.models.root, config.ray.platform),
+            release(config),
+            allow_simulated=config.network.devnet,
+        ),
+        open_network=functools.partial(open_network, config, identity, journal),
+        metrics=Metrics(cluster.__version__, digest),
+        policy=config.policy.policy,
+        stake=config.network.stake,
+        gas_reserve=GAS_RESERVE,
+        lease_seconds=config.lease.ttl_seconds,
+        clock=time.time,
+        new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_network(
+    config: Config,
+    identity: Identity,
+    journal: SqlJournal,
+    lease: Callable[[], Lease],
+    make_outbox: Callable[..., Outbox] = Outbox,
+) -> AsyncIterator[RunningNetwork]:
+    """The on-chain form of the network, for one term of office."""
+    network = config.network
+    rpc = Rpc.http(network.rpc_url)
+    try:
+        with contextlib.suppress(ChainError):
+            # Not reached is waited out; another chain, or no contracts on it, is never right.
+            await _check_contracts(config, rpc)
+        async with httpx.AsyncClient(timeout=30.0, follow_redirects=False) as http:
+            outbox = make_outbox(rpc, journal, lease, identity, wall_clock, network.chain_id)
+            yield ChainNetwork(
+                rpc,
+                Contracts.at(rpc, *network.contracts.addresses),
+                outbox,
+                journal,
+                lease,
+                RelayClient(network.relay_url, http, identity, time.time),
+                network.version,
+                identity.public_key,
+                wall_clock,
+                NetworkSettings(poll=network.block_poll_seconds),
+            )
+    finally:
+        await rpc.close()
+
+
+def wall_clock() -> Timestamp:
+    return Timestamp(time.time())
+
+
+def engine_factory(models: Path, platform: str, simulated: GpuClass | None) -> Callable[[], Engine]:
+    """How the actor of a card makes its engine; torch is imported there and nowhere else."""
+    return functools.partial(make_engine, models, platform, simulated)
+
+
+def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engine:
+    # It warns about optional parts that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from cluster.inference import devices, engine
+    from cluster.models.store import ModelStore
+
+    if simulated is not None:
+        # One thread: simulated cards share the machine's cores, and results depend on the number.
+        device = devices.simulated(0, simulated.name, simulated.vram)
+        return engine.Engine(device, ModelStore(models), time.time, engine.Limits(threads=1))
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    device = devices.visible(devices.list_gpus(platform), mask)
+    return engine.Engine(device, ModelStore(models), time.time)
+
+
+# --- the supervisor ------------------------------------------------------------------------------
+
+
+def up(config: Config, build_api: Callable[[str], serve.Application]) -> int:
+    """Bring everything up and keep it so until SIGINT or SIGTERM; returns the exit code.
+
+    `build_api` gives the Serve application for a Ray namespace (`serve_app.build`).
+    Raises `ConfigError` for what the operator has to mend, before anything is started.
+    """
+    logs.setup(config.logs.level, config.logs.format)
+    check(config)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    own_cluster = connect(config)
+    supervisor = Supervisor(config, build_api)
+    try:
+        while not stop.is_set():
+            supervisor.look()
+            stop.wait(LOOK_SECONDS)
+    finally:
+        if own_cluster:
+            supervisor.take_down()
+        ray.shutdown()
+    return 0
+
+
+def check(config: Config) -> None:
+    """Find what is wrong with the operator's surroundings before anything runs."""
+    if config.identity.seed_file is None:
+        raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
+    Identity.load(config.identity.seed_file)
+    SqlJournal(config.journal.url).close()
+    _check_folder("artifacts.path", config.artifacts.path)
+    if config.ray.address is None:
+        # Elsewhere it is the head's port that matters, which isn't ours to try.
+        _check_port(config.serve.host, config.serve.port)
+    try:
+        asyncio.run(_check_chain(config))
+    except ChainError as error:
+        # The chain may come back while we run; a wrong one never turns right.
+        structlog.get_logger("supervisor").warning("chain_not_reached", error=str(error))
+
+
+def _check_folder(key: str, path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{key}: can't write in {path}: {error.strerror}") from None
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what an actor died of, as a person wants to read it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"serve.port: can't listen on {host}:{port} ({error.strerror}); choose another"
+        ) from None
+
+
+async def _check_chain(config: Config) -> None:
+    rpc = Rpc.http(config.network.rpc_url)
+    try:
+        await _check_contracts(config, rpc)
+    finally:
+        await rpc.close()
+
+
+async def _check_contracts(config: Config, rpc: Rpc) -> None:
+    contracts = Contracts.at(rpc, *config.network.contracts.addresses)
+    await rpc.check(config.network.chain_id, contracts.addresses())
+
+
+def connect(config: Config) -> bool:
+    """Join the configured Ray cluster, or start one here; True when it was started here."""
+    address = config.ray.address
+    own = address is None
+    options: dict[str, Any] = {
+        "namespace": config.ray.namespace,
+        "log_to_driver": own,
+        "configure_logging": False,
+    }
+    if own:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "resources": {
+                simulated_resource(gpu_class): count
+                for gpu_class, count in simulated_classes(config).items()
+            },
+        }
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ConfigError(f"ray.address: no Ray cluster answers at {address}: {error}") from error
+    return own
+
+
+class Supervisor:
+    """Looks at what runs and repairs it, once per `look`."""
+
+    def __init__(self, config: Config, build_api: Callable[[str], serve.Application]) -> None:
+        self._config = config
+        self._build_api = build_api
+        self._release = release(config)
+        self._served: str | None = None
+        self._silent = 0
+        self._log = structlog.get_logger("supervisor")
+
+    def look(self) -> None:
+        try:
+            self._tend_coordinator()
+            self._tend_api()
+        except Exception as error:  # noqa: BLE001 - the top of a supervised loop
+            self._log.warning("repair_failed", error=f"{type(error).__name__}: {error}")
+
+    def take_down(self) -> None:
+        """Stop what this process started; the coordinator gives its lease back."""
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        coordinator = self._coordinator()
+        if coordinator is not None:
+            self._stop(coordinator)
+
+    def _stop(self, coordinator: ActorHandle[Any]) -> None:
+        """Have it give its lease back; one that doesn't answer loses it by time."""
+        try:
+            ray.get(coordinator.stop.remote(), timeout=ANSWER_SECONDS)
+        except (RayError, TimeoutError) as error:
+            self._log.warning("coordinator_did_not_stop", error=type(error).__name__)
+
+    def _tend_coordinator(self) -> None:
+        coordinator = self._coordinator() or self._create_coordinator()
+        try:
+            running = cast(Any, ray.get(coordinator.release.remote(), timeout=ANSWER_SECONDS))
+        except (RayActorError, GetTimeoutError) as error:
+            # Ray restarts a dead one by itself; the next look finds it.
+            self._silent += 1
+            self._log.warning("coordinator_silent", looks=self._silent, error=_cause(error))
+            if self._silent >= SILENT_LOOKS:
+                self._silent = 0
+                ray.kill(coordinator, no_restart=False)
+            return
+        self._silent = 0
+        if running != self._release:
+            self._log.info("coordinator_replaced", old=running, new=self._release)
+            self._stop(coordinator)
+            ray.kill(coordinator, no_restart=True)
+            self._create_coordinator()
+
+    def _coordinator(self) -> ActorHandle[Any] | None:
+        try:
+            return ray.get_actor(NAME, self._config.ray.namespace)
+        except ValueError:
+            return None
+
+    def _create_coordinator(self) -> ActorHandle[Any]:
+        self._log.info("coordinator_created", release=self._release)
+        actor_class = cast(Any, CoordinatorActor)
+        options: dict[str, Any] = {
+            "name": NAME,
+            "namespace": self._config.ray.namespace,
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "resources": {"node:__internal_head__": 0.001},
+            "max_concurrency": 100,
+        }
+        return cast(
+            ActorHandle[Any],
+            actor_class.options(**options).remote(functools.partial(assemble, self._config)),
+        )
+
+    def _tend_api(self) -> None:
+        running = serve.status().applications.get(APPLICATION)
+        healthy = running is not None and running.status in ("RUNNING", "DEPLOYING")
+        if healthy and self._served == self._release:
+            return
+        where = self._config.serve
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port}
+        )
+        serve.run(self._build_api(self._config.ray.namespace), name=APPLICATION, route_prefix="/")
+        self._served = self._release
+        self._log.info("api_deployed", url=f"http://{where.host}:{where.port}")

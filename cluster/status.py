@@ -1,0 +1,145 @@
+"""What the operator shows of itself at one moment: plain values, ready for JSON.
+
+The coordinator makes a `Status`; `/v1/status`, the command line and the live views read it. Amounts
+in wei are decimal strings, because they don't fit what JSON readers make of a number. Nothing here
+is secret: no parameters, no prompts, no keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.core.types import GpuState
+
+WeiText = Annotated[str, Field(pattern=r"^\d+$")]
+"""An amount in wei, in decimal digits."""
+
+SERVING = frozenset({GpuState.READY, GpuState.BUSY})
+"""A card in one of these states earns, or could."""
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class IdentityView(View):
+    treasury: str
+    """The address of account 0; empty while no key is unlocked."""
+
+
+class ChainView(View):
+    reached: bool
+    chain_id: int
+    block: int | None = None
+    block_timestamp: float | None = None
+    error: str | None = None
+
+
+class RelayView(View):
+    reached: bool
+    error: str | None = None
+
+
+class GpuClassView(View):
+    name: str
+    vram: int
+    """Whole GB."""
+
+
+class AccountStatus(View):
+    index: int
+    address: str
+    status: str
+    """`NodeStatus` in lower case, e.g. `available`."""
+    gpu_class: GpuClassView | None = None
+    stake: WeiText = "0"
+    balance: WeiText = "0"
+    qos: int = 0
+    current_task: str | None = None
+
+
+class GpuStatus(View):
+    gpu_id: str
+    ray_node: str
+    name: str
+    vram: int
+    simulated: bool
+    state: GpuState
+    warm: tuple[str, ...] = ()
+    task: str | None = None
+    attempt: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    tasks_done: int = 0
+
+
+class TaskView(View):
+    commitment: str
+    account: str
+    type: str
+    """`TaskType`'s name: SD, LLM or SD_FT."""
+    status: str | None = None
+    """The network's label, e.g. `ScoreReady`; None when it knows no such task."""
+    stage: str
+    progress: str
+    action: str
+    """What the lifecycle said last, in one line."""
+    gpu_id: str | None = None
+    """The card of the open attempt, or of the one that gave the result."""
+    attempts: int = 0
+    seen_at: float
+    score_at: float | None = None
+    """When the score was claimed."""
+    deadline: float | None = None
+    outcome: str | None = None
+    payment: WeiText = "0"
+    fee: WeiText = "0"
+    fault: str | None = None
+    closed_at: float | None = None
+
+
+class Totals(View):
+    paid_wei: WeiText = "0"
+    tasks: Mapping[str, int] = Field(default_factory=dict)
+    """Closed tasks by outcome."""
+    slashed: int = 0
+
+
+class Status(View):
+    version: str
+    config_digest: str
+    now: float
+    acting: bool
+    """This coordinator holds the lease."""
+    epoch: int | None
+    identity: IdentityView
+    chain: ChainView
+    relay: RelayView
+    accounts: tuple[AccountStatus, ...] = ()
+    gpus: tuple[GpuStatus, ...] = ()
+    tasks: tuple[TaskView, ...] = ()
+    totals: Totals = Totals()
+    problems: tuple[str, ...] = ()
+
+
+def readiness(status: Status) -> tuple[bool, tuple[str, ...]]:
+    """Whether tasks can be taken now and, if not, what is missing, in words."""
+    missing: list[str] = []
+    if not status.chain.reached:
+        missing.append(f"the chain is not reached: {status.chain.error or 'no answer yet'}")
+    if not status.acting:
+        missing.append("the coordinator is not acting: it doesn't hold the lease")
+    if not any(gpu.state in SERVING for gpu in status.gpus):
+        missing.append(_no_gpu(status.gpus))
+    return not missing, tuple(missing)
+
+
+def _no_gpu(gpus: tuple[GpuStatus, ...]) -> str:
+    if not gpus:
+        return "no GPU is known in the cluster"
+    counts = {state: sum(gpu.state is state for gpu in gpus) for state in GpuState}
+    states = ", ".join(f"{count} {state.value}" for state, count in counts.items() if count)
+    return f"no GPU is ready: {states}"

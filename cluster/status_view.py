@@ -1,0 +1,121 @@
+"""A `Status` as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from decimal import Decimal
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cluster.status import AccountStatus, GpuStatus, Status, TaskView, readiness
+
+TASKS_SHOWN = 20
+_WEI_PER_CNX = 10**18
+
+
+def render(status: Status) -> RenderableType:
+    """Readiness, accounts, GPUs, the newest tasks and the totals."""
+    return Group(
+        _headline(status),
+        _accounts(status.accounts),
+        _gpus(status.gpus),
+        _tasks(status.tasks, status.now),
+        _totals(status),
+        *(Text(f"problem: {problem}", style="yellow") for problem in status.problems),
+    )
+
+
+def cnx(wei: str) -> str:
+    """Wei as CNX with at most four decimals."""
+    amount = Decimal(wei) / _WEI_PER_CNX
+    return f"{amount:,.4f}".rstrip("0").rstrip(".")
+
+
+def _headline(status: Status) -> Text:
+    ready, missing = readiness(status)
+    block = "?" if status.chain.block is None else status.chain.block
+    line = Text(f"crynux-cluster {status.version}  ")
+    line.append("ready" if ready else "not ready", style="bold green" if ready else "bold red")
+    line.append(f"  chain {status.chain.chain_id} at block {block}")
+    if status.identity.treasury:
+        line.append(f"  treasury {status.identity.treasury}")
+    for what in missing:
+        line.append(f"\n  {what}", style="red")
+    if not status.relay.reached:
+        line.append(f"\n  the relay is not reached: {status.relay.error or '?'}", style="red")
+    return line
+
+
+def _accounts(accounts: Iterable[AccountStatus]) -> Table:
+    table = _table("Accounts", "#", "address", "status", "GPU class", "stake CNX", "QoS", "task")
+    for account in accounts:
+        kind = account.gpu_class
+        table.add_row(
+            str(account.index),
+            account.address,
+            account.status,
+            "-" if kind is None else escape(f"{kind.name} {kind.vram} GB"),
+            cnx(account.stake),
+            str(account.qos),
+            short(account.current_task),
+        )
+    return table
+
+
+def _gpus(gpus: Iterable[GpuStatus]) -> Table:
+    table = _table("GPUs", "id", "card", "state", "task", "step", "done", "warm")
+    for gpu in gpus:
+        step = "-" if gpu.step is None else f"{gpu.step}/{gpu.steps or '?'}"
+        card = f"{gpu.name} {gpu.vram} GB" + (" (simulated)" if gpu.simulated else "")
+        table.add_row(
+            escape(gpu.gpu_id),
+            escape(card),
+            gpu.state.value,
+            short(gpu.task),
+            step,
+            str(gpu.tasks_done),
+            escape(", ".join(gpu.warm)) or "-",
+        )
+    return table
+
+
+def _tasks(tasks: Iterable[TaskView], now: float) -> Table:
+    newest = sorted(tasks, key=lambda task: task.seen_at, reverse=True)
+    title = "Tasks" if len(newest) <= TASKS_SHOWN else f"Tasks (newest {TASKS_SHOWN})"
+    table = _table(title, "task", "type", "network", "we", "doing", "GPU", "age s", "fee CNX")
+    for task in newest[:TASKS_SHOWN]:
+        age = (task.closed_at or now) - task.seen_at
+        table.add_row(
+            short(task.commitment),
+            task.type,
+            task.outcome or task.status or "-",
+            task.progress,
+            escape(task.fault or task.action),
+            escape(task.gpu_id or "-"),
+            f"{max(age, 0.0):.1f}",
+            cnx(task.fee),
+        )
+    return table
+
+
+def _totals(status: Status) -> Text:
+    ended = ", ".join(f"{count} {name}" for name, count in status.totals.tasks.items() if count)
+    slashed = status.totals.slashed
+    line = Text(f"paid {cnx(status.totals.paid_wei)} CNX  tasks: {ended or 'none yet'}  ")
+    line.append(f"slashed {slashed}", style="bold red" if slashed else "")
+    return line
+
+
+def short(commitment: str | None) -> str:
+    return "-" if commitment is None else f"{commitment[:10]}…"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table

@@ -1,0 +1,454 @@
+"""The devnet's application: creates tasks, uploads parameters, validates, aborts, fetches results.
+
+It drives many tasks at once, each by polling the chain: what is done next depends only on the
+task's present state there.
+
+    create ─ Started: upload ─ ScoreReady, ErrorReported: validate ─ EndSuccess: fetch, check
+       └── any state past the timeout that nothing else ends: abort
+
+A task whose sampling number asks for it gets two more beside it with the same parameters, each
+encrypted for its own node, and the three are validated together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from eth_account.signers.local import LocalAccount
+from eth_utils.crypto import keccak
+from web3 import AsyncWeb3
+from web3.exceptions import ContractLogicError, Web3Exception
+from web3.providers.async_base import AsyncJSONBaseProvider
+from web3.types import RPCEndpoint, RPCResponse
+
+from cluster.core.errors import ChainError, RelayError
+from cluster.core.types import (
+    ENDED,
+    AbortReason,
+    Commitment,
+    TaskError,
+    TaskStatus,
+    TaskType,
+)
+from cluster.inference.scoring import score_images, score_llm
+from cluster.relay.envelope import seal
+from cluster.relay.signing import sign
+from devnet.compile import load
+from devnet.deploy import Deployment, sampling_proof
+from devnet.tasks import ChainTask, TaskSpec, fees, from_chain
+
+POLL_SECONDS = 0.5
+VALIDATION_GRACE_SECONDS = 60
+"""How long past the timeout validating is still tried before the task is aborted."""
+RECEIPT_SECONDS = 60.0
+ABORT_GAS = 3_000_000
+EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
+_ANSWERED = frozenset({TaskStatus.SCORE_READY, TaskStatus.ERROR_REPORTED})
+_PAID = frozenset({TaskStatus.END_SUCCESS, TaskStatus.END_GROUP_SUCCESS})
+_TRANSIENT = (Web3Exception, httpx.HTTPError, OSError, ChainError, RelayError)
+_EXTENSIONS = {TaskType.SD: ".png", TaskType.LLM: ".json", TaskType.SD_FT: ".png"}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChange:
+    """A task was seen in a state that it wasn't in before."""
+
+    name: str
+    commitment: Commitment
+    status: TaskStatus
+    node: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """How a task ended. `fee` in wei; `seconds_to_score` is from start to score, by the chain.
+
+    `files` are where the results were saved; `problem` says what went wrong on our side of it.
+    """
+
+    commitment: Commitment
+    name: str
+    type: TaskType
+    expected_end: frozenset[str]
+    actual_end: str
+    node: str
+    fee: int
+    seconds_to_score: int | None
+    files: tuple[str, ...]
+    problem: str = ""
+    reported: bool = False
+    expected_report: bool = False
+
+    @property
+    def as_expected(self) -> bool:
+        """Also that the node reported an error if, and only if, it should have."""
+        right = self.actual_end in self.expected_end and self.reported is self.expected_report
+        return right and not self.problem
+
+
+@dataclass(slots=True)
+class _Group:
+    """What the three members of a group share. `failed`: it can't be validated, so abort."""
+
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class _Member:
+    """One task being driven."""
+
+    name: str
+    spec: TaskSpec
+    commitment: Commitment
+    group: _Group | None = None
+    uploaded: bool = False
+    status: TaskStatus | None = None
+    problem: str = ""
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> bytes:
+        return bytes.fromhex(self.commitment[2:])
+
+
+class _HttpProvider(AsyncJSONBaseProvider):
+    """Over httpx. web3's own takes a thread lock for each call, which a cancelled call keeps for
+    good: whoever comes next waits for ever, the interpreter's exit included."""
+
+    def __init__(self, url: str, http: httpx.AsyncClient) -> None:
+        super().__init__()
+        self._url = url
+        self._http = http
+
+    async def make_request(self, method: RPCEndpoint, params: Any) -> RPCResponse:
+        body = self.encode_rpc_request(method, params)
+        headers = {"content-type": "application/json"}
+        answer = await self._http.post(self._url, content=body, headers=headers)
+        return self.decode_rpc_response(answer.raise_for_status().content)
+
+
+class Application:
+    """One application account on a devnet.
+
+    `owner` may be given to have the contract sample exactly the tasks whose spec says `group`;
+    without it the deployed modulus decides. `out` is where result files go, under the task's name.
+    `clock` is unix time, the chain's own as far as the machine has it.
+    """
+
+    def __init__(
+        self,
+        rpc_url: str,
+        deployment: Deployment,
+        relay_url: str,
+        account: LocalAccount,
+        *,
+        owner: LocalAccount | None = None,
+        out: Path | None = None,
+        clock: Callable[[], float] = time.time,
+        random: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._rpc_url = rpc_url
+        self._deployment = deployment
+        self._relay = relay_url.rstrip("/")
+        self._account = account
+        self._owner = owner
+        self._out = out
+        self._clock = clock
+        self._random = random
+        self._sending = asyncio.Lock()
+
+    async def run(
+        self,
+        specs: Sequence[TaskSpec],
+        on_change: Callable[[TaskChange], None] = lambda _change: None,
+    ) -> list[TaskReport]:
+        """Create all tasks and drive them to their ends; one report per task, three for a group."""
+        async with httpx.AsyncClient(timeout=60) as http:
+            self._web3 = AsyncWeb3(_HttpProvider(self._rpc_url, http))
+            self._http = http
+            self._task = self._contract(self._deployment.task, "VSSTask")
+            self._node = self._contract(self._deployment.node, "Node")
+            self._on_change = on_change
+            return await self._run(specs)
+
+    def _contract(self, address: str, name: str) -> Any:
+        return self._web3.eth.contract(
+            address=AsyncWeb3.to_checksum_address(address), abi=load(name).abi
+        )
+
+    async def _run(self, specs: Sequence[TaskSpec]) -> list[TaskReport]:
+        if self._owner is None:
+            waves: list[tuple[int | None, list[TaskSpec]]] = [(None, list(specs))]
+        else:
+            waves = [
+                (modulus, [spec for spec in specs if spec.group is group])
+                for modulus, group in ((0, False), (1, True))
+            ]
+        drives: dict[str, asyncio.Task[list[TaskReport]]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            for modulus, wave in waves:
+                if modulus is not None and wave and self._owner is not None:
+                    await self._send(
+                        self._task.functions.setSamplingModulus(modulus), sender=self._owner
+                    )
+                guids = [self._random(32) for _ in wave]
+                firsts = await asyncio.gather(
+                    *(
+                        self._create(spec, spec.name, guid)
+                        for spec, guid in zip(wave, guids, strict=True)
+                    )
+                )
+                for first, guid in zip(firsts, guids, strict=True):
+                    drives[first.name] = tasks.create_task(self._follow(first, guid))
+        return [report for spec in specs for report in drives[spec.name].result()]
+
+    async def _follow(self, first: _Member, guid: bytes) -> list[TaskReport]:
+        task = await self._read(first)
+        modulus = await self._patiently(self._task.functions.getSamplingModulus(first.key).call)
+        proof = sampling_proof(self._account, task.sampling_seed)
+        if modulus == 0 or proof.number % modulus != 0:
+            return [await self._drive(first)]
+        others = [
+            await self._create(first.spec, f"{first.name}.{turn}", guid) for turn in ("2", "3")
+        ]
+        members, group = [first, *others], _Group()
+        for member in members:
+            member.group = group
+        async with asyncio.TaskGroup() as tasks:
+            drives = [tasks.create_task(self._drive(member)) for member in members]
+            tasks.create_task(self._validate_group(group, members, guid))  # noqa: RUF006
+        return [drive.result() for drive in drives]
+
+    async def _create(self, spec: TaskSpec, name: str, guid: bytes) -> _Member:
+        nonce = self._random(32)
+        commitment = keccak(guid + nonce)
+        call = self._task.functions.createTask(
+            int(spec.type),
+            commitment,
+            nonce,
+            list(spec.model_ids),
+            spec.min_vram,
+            spec.required_gpu,
+            spec.required_gpu_vram,
+            list(spec.version),
+            spec.size,
+        )
+        await self._send(call, value=spec.fee)
+        return _Member(name, spec, Commitment("0x" + commitment.hex()))
+
+    async def _drive(self, member: _Member) -> TaskReport:
+        """Poll until the end. What fails for want of chain or relay is tried again next time."""
+        while True:
+            try:
+                task = await self._read(member)
+                if member.status is not task.status:
+                    self._note(member, task)
+                if task.status in ENDED:
+                    break
+                await self._act(member, task)
+                member.problem = ""
+            except _TRANSIENT as error:
+                member.problem = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(POLL_SECONDS)
+        member.problem = ""
+        if task.status in _PAID:
+            await self._collect(member, task)
+        return self._report(member, task)
+
+    async def _act(self, member: _Member, task: ChainTask) -> None:
+        overdue = await self._chain_time() - (task.started_at or task.created_at) - task.timeout
+        answered = task.status in _ANSWERED
+        if answered and member.group is not None and not member.group.failed:
+            return
+        if answered and member.group is None and overdue < VALIDATION_GRACE_SECONDS:
+            proof = sampling_proof(self._account, task.sampling_seed)
+            await self._send(
+                self._task.functions.validateSingleTask(member.key, proof.proof, proof.public_key)
+            )
+        elif overdue >= 0:
+            abort = self._task.functions.abortTask(member.key, int(AbortReason.TIMEOUT))
+            # No estimate: on a chain that mines on demand it is made for the last block's time.
+            await self._send(abort, gas=ABORT_GAS)
+        elif task.status is TaskStatus.STARTED and member.spec.upload and not member.uploaded:
+            await self._upload(member, task)
+
+    async def _validate_group(self, group: _Group, members: Sequence[_Member], guid: bytes) -> None:
+        """Once every member has answered or was aborted. `_drive` ends with what comes of it."""
+        judgeable = _ANSWERED | {TaskStatus.END_ABORTED}
+        while not all(member.status in judgeable for member in members):
+            group.changed.clear()
+            await group.changed.wait()
+        if all(member.status is TaskStatus.END_ABORTED for member in members):
+            return
+        first = await self._read(members[0])
+        proof = sampling_proof(self._account, first.sampling_seed)
+        call = self._task.functions.validateTaskGroup(
+            *(member.key for member in members), guid, proof.proof, proof.public_key
+        )
+        try:
+            await self._patiently(lambda: self._send(call))
+        except ContractLogicError as error:
+            members[0].problem = str(error)
+            group.failed = True
+
+    async def _patiently(self, call: Callable[[], Any]) -> Any:
+        """Again until chain and relay answer; a revert is final."""
+        while True:
+            try:
+                return await call()
+            except ContractLogicError:
+                raise
+            except _TRANSIENT:
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _read(self, member: _Member) -> ChainTask:
+        call = self._task.functions.getTask(member.key).call
+        task = from_chain(await self._patiently(call))
+        if task is None:
+            raise ChainError(f"{member.commitment} is not on the chain")
+        return task
+
+    async def _chain_time(self) -> float:
+        block = await self._web3.eth.get_block("latest")
+        return max(float(block["timestamp"]), self._clock())
+
+    def _note(self, member: _Member, task: ChainTask) -> None:
+        member.status = task.status
+        if member.group is not None:
+            member.group.changed.set()
+        node = "" if task.status is TaskStatus.QUEUED else task.selected_node
+        self._on_change(
+            TaskChange(member.name, member.commitment, task.status, node, self._clock())
+        )
+
+    def _report(self, member: _Member, task: ChainTask) -> TaskReport:
+        scored = task.score_ready_at > 0
+        return TaskReport(
+            commitment=member.commitment,
+            name=member.name,
+            type=member.spec.type,
+            expected_end=member.spec.expected_end,
+            actual_end=task.status.label,
+            node=task.selected_node,
+            fee=task.fee,
+            seconds_to_score=task.score_ready_at - task.started_at if scored else None,
+            files=tuple(member.files),
+            problem=member.problem,
+            reported=task.error is not TaskError.NONE,
+            expected_report=member.spec.expected_report,
+        )
+
+    async def _send(
+        self, call: Any, *, value: int = 0, sender: LocalAccount | None = None, gas: int = 0
+    ) -> None:
+        """Send and wait for success; raises `ContractLogicError` or `ChainError` on a revert."""
+        account = sender or self._account
+        eth = self._web3.eth
+        async with self._sending:
+            transaction = await call.build_transaction(
+                {
+                    "from": account.address,
+                    "value": value,
+                    "nonce": await eth.get_transaction_count(account.address, "pending"),
+                    "chainId": self._deployment.chain_id,
+                    **({"gas": gas} if gas else {}),
+                    **fees(await eth.get_block("latest")),
+                }
+            )
+            if not gas:
+                # What the call costs depends on what else comes into its block before it.
+                transaction["gas"] = 2 * transaction["gas"] + 100_000
+            signed = account.sign_transaction(transaction)
+            sent = await eth.send_raw_transaction(signed.raw_transaction)
+        receipt = await eth.wait_for_transaction_receipt(sent, RECEIPT_SECONDS)
+        if receipt["status"] != 1:
+            raise ChainError(f"{call.fn_name} was reverted")
+
+    async def _upload(self, member: _Member, task: ChainTask) -> None:
+        text = member.spec.text
+        if member.spec.encrypted:
+            info = await self._node.functions.getNodeInfo(task.selected_node).call()
+            text = seal(text, member.commitment, bytes(info[5]), self._random)
+        fields = {"task_id_commitment": member.commitment, "task_args": text}
+        files = {"checkpoint": EMPTY_ZIP} if task.task_type is TaskType.SD_FT else None
+        response = await self._http.post(
+            self._url(member),
+            data={"task_args": text, **await self._proof(fields)},
+            files=files,
+        )
+        if response.is_success or _refusal(response) == "Task already uploaded":
+            member.uploaded = True
+        else:
+            raise RelayError(f"upload: {_refusal(response)}")
+
+    async def _collect(self, member: _Member, task: ChainTask) -> None:
+        """Fetch every result file, check them against the score and save them."""
+        files: list[bytes] = []
+        while (data := await self._fetch(member, len(files))) is not None:
+            files.append(data)
+        if task.task_type is TaskType.LLM:
+            score = b"".join(score_llm(data) for data in files)
+        else:
+            try:
+                score = bytes(score_images(files))
+            except ValueError as error:
+                member.problem = str(error)
+                return
+        if score != task.score:
+            member.problem = "the files fetched don't have the score that is on the chain"
+        if self._out is None:
+            return
+        folder = self._out / member.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, data in enumerate(files):
+            path = folder / f"{index}{_EXTENSIONS[task.task_type]}"
+            path.write_bytes(data)
+            member.files.append(str(path))
+
+    async def _fetch(self, member: _Member, index: int) -> bytes | None:
+        """A result file; None past the last."""
+        fields = {"task_id_commitment": member.commitment, "index": str(index)}
+
+        async def get() -> httpx.Response:
+            response = await self._http.get(
+                f"{self._url(member)}/results/{index}", params=await self._proof(fields)
+            )
+            if not response.is_success and response.status_code != httpx.codes.BAD_REQUEST:
+                raise RelayError(f"result: HTTP {response.status_code}")
+            return response
+
+        response: httpx.Response = await self._patiently(get)
+        if response.is_success:
+            return response.content
+        if _refusal(response) != "File not found":
+            member.problem = f"result {index}: {_refusal(response)}"
+        return None
+
+    def _url(self, member: _Member) -> str:
+        return f"{self._relay}/v1/inference_tasks/{member.commitment}"
+
+    async def _proof(self, fields: Mapping[str, str]) -> dict[str, str]:
+        answer = await self._http.get(f"{self._relay}/v1/now")
+        at = int(answer.raise_for_status().json()["data"]["now"])
+        return {
+            "timestamp": str(at),
+            "signature": sign(fields, at, "0x" + bytes(self._account.key).hex()),
+        }
+
+
+def _refusal(response: httpx.Response) -> str:
+    """The relay's words; the status where it gave none."""
+    try:
+        message: str = response.json()["data"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}"
+    return message

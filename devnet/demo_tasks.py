@@ -1,0 +1,118 @@
+"""The demo's tasks: what goes well, and each way in which it should not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.core.types import TaskStatus, TaskType
+from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA
+from devnet.tasks import TaskSpec
+
+ABORTED = frozenset({TaskStatus.END_ABORTED.label})
+GROUP = frozenset({TaskStatus.END_GROUP_SUCCESS.label, TaskStatus.END_GROUP_REFUND.label})
+FEE = 10**16
+NAMED_GPU = "NVIDIA A100-SXM4-80GB+docker"
+NAMED_GPU_VRAM = 80
+COMMON_GPU = "NVIDIA GeForce RTX 4090+docker"
+COMMON_GPU_VRAM = 24
+
+_PROMPTS = (
+    "a red fox in the snow, detailed",
+    "a blue house by the river",
+    "a bright star over the mountain",
+    "a cat++ on the moon",
+    "an old tree in the light",
+    "a dark forest, high quality",
+    "the sea and the sky, style",
+    "a small bird, best",
+)
+
+
+def parameters(base: str, prompt: str, seed: int, side: int = 256, **more: Any) -> dict[str, Any]:
+    config: Mapping[str, Any] = {
+        "image_width": side,
+        "image_height": side,
+        "steps": 6,
+        "seed": seed,
+        "num_images": 1,
+        "cfg": 5,
+        "safety_checker": False,
+    }
+    return {
+        "version": "2.5.0",
+        "base_model": {"name": base},
+        "prompt": prompt,
+        "negative_prompt": "ugly, low",
+        "task_config": dict(config),
+        **more,
+    }
+
+
+def _task(name: str, base: str, args: dict[str, Any] | str, **more: Any) -> TaskSpec:
+    fields = {"model_ids": (f"base:{base}",), "min_vram": 8, "fee": FEE, **more}
+    return TaskSpec(name=name, type=TaskType.SD, parameters=args, **fields)
+
+
+def demo_tasks() -> tuple[TaskSpec, ...]:
+    """15, and the group's two followers, which come with its first."""
+    a, b = SD15
+    plain = [
+        _task(
+            f"sd15-{'ab'[index % 2]}-{index // 2 + 1}",
+            SD15[index % 2],
+            parameters(SD15[index % 2], prompt, seed=100 + index),
+            encrypted=index % 4 != 3,
+        )
+        for index, prompt in enumerate(_PROMPTS)
+    ]
+    large = [
+        _task(
+            f"sdxl-{index + 1}",
+            SDXL,
+            parameters(SDXL, prompt, seed=200 + index),
+            min_vram=16,
+            fee=3 * FEE,
+        )
+        for index, prompt in enumerate(_PROMPTS[:2])
+    ]
+    return (
+        _task(
+            "never-uploaded",
+            a,
+            parameters(a, "nobody sends this", 1),
+            upload=False,
+            # Its card's account is held until the timeout: not the only one of its kind, please.
+            required_gpu=COMMON_GPU,
+            required_gpu_vram=COMMON_GPU_VRAM,
+            expected_end=ABORTED,
+        ),
+        *plain,
+        *large,
+        _task(
+            "named-gpu-lora",
+            a,
+            parameters(a, _PROMPTS[3], 300, lora={"model": SD15_LORA, "weight": 80}),
+            model_ids=(f"base:{a}", f"lora:{SD15_LORA}"),
+            required_gpu=NAMED_GPU,
+            required_gpu_vram=NAMED_GPU_VRAM,
+            fee=2 * FEE,
+        ),
+        _task(
+            "bad-parameters",
+            b,
+            {**parameters(b, "", 1), "task_config": {"steps": 1000}},
+            encrypted=False,
+            expected_end=ABORTED,
+            expected_report=True,
+        ),
+        _task(
+            "wrong-lora",
+            a,
+            parameters(a, _PROMPTS[0], 1, lora={"model": SDXL_LORA}),
+            model_ids=(f"base:{a}", f"lora:{SDXL_LORA}"),
+            expected_end=ABORTED,
+            expected_report=True,
+        ),
+        _task("group", b, parameters(b, _PROMPTS[5], 400), group=True, expected_end=GROUP),
+    )

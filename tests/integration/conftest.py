@@ -1,0 +1,34 @@
+"""The operator that the tests of it share, and what is shown of it when one of them fails."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from tests.integration.operator_world import OperatorWorld, operator_world
+
+
+@pytest.fixture(scope="session")
+def running_operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorWorld]:
+    with operator_world(tmp_path_factory.mktemp("operator")) as world:
+        yield world
+
+
+@pytest.fixture
+def operator(running_operator: OperatorWorld) -> Iterator[OperatorWorld]:
+    running_operator.begin()
+    yield running_operator
+    running_operator.fuse.disarm()
+    assert running_operator.complaints() == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    world = getattr(item, "funcargs", {}).get("operator")
+    if report.failed and isinstance(world, OperatorWorld):
+        report.sections.append(("the operator", world.explain()))
+    return report

@@ -1,0 +1,448 @@
+"""A whole operator on a whole devnet, for tests: real chain, relay, Ray, Serve and pipelines.
+
+Starting it takes the better part of a minute (each GPU's process imports torch), so one serves all
+tests of a session; they replace and kill parts of it, and leave it able to take tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import httpx
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+from web3 import HTTPProvider, Web3
+
+import serve_app
+from actors.coordinator import NAME, CoordinatorActor
+from actors.inference import Report
+from actors.pool import simulated_resource
+from cluster import runtime
+from cluster.chain import outbox_rows
+from cluster.chain.contract import commitment_bytes
+from cluster.chain.outbox_rows import UNRESOLVED, OutboxRow, RowState
+from cluster.config import Config, load
+from cluster.core.record import (
+    AttemptStarted,
+    Claim,
+    Claimed,
+    Closed,
+    Event,
+    Outcome,
+    ResultStored,
+    ResultUploaded,
+)
+from cluster.core.types import Commitment, GigaBytes, GpuClass, GpuState, TaskType
+from cluster.identity import Identity
+from cluster.journal import SqlJournal
+from cluster.status import GpuStatus, Status
+from devnet.application import TaskChange, TaskReport
+from devnet.compile import load as contract
+from devnet.demo_tasks import FEE, parameters
+from devnet.deploy import DEPLOYER, dev_account, fund
+from devnet.models import SD15
+from devnet.network import FUNDS, Devnet, SimulatedCards
+from devnet.tasks import TaskSpec, fees
+from tests.integration.operator_crashes import Fuse, assemble
+
+MODELS = Path(".devnet/models")
+BLOCK_SECONDS = 0.5
+TASK_TIMEOUT = 180
+LEASE_SECONDS = 10.0
+PATIENCE = 150.0
+"""How long anything is waited for. Machines that run tests are slow and busy."""
+CARDS = (
+    SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),
+    SimulatedCards("NVIDIA A100-SXM4-80GB", GigaBytes(80), 1),
+)
+LATE_CARD = GpuClass("NVIDIA L4+docker", GigaBytes(8))
+"""A card that no node has at first, smaller than the others; an account is there for it."""
+ACCOUNTS = sum(cards.count for cards in CARDS) + 1
+BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
+"""What a coordinator's log never says while everything goes as it should."""
+
+Found = TypeVar("Found")
+
+
+def task(name: str, *, steps: int = 6, seed: int = 1, base: str = SD15[0], **more: Any) -> TaskSpec:
+    """A task for any card; `more` are fields of `TaskSpec`."""
+    args = parameters(base, "a red fox in the snow", seed)
+    args["task_config"]["steps"] = steps
+    fields: dict[str, Any] = {
+        "parameters": args,
+        "model_ids": (f"base:{base}",),
+        "min_vram": 8,
+        "fee": FEE,
+        **more,
+    }
+    return TaskSpec(name=name, type=TaskType.SD, **fields)
+
+
+async def answer_of(call: Any, seconds: float = 10.0) -> Any:
+    """What an actor answers; raises `RayError` when it is gone, or doesn't within the time."""
+    return await asyncio.to_thread(functools.partial(ray.get, call, timeout=seconds))
+
+
+@dataclass(slots=True)
+class Sent:
+    """Tasks on their way: `commitments` by name fill as the tasks start."""
+
+    run: asyncio.Task[list[TaskReport]]
+    commitments: dict[str, Commitment]
+
+    async def ended(self) -> list[TaskReport]:
+        async with asyncio.timeout(PATIENCE + TASK_TIMEOUT):
+            return await self.run
+
+
+@dataclass
+class OperatorWorld:
+    devnet: Devnet
+    config: Config
+    journal: SqlJournal
+    heard: list[str] = field(default_factory=list)
+    """What /readyz said was missing, from before there was a coordinator until it was ready."""
+    sent: list[Commitment] = field(default_factory=list)
+    """The tasks of the present test."""
+    _log_start: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.devnet.directory
+
+    @property
+    def fuse(self) -> Fuse:
+        return Fuse(self.folder)
+
+    # --- the operator's parts --------------------------------------------------------------------
+
+    def start_coordinator(self, name: str = NAME) -> ActorHandle[Any]:
+        """As `cluster.runtime.Supervisor` does it, but for the crash points."""
+        options: dict[str, Any] = {
+            "name": name,
+            "namespace": self.config.ray.namespace,
+            "lifetime": "detached",
+            "resources": {"node:__internal_head__": 0.001},
+            "max_concurrency": 100,
+        }
+        actor_class = cast(Any, CoordinatorActor)
+        return cast(
+            ActorHandle[Any],
+            actor_class.options(**options).remote(
+                functools.partial(assemble, self.config, self.folder)
+            ),
+        )
+
+    def coordinator(self, name: str = NAME) -> ActorHandle[Any]:
+        return ray.get_actor(name, self.config.ray.namespace)
+
+    async def status(self, name: str = NAME) -> Status | None:
+        """None while the coordinator doesn't answer."""
+        try:
+            handle = self.coordinator(name)
+            answer = await answer_of(handle.status.remote())
+        except (RayError, GetTimeoutError, ValueError):
+            return None
+        return Status.model_validate(answer)
+
+    def gpu_actor(self, gpu_id: str) -> ActorHandle[Any]:
+        return ray.get_actor(f"gpu:{gpu_id}", self.config.ray.namespace)
+
+    async def gpu_report(self, gpu_id: str) -> Report:
+        return cast(Report, await answer_of(self.gpu_actor(gpu_id).report.remote()))
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    async def until_true(self, holds: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s still not so: {what}"
+            await asyncio.sleep(0.2)
+
+    async def until(
+        self,
+        look: Callable[[], Awaitable[Found | None]],
+        what: str,
+        seconds: float = PATIENCE,
+    ) -> Found:
+        """Look until there is something (neither None nor False); fails with `what` was wanted."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = await look()
+            if found is not None and found is not False:
+                return found
+            assert time.monotonic() < deadline, f"after {seconds:.0f} s still not so: {what}"
+            await asyncio.sleep(0.2)
+
+    async def until_status(
+        self, find: Callable[[Status], Found | None], what: str, name: str = NAME
+    ) -> Found:
+        async def look() -> Found | None:
+            status = await self.status(name)
+            return None if status is None else find(status)
+
+        return await self.until(look, what)
+
+    async def until_serving(self) -> None:
+        """Every card is ready and every card's account takes tasks."""
+
+        def serving(status: Status) -> bool:
+            free = [gpu for gpu in status.gpus if gpu.state is GpuState.READY]
+            joined = [each for each in status.accounts if each.status == "available"]
+            cards = sum(cards.count for cards in CARDS)
+            return status.acting and len(free) >= cards and len(joined) >= cards
+
+        await self.until_status(serving, "all cards are ready and their accounts joined")
+
+    async def computing(self, commitment: Callable[[], Commitment | None]) -> GpuStatus:
+        """Wait until a card is in the middle of the task."""
+
+        def find(status: Status) -> GpuStatus | None:
+            wanted = commitment()
+            for gpu in status.gpus:
+                if wanted is not None and gpu.task == wanted and (gpu.step or 0) > 0:
+                    return gpu
+            return None
+
+        return await self.until_status(find, "a GPU is in the middle of the task")
+
+    # --- tasks -----------------------------------------------------------------------------------
+
+    def send(self, *specs: TaskSpec) -> Sent:
+        commitments: dict[str, Commitment] = {}
+
+        def on_change(change: TaskChange) -> None:
+            if change.name not in commitments:
+                commitments[change.name] = change.commitment
+                self.sent.append(change.commitment)
+
+        application = self.devnet.application(self.folder / "images")
+        return Sent(asyncio.create_task(application.run(specs, on_change)), commitments)
+
+    async def closed(self, commitment: Commitment) -> tuple[Event, ...]:
+        """The task's events once the operator has closed it too."""
+
+        def ended() -> bool:
+            events = self.events(commitment)
+            return bool(events) and isinstance(events[-1], Closed)
+
+        await self.until_true(ended, f"the operator has closed {commitment}")
+        return self.events(commitment)
+
+    def events(self, commitment: Commitment) -> tuple[Event, ...]:
+        return tuple(event for event, _ in self.journal.story(commitment))
+
+    async def assert_paid_once(self, report: TaskReport) -> tuple[Event, ...]:
+        """Paid, with one score: one computed, one claimed, one transaction stored and mined."""
+        assert report.as_expected, f"{report.actual_end} {report.problem}"
+        events = await self.closed(report.commitment)
+        kinds = [type(event) for event in events]
+        assert kinds.count(ResultStored) == 1
+        assert events.count(Claimed(Claim.SCORE)) == 1
+        assert [e for e in events if isinstance(e, Claimed)] == [Claimed(Claim.SCORE)]
+        # None when we were killed at that moment, and the network had ended the task since.
+        assert kinds.count(ResultUploaded) <= 1
+        assert isinstance(events[-1], Closed)
+        assert events[-1] == Closed(Outcome.SUCCESS, events[-1].payment)
+        assert events[-1].payment > 0
+        await self.until_true(
+            lambda: all(row.state not in UNRESOLVED for row in self.outbox(report.commitment)),
+            "the outbox has seen the receipt",
+        )
+        (row,) = self.outbox(report.commitment)
+        assert (row.intent.claim, row.state) == (Claim.SCORE, RowState.MINED)
+        assert row.signed is not None
+        mined = self.score_transactions(report.commitment)
+        assert mined == [(row.signed.tx_hash, 1)], "one transaction carried the score"
+        return events
+
+    def outbox(self, commitment: Commitment) -> tuple[OutboxRow, ...]:
+        with self.journal.read() as connection:
+            return outbox_rows.of_task(connection, commitment)
+
+    def gpus_of(self, events: Sequence[Event]) -> list[str]:
+        return [event.gpu_id for event in events if isinstance(event, AttemptStarted)]
+
+    # --- the chain -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def web3(self) -> Web3:
+        return Web3(HTTPProvider(self.devnet.deployment.rpc_url))
+
+    def score_transactions(self, commitment: Commitment) -> list[tuple[str, int]]:
+        """Hash and status of every `submitTaskScore` for the task, in whichever block it is."""
+        eth = self.web3.eth
+        place = Web3.to_checksum_address(self.devnet.deployment.task)
+        tasks = eth.contract(place, abi=contract("VSSTask").abi)
+        found = []
+        for number in range(eth.block_number + 1):
+            for each in eth.get_block(number, full_transactions=True)["transactions"]:
+                transaction = cast(Any, each)
+                if transaction["to"] != place:
+                    continue
+                function, arguments = tasks.decode_function_input(transaction["input"])
+                named = arguments.get("taskIDCommitment") == commitment_bytes(commitment)
+                if function.fn_name == "submitTaskScore" and named:
+                    status = eth.get_transaction_receipt(transaction["hash"])["status"]
+                    found.append((transaction["hash"].to_0x_hex(), status))
+        return found
+
+    @contextlib.contextmanager
+    def task_timeout(self, seconds: int) -> Iterator[None]:
+        """Tasks created meanwhile have this timeout."""
+        self._set_timeout(seconds)
+        try:
+            yield
+        finally:
+            self._set_timeout(TASK_TIMEOUT)
+
+    def _set_timeout(self, seconds: int) -> None:
+        eth, owner = self.web3.eth, dev_account(DEPLOYER)
+        place = Web3.to_checksum_address(self.devnet.deployment.task)
+        call = eth.contract(place, abi=contract("VSSTask").abi).functions.setTimeout(seconds)
+        latest = cast(dict[str, Any], eth.get_block("latest"))
+        fields: dict[str, Any] = {
+            "from": owner.address,
+            "nonce": eth.get_transaction_count(owner.address, "pending"),
+            "gas": 200_000,
+            **fees(latest),
+        }
+        transaction = cast(Any, call.build_transaction(cast(Any, fields)))
+        signed = owner.sign_transaction(transaction)
+        sent = eth.send_raw_transaction(signed.raw_transaction)
+        assert eth.wait_for_transaction_receipt(sent)["status"] == 1
+
+    # --- what there is to say --------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A test begins here."""
+        self.sent.clear()
+        self.fuse.disarm()
+        self._log_start = len(self.log())
+
+    def log(self) -> str:
+        try:
+            return (self.folder / "coordinator.log").read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def complaints(self) -> list[str]:
+        """The lines of the coordinators' log, since the test began, that mustn't be there."""
+        lines = self.log()[self._log_start :].splitlines()
+        return [line for line in lines if any(word in line for word in BROKEN)]
+
+    def explain(self) -> str:
+        """The stories of the test's tasks and the end of the coordinators' log."""
+        lines: list[str] = []
+        for commitment in self.sent:
+            lines.append(f"story of {commitment}")
+            for event, at in self.journal.story(commitment):
+                lines.append(f"  {at:.2f} {str(event)[:300]}")
+            for row in self.outbox(commitment):
+                lines.append(f"  outbox: {row.intent.key} {row.state.value} {row.reason}")
+        lines.append("coordinator.log, its end")
+        lines += [f"  {line}" for line in self.log()[self._log_start :].splitlines()[-80:]]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def operator_world(folder: Path) -> Iterator[OperatorWorld]:
+    """Start everything; what /readyz says on the way is kept in `heard`."""
+    settings = {
+        "identity": {"accounts": ACCOUNTS},
+        "lease": {"ttl_seconds": LEASE_SECONDS},
+        "policy": {"retry_backoff": 0.2},
+    }
+    with Devnet(
+        folder,
+        block_time=BLOCK_SECONDS,
+        task_timeout=TASK_TIMEOUT,
+        models=MODELS,
+        cards=CARDS,
+        settings=settings,
+    ) as devnet:
+        config = load(devnet.config_file)
+        assert config.identity.seed_file is not None
+        late = Identity.load(config.identity.seed_file).address(ACCOUNTS)
+        fund(devnet.deployment.rpc_url, late, FUNDS)
+        world = OperatorWorld(devnet, config, SqlJournal(config.journal.url))
+        runtime.connect(config)
+        try:
+            _serve(config)
+            world.heard += _missing(devnet)
+            world.start_coordinator()
+            asyncio.run(_become_ready(world))
+            yield world
+        finally:
+            _stop(world)
+
+
+def _serve(config: Config) -> None:
+    where = config.serve
+    serve.start(proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port})
+    application = serve_app.build(config.ray.namespace)
+    serve.run(application, name=runtime.APPLICATION, route_prefix="/")
+
+
+def _missing(devnet: Devnet) -> list[str]:
+    """What /readyz finds missing, in words; nothing when it is ready."""
+    answer = httpx.get(f"{devnet.operator_url}/readyz", timeout=10)
+    body = answer.json()
+    assert answer.status_code == (200 if body["ready"] else 503)
+    return list(body["missing"])
+
+
+async def _become_ready(world: OperatorWorld) -> None:
+    async def look() -> bool:
+        missing = await asyncio.to_thread(_missing, world.devnet)
+        world.heard += [word for word in missing if word not in world.heard]
+        return not missing
+
+    await world.until(look, "/readyz says yes")
+    await world.until_serving()
+
+
+def _stop(world: OperatorWorld) -> None:
+    try:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(ValueError, RayError, GetTimeoutError):
+            ray.get(world.coordinator().stop.remote(), timeout=10)
+    finally:
+        ray.shutdown()
+        world.journal.close()
+
+
+@contextlib.contextmanager
+def late_node() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A Ray node with one `LATE_CARD` that joins our cluster: its id, and what makes it vanish."""
+    from ray._private import worker
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(shutdown_at_exit=False)
+    head = worker._global_node
+    assert head is not None
+    cluster.head_node, cluster.redis_address = head, head.redis_address
+    node = cluster.add_node(
+        wait=False,
+        num_cpus=1,
+        node_ip_address="127.0.0.1",
+        resources={simulated_resource(LATE_CARD): 1},
+    )
+
+    def vanish() -> None:
+        cluster.remove_node(node, allow_graceful=False)
+
+    try:
+        yield node.node_id, vanish
+    finally:
+        if node in cluster.worker_nodes:
+            vanish()

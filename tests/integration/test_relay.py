@@ -1,0 +1,430 @@
+"""The devnet's relay and application against a real chain, with node accounts driven by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from PIL import Image
+from web3 import Web3
+
+from cluster.chain.abi import NODE_ABI, TASK_ABI
+from cluster.core.errors import ConfigError, ParametersNotReady, RelayError, ResultRefused
+from cluster.core.types import Address, Commitment, TaskStatus, TaskType, Wei
+from cluster.inference.scoring import score_images, score_llm
+from cluster.relay.client import RelayClient
+from cluster.relay.envelope import open_envelope
+from cluster.relay.signing import sign, sign_digest
+from devnet.anvil import Anvil
+from devnet.application import Application, TaskChange, TaskReport
+from devnet.deploy import Deployment, connect, deploy, dev_account, fund, public_key
+from devnet.relay import RelayServer
+from devnet.tasks import ChainTask, TaskSpec, fees, from_chain, parse_tasks
+
+pytestmark = pytest.mark.timeout(60)
+STAKE = 400 * 10**18
+UNKNOWN = Commitment("0x" + "77" * 32)
+
+
+def hex_key(account: LocalAccount) -> str:
+    return "0x" + bytes(account.key).hex()
+
+
+def png(shade: int) -> bytes:
+    image = Image.radial_gradient("L").rotate(shade).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+async def ticks() -> AsyncIterator[None]:
+    while True:
+        yield
+        await asyncio.sleep(0.05)
+
+
+def contents(report: TaskReport) -> list[bytes]:
+    return [Path(name).read_bytes() for name in report.files]
+
+
+class OneKey:
+    def __init__(self, account: LocalAccount) -> None:
+        self._key = bytes(account.key)
+
+    def sign(self, account: Address, digest: bytes) -> bytes:
+        return sign_digest(digest, self._key)
+
+    def open(self, account: Address, task: Commitment, envelope: str) -> str:
+        return open_envelope(envelope, task, self._key)
+
+
+class Node:
+    """A node account driven by hand; blocking on chain, async towards the relay."""
+
+    def __init__(self, web3: Web3, deployment: Deployment, relay_url: str, seed: int) -> None:
+        self.web3 = web3
+        self.account: LocalAccount = Account.from_key(seed.to_bytes(32, "big"))
+        self.address = Address(self.account.address)
+        self.http = httpx.AsyncClient()
+        self.client = RelayClient(relay_url, self.http, OneKey(self.account), time.time)
+        self.tasks: Any = web3.eth.contract(address=deployment.task, abi=TASK_ABI)  # type: ignore[call-overload]
+        self.nodes: Any = web3.eth.contract(address=deployment.node, abi=NODE_ABI)  # type: ignore[call-overload]
+        fund(deployment.rpc_url, self.address, Wei(STAKE + 10**19))
+
+    def send(self, call: Any, value: int = 0) -> None:
+        eth = self.web3.eth
+        fields = {
+            "from": self.account.address,
+            "value": value,
+            "nonce": eth.get_transaction_count(self.account.address),
+            **fees(eth.get_block("latest")),
+        }
+        signed = self.account.sign_transaction(call.build_transaction(fields))
+        receipt = eth.wait_for_transaction_receipt(eth.send_raw_transaction(signed.raw_transaction))
+        assert receipt["status"] == 1
+
+    def join(self) -> None:
+        key = public_key(self.account)
+        self.send(self.nodes.functions.join("Sim A+docker", 8, [2, 5, 0], key, []), STAKE)
+
+    def task(self, commitment: Commitment) -> ChainTask:
+        task = from_chain(self.tasks.functions.getTask(bytes.fromhex(commitment[2:])).call())
+        assert task is not None
+        return task
+
+    async def current(self) -> Commitment:
+        held = b""
+        async for _ in ticks():
+            held = self.tasks.functions.getNodeTask(self.address).call()
+            if any(held):
+                break
+        return Commitment("0x" + held.hex())
+
+    async def status(self, commitment: Commitment, wanted: set[TaskStatus]) -> None:
+        async for _ in ticks():
+            if self.task(commitment).status in wanted:
+                break
+
+    async def parameters(self, commitment: Commitment) -> str:
+        while True:
+            try:
+                return await self.client.fetch_parameters(self.address, commitment)
+            except ParametersNotReady:
+                await asyncio.sleep(0.05)
+
+    async def answer(self, commitment: Commitment, score: bytes) -> None:
+        await self.status(commitment, {TaskStatus.PARAMETERS_UPLOADED})
+        key = bytes.fromhex(commitment[2:])
+        self.send(self.tasks.functions.submitTaskScore(key, score))
+
+
+class Devnet:
+    """Chain, contracts and relay, and nodes and applications on them."""
+
+    def __init__(self, rpc_url: str, folder: Path, timeout: int = 120) -> None:
+        self.deployment = deploy(rpc_url, timeout_seconds=timeout)
+        self.folder = folder
+        self.web3 = connect(rpc_url)
+        self.servers: list[RelayServer] = []
+        self.nodes: list[Node] = []
+        self.relay = self.serve()
+
+    def serve(self, **options: Any) -> RelayServer:
+        rpc, task = self.deployment.rpc_url, self.deployment.task
+        server = RelayServer(rpc, task, self.folder / "relay", hex_key(dev_account(1)), **options)
+        server.__enter__()
+        self.servers.append(server)
+        return server
+
+    def stop_relay(self) -> None:
+        self.servers.pop().__exit__(None, None, None)
+
+    def node(self, seed: int) -> Node:
+        node = Node(self.web3, self.deployment, self.relay.url, seed)
+        node.join()
+        self.nodes.append(node)
+        return node
+
+    def application(self) -> Application:
+        return Application(
+            self.deployment.rpc_url,
+            self.deployment,
+            self.relay.url,
+            dev_account(2),
+            owner=dev_account(0),
+            out=self.folder / "out",
+        )
+
+
+@pytest.fixture(scope="module")
+def rpc_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with Anvil(log_path=tmp_path_factory.mktemp("anvil") / "anvil.log") as chain:
+        yield chain.rpc_url
+
+
+@pytest.fixture
+async def devnet(rpc_url: str, tmp_path: Path) -> AsyncIterator[Devnet]:
+    devnet = Devnet(rpc_url, tmp_path)
+    yield devnet
+    for node in devnet.nodes:
+        await node.http.aclose()
+    for server in devnet.servers:
+        server.__exit__(None, None, None)
+
+
+def spec(**fields: Any) -> TaskSpec:
+    defaults: dict[str, Any] = {
+        "name": "cats",
+        "type": TaskType.SD,
+        "parameters": {"prompt": "<two> cats & a dög"},
+        "model_ids": ("base:x/y",),
+    }
+    return TaskSpec(**(defaults | fields))
+
+
+async def started(
+    devnet: Devnet, *specs: TaskSpec, changes: list[TaskChange] | None = None
+) -> asyncio.Task[list[TaskReport]]:
+    seen: Callable[[TaskChange], None] = (changes if changes is not None else []).append
+    run = asyncio.create_task(devnet.application().run(specs, seen))
+    await asyncio.sleep(0)
+    return run
+
+
+async def test_the_full_path_encrypted(devnet: Devnet) -> None:
+    node, changes = devnet.node(11), list[TaskChange]()
+    run = await started(devnet, spec(), changes=changes)
+    task = await node.current()
+    assert await node.parameters(task) == spec().text
+    files = [("0.png", png(0)), ("1.png", png(30))]
+    await node.answer(task, score_images([data for _, data in files]))
+    await node.status(task, {TaskStatus.VALIDATED})
+    with pytest.raises(ResultRefused):
+        await node.client.upload_result(node.address, task, files[::-1])
+    with pytest.raises(ResultRefused):
+        await node.client.upload_result(node.address, task, [("0.png", b"no png")])
+    with pytest.raises(RelayError):
+        await node.client.upload_result(node.address, task, [])
+    await node.client.upload_result(node.address, task, files)
+    await node.client.upload_result(node.address, task, files)
+    with pytest.raises(ParametersNotReady):
+        await node.client.fetch_parameters(node.address, task)
+    [report] = await run
+    await node.client.upload_result(node.address, task, files)
+    assert report.as_expected
+    assert (report.actual_end, report.commitment, report.node) == (
+        "EndSuccess",
+        task,
+        node.address,
+    )
+    assert contents(report) == [data for _, data in files]
+    statuses = [change.status for change in changes]
+    assert statuses == sorted(statuses)
+    assert statuses[-1] is TaskStatus.END_SUCCESS
+
+
+async def test_a_language_task_in_the_clear(devnet: Devnet) -> None:
+    node = devnet.node(12)
+    run = await started(
+        devnet,
+        spec(
+            type=TaskType.LLM,
+            encrypted=False,
+            parameters='{"model": "m", "x": "\u2028 <&>"}',
+            required_gpu="Sim A+docker",
+            required_gpu_vram=8,
+        ),
+    )
+    task = await node.current()
+    assert await node.parameters(task) == '{"model": "m", "x": "\u2028 <&>"}'
+    await node.answer(task, score_llm(b'{"model": "m"}'))
+    await node.status(task, {TaskStatus.VALIDATED})
+    await node.client.upload_result(node.address, task, [("0.json", b'{"model": "m"}')])
+    [report] = await run
+    assert report.as_expected
+    assert [Path(name).name for name in report.files] == ["0.json"]
+
+
+async def test_a_group_of_three(devnet: Devnet) -> None:
+    nodes = [devnet.node(seed) for seed in (21, 22, 23)]
+    ends = frozenset({"EndGroupSuccess", "EndGroupRefund"})
+    run = await started(devnet, spec(group=True, expected_end=ends))
+
+    async def work(node: Node) -> str:
+        task = await node.current()
+        text = await node.parameters(task)
+        await node.answer(task, score_images([png(0)]))
+        await node.status(task, {TaskStatus.GROUP_VALIDATED, TaskStatus.END_GROUP_REFUND})
+        if node.task(task).status is TaskStatus.GROUP_VALIDATED:
+            await node.client.upload_result(node.address, task, [("0.png", png(0))])
+        return text
+
+    texts = await asyncio.gather(*(work(node) for node in nodes))
+    assert texts == [spec().text] * 3
+    reports = await run
+    assert all(report.as_expected for report in reports)
+    assert sorted(report.actual_end for report in reports) == [
+        "EndGroupRefund",
+        "EndGroupRefund",
+        "EndGroupSuccess",
+    ]
+    assert [report.name for report in reports] == ["cats", "cats.2", "cats.3"]
+
+
+async def test_many_tasks_at_once_over_two_nodes(devnet: Devnet) -> None:
+    nodes = [devnet.node(seed) for seed in (31, 32)]
+    specs = [spec(name=f"t{turn}", encrypted=turn % 2 == 0) for turn in range(8)]
+    run = await started(devnet, *specs)
+
+    async def work(node: Node) -> None:
+        while True:
+            task = await node.current()
+            await node.parameters(task)
+            await node.answer(task, score_images([png(0)]))
+            await node.status(task, {TaskStatus.VALIDATED})
+            await node.client.upload_result(node.address, task, [("0.png", png(0))])
+            await node.status(task, {TaskStatus.END_SUCCESS})
+
+    workers = [asyncio.create_task(work(node)) for node in nodes]
+    reports = await run
+    for worker in workers:
+        worker.cancel()
+    assert [report.name for report in reports] == [each.name for each in specs]
+    assert all(report.as_expected and len(report.files) == 1 for report in reports)
+    assert {report.node for report in reports} == {node.address for node in nodes}
+
+
+async def test_never_uploaded_is_aborted(rpc_url: str, tmp_path: Path) -> None:
+    devnet = Devnet(rpc_url, tmp_path, timeout=2)
+    node = devnet.node(13)
+    run = await started(devnet, spec(upload=False, expected_end=frozenset({"EndAborted"})))
+    task = await node.current()
+    with pytest.raises(ParametersNotReady):
+        await node.client.fetch_parameters(node.address, task)
+    [report] = await run
+    assert report.as_expected
+    assert report.seconds_to_score is None
+    await node.http.aclose()
+    devnet.stop_relay()
+
+
+async def call(
+    devnet: Devnet, account: LocalAccount, task: Commitment, *, late: int = 0, **signed: str
+) -> str:
+    """What the relay answers to GET of the task, signed by `account` over `signed`."""
+    at = int(time.time()) - late
+    fields = {"task_id_commitment": task, **signed}
+    async with httpx.AsyncClient() as http:
+        answer = await http.get(
+            f"{devnet.relay.url}/v1/inference_tasks/{task}",
+            params={"timestamp": at, "signature": sign(fields, at, hex_key(account))},
+        )
+    body = answer.json()
+    if answer.status_code == 200:
+        assert body["message"] == "success"
+        return "success"
+    assert (answer.status_code, body["message"]) == (400, "validation_error")
+    return str(body["data"]["message"])
+
+
+async def test_who_may_read_and_when(devnet: Devnet) -> None:
+    node, stranger = devnet.node(14), dev_account(7)
+    run = await started(devnet, spec())
+    task = await node.current()
+    await node.parameters(task)
+    assert await call(devnet, node.account, task) == "success"
+    assert await call(devnet, dev_account(2), task) == "success"
+    assert await call(devnet, stranger, task) == "Signer not allowed"
+    assert await call(devnet, node.account, UNKNOWN) == "Task not found"
+    assert await call(devnet, node.account, task, late=55) == "success"
+    assert await call(devnet, node.account, task, late=65) == "Invalid signature"
+    assert await call(devnet, node.account, task, late=-65) == "Invalid signature"
+    assert await call(devnet, node.account, task, other="x") == "Signer not allowed"
+    with pytest.raises(RelayError, match="not validated"):
+        await node.client.upload_result(node.address, task, [("0.png", png(0))])
+    url = f"{devnet.relay.url}/v1/inference_tasks/{task}"
+    async with httpx.AsyncClient() as http:
+        for query in ({}, {"timestamp": "now"}, {"timestamp": "1", "signature": "0x00"}):
+            assert (await http.get(url, params=query)).status_code == 400
+        at = int(time.time())
+        for who, message in ((stranger, "Signer not allowed"), (dev_account(2), "Task results")):
+            fields = {"task_id_commitment": task, "index": "0"}
+            signature = sign(fields, at, hex_key(who))
+            answer = await http.get(
+                f"{url}/results/0", params={"timestamp": at, "signature": signature}
+            )
+            assert answer.json()["data"]["message"].startswith(message)
+        fields = {"task_id_commitment": task, "task_args": "{}"}
+        data = {"timestamp": str(at), "signature": sign(fields, at, hex_key(stranger))}
+        answer = await http.post(url, data={"task_args": "{}", **data})
+        assert answer.status_code == 400
+    run.cancel()
+
+
+async def test_a_clock_that_is_wrong_is_made_up_for(devnet: Devnet) -> None:
+    node = devnet.node(15)
+    run = await started(devnet, spec())
+    task = await node.current()
+    await node.parameters(task)
+    wrong = RelayClient(
+        devnet.relay.url, node.http, OneKey(node.account), lambda: time.time() + 4_000
+    )
+    assert await wrong.fetch_parameters(node.address, task) == spec().text
+    run.cancel()
+
+
+async def test_reports_survive_a_restart_and_are_made_once(devnet: Devnet) -> None:
+    port = devnet.relay.port
+    devnet.stop_relay()
+    devnet.relay = devnet.serve(port=port, report=False)
+    node = devnet.node(16)
+    run = await started(devnet, spec())
+    task = await node.current()
+    await node.parameters(task)
+    assert node.task(task).status is TaskStatus.STARTED
+    devnet.stop_relay()
+    devnet.relay = devnet.serve(port=port)
+    await node.answer(task, score_images([png(0)]))
+    await node.status(task, {TaskStatus.VALIDATED})
+    devnet.stop_relay()
+    devnet.relay = devnet.serve(port=port, report=False)
+    await node.client.upload_result(node.address, task, [("0.png", png(0))])
+    devnet.stop_relay()
+    assert node.task(task).status is TaskStatus.VALIDATED
+    before = devnet.web3.eth.get_transaction_count(Web3.to_checksum_address(dev_account(1).address))
+    devnet.relay = devnet.serve(port=port)
+    [report] = await run
+    assert report.as_expected
+    await asyncio.sleep(1)
+    relay = Web3.to_checksum_address(dev_account(1).address)
+    assert devnet.web3.eth.get_transaction_count(relay) == before + 1
+
+
+def test_the_task_file() -> None:
+    [first, second] = parse_tasks(
+        """
+tasks:
+  - {name: cats, type: SD, model_ids: ["base:x/y"], parameters: {prompt: cats}}
+  - {name: bad, type: LLM, model_ids: [], parameters: "no {json", upload: false,
+     expected_end: [EndAborted, EndInvalidated]}
+""",
+        "tasks.yaml",
+    )
+    assert (first.type, first.text, first.version) == (TaskType.SD, '{"prompt": "cats"}', (2, 5, 0))
+    assert (second.type, second.text, second.upload) == (TaskType.LLM, "no {json", False)
+    assert second.expected_end == {"EndAborted", "EndInvalidated"}
+    for wrong in ("[", "- 1", "- {name: a}", "tasks: 3"):
+        with pytest.raises(ConfigError, match=r"tasks\.yaml"):
+            parse_tasks(wrong, "tasks.yaml")
+    one = '- {name: a, type: SD, model_ids: [], parameters: "", %s}'
+    for field in ("expected_end: [EndHappily]", "expected_end: []", "fee: 0", "colour: red"):
+        with pytest.raises(ConfigError):
+            parse_tasks(one % field, "tasks.yaml")

@@ -1,0 +1,123 @@
+"""The operator's HTTP face, from the real Serve application and the real coordinator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+import cluster
+from cluster.status import Status
+from tests.integration.operator_world import (
+    ACCOUNTS,
+    CARDS,
+    OperatorWorld,
+    answer_of,
+    task,
+)
+
+
+@pytest.fixture(autouse=True)
+async def serving(operator: OperatorWorld) -> None:
+    await operator.until_serving()
+
+
+async def get(operator: OperatorWorld, path: str) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=30) as http:
+        return await http.get(f"{operator.devnet.operator_url}{path}")
+
+
+async def missing(operator: OperatorWorld) -> tuple[str, ...]:
+    """What /readyz finds missing; its code says the same."""
+    answer = await get(operator, "/readyz")
+    body: dict[str, Any] = answer.json()
+    assert answer.status_code == (503 if body["missing"] else 200)
+    assert body["ready"] == (not body["missing"])
+    return tuple(body["missing"])
+
+
+async def until_missing(operator: OperatorWorld, *words: str) -> None:
+    async def look() -> bool:
+        found = await missing(operator)
+        return len(found) == len(words) and all(map(str.startswith, found, words))
+
+    await operator.until(look, f"/readyz says {words or 'ready'}")
+
+
+async def test_alive_and_ready(operator: OperatorWorld) -> None:
+    answer = await get(operator, "/healthz")
+    assert (answer.status_code, answer.json()["version"]) == (200, cluster.__version__)
+    await until_missing(operator)
+
+
+def test_readyz_said_what_was_missing_at_the_start(operator: OperatorWorld) -> None:
+    first, *others = operator.heard
+    assert first == "the coordinator is away: it has not been started, or it is being replaced"
+    assert any(words.startswith("no GPU is ") for words in others), operator.heard
+
+
+async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
+    (report,) = await operator.send(task("seen-by-status")).ended()
+    await operator.assert_paid_once(report)
+
+    status = Status.model_validate((await get(operator, "/v1/status")).json())
+    assert status.acting
+    assert status.chain.reached
+    assert status.relay.reached
+    assert len(status.accounts) == ACCOUNTS
+    assert len(status.gpus) == sum(cards.count for cards in CARDS)
+    (view,) = [each for each in status.tasks if each.commitment == report.commitment]
+    assert (view.outcome, view.status, view.stage) == ("EndSuccess", "EndSuccess", "ended")
+    assert int(view.payment) == report.fee
+    assert view.account == report.node
+    assert int(status.totals.paid_wei) >= report.fee
+    assert status.totals.slashed == 0
+
+    answer = await get(operator, "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert samples["crynux_lease_held", ()] == 1
+    assert samples["crynux_chain_reached", ()] == 1
+    assert samples["crynux_slashes_total", ()] == 0
+    ready = [v for (name, _), v in samples.items() if name == "crynux_ready"]
+    assert ready == [1]
+    outcomes = {
+        value
+        for (name, labels), value in samples.items()
+        if name == "crynux_tasks_total" and "EndSuccess" in dict(labels).values()
+    }
+    assert any(value >= 1 for value in outcomes)
+
+
+async def test_openapi_names_every_path(operator: OperatorWorld) -> None:
+    document = (await get(operator, "/openapi.json")).json()
+    assert document["info"]["version"] == cluster.__version__
+    assert {"/healthz", "/readyz", "/metrics", "/v1/status"} <= document["paths"].keys()
+    for path in document["paths"]:
+        assert (await get(operator, path)).status_code == 200, path
+    assert (await get(operator, "/v1/nothing")).status_code == 404
+
+
+async def test_coordinator_stops_and_comes_back(operator: OperatorWorld) -> None:
+    coordinator = operator.coordinator()
+    try:
+        await answer_of(coordinator.stop.remote(), 60.0)
+        assert "the coordinator is not acting: it doesn't hold the lease" in await missing(operator)
+        ray.kill(coordinator, no_restart=True)
+        await until_missing(operator, "the coordinator is away: ")
+        for path in ("/metrics", "/v1/status"):
+            answer = await get(operator, path)
+            assert answer.status_code == 503
+            assert answer.json()["detail"].startswith("the coordinator is away: ")
+        assert (await get(operator, "/healthz")).status_code == 200
+    finally:
+        ray.kill(coordinator, no_restart=True)
+        operator.start_coordinator()
+    await until_missing(operator)

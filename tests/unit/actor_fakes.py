@@ -1,0 +1,423 @@
+"""Fakes for the actors' plain classes: a network and a GPU pool that fail on demand, and one world.
+
+Each call pops the next of its method's `faults`: an exception is raised and nothing happens, `LOSE`
+applies the call and loses the answer. A method in `gates` waits for its gate first. `before` is
+called as a call arrives, so that a test can look at what was stored by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from actors.dispatcher import Dispatcher
+from actors.inference import Report
+from actors.ledger import Ledger
+from actors.reconciler import LONGEST_PAUSE, Reconciler
+from cluster.artifacts import FolderArtifacts
+from cluster.core.errors import AttemptLost, NetworkUnavailable, ParametersNotReady
+from cluster.core.lifecycle import Policy, WriteState
+from cluster.core.ports import Computed, Order, Wakeup
+from cluster.core.record import Claim, Event, Seen
+from cluster.core.types import (
+    AbortReason,
+    AccountFacts,
+    AccountView,
+    Address,
+    AttemptId,
+    Commitment,
+    FileRef,
+    GigaBytes,
+    Gpu,
+    GpuClass,
+    GpuId,
+    GpuState,
+    ModelId,
+    NodeStatus,
+    RayNodeId,
+    Requirement,
+    Score,
+    Stage,
+    TaskError,
+    TaskFacts,
+    TaskStatus,
+    TaskType,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import SqlJournal
+from cluster.metrics import Metrics
+
+ALICE, BOB = Address("0x" + "aa" * 20), Address("0x" + "bb" * 20)
+TASK, OTHER = Commitment("0x" + "01" * 32), Commitment("0x" + "02" * 32)
+CARD, CARD_2 = GpuId("node-0"), GpuId("node-1")
+KIND = GpuClass("Card+docker", GigaBytes(8))
+SCORE, NO_SCORE = Score(bytes(range(8))), Score(b"")
+FILES = (("0.png", b"a picture"),)
+DONE = Computed(SCORE, FILES, 1.0)
+LOSE = "lose the answer"
+START = 1_000.0
+PROMPT = "a very private prompt"
+GOOD = json.dumps({"base_model": "acme/tiny", "prompt": PROMPT, "task_config": {"seed": 7}})
+
+
+@dataclass
+class Clock:
+    now: float = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def facts_of(
+    task: Commitment = TASK,
+    stage: Stage = Stage.ANSWERABLE,
+    status: TaskStatus = TaskStatus.PARAMETERS_UPLOADED,
+    node: Address | None = ALICE,
+    score: Score = NO_SCORE,
+    task_type: TaskType = TaskType.SD,
+    deadline: float | None = START + 180,
+    abortable: bool = True,
+    payment: int = 0,
+) -> TaskFacts:
+    return TaskFacts(
+        commitment=task,
+        selected_node=node,
+        task_type=task_type,
+        status=status,
+        stage=stage,
+        requirement=Requirement(GigaBytes(4), "", GigaBytes(0)),
+        model_ids=(ModelId("base:acme/tiny"),),
+        fee=Wei(5 * 10**18),
+        payment=Wei(payment),
+        score=score,
+        error=TaskError.NONE,
+        started_at=Timestamp(START),
+        deadline=None if deadline is None else Timestamp(deadline),
+        abortable=abortable,
+    )
+
+
+def gpu_of(gpu_id: GpuId = CARD, state: GpuState = GpuState.READY, kind: GpuClass = KIND) -> Gpu:
+    return Gpu(gpu_id, RayNodeId("node"), kind, False, state)
+
+
+class Faulty:
+    """What both fakes share: the calls, their faults, gates and the look at what was stored."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.faults: dict[str, list[BaseException | str]] = defaultdict(list)
+        self.gates: dict[str, asyncio.Event] = {}
+        self.waiting = 0
+        self.before: Callable[[str], None] = lambda _: None
+
+    async def arrive(self, method: str, *args: object) -> bool:
+        """Raises the fault that is due; True when the answer is to be lost."""
+        self.calls.append((method, *args))
+        self.before(method)
+        if method in self.gates:
+            self.waiting += 1
+            await self.gates[method].wait()
+            self.waiting -= 1
+        fault = self.faults[method].pop(0) if self.faults[method] else None
+        if isinstance(fault, BaseException):
+            raise fault
+        return fault == LOSE
+
+    def called(self, method: str) -> list[tuple[object, ...]]:
+        return [args for name, *rest in self.calls if name == method for args in [tuple(rest)]]
+
+
+class FakeNetwork(Faulty):
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self.clock = clock
+        self.tasks: dict[Commitment, TaskFacts] = {}
+        self.parameters: dict[Commitment, str] = {}
+        self.states: dict[Commitment, dict[Claim, WriteState]] = defaultdict(dict)
+        self.wakeups: asyncio.Queue[Wakeup] = asyncio.Queue()
+        self.uploaded: list[tuple[tuple[str, bytes], ...]] = []
+        self.moments = itertools.count(100)
+        self.node_status = NodeStatus.AVAILABLE
+        self.balance = Wei(10)
+
+    def add(self, facts: TaskFacts, parameters: str | None = GOOD) -> None:
+        self.tasks[facts.commitment] = facts
+        if parameters is not None:
+            self.parameters[facts.commitment] = parameters
+
+    def move(self, task: Commitment, **changes: object) -> None:
+        self.tasks[task] = replace(self.tasks[task], **changes)  # type: ignore[arg-type]
+
+    async def _apply(self, method: str, task: Commitment, *args: object) -> None:
+        lost = await self.arrive(method, task, *args)
+        claim = {
+            "submit_score": Claim.SCORE,
+            "report_error": Claim.ERROR,
+            "abort": Claim.ABORT,
+        }[method]
+        self.states[task][claim] = WriteState.DONE
+        match method:
+            case "submit_score":
+                self.move(task, stage=Stage.ANSWERED, status=TaskStatus.SCORE_READY, score=args[0])
+            case "report_error":
+                self.move(task, stage=Stage.ANSWERED, status=TaskStatus.ERROR_REPORTED)
+            case "abort":
+                self.move(task, stage=Stage.ENDED, status=TaskStatus.END_ABORTED)
+        if lost:
+            raise NetworkUnavailable("the answer was lost")
+
+    # --- ports.Network
+
+    async def look(self, account: Address, known: Sequence[Commitment]) -> AccountView:
+        await self.arrive("look", account)
+        tasks = tuple(
+            task
+            for task in self.tasks.values()
+            if task.selected_node == account or task.commitment in known
+        )
+        current = next((t.commitment for t in tasks if t.stage is not Stage.ENDED), None)
+        facts = AccountFacts(account, self.node_status, KIND, Wei(400), self.balance, 30, current)
+        return AccountView(next(self.moments), Timestamp(self.clock()), facts, tasks)
+
+    async def fetch_parameters(self, account: Address, task: Commitment) -> str:
+        await self.arrive("fetch_parameters", account, task)
+        if task not in self.parameters:
+            raise ParametersNotReady("Task not ready")
+        return self.parameters[task]
+
+    async def submit_score(self, account: Address, task: Commitment, score: Score) -> None:
+        await self._apply("submit_score", task, score)
+
+    async def report_error(self, account: Address, task: Commitment, error: TaskError) -> None:
+        await self._apply("report_error", task, error)
+
+    async def abort(self, account: Address, task: Commitment, reason: AbortReason) -> None:
+        await self._apply("abort", task, reason)
+
+    def writes(self, task: Commitment) -> Mapping[Claim, WriteState]:
+        return dict(self.states[task])
+
+    async def upload_result(
+        self, account: Address, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> None:
+        lost = await self.arrive("upload_result", task)
+        self.uploaded.append(tuple(files))
+        self.move(task, stage=Stage.ENDED, status=TaskStatus.END_SUCCESS, payment=Wei(10**18))
+        if lost:
+            raise NetworkUnavailable("the answer was lost")
+
+    async def join(
+        self, account: Address, gpu_class: GpuClass, stake: Wei, models: Sequence[ModelId]
+    ) -> None:
+        await self.arrive("join", account)
+
+    async def resume(self, account: Address) -> None:
+        await self.arrive("resume", account)
+
+    async def pause(self, account: Address) -> None:
+        await self.arrive("pause", account)
+
+    async def quit(self, account: Address) -> None:
+        await self.arrive("quit", account)
+
+    async def report_model(self, account: Address, model: ModelId) -> None:
+        await self.arrive("report_model", account, model)
+
+    async def next_wakeup(self) -> Wakeup:
+        await self.arrive("next_wakeup")
+        return await self.wakeups.get()
+
+    async def run(self) -> None:
+        await self.arrive("run")
+        await asyncio.Event().wait()
+
+
+class FakePool(Faulty):
+    """Attempts stay open until `finish`; a started one can be asked for again, as on a real card.
+
+    An entry in `outcomes` finishes the next attempts as they start.
+    """
+
+    def __init__(self, *gpus: Gpu) -> None:
+        super().__init__()
+        self.cards = list(gpus)
+        self.outcomes: list[Computed | Exception] = []
+        self.attempts: dict[AttemptId, asyncio.Future[Computed]] = {}
+        self.orders: list[tuple[GpuId, Order]] = []
+        self.changed: Callable[[], None] = lambda: None
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        return tuple(self.cards)
+
+    def report(self, gpu: GpuId) -> Report | None:
+        return None
+
+    def finish(self, attempt: AttemptId, outcome: Computed | Exception) -> None:
+        future = self.attempts[attempt]
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    async def start(self, gpu: GpuId, order: Order) -> None:
+        lost = await self.arrive("start", gpu, order.attempt_id)
+        self.orders.append((gpu, order))
+        if order.attempt_id not in self.attempts:
+            self.attempts[order.attempt_id] = asyncio.get_running_loop().create_future()
+            if self.outcomes:
+                self.finish(order.attempt_id, self.outcomes.pop(0))
+        if lost:
+            raise NetworkUnavailable("the answer was lost")
+
+    async def result(self, gpu: GpuId, attempt: AttemptId) -> Computed:
+        await self.arrive("result", gpu, attempt)
+        if attempt not in self.attempts:
+            raise AttemptLost("not known here")
+        return await asyncio.shield(self.attempts[attempt])
+
+    async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
+        await self.arrive("cancel", gpu, attempt)
+
+    # --- what the coordinator uses besides
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        self.changed = changed
+
+    async def refresh(self) -> None:
+        await self.arrive("refresh")
+
+    async def run(self, interval: float) -> None:
+        await self.arrive("run")
+        await asyncio.Event().wait()
+
+
+class WatchedArtifacts(FolderArtifacts):
+    """The real ones; `busy` counts what their threads are at."""
+
+    busy = 0
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.busy -= 1
+
+    async def put(
+        self, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> tuple[FileRef, ...]:
+        with self._at_work():
+            return await super().put(task, files)
+
+    async def get(
+        self, task: Commitment, files: Sequence[FileRef]
+    ) -> tuple[tuple[str, bytes], ...]:
+        with self._at_work():
+            return await super().get(task, files)
+
+    async def drop(self, task: Commitment) -> None:
+        with self._at_work():
+            await super().drop(task)
+
+
+@dataclass
+class House:
+    """A journal, artifacts, metrics and the two classes under test, around the fakes."""
+
+    path: Path
+    gpus: tuple[Gpu, ...] = (gpu_of(),)
+    policy: Policy = Policy(retry_backoff=0.0)
+    clock: Clock = field(default_factory=Clock)
+    settled: list[Commitment] = field(default_factory=list)
+    failed: list[BaseException] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.journal = SqlJournal(f"sqlite:///{self.path}/journal.db")
+        self.artifacts = WatchedArtifacts(self.path / "artifacts")
+        self.metrics = Metrics("1", "abc")
+        self.network = FakeNetwork(self.clock)
+        self.pool = FakePool(*self.gpus)
+        self.ids = itertools.count(1)
+        self.begin_term()
+
+    def begin_term(self) -> None:
+        """A coordinator starts: all that it knows is what the journal holds."""
+        lease = self.journal.acquire("me", Timestamp(self.clock()), 15.0)
+        assert lease is not None
+        self.ledger = Ledger.load(self.journal, lease, self.clock)
+        self.dispatcher = Dispatcher(
+            self.ledger,
+            self.pool,
+            self.artifacts,
+            self.metrics,
+            lambda: AttemptId(f"a{next(self.ids)}"),
+            self.settled.append,
+            self.failed.append,
+        )
+        self.reconciler = Reconciler(
+            self.ledger,
+            self.network,
+            self.artifacts,
+            self.dispatcher,
+            self.policy,
+            self.metrics,
+            self.clock,
+        )
+
+    def open(self, task: Commitment, *events: Event, account: Address = ALICE) -> None:
+        """Put a task with this history into the journal."""
+        self.ledger.append(task, Seen(account, TaskType.SD, (), Wei(5)))
+        for event in events:
+            self.ledger.append(task, event)
+
+    async def turn(self, account: Address = ALICE) -> float | None:
+        """A look and a turn, and placing what is wanted: the coordinator's loop in small."""
+        known = [record.commitment for record in self.ledger.of_account(account)]
+        due = await self.reconciler.turn(await self.network.look(account, known))
+        self.dispatcher.dispatch(Timestamp(self.clock()))
+        return due
+
+    async def calm(self) -> None:
+        """Let followers, and the threads that keep files, do all that they can do now."""
+        for _ in range(3):
+            for _ in range(10):
+                await asyncio.sleep(0)
+            await until(lambda: self.artifacts.busy == 0)
+
+    async def calm_but_for(self, calls: int) -> None:
+        """Wait until so many of the network's calls wait at their gates."""
+        await until(lambda: self.network.waiting == calls)
+
+    async def turns(self, count: int, account: Address = ALICE) -> None:
+        """So many turns, each after its pause is over and the followers had their say.
+
+        Longer waits are for the network's deadlines, and are not waited for.
+        """
+        for _ in range(count):
+            due = await self.turn(account)
+            await self.calm()
+            self.clock.now += due if due is not None and due <= LONGEST_PAUSE else 0.0
+
+    def story(self, task: Commitment = TASK) -> list[Event]:
+        return [event for event, _ in self.journal.story(task)]
+
+    def kinds(self, task: Commitment = TASK) -> list[str]:
+        return [type(event).__name__ for event in self.story(task)]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for at most five seconds, in small steps."""
+    for _ in range(5000):
+        if holds():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it never came true")

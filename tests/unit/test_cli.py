@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+import cluster
+import devnet  # noqa: F401 (its modules are planted)
+import serve_app
+from cluster import cli
+from cluster.config import Config
+from cluster.core.errors import ClusterError, ConfigError
+from cluster.core.types import GpuState
+from cluster.status import (
+    AccountStatus,
+    ChainView,
+    GpuClassView,
+    GpuStatus,
+    IdentityView,
+    RelayView,
+    Status,
+    TaskView,
+    Totals,
+)
+from cluster.status_view import cnx, render
+
+TASK = "0x" + "ab" * 32
+CONFIG = """\
+network:
+  rpc_url: http://127.0.0.1:8545
+  chain_id: 1
+  contracts: {task: "0x01", node: "0x02", qos: "0x03"}
+  relay_url: http://127.0.0.1:9000
+"""
+STATUS = Status(
+    version="1",
+    config_digest="d",
+    now=100.0,
+    acting=True,
+    epoch=1,
+    identity=IdentityView(treasury="0xTreasury"),
+    chain=ChainView(reached=True, chain_id=31337, block=5),
+    relay=RelayView(reached=False, error="refused"),
+    accounts=(
+        AccountStatus(
+            index=1,
+            address="0xNode",
+            status="busy",
+            gpu_class=GpuClassView(name="Card [red]+docker", vram=8),
+            stake=str(400 * 10**18),
+            current_task=TASK,
+        ),
+    ),
+    gpus=(
+        GpuStatus(
+            gpu_id="n/0",
+            ray_node="n",
+            name="Card",
+            vram=8,
+            simulated=True,
+            state=GpuState.BUSY,
+            task=TASK,
+            step=3,
+            steps=20,
+        ),
+    ),
+    tasks=(
+        TaskView(
+            commitment=TASK,
+            account="0xNode",
+            type="SD",
+            status="ParametersUploaded",
+            stage="answerable",
+            progress="running",
+            action="Wait: computing",
+            gpu_id="n/0",
+            seen_at=90.0,
+            fee=str(25 * 10**16),
+        ),
+    ),
+    totals=Totals(paid_wei=str(15 * 10**17), tasks={"EndSuccess": 2}),
+    problems=("the disk is nearly full",),
+)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def answering(handle: Callable[[httpx.Request], httpx.Response]) -> httpx.MockTransport:
+    return httpx.MockTransport(handle)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
+    """A stand-in for a module that a verb imports when it is called."""
+    module = ModuleType(name)
+    for function, value in functions.items():
+        setattr(module, function, value)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        (),
+        ("up",),
+        ("status",),
+        ("devnet",),
+        ("devnet", "up"),
+        ("devnet", "down"),
+        ("devnet", "send"),
+        ("devnet", "demo"),
+    ],
+)
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]) -> None:
+    assert run(*verb, "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: crynux-cluster {' '.join(verb)}".rstrip())
+    assert "\b" not in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"crynux-cluster {cluster.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("fly",), ("up",), ("status", "--ulr", "x"), ("devnet", "x")]
+)
+def test_what_was_typed_wrong(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_wrong_configuration_is_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, "cluster.runtime", up=lambda config: 0)
+    file = tmp_path / "c.yaml"
+    file.write_text(CONFIG)
+    assert run("up", "--config", str(file)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"crynux-cluster: {file}: network.contracts.task: expected an address")
+    assert run("up", "--config", str(tmp_path / "none.yaml")) == 2
+
+
+def test_up_passes_the_configuration_and_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+
+    def up(config: Config, build_api: Callable[[str], object]) -> int:
+        seen.append(config)
+        assert build_api is serve_app.build
+        return 3
+
+    plant(monkeypatch, "cluster.runtime", up=up)
+    file = tmp_path / "c.yaml"
+    address = "0x5FbDB2315678afecb367f032d93F642f64180aa3"
+    for short in ("0x01", "0x02", "0x03"):
+        file.write_text(file.read_text() if file.exists() else CONFIG)
+        file.write_text(file.read_text().replace(f'"{short}"', f'"{address}"'))
+    assert run("up", "-c", str(file)) == 3
+    assert seen[0].network.contracts.node == address
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError, 2), (ClusterError, 1)])
+def test_errors_from_below_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[ClusterError],
+    code: int,
+) -> None:
+    def down(directory: Path) -> None:
+        raise error(f"{directory}:\n no devnet here")
+
+    plant(monkeypatch, "devnet.network", down=down)
+    assert run("devnet", "down", "--dir", "x") == code
+    assert capsys.readouterr().err == "crynux-cluster: x: no devnet here\n"
+
+
+def test_the_devnet_verbs_pass_what_was_typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def up(directory: Path, **options: Any) -> None:
+        calls.append((directory, options))
+
+    def send(file: Path, directory: Path) -> int:
+        calls.append((file, directory))
+        return 1
+
+    def demo(output: Path, svg: Path | None) -> int:
+        calls.append((output, svg))
+        return 0
+
+    plant(monkeypatch, "devnet.network", up=up, send=send)
+    plant(monkeypatch, "devnet.demo", main=demo)
+    assert run("devnet", "up", "--block-time", "0.5", "--timeout", "20", "--rpc", "http://x") == 0
+    file = tmp_path / "tasks.yaml"
+    file.write_text("")
+    assert run("devnet", "send", str(file)) == 1
+    assert run("devnet", "demo", "--output", "out") == 0
+    assert calls == [
+        (
+            Path(".devnet/run"),
+            {"block_time": 0.5, "task_timeout": 20, "rpc": "http://x", "models": None},
+        ),
+        (file, Path(".devnet/run")),
+        (Path("out"), None),
+    ]
+
+
+def test_status_is_fetched() -> None:
+    def handle(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == "http://h:1/v1/status"
+        return httpx.Response(200, json=STATUS.model_dump(mode="json"))
+
+    assert cli.fetch_status("http://h:1/", answering(handle)) == STATUS
+
+
+def _refuse(_request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused")
+
+
+@pytest.mark.parametrize(
+    ("handle", "says"),
+    [
+        (_refuse, "nothing answers at http://h"),
+        (lambda _: httpx.Response(503, json={"detail": "it is away"}), "it is away"),
+        (lambda _: httpx.Response(200, text="<html>"), "isn't JSON"),
+        (lambda _: httpx.Response(404, json={"detail": "Not Found"}), "HTTP 404"),
+        (lambda _: httpx.Response(200, json=[1]), "no status of version"),
+    ],
+)
+def test_a_status_that_cannot_be_had(
+    handle: Callable[[httpx.Request], httpx.Response], says: str
+) -> None:
+    with pytest.raises(ClusterError, match=says) as caught:
+        cli.fetch_status("http://h", answering(handle))
+    assert not isinstance(caught.value, ConfigError)
+
+
+def test_a_refused_connection_is_one_line_and_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda _self, r: _refuse(r))
+    assert run("status", "--url", "http://127.0.0.1:1") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "nothing answers at http://127.0.0.1:1" in err
+    assert run("status", "--url", "nonsense") == 2
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_status_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setattr(cli, "fetch_status", lambda url: STATUS)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("status", *(["--json"] if as_json else [])) == 0
+    out = capsys.readouterr().out
+    if as_json:
+        assert Status.model_validate_json(out) == STATUS
+    else:
+        assert "ready" in out
+
+
+def test_the_tables_hold_what_an_operator_looks_for() -> None:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(STATUS))
+    text = console.export_text()
+    for word in (
+        "chain 31337 at block 5",
+        "0xTreasury",
+        "the relay is not reached: refused",
+        "Card [red]+docker 8 GB",
+        "Card 8 GB (simulated)",
+        "3/20",
+        "0xabababab…",
+        "Wait: computing",
+        "10.0",
+        "0.25",
+        "paid 1.5 CNX",
+        "2 EndSuccess",
+        "slashed 0",
+        "problem: the disk is nearly full",
+    ):
+        assert word in text, word
+
+
+@pytest.mark.parametrize(
+    ("wei", "text"), [("0", "0"), ("1", "0"), (str(10**18), "1"), (str(1234 * 10**18), "1,234")]
+)
+def test_amounts_are_readable(wei: str, text: str) -> None:
+    assert cnx(wei) == text

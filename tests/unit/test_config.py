@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config, digest, load
+from cluster.core.errors import ConfigError
+from cluster.core.lifecycle import Policy
+
+ROOT = Path(__file__).parents[2]
+ADDRESS = "0x5FbDB2315678afecb367f032d93F642f64180aa3"
+MINIMAL = f"""\
+network:
+  rpc_url: http://127.0.0.1:8545/
+  chain_id: 31337
+  devnet: true
+  contracts:
+    task: "{ADDRESS}"
+    node: "{ADDRESS.lower()}"
+    qos: "{ADDRESS}"
+  relay_url: http://127.0.0.1:9000
+ray:
+  simulated_gpus:
+    - {{name: Card, vram: 8, count: 2}}
+"""
+
+
+def loaded(folder: Path, text: str) -> Config:
+    file = folder / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load(file)
+
+
+def complaint(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        loaded(folder, text)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(str(folder / "c.yaml"))
+    return line
+
+
+def test_a_minimal_file_gets_the_defaults(tmp_path: Path) -> None:
+    config = loaded(tmp_path, MINIMAL)
+    assert config.network.rpc_url == "http://127.0.0.1:8545"
+    assert config.network.contracts.addresses == (ADDRESS, ADDRESS, ADDRESS)
+    assert config.network.stake == 400 * 10**18
+    assert config.network.version == (2, 5, 0)
+    assert config.policy.policy == Policy()
+    assert config.journal.url == f"sqlite:///{tmp_path}/data/journal.db"
+    assert config.artifacts.path == tmp_path / "data/artifacts"
+    assert config.ray.simulated_gpus[0].count == 2
+    assert config.identity.seed_file is None
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    more = "identity: {seed_file: ../seed}\nmodels: {root: /models}\n"
+    config = loaded(tmp_path, MINIMAL + more + "journal: {url: 'sqlite:///j.db'}\n")
+    assert config.identity.seed_file == tmp_path.parent / "seed"
+    assert config.models.root == Path("/models")
+    assert config.journal.url == f"sqlite:///{tmp_path}/j.db"
+
+
+@pytest.mark.parametrize(("text", "wei"), [("400.5", 4005 * 10**17), ("'1e2'", 10**20), ("7", 7)])
+def test_the_stake_is_written_in_cnx(tmp_path: Path, text: str, wei: int) -> None:
+    stake = loaded(tmp_path, MINIMAL.replace("31337", f"31337\n  stake: {text}")).network.stake
+    assert stake == (wei if text != "7" else 7 * 10**18)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("rpc_url", "rpc_ulr", "network.rpc_ulr: unknown key; did you mean rpc_url?"),
+        ("vram", "vrm", "ray.simulated_gpus[0].vrm: unknown key; did you mean vram?"),
+        ("ray:", "rya:", "rya: unknown key; did you mean ray?"),
+        ("  chain_id: 31337\n", "", "network.chain_id: missing"),
+        ("31337", "abc", 'network.chain_id: expected a valid integer, got "abc"'),
+        ("31337", "true", "network.chain_id: expected a valid integer, got true"),
+        ("31337", "31337\n  stake: -1", "network.stake: expected an amount in CNX"),
+        ("31337", "31337\n  stake: many", "network.stake: expected an amount in CNX"),
+        ("31337", "31337\n  node_version: 2.5", "network.node_version: expected three numbers"),
+        ("31337", "31337\n  block_poll_seconds: 0", "expected greater than 0, got 0"),
+        (f'"{ADDRESS}"', ADDRESS, "YAML took the address for a number; put it in quotes"),
+        ("0x5FbD", "0x5FbE", "network.contracts.task: the address fails its checksum"),
+        (ADDRESS, "0x" + "0" * 40, "the zero address is a placeholder"),
+        (ADDRESS, "0x12", "expected an address"),
+        ("http://127.0.0.1:9000", "127.0.0.1:9000", "network.relay_url: expected a URL"),
+        ("http://127.0.0.1:9000", "http://h:99999", "network.relay_url: expected a URL"),
+        ("{name: Card, vram: 8, count: 2}", "3", "simulated_gpus[0]: expected keys and values"),
+        ("devnet: true", "devnet: false", "isn't marked a devnet"),
+        ("ray:", "journal: {url: 'oracle://x'}\nray:", "journal.url: expected sqlite:///path"),
+        ("ray:", "logs: {level: loud}\nray:", "logs.level: expected 'debug', 'info'"),
+        ("ray:", "models: {root: 3}\nray:", "models.root: expected a path, got 3"),
+        ("ray:", "network:", "the key network stands twice"),
+        ("ray:", "ray: [", "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert says in complaint(tmp_path, MINIMAL.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "a: b: c", "\tx: 1"])
+def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    complaint(tmp_path, text)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load(tmp_path)
+
+
+def test_no_secret_is_echoed(tmp_path: Path) -> None:
+    phrase = "test " * 11 + "junk"
+    for more in (
+        f"identity: {{seed_file: {phrase}}}\n",
+        "journal: {url: 'postgres://me:hunter2@h'}\n",
+    ):
+        line = complaint(tmp_path, MINIMAL + more)
+        assert "junk" not in line
+        assert "hunter2" not in line
+    line = complaint(tmp_path, MINIMAL.replace("http://127.0.0.1:8545/", "htp://h/hunter2"))
+    assert "hunter2" not in line
+    config = loaded(tmp_path, MINIMAL + "journal: {url: 'postgresql://me:hunter2@h/db'}\n")
+    assert "hunter2" not in repr(config)
+
+
+def test_the_digest_follows_the_values(tmp_path: Path) -> None:
+    config = loaded(tmp_path, MINIMAL)
+    assert digest(config) == digest(loaded(tmp_path, "# a comment\n" + MINIMAL))
+    assert digest(config) != digest(loaded(tmp_path, MINIMAL.replace("count: 2", "count: 3")))
+    assert digest(pickle.loads(pickle.dumps(config))) == digest(config)  # noqa: S301
+
+
+@pytest.mark.parametrize("name", ["single-machine", "ray-cluster"])
+def test_the_examples_are_refused_only_for_their_placeholders(tmp_path: Path, name: str) -> None:
+    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    config = loaded(tmp_path, text.replace("0x" + "0" * 40, ADDRESS))
+    assert config.identity.seed_file is not None
+    assert "placeholder" in complaint(tmp_path, text)

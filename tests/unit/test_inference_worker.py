@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from actors.inference import Engine, Health, InferenceWorker, Outcome
+from cluster.core.errors import (
+    AttemptLost,
+    Cancelled,
+    ClusterError,
+    ConfigError,
+    DeviceFault,
+    DeviceFaultKind,
+    ModelUnavailable,
+    ModelUnavailableKind,
+    TaskInvalid,
+)
+from cluster.core.ports import Computed, Order
+from cluster.core.types import AttemptId, GpuClass
+from tests.unit.actor_fakes import DONE, KIND, TASK, until
+
+A, B, C = AttemptId("a"), AttemptId("b"), AttemptId("c")
+
+
+@dataclass
+class State:
+    warm: frozenset[str] = frozenset({"tiny"})
+    in_host_memory: frozenset[str] = frozenset({"small"})
+    on_disk: frozenset[str] = frozenset({"large"})
+
+
+@dataclass
+class FakeEngine:
+    """Computes until `go` is set; `outcome` is what then comes of it."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    outcome: Computed | BaseException = DONE
+    ran: list[AttemptId] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+    cancelled: Callable[[], bool] = lambda: False
+    gpu_class: GpuClass = KIND
+
+    def run(
+        self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
+    ) -> Computed:
+        self.ran.append(order.attempt_id)
+        self.threads.add(threading.get_ident())
+        self.cancelled = cancelled
+        on_step(3, 20)
+        assert self.go.wait(10)
+        if cancelled():
+            raise Cancelled("cancelled")
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
+
+    def state(self) -> State:
+        return State()
+
+
+def order(attempt: AttemptId) -> Order:
+    return Order(attempt, TASK, 0, "{}", None)
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    engine = FakeEngine()
+    yield engine
+    engine.go.set()
+
+
+def worker_of(engine: Engine) -> InferenceWorker:
+    return InferenceWorker(lambda: engine, "1+abc")
+
+
+async def outcome_of(engine: FakeEngine, attempt: AttemptId = A) -> Outcome:
+    worker = worker_of(engine)
+    engine.go.set()
+    assert await worker.start(order(attempt)) is None
+    async with asyncio.timeout(5):
+        return await worker.result(attempt)
+
+
+async def test_computes_in_a_thread_of_its_own(engine: FakeEngine) -> None:
+    assert await outcome_of(engine) == DONE
+    assert threading.get_ident() not in engine.threads
+
+
+async def test_answers_pings_while_it_computes(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    await until(lambda: bool(engine.ran))
+    report = await worker.report()
+    assert (report.health, report.attempt, report.task) == (Health.BUSY, A, TASK)
+    assert (report.step, report.steps, report.finished) == (3, 20, 0)
+    assert (report.release, report.gpu_class) == ("1+abc", KIND)
+    assert report.warm == {"tiny"}
+    assert report.in_host_memory == {"small"}
+    assert report.on_disk == {"large"}
+
+    engine.go.set()
+    await worker.result(A)
+    report = await worker.report()
+    assert (report.health, report.attempt, report.task) == (Health.READY, None, None)
+    assert (report.step, report.steps, report.finished) == (0, 0, 1)
+    assert pickle.loads(pickle.dumps(report)) == report  # noqa: S301
+
+
+async def test_says_that_it_is_starting_until_the_engine_is_up(engine: FakeEngine) -> None:
+    go = threading.Event()
+
+    def make() -> Engine:
+        assert go.wait(10)
+        return engine
+
+    worker = InferenceWorker(make, "1+abc")
+    try:
+        report = await worker.report()
+        assert (report.health, report.gpu_class) == (Health.STARTING, None)
+    finally:
+        go.set()
+    assert await worker.start(order(A)) is None
+    assert (await worker.report()).health is not Health.STARTING
+
+
+async def test_refuses_a_second_attempt_while_busy(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    refused = await worker.start(order(B))
+    assert isinstance(refused, DeviceFault)
+    assert refused.kind is DeviceFaultKind.OTHER
+    assert A in str(refused)
+    assert isinstance(await worker.result(B), AttemptLost)
+    engine.go.set()
+    assert await worker.result(A) == DONE
+    assert engine.ran == [A]
+
+
+async def test_the_same_attempt_again_is_computed_once(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    assert await worker.start(order(A)) is None
+    assert await worker.start(order(A)) is None
+    engine.go.set()
+    assert await worker.result(A) == DONE
+    assert await worker.start(order(A)) is None
+    assert await worker.result(A) == DONE
+    assert engine.ran == [A]
+
+
+async def test_starts_that_wait_for_the_engine_are_one_attempt(engine: FakeEngine) -> None:
+    go = threading.Event()
+
+    def make() -> Engine:
+        assert go.wait(10)
+        return engine
+
+    worker = InferenceWorker(make, "1+abc")
+    starts = [asyncio.create_task(worker.start(order(each))) for each in (A, A, B)]
+    await asyncio.sleep(0)
+    go.set()
+    first, again, other = await asyncio.gather(*starts)
+    assert (first, again) == (None, None)
+    assert isinstance(other, DeviceFault)
+    engine.go.set()
+    assert await worker.result(A) == DONE
+    await asyncio.sleep(0.01)
+    assert engine.ran == [A]
+
+
+async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEngine) -> None:
+    go = threading.Event()
+
+    def make() -> Engine:
+        assert go.wait(10)
+        return engine
+
+    worker = InferenceWorker(make, "1+abc")
+    start = asyncio.create_task(worker.start(order(A)))
+    await asyncio.sleep(0)
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    go.set()
+    assert await worker.start(order(B)) is None
+
+
+async def test_an_attempt_it_never_had_is_lost(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    assert isinstance(await worker.result(A), AttemptLost)
+
+
+async def test_an_outcome_is_kept_until_the_next_start(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    engine.go.set()
+    await worker.start(order(A))
+    assert await worker.result(A) == DONE
+    assert await worker.result(A) == DONE
+    assert isinstance(await worker.result(B), AttemptLost)
+    assert await worker.start(order(B)) is None
+    assert isinstance(await worker.result(A), AttemptLost)
+    assert await worker.result(B) == DONE
+    assert (await worker.report()).finished == 2
+
+
+async def test_one_who_stops_waiting_takes_nothing_with_him(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    waiting = asyncio.create_task(worker.result(A))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    engine.go.set()
+    assert await worker.result(A) == DONE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TaskInvalid("no"),
+        DeviceFault(DeviceFaultKind.CONTEXT_LOST, "gone"),
+        ModelUnavailable(ModelUnavailableKind.NOT_HERE, "no such model"),
+    ],
+)
+async def test_errors_by_fault_are_values_that_keep_their_type(
+    engine: FakeEngine, error: ClusterError
+) -> None:
+    engine.outcome = error
+    outcome = await outcome_of(engine)
+    assert isinstance(outcome, ClusterError)
+    sent = pickle.loads(pickle.dumps(outcome))  # noqa: S301
+    assert (type(sent), str(sent)) == (type(error), str(error))
+    assert getattr(sent, "kind", None) is getattr(error, "kind", None)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RuntimeError("CUDA"), StopIteration(), SystemExit(1)]
+)
+async def test_what_nobody_expected_is_the_cards_fault(
+    engine: FakeEngine, error: BaseException
+) -> None:
+    engine.outcome = error
+    outcome = await outcome_of(engine)
+    assert isinstance(outcome, DeviceFault)
+    assert outcome.kind is DeviceFaultKind.OTHER
+    assert type(error).__name__ in str(outcome)
+
+
+class Tensors(set[int]):
+    pass
+
+
+@dataclass
+class OutOfMemoryEngine(FakeEngine):
+    heavy: weakref.ref[Tensors] | None = None
+
+    def run(
+        self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
+    ) -> Computed:
+        tensors = Tensors()
+        self.heavy = weakref.ref(tensors)
+        try:
+            raise MemoryError
+        except MemoryError as error:
+            raise DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "oom") from error
+
+
+async def test_a_kept_failure_holds_no_memory_of_the_failed_run() -> None:
+    engine = OutOfMemoryEngine()
+    outcome = await outcome_of(engine)
+    assert isinstance(outcome, DeviceFault)
+    gc.collect()
+    assert engine.heavy is not None
+    assert engine.heavy() is None
+
+
+async def test_cancel_reaches_only_its_attempt(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.cancel(A)  # nothing runs
+    await worker.start(order(A))
+    await until(lambda: bool(engine.ran))
+    await worker.cancel(B)
+    assert not engine.cancelled()
+    await worker.cancel(A)
+    assert engine.cancelled()
+    engine.go.set()
+    assert isinstance(await worker.result(A), Cancelled)
+
+    await worker.start(order(C))
+    assert await worker.result(C) == DONE
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("no such folder"), RuntimeError("no driver"), ClusterError()]
+)
+async def test_an_engine_that_cant_start_breaks_the_card_and_nothing_else(
+    error: Exception,
+) -> None:
+    def make() -> Engine:
+        raise error
+
+    worker = InferenceWorker(make, "1+abc")
+    refused = await worker.start(order(A))
+    assert isinstance(refused, DeviceFault)
+    assert str(error) in str(refused)
+    report = await worker.report()
+    assert report.health is Health.BROKEN
+    assert str(error) in report.problem
+    assert isinstance(await worker.result(A), AttemptLost)

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text
+
+from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
+from cluster.core.ports import Journal, Lease
+from cluster.core.record import (
+    AttemptFailed,
+    AttemptStarted,
+    Claim,
+    Claimed,
+    Closed,
+    Event,
+    Fault,
+    FaultFound,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+    ResultUploaded,
+    Seen,
+    fold,
+)
+from cluster.core.types import (
+    Address,
+    AttemptId,
+    Commitment,
+    FileRef,
+    GigaBytes,
+    GpuClass,
+    GpuId,
+    Score,
+    TaskType,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import KINDS, Assignment, SqlJournal, decode_event, encode_event
+
+TASK = Commitment("0x" + "ab" * 32)
+OTHER = Commitment("0x" + "cd" * 32)
+SEEN = Seen(Address("0x" + "11" * 20), TaskType.SD, (), Wei(10**18))
+STORED = ResultStored(AttemptId("a"), Score(b"12345678"), (FileRef("0.png", "00", 3),))
+LIFE: tuple[Event, ...] = (
+    SEEN,
+    ParametersFetched("{}"),
+    AttemptStarted(AttemptId("a"), GpuId("g")),
+    STORED,
+    Claimed(Claim.SCORE),
+    ResultUploaded(),
+    Closed(Outcome.SUCCESS, Wei(5)),
+)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'journal.db'}"
+
+
+@pytest.fixture
+def journal(url: str) -> Iterator[SqlJournal]:
+    opened = SqlJournal(url)
+    yield opened
+    opened.close()
+
+
+def take(journal: SqlJournal, holder: str = "me", now: float = 0.0) -> Lease:
+    lease = journal.acquire(holder, Timestamp(now), 10.0)
+    assert lease is not None
+    return lease
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_every_event_comes_back_as_it_was(kind: type[Event]) -> None:
+    @given(st.from_type(kind))
+    def check(event: Event) -> None:
+        assert decode_event(*encode_event(event)) == event
+
+    check()
+
+
+def test_every_event_has_a_kind() -> None:
+    assert set(KINDS.values()) == set(Event.__args__)
+
+
+def test_it_is_a_journal(journal: SqlJournal) -> None:
+    port: Journal = journal
+    assert port.open_records() == ()
+
+
+def test_the_lease_is_exclusive_until_it_expires(journal: SqlJournal) -> None:
+    first = take(journal)
+    assert journal.acquire("other", Timestamp(9.9), 10.0) is None
+    assert journal.renew(first, Timestamp(5.0), 10.0).expires_at == 15.0
+    assert journal.acquire("other", Timestamp(14.9), 10.0) is None
+    second = take(journal, "other", 15.0)
+    assert second.epoch > first.epoch
+
+
+def test_taking_the_lease_again_makes_a_new_epoch(journal: SqlJournal) -> None:
+    first = take(journal)
+    assert take(journal).epoch == first.epoch + 1
+    with pytest.raises(LeaseLost):
+        journal.renew(first, Timestamp(1.0), 10.0)
+
+
+def test_a_released_lease_is_free_and_its_epoch_spent(journal: SqlJournal) -> None:
+    first = take(journal)
+    journal.release(first)
+    assert take(journal, "other", 0.0).epoch == first.epoch + 1
+
+
+def test_who_lost_the_lease_writes_nothing(url: str, journal: SqlJournal) -> None:
+    old = take(journal)
+    journal.append(old, TASK, SEEN, Timestamp(1))
+    after = SqlJournal(url)
+    new = take(after, "other", 100.0)
+    writes: tuple[Callable[[], object], ...] = (
+        lambda: journal.append(old, TASK, ParametersFetched("{}"), Timestamp(2)),
+        lambda: journal.set_cursor(old, "logs", "5"),
+        lambda: journal.release(old),
+        lambda: journal.assign(old, Assignment(1, SEEN.account, GpuClass("x", GigaBytes(8)))),
+    )
+    for write in writes:
+        with pytest.raises(LeaseLost):
+            write()
+    assert journal.cursor("logs") is None
+    assert after.story(TASK) == ((SEEN, 1.0),)
+    after.append(new, TASK, ParametersFetched("{}"), Timestamp(2))
+    after.close()
+    assert len(journal.story(TASK)) == 2
+
+
+def test_a_task_through_its_life(url: str, journal: SqlJournal) -> None:
+    lease = take(journal)
+    for index, event in enumerate(LIFE):
+        journal.append(lease, TASK, event, Timestamp(index))
+        history = tuple((each, Timestamp(at)) for at, each in enumerate(LIFE[: index + 1]))
+        record = fold(TASK, history)
+        again = SqlJournal(url)
+        for each in (journal, again):
+            assert each.story(TASK) == history
+            closed = isinstance(event, Closed)
+            assert each.open_records() == (() if closed else (record,))
+            kept = replace(record, parameters=None)
+            assert each.recent_records(5) == ((kept,) if closed else ())
+        again.close()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_cannot_be_is_not_stored(url: str, cached: bool) -> None:
+    journal = SqlJournal(url)
+    lease = take(journal)
+    with pytest.raises(IllegalMove):
+        journal.append(lease, TASK, LIFE[1], Timestamp(0))
+    for event in LIFE[:5]:
+        journal.append(lease, TASK, event, Timestamp(1))
+    if not cached:
+        journal.close()
+        journal = SqlJournal(url)
+    before = journal.story(TASK)
+    for wrong in (SEEN, STORED, Claimed(Claim.SCORE), Claimed(Claim.ERROR), FaultFound("no")):
+        with pytest.raises(IllegalMove):
+            journal.append(lease, TASK, wrong, Timestamp(2))
+    assert journal.story(TASK) == before
+    journal.close()
+
+
+def test_a_fold_made_by_another_is_not_missed(url: str, journal: SqlJournal) -> None:
+    lease = take(journal)
+    for event in LIFE[:3]:
+        journal.append(lease, TASK, event, Timestamp(1))
+    other = SqlJournal(url)
+    failed = AttemptFailed(AttemptId("a"), Fault.DEVICE, "gone")
+    other.append(lease, TASK, failed, Timestamp(2))
+    other.close()
+    with pytest.raises(IllegalMove):
+        journal.append(lease, TASK, STORED, Timestamp(3))
+    assert journal.open_records()[0].attempts[0].fault is Fault.DEVICE
+
+
+def test_the_newest_closed_come_first(journal: SqlJournal) -> None:
+    lease = take(journal)
+    tasks = [Commitment(f"0x{index:064x}") for index in range(4)]
+    for task in tasks:
+        journal.append(lease, task, SEEN, Timestamp(0))
+    for task in (tasks[2], tasks[0], tasks[3]):
+        journal.append(lease, task, Closed(Outcome.LOST, Wei(0)), Timestamp(1))
+    found = [record.commitment for record in journal.recent_records(2)]
+    assert found == [tasks[3], tasks[0]]
+    assert [record.commitment for record in journal.open_records()] == [tasks[1]]
+
+
+def test_cursors_and_accounts(journal: SqlJournal) -> None:
+    lease = take(journal)
+    journal.set_cursor(lease, "logs", "1")
+    journal.set_cursor(lease, "logs", "2")
+    assert journal.cursor("logs") == "2"
+    one = Assignment(1, SEEN.account, GpuClass("A+docker", GigaBytes(24)))
+    two = Assignment(2, Address("0x" + "22" * 20), GpuClass("B+docker", GigaBytes(8)))
+    for each in (two, one):
+        journal.assign(lease, each)
+    changed = replace(two, gpu_class=one.gpu_class)
+    journal.assign(lease, changed)
+    assert journal.assignments() == (one, changed)
+    with pytest.raises(IllegalMove):
+        journal.assign(lease, replace(one, address=Address("0x" + "33" * 20)))
+
+
+def test_sqlite_is_durable_and_open_tasks_are_found_by_index(journal: SqlJournal) -> None:
+    with journal.read() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(text("PRAGMA synchronous")).scalar() == 2
+        query = "EXPLAIN QUERY PLAN SELECT commitment FROM tasks WHERE closed_seq IS NULL"
+        assert "USING INDEX" in str(connection.execute(text(query)).all())
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////proc/no/such/folder/journal.db", "nonsense", "nosuch://host/db"]
+)
+def test_a_journal_that_cannot_be_opened_is_the_operators_input(url: str) -> None:
+    with pytest.raises(ConfigError):
+        SqlJournal(url)
+
+
+def test_a_journal_of_another_schema_is_refused(url: str, journal: SqlJournal) -> None:
+    journal.set_cursor(take(journal), "schema", "0")
+    with pytest.raises(ConfigError):
+        SqlJournal(url)

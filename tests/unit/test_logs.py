@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from cluster import logs
+
+PHRASE = "test test test test test test test test test test test junk"
+KEY = "0x" + "1f" * 32
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_one_json_line_per_event_with_the_bound_ids() -> None:
+    stream = io.StringIO()
+    logs.setup("info", "auto", stream)
+    log = logs.get("coordinator").bind(task=KEY, account="0xA")
+    log.info("score submitted", attempt="a1", gpu="n/0")
+    log.debug("not shown")
+    (line,) = lines(stream)
+    assert line["event"] == "score submitted"
+    assert (line["task"], line["account"], line["attempt"]) == (KEY, "0xA", "a1")
+    assert (line["level"], line["logger"], line["gpu"]) == ("info", "coordinator", "n/0")
+    assert line["timestamp"].endswith("Z")
+
+
+def test_setting_up_again_replaces_and_libraries_take_the_same_form() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    logs.setup("info", "json", first)
+    logs.setup("info", "json", second)
+    logging.getLogger("some.library").warning("at %s", "https://me:hunter2@host/x")
+    assert first.getvalue() == ""
+    (line,) = lines(second)
+    assert line["event"] == "at https://[redacted]@host/x"
+    assert line["logger"] == "some.library"
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_an_exception_shows_its_place_but_no_secret(form: logs.Format) -> None:
+    stream = io.StringIO()
+    logs.setup("info", form, stream)
+    private_key = KEY
+    try:
+        raise ValueError(f"bad phrase: {PHRASE}")
+    except ValueError:
+        logs.get("x").exception("it broke")
+    text = stream.getvalue()
+    assert "ValueError: bad phrase: [redacted]" in text
+    assert "test_logs.py" in text
+    assert "junk" not in text
+    assert private_key not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("private_key", KEY, "[redacted]"),
+        ("privkey", KEY[2:], "[redacted]"),
+        ("key", KEY, "[redacted]"),
+        ("seed", KEY, "[redacted]"),
+        ("seed", int(KEY, 16), "[redacted]"),
+        ("password", "hunter2", "[redacted]"),
+        ("api_key", "abcdef123", "[redacted]"),
+        ("seed", 2**31 - 1, 2**31 - 1),
+        ("pipeline_key", "sd15/abc/fp16", "sd15/abc/fp16"),
+        ("prompt_tokens", 17, 17),
+        ("task", KEY, KEY),
+        ("tx", KEY, KEY),
+        ("note", f"words {PHRASE} more", "[redacted]"),
+        ("note", "a plain line of words that is longer than a phrase could be " * 2, None),
+        ("data", b"\x01\x02", "[2 bytes]"),
+        ("prompt", "a cat", "[5 characters]"),
+        ("task_args", '{"prompt":"a cat"}', "[18 characters]"),
+        ("url", "postgresql://me:pw@host/db", "postgresql://[redacted]@host/db"),
+        ("more", {"secret_key": KEY, "n": [1, KEY]}, {"secret_key": "[redacted]", "n": [1, KEY]}),
+        ("flag", True, True),
+        ("nothing", None, None),
+    ],
+)
+def test_redaction(name: str, value: object, shown: object) -> None:
+    expected = value if shown is None else shown
+    assert logs.clean(value, name) == expected

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import itertools
+import time
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.chain.outbox_rows import RowState
+from cluster.core.record import Fault, Outcome
+from cluster.core.types import GpuState, NodeStatus, TaskType, Timestamp, Wei
+from cluster.metrics import Metrics
+from cluster.status import (
+    AccountStatus,
+    ChainView,
+    GpuClassView,
+    GpuStatus,
+    IdentityView,
+    RelayView,
+    Status,
+    TaskView,
+)
+
+CARD = GpuClassView(name="NVIDIA GeForce RTX 4090+docker", vram=24)
+LABELS = {"gpu_name": CARD.name, "vram_gb": "24"}
+TASK = "0x" + "ab" * 32
+ADDRESS = "0xf39Fd6e51aad88F6F4ce6aB8827279cffFb92266"
+
+
+def gpu(number: int, state: GpuState, kind: GpuClassView = CARD) -> GpuStatus:
+    return GpuStatus(
+        gpu_id=f"n/{number}",
+        ray_node="n",
+        name=kind.name,
+        vram=kind.vram,
+        simulated=True,
+        state=state,
+        task=TASK if state is GpuState.BUSY else None,
+    )
+
+
+def account(index: int, status: NodeStatus, kind: GpuClassView | None = CARD) -> AccountStatus:
+    return AccountStatus(
+        index=index,
+        address=ADDRESS,
+        status=status.name.lower(),
+        gpu_class=kind,
+        stake=str(400 * 10**18),
+    )
+
+
+def snapshot(
+    gpus: tuple[GpuStatus, ...] = (),
+    accounts: tuple[AccountStatus, ...] = (),
+    tasks: tuple[TaskView, ...] = (),
+) -> Status:
+    return Status(
+        version="1",
+        config_digest="d",
+        now=1000.0,
+        acting=True,
+        epoch=7,
+        identity=IdentityView(treasury=ADDRESS),
+        chain=ChainView(reached=True, chain_id=31337, block=42, block_timestamp=999.0),
+        relay=RelayView(reached=False, error="refused"),
+        gpus=gpus,
+        accounts=accounts,
+        tasks=tasks,
+    )
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for found in family.samples:
+            if found.name == name and labels.items() <= found.labels.items():
+                return found.value
+    return None
+
+
+def test_every_label_set_is_there_from_the_start() -> None:
+    metrics = Metrics("1", "d")
+    for task_type, outcome in itertools.product(TaskType, Outcome):
+        labels = {"type": task_type.name, "outcome": outcome.value}
+        assert sample(metrics, "crynux_tasks_total", **labels) == 0
+    for fault in ["none", *(fault.value for fault in Fault)]:
+        assert sample(metrics, "crynux_attempts_total", fault=fault) == 0
+    assert sample(metrics, "crynux_slashes_total") == 0
+    assert sample(metrics, "crynux_kick_outs_total") == 0
+    assert sample(metrics, "crynux_paid_cnx_total") == 0
+    assert sample(metrics, "crynux_relay_calls_total", call="results", result="refused") == 0
+    assert sample(metrics, "crynux_outbox_rows", state="sent") == 0
+    assert sample(metrics, "crynux_task_stage_seconds_count", stage="paid", type="LLM") == 0
+    assert sample(metrics, "crynux_build_info", version="1", config_digest="d") == 1
+
+
+def test_names_follow_the_conventions() -> None:
+    families = list(text_string_to_metric_families(Metrics("1", "d").render().decode()))
+    assert families
+    for family in families:
+        assert family.name.startswith("crynux_")
+        assert family.documentation.endswith(".")
+        assert not any(found.name.endswith("_created") for found in family.samples)
+        if family.type == "counter":
+            assert all(found.name.endswith("_total") for found in family.samples)
+
+
+def test_what_happens_is_counted() -> None:
+    metrics = Metrics("1", "d")
+    metrics.task_closed(TaskType.SD, Outcome.SUCCESS, Wei(15 * 10**17))
+    metrics.stage_took("compute", TaskType.SD, 3.0)
+    metrics.stage_took("compute", TaskType.SD, -0.1)
+    metrics.attempt_ended(Fault.DEVICE)
+    metrics.attempt_ended(None)
+    metrics.slashed()
+    metrics.kicked_out()
+    metrics.relay_called("parameters", "not_ready")
+    metrics.outbox({RowState.SENT: 3})
+    metrics.turn_ended(Timestamp(1234.5))
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 1
+    assert sample(metrics, "crynux_paid_cnx_total") == 1.5
+    assert sample(metrics, "crynux_task_stage_seconds_sum", stage="compute", type="SD") == 3.0
+    assert sample(metrics, "crynux_attempts_total", fault="device") == 1
+    assert sample(metrics, "crynux_attempts_total", fault="none") == 1
+    assert sample(metrics, "crynux_slashes_total") == 1
+    assert sample(metrics, "crynux_relay_calls_total", call="parameters", result="not_ready") == 1
+    assert sample(metrics, "crynux_outbox_rows", state="sent") == 3
+    assert sample(metrics, "crynux_coordinator_last_turn_timestamp_seconds") == 1234.5
+
+
+def test_a_snapshot_sets_the_gauges() -> None:
+    metrics = Metrics("1", "d")
+    metrics.observe(
+        snapshot(
+            (gpu(0, GpuState.BUSY), gpu(1, GpuState.READY), gpu(2, GpuState.READY)),
+            (account(1, NodeStatus.BUSY), account(2, NodeStatus.QUIT, None)),
+        )
+    )
+    assert sample(metrics, "crynux_gpus", **LABELS, state="ready") == 2
+    assert sample(metrics, "crynux_gpus", **LABELS, state="quarantined") == 0
+    assert sample(metrics, "crynux_accounts", **LABELS, status="busy") == 1
+    assert sample(metrics, "crynux_accounts", gpu_name="", status="quit") == 1
+    assert sample(metrics, "crynux_stake_cnx", **LABELS) == 400
+    assert sample(metrics, "crynux_chain_head_block") == 42
+    assert sample(metrics, "crynux_chain_head_timestamp_seconds") == 999
+    assert sample(metrics, "crynux_chain_reached") == 1
+    assert sample(metrics, "crynux_relay_reached") == 0
+    assert sample(metrics, "crynux_lease_held") == 1
+    assert sample(metrics, "crynux_lease_epoch") == 7
+    assert sample(metrics, "crynux_ready") == 1
+
+
+def test_a_class_that_is_gone_stays_at_zero() -> None:
+    metrics = Metrics("1", "d")
+    metrics.observe(snapshot((gpu(0, GpuState.READY),)))
+    metrics.observe(snapshot())
+    assert sample(metrics, "crynux_gpus", **LABELS, state="ready") == 0
+    assert sample(metrics, "crynux_ready") == 0
+
+
+def test_nothing_that_names_a_task_becomes_a_label() -> None:
+    metrics = Metrics("1", "d")
+    task = TaskView(
+        commitment=TASK,
+        account=ADDRESS,
+        type="SD",
+        stage="answerable",
+        progress="running",
+        action="Wait: computing",
+        seen_at=1.0,
+    )
+    metrics.observe(snapshot((gpu(0, GpuState.BUSY),), (account(1, NodeStatus.BUSY),), (task,)))
+    assert sample(metrics, "crynux_open_tasks", type="SD", progress="running") == 1
+    text = metrics.render().decode()
+    assert TASK not in text
+    assert ADDRESS not in text
+
+
+def test_two_registries_live_side_by_side() -> None:
+    one, other = Metrics("1", "d"), Metrics("1", "d")
+    one.slashed()
+    assert sample(other, "crynux_slashes_total") == 0
+
+
+def test_it_stays_small_and_quick_with_many_cards() -> None:
+    kinds = [GpuClassView(name=f"Card {n}", vram=8 + n) for n in range(8)]
+    gpus = tuple(gpu(n, GpuState.READY, kinds[n % 8]) for n in range(256))
+    accounts = tuple(account(n, NodeStatus.AVAILABLE, kinds[n % 8]) for n in range(256))
+    metrics = Metrics("1", "d")
+    status = snapshot(gpus, accounts)
+    began = time.perf_counter()
+    metrics.observe(status)
+    text = metrics.render()
+    assert time.perf_counter() - began < 1.0
+    assert sum(not line.startswith(b"#") for line in text.splitlines()) < 5000

@@ -1,0 +1,163 @@
+"""The store on disk: what is there, what isn't, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.models.store import LORA_FILE, ModelStore
+
+REFUSED = ModelUnavailableKind.REFUSED
+NOT_HERE = ModelUnavailableKind.NOT_HERE
+DAMAGED = ModelUnavailableKind.DAMAGED
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    base = tmp_path / "store" / "org" / "base"
+    (base / "unet").mkdir(parents=True)
+    (base / "scheduler").mkdir()
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "LCMScheduler"],
+        "safety_checker": [None, None],
+    }
+    (base / "model_index.json").write_text(json.dumps(index))
+    (base / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    lora = tmp_path / "store" / "org" / "lora"
+    lora.mkdir()
+    (lora / LORA_FILE).touch()
+    return ModelStore(tmp_path / "store")
+
+
+def kind_of(store: ModelStore, kind: str, name: str, variant: str | None = None) -> object:
+    with pytest.raises(ModelUnavailable) as caught:
+        store.resolve(kind, name, variant)
+    assert "\n" not in str(caught.value)
+    return caught.value.kind
+
+
+def edit(store: ModelStore, **changes: object) -> None:
+    file = store.root / "org" / "base" / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_what_is_here(store: ModelStore) -> None:
+    assert store.resolve("base", "org/base") == store.root / "org" / "base"
+    assert store.resolve("base", "org/base", "fp16") == store.root / "org" / "base"
+    assert store.lora_file("org/lora") == store.root / "org" / "lora" / LORA_FILE
+    assert store.lora_file("org/lora", LORA_FILE).name == LORA_FILE
+    assert store.on_disk() == {"org/base", "org/base+fp16"}
+
+
+def test_an_empty_store(tmp_path: Path) -> None:
+    assert ModelStore(tmp_path / "none").on_disk() == frozenset()
+    assert kind_of(ModelStore(tmp_path / "none"), "base", "org/base") is NOT_HERE
+
+
+def test_what_is_not_here(store: ModelStore) -> None:
+    assert kind_of(store, "base", "org/other") is NOT_HERE
+    assert kind_of(store, "base", "org/lora") is NOT_HERE
+    assert kind_of(store, "base", "org/base", "bf16") is NOT_HERE
+    with pytest.raises(ModelUnavailable, match="has no other.safetensors"):
+        store.lora_file("org/lora", "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "base",
+        "/etc/passwd",
+        "../org/base",
+        "org/../../etc",
+        "./base",
+        "org/..",
+        ".hidden/base",
+        "org/base/unet",
+        "org//base",
+        "org/ba se",
+        "org/base\n",
+        "org\\base",
+        "org/b\0",
+        "https://host/org/base",
+        "file:///etc/passwd",
+        "org/" + "x" * 1000,
+        "örg/base",
+    ],
+)
+def test_tricky_names_are_refused(store: ModelStore, name: str) -> None:
+    assert kind_of(store, "base", name) is REFUSED
+    assert kind_of(store, "lora", name) is REFUSED
+
+
+def test_tricky_variants_and_kinds_are_refused(store: ModelStore) -> None:
+    assert kind_of(store, "base", "org/base", "../x") is REFUSED
+    assert kind_of(store, "pickle", "org/base") is REFUSED
+
+
+@pytest.mark.parametrize(
+    "name", ["../lora.safetensors", "/x.safetensors", "w.bin", "w.ckpt", "w.pt"]
+)
+def test_tricky_weight_files_are_refused(store: ModelStore, name: str) -> None:
+    (store.root / "org" / "lora" / Path(name).name).touch()
+    with pytest.raises(ModelUnavailable) as caught:
+        store.lora_file("org/lora", name)
+    assert caught.value.kind is REFUSED
+
+
+def test_several_loras_need_a_name(store: ModelStore) -> None:
+    folder = store.root / "org" / "lora"
+    (folder / LORA_FILE).rename(folder / "a.safetensors")
+    assert store.lora_file("org/lora").name == "a.safetensors"
+    (folder / "b.safetensors").touch()
+    with pytest.raises(ModelUnavailable) as caught:
+        store.lora_file("org/lora")
+    assert caught.value.kind is REFUSED
+    assert store.lora_file("org/lora", "b.safetensors").name == "b.safetensors"
+
+
+def test_links_out_of_the_store_are_refused(store: ModelStore, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (store.root / "org" / "away").symlink_to(tmp_path / "outside")
+    assert kind_of(store, "lora", "org/away") is REFUSED
+    (store.root / "org" / "lora" / "w.safetensors").symlink_to(tmp_path / "outside" / "w")
+    assert kind_of(store, "lora", "org/lora") is REFUSED
+
+
+def test_links_within_the_store_are_fine(store: ModelStore) -> None:
+    folder = store.root / "org" / "base" / "unet"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.rename(store.root / "blob")
+    weights.symlink_to(store.root / "blob")
+    assert store.resolve("base", "org/base")
+
+
+def test_pickles_and_code_are_refused(store: ModelStore) -> None:
+    folder = store.root / "org" / "base" / "unet"
+    for weights in folder.glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    assert kind_of(store, "base", "org/base") is REFUSED
+    (store.root / "org" / "lora" / "loader.py").touch()
+    assert kind_of(store, "lora", "org/lora") is REFUSED
+
+
+def test_foreign_pipelines_and_parts_are_refused(store: ModelStore) -> None:
+    edit(store, unet=["my_code", "UNet"])
+    assert kind_of(store, "base", "org/base") is REFUSED
+    edit(store, _class_name="MyPipeline")
+    assert kind_of(store, "base", "org/base") is REFUSED
+    edit(store, _class_name=["my_code", "StableDiffusionPipeline"])
+    assert kind_of(store, "base", "org/base") is REFUSED
+
+
+def test_a_damaged_index(store: ModelStore) -> None:
+    edit(store, unet=["diffusers"])
+    assert kind_of(store, "base", "org/base") is DAMAGED
+    (store.root / "org" / "base" / "model_index.json").write_text("{")
+    assert kind_of(store, "base", "org/base") is DAMAGED

@@ -1,0 +1,522 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eth_utils.crypto import keccak
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.chain.outbox import Outbox, OutboxSettings
+from cluster.chain.outbox_rows import Intent, OutboxRow, RowState, Signed, by_key, task_intent
+from cluster.chain.rpc import Rpc
+from cluster.core.errors import ChainError, IllegalMove, LeaseLost, NetworkUnavailable
+from cluster.core.lifecycle import WriteState
+from cluster.core.ports import Lease
+from cluster.core.record import Claim
+from cluster.core.types import Address, Commitment, Timestamp, Wei
+from cluster.journal import SqlJournal
+
+ALICE, BOB = Address("0x" + "aa" * 20), Address("0x" + "bb" * 20)
+CONTRACT = Address("0x" + "cc" * 20)
+TASK = Commitment("0x" + "01" * 32)
+
+
+@dataclass
+class FakeChain:
+    """Takes JSON for signed bytes, mines in order of nonces, and lets each answer (data) once."""
+
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    pool: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mined: dict[str, bool] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    refusing: dict[str, str] = field(default_factory=dict)
+    reverting: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+    refuse_sends: bool = False
+    gas: int = 80_000
+
+    async def __call__(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+        fault = self.faults.pop() if self.faults and method == "eth_sendRawTransaction" else ""
+        if fault == "drop":
+            raise ChainError("dropped")
+        answer = self._answer(method, params)
+        if fault == "lose":
+            raise ChainError("the answer was lost")
+        await asyncio.sleep(0)
+        return answer
+
+    def _answer(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+        match method:
+            case "eth_call" | "eth_estimateGas":
+                reason = self._reason(params[0])
+                if reason is not None:
+                    return {"error": {"code": 3, "message": f"execution reverted: {reason}"}}
+                return {"result": "0x" if method == "eth_call" else hex(self.gas)}
+            case "eth_getBlockByNumber":
+                return {"result": {"number": "0x1", "timestamp": "0x1"}}
+            case "eth_gasPrice":
+                return {"result": hex(10)}
+            case "eth_getTransactionCount":
+                return {"result": hex(self.counts[params[0]])}
+            case "eth_getTransactionReceipt":
+                ok = self.mined.get(params[0])
+                block = {"blockNumber": "0x1", "status": "0x1" if ok else "0x0"}
+                return {"result": None if ok is None else block}
+            case "eth_getTransactionByHash":
+                known = params[0] in self.mined or params[0] in self.pool
+                return {"result": {} if known else None}
+            case "eth_sendRawTransaction":
+                return self._take(bytes.fromhex(params[0][2:]))
+        raise AssertionError(method)
+
+    def _reason(self, call: Mapping[str, Any]) -> str | None:
+        data = str(call["data"])
+        return "Illegal previous task state" if data in self.done else self.refusing.get(data)
+
+    def _take(self, raw: bytes) -> Mapping[str, Any]:
+        tx, tx_hash = json.loads(raw), "0x" + keccak(raw).hex()
+        if self.refuse_sends:
+            return {"error": {"code": -32000, "message": "not today"}}
+        if tx_hash in self.pool or tx_hash in self.mined:
+            return {"error": {"code": -32000, "message": "already known"}}
+        if tx["nonce"] < self.counts[tx["account"]]:
+            return {"error": {"code": -32000, "message": "nonce too low"}}
+        self.pool[tx_hash] = tx
+        return {"result": tx_hash}
+
+    def mine(self) -> None:
+        moved = True
+        while moved:
+            moved = False
+            for tx_hash, tx in list(self.pool.items()):
+                if tx["nonce"] < self.counts[tx["account"]]:
+                    del self.pool[tx_hash]
+                elif tx["nonce"] == self.counts[tx["account"]]:
+                    del self.pool[tx_hash]
+                    moved = True
+                    self.counts[tx["account"]] += 1
+                    data = tx["data"]
+                    ok = data not in self.done and data not in self.reverting
+                    self.mined[tx_hash] = ok
+                    self.done += [data] if ok else []
+
+
+class FakeSigner:
+    def sign_transaction(self, account: Address, transaction: Mapping[str, int | str], /) -> bytes:
+        return json.dumps({"account": account, **transaction}, sort_keys=True).encode()
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashingOutbox(Outbox):
+    """`crash` names the step after which the process dies; `signed` has what was ever signed."""
+
+    crash = ""
+    signed: list[tuple[str, Signed]]
+
+    async def _sign(self, row: OutboxRow) -> Signed | None:
+        signed = await super()._sign(row)
+        self._die("sign")
+        return signed
+
+    def _store(self, row: OutboxRow, signed: Signed) -> OutboxRow:
+        stored = super()._store(row, signed)
+        self.signed.append((row.intent.key, signed))
+        self._die("store")
+        return stored
+
+    async def _broadcast(self, row: OutboxRow) -> None:
+        if self.crash == "send":
+            assert row.signed is not None
+            await self._rpc.send(row.signed.raw)
+            self._die("send")
+        await super()._broadcast(row)
+
+    def _die(self, step: str) -> None:
+        if self.crash == step:
+            raise Crash(step)
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.url = f"sqlite:///{folder / 'journal.db'}"
+        self.chain = FakeChain()
+        self.now = 1000.0
+        self.signed: list[tuple[str, Signed]] = []
+        self.resolved: list[tuple[str, RowState]] = []
+        self.start()
+
+    def start(self) -> None:
+        self.journal = SqlJournal(self.url)
+        lease = self.journal.acquire("me", Timestamp(self.now), 60.0)
+        assert lease is not None
+        self.lease: Lease = lease
+        self.outbox = CrashingOutbox(
+            Rpc(self.chain),
+            self.journal,
+            lambda: lease,
+            FakeSigner(),
+            lambda: Timestamp(self.now),
+            1,
+            OutboxSettings(),
+            lambda row: self.resolved.append((row.intent.key, row.state)),
+        )
+        self.outbox.signed = self.signed
+
+    def restart(self) -> None:
+        self.journal.close()
+        self.start()
+
+    def row(self, key: str) -> OutboxRow:
+        with self.journal.read() as connection:
+            row = by_key(connection, key)
+        assert row is not None
+        return row
+
+    async def settle(self) -> None:
+        for _ in range(6):
+            await self.outbox.pump()
+            self.chain.mine()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.journal.close()
+
+
+def score(task: Commitment = TASK, data: bytes = b"score", account: Address = ALICE) -> Intent:
+    return task_intent(account, task, Claim.SCORE, CONTRACT, data)
+
+
+async def test_a_score_is_signed_stored_sent_and_mined(world: World) -> None:
+    assert world.outbox.ensure(score()) is RowState.NEW
+    assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.OPEN}
+    await world.outbox.pump()
+    (sent,) = world.chain.pool.values()
+    assert sent == {
+        "account": ALICE,
+        "chainId": 1,
+        "nonce": 0,
+        "gasPrice": 12,
+        "gas": 104_000,
+        "to": CONTRACT,
+        "value": 0,
+        "data": "0x" + b"score".hex(),
+    }
+    world.chain.mine()
+    await world.outbox.pump()
+    assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.DONE}
+    assert world.outbox.ensure(score()) is RowState.MINED
+    assert world.resolved == [(score().key, RowState.MINED)]
+    assert world.outbox.writes(Commitment("0x" + "02" * 32)) == {}
+
+
+async def test_what_would_revert_is_refused_unsent_and_tried_again_later(world: World) -> None:
+    data = "0x" + b"score".hex()
+    world.chain.refusing[data] = "Illegal previous task state"
+    world.outbox.ensure(score())
+    await world.outbox.pump()
+    assert world.chain.pool == {} and world.signed == []
+    assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.REFUSED}
+    assert world.row(score().key).reason == "Illegal previous task state"
+    assert world.outbox.ensure(score()) is RowState.REFUSED  # too soon
+    world.now += 5
+    del world.chain.refusing[data]
+    assert world.outbox.ensure(score()) is RowState.NEW
+    await world.settle()
+    assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.DONE}
+
+
+async def test_more_gas_than_the_cap_is_refused(world: World) -> None:
+    world.chain.gas = 4_000_000
+    world.outbox.ensure(score())
+    await world.outbox.pump()
+    assert world.row(score().key).state is RowState.REFUSED
+
+
+async def test_a_reverted_one_is_signed_anew_with_a_new_nonce(world: World) -> None:
+    data = "0x" + b"score".hex()
+    world.chain.reverting.add(data)
+    world.outbox.ensure(score())
+    await world.settle()
+    assert world.row(score().key).state is RowState.REVERTED
+    world.chain.reverting.clear()
+    world.now += 5
+    world.outbox.ensure(score())
+    await world.settle()
+    assert [signed.nonce for _, signed in world.signed] == [0, 1]
+    assert world.chain.done == [data]
+
+
+@pytest.mark.parametrize("state", ["new", "sent", "mined", "refused"])
+async def test_an_answer_never_becomes_another(world: World, state: str) -> None:
+    if state == "refused":
+        world.chain.refusing["0x" + b"score".hex()] = "no"
+    world.outbox.ensure(score())
+    if state != "new":
+        await world.outbox.pump()
+    if state == "mined":
+        await world.settle()
+    assert world.row(score().key).state.value == state
+    world.now += 100
+    with pytest.raises(IllegalMove):
+        world.outbox.ensure(score(data=b"other"))
+    with pytest.raises(IllegalMove):
+        world.outbox.ensure(task_intent(ALICE, TASK, Claim.ERROR, CONTRACT, b"error"))
+    assert world.row(score().key).intent == score()
+    world.outbox.ensure(task_intent(ALICE, TASK, Claim.ABORT, CONTRACT, b"abort"))
+
+
+@pytest.mark.parametrize("fault", ["drop", "lose"])
+async def test_a_lost_answer_sends_the_same_bytes_again(world: World, fault: str) -> None:
+    world.chain.faults = [fault]
+    world.outbox.ensure(score())
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.row(score().key).state is RowState.SIGNED
+    world.restart()
+    await world.settle()
+    assert world.row(score().key).state is RowState.MINED
+    assert len(world.signed) == 1
+
+
+async def test_mined_before_the_crash_was_noticed(world: World) -> None:
+    world.outbox.crash = "send"
+    world.outbox.ensure(score())
+    with pytest.raises(Crash):
+        await world.outbox.pump()
+    world.chain.mine()
+    world.restart()
+    await world.settle()
+    assert world.row(score().key).state is RowState.MINED
+
+
+async def test_what_fell_out_of_the_pool_is_sent_again(world: World) -> None:
+    world.outbox.ensure(score())
+    await world.outbox.pump()
+    world.chain.pool.clear()
+    await world.outbox.pump()
+    assert world.chain.pool == {}
+    world.now += 30
+    await world.settle()
+    assert world.row(score().key).state is RowState.MINED
+    assert len(world.signed) == 1
+
+
+async def test_a_nonce_taken_by_another_is_given_up_only_after_a_while(world: World) -> None:
+    world.outbox.crash = "store"
+    world.outbox.ensure(score())
+    with pytest.raises(Crash):
+        await world.outbox.pump()
+    world.restart()
+    world.chain.counts[ALICE] = 1
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.row(score().key).state is RowState.SIGNED
+    world.now += 61
+    await world.outbox.pump()
+    assert world.row(score().key).state is RowState.REFUSED
+    world.now += 5
+    world.outbox.ensure(score())
+    await world.settle()
+    assert [signed.nonce for _, signed in world.signed] == [0, 1]
+    assert len(world.chain.done) == 1
+
+
+async def test_a_mined_one_whose_block_was_replaced_is_sent_again(world: World) -> None:
+    world.outbox.ensure(score())
+    await world.settle()
+    world.chain.mined.clear()
+    world.chain.done.clear()
+    world.chain.counts.clear()
+    world.now += 60
+    assert world.outbox.ensure(score()) is RowState.SENT
+    await world.settle()
+    assert world.row(score().key).state is RowState.MINED
+    assert len(world.signed) == 1
+
+
+async def test_an_endpoint_that_lags_gives_no_used_nonce(world: World) -> None:
+    world.outbox.ensure(score())
+    await world.settle()
+    world.chain.counts[ALICE] = 0
+    other = score(Commitment("0x" + "02" * 32), b"second")
+    world.outbox.ensure(other)
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.row(other.key).state is RowState.NEW
+    world.chain.counts[ALICE] = 1
+    await world.settle()
+    assert world.row(other.key).state is RowState.MINED
+
+
+async def test_one_accounts_trouble_is_not_anothers(world: World) -> None:
+    world.outbox.ensure(score())
+    await world.outbox.pump()
+    world.chain.pool.clear()
+    world.chain.refuse_sends = True
+    world.now += 30
+    world.outbox.ensure(score(Commitment("0x" + "02" * 32), b"bobs", BOB))
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    world.chain.refuse_sends = False
+    await world.settle()
+    assert len(world.chain.done) == 2
+
+
+async def test_who_lost_the_lease_signs_nothing_that_is_sent(world: World) -> None:
+    world.outbox.ensure(score())
+    assert world.journal.acquire("other", Timestamp(world.now + 100), 60.0) is not None
+    with pytest.raises(LeaseLost):
+        await world.outbox.pump()
+    with pytest.raises(LeaseLost):
+        world.outbox.ensure(score(Commitment("0x" + "02" * 32)))
+    assert world.chain.pool == {} and world.signed == []
+
+
+async def test_a_tasks_write_goes_before_the_accounts_own(world: World) -> None:
+    world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    world.outbox.ensure(score())
+    await world.settle()
+    assert world.chain.done == ["0x" + b"score".hex(), "0x" + b"pause".hex()]
+
+
+async def test_a_verb_can_be_done_again_after_it_was_done(world: World) -> None:
+    for _ in range(2):
+        world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+        world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+        await world.settle()
+        world.chain.done.clear()
+    for _ in range(2):
+        world.outbox.ensure_verb(ALICE, "model:m", CONTRACT, b"model", once=True)
+        await world.settle()
+    keys = [key for key, _ in world.signed]
+    assert keys == [
+        f"account:{ALICE}:pause:0",
+        f"account:{ALICE}:pause:1",
+        f"account:{ALICE}:model:m:0",
+    ]
+
+
+async def test_run_picks_up_what_is_ensured(world: World) -> None:
+    running = asyncio.create_task(world.outbox.run())
+    await asyncio.sleep(0.01)
+    world.outbox.ensure(score())
+    for _ in range(200):
+        await asyncio.sleep(0.01)
+        world.chain.mine()
+        if world.outbox.writes(TASK) == {Claim.SCORE: WriteState.DONE}:
+            break
+    running.cancel()
+    assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.DONE}
+
+
+# --- any crash, anywhere ------------------------------------------------------------------------
+
+TASKS = tuple(Commitment(f"0x{index:064x}") for index in range(1, 4))
+STEPS = st.one_of(
+    st.tuples(st.just("ensure"), st.integers(0, 2), st.sampled_from([ALICE, BOB])),
+    st.tuples(st.just("pump"), st.sampled_from(["", "sign", "store", "send", "drop", "lose"])),
+    st.tuples(st.just("mine")),
+    st.tuples(st.just("forget")),
+    st.tuples(st.just("restart")),
+    st.tuples(st.just("refuse"), st.integers(0, 2)),
+    st.tuples(st.just("revert"), st.integers(0, 2)),
+    st.tuples(st.just("later"), st.sampled_from([2.0, 30.0, 90.0])),
+)
+
+
+def data_of(index: int) -> bytes:
+    return b"score" + bytes([index])
+
+
+async def pump(world: World, how: str) -> None:
+    world.chain.faults = [how] if how in {"drop", "lose"} else []
+    world.outbox.crash = "" if world.chain.faults else how
+    try:
+        await world.outbox.pump()
+    except Crash:
+        world.restart()
+    except NetworkUnavailable:
+        pass
+    world.outbox.crash, world.chain.faults = "", []
+
+
+async def take(world: World, step: tuple[Any, ...], owners: dict[int, Address]) -> None:
+    chain = world.chain
+    match step:
+        case ("ensure", index, account):
+            owner = owners.setdefault(index, account)
+            world.outbox.ensure(score(TASKS[index], data_of(index), owner))
+        case ("pump", how):
+            await pump(world, how)
+        case ("mine",):
+            chain.mine()
+        case ("forget",):
+            chain.pool.clear()
+        case ("restart",):
+            world.restart()
+        case ("refuse", index):
+            chain.refusing["0x" + data_of(index).hex()] = "not now"
+        case ("revert", index):
+            chain.reverting.add("0x" + data_of(index).hex())
+        case ("later", seconds):
+            world.now += seconds
+
+
+def check(world: World, before: int, dead: set[str]) -> None:
+    """What was signed anew since `before` was signed only after its former bytes were dead."""
+    for index in range(before, len(world.signed)):
+        key, signed = world.signed[index]
+        former = {each.tx_hash for k, each in world.signed[:index] if k == key}
+        assert former <= dead, f"{key}: two transactions alive"
+        assert signed.tx_hash not in former
+    done = world.chain.done
+    assert len(done) == len(set(done))
+
+
+async def scenario(folder: Path, steps: Sequence[tuple[Any, ...]]) -> None:
+    world = World(folder)
+    owners: dict[int, Address] = {}
+    for step in steps:
+        before = len(world.signed)
+        dead = {tx_hash for tx_hash, ok in world.chain.mined.items() if not ok}
+        await take(world, step, owners)
+        check(world, before, dead)
+    world.chain.refusing.clear()
+    world.chain.reverting.clear()
+    for _ in range(4):
+        world.now += 90.0
+        for index, owner in owners.items():
+            world.outbox.ensure(score(TASKS[index], data_of(index), owner))
+        await world.settle()
+    assert sorted(world.chain.done) == sorted("0x" + data_of(index).hex() for index in owners)
+    assert world.chain.pool == {}, "a gap in the nonces"
+    for index in owners:
+        assert world.outbox.writes(TASKS[index]) == {Claim.SCORE: WriteState.DONE}
+    world.journal.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STEPS, max_size=25))
+def test_no_crash_makes_two_answers_or_a_gap(steps: list[tuple[Any, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(scenario(Path(folder), steps))
+
+
+def test_wei_travels_whole(world: World) -> None:
+    stake = Wei(400 * 10**18)
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join", stake)
+    assert world.row(f"account:{ALICE}:join:0").intent.value == stake

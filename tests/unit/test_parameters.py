@@ -1,0 +1,243 @@
+"""Three verdicts on hostile text: the task's fault, not ours to run, or parameters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.core.errors import TaskInvalid, TaskUnsupported
+from cluster.core.types import TaskType
+from cluster.inference import parameters
+from cluster.inference.parameters import SDParameters, base_key, model_ids, parse, pipeline_key
+
+
+def text(**changes: Any) -> str:
+    return json.dumps({"base_model": "o/m", "prompt": "a cat", "task_config": {}} | changes)
+
+
+def sd(**changes: Any) -> SDParameters:
+    return parse(TaskType.SD, text(**changes))
+
+
+def config(**changes: Any) -> SDParameters:
+    return sd(task_config=changes)
+
+
+def test_defaults_are_the_networks() -> None:
+    params = sd()
+    task = params.task_config
+    assert (task.image_width, task.image_height, task.steps, task.seed) == (512, 512, 1, 0)
+    assert (task.num_images, task.safety_checker, task.cfg) == (6, True, 5)
+    assert params.dtype == "auto"
+    assert params.scheduler.method == "DPMSolverMultistepScheduler"
+    assert params.base_model.variant is None
+    assert sd(lora={"model": "o/l"}).lora.weight == 100  # type: ignore[union-attr]
+    assert sd(refiner={"model": "o/r"}).refiner.denoising_cutoff == 80  # type: ignore[union-attr]
+    assert sd(controlnet={"model": "o/c"}).controlnet.weight == 70  # type: ignore[union-attr]
+
+
+def test_base_model_as_name_or_object() -> None:
+    assert sd(base_model="o/m") == sd(base_model={"name": "o/m"})
+    assert sd(base_model={"name": "o/m", "variant": "fp16"}).base_model.variant == "fp16"
+
+
+def test_unknown_keys_are_ignored() -> None:
+    assert sd(novelty=1, task_config={"other": 2}) == sd()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": ""},
+        {"prompt": None},
+        {"base_model": ""},
+        {"base_model": {"variant": "fp16"}},
+        {"base_model": 7},
+        {"task_config": None},
+        {"task_config": {"steps": 0}},
+        {"task_config": {"steps": 101}},
+        {"task_config": {"seed": -1}},
+        {"task_config": {"seed": 2**31}},
+        {"task_config": {"num_images": 0}},
+        {"task_config": {"num_images": 11}},
+        {"task_config": {"cfg": 20.5}},
+        {"task_config": {"cfg": -1}},
+        {"task_config": {"image_width": "wide"}},
+        {"dtype": "int8"},
+        {"version": "three"},
+        {"version": 3},
+        {"lora": {"model": ""}},
+        {"lora": {"model": "o/l", "weight": 0}},
+        {"lora": {"model": "o/l", "weight": 101}},
+        {"refiner": {"model": "o/r", "steps": 101}},
+        {"controlnet": {"model": "o/c", "weight": 0}},
+        {"scheduler": {"method": "PNDMScheduler"}},
+        {"scheduler": {"args": {}}},
+        {"scheduler": {"method": "LCMScheduler", "args": {"beta_start": "small"}}},
+    ],
+)
+def test_what_fails_the_schema_is_the_tasks_fault(changes: dict[str, Any]) -> None:
+    with pytest.raises(TaskInvalid) as caught:
+        sd(**changes)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "broken", ["", "{", "nothing", "[]", "7", "null", '{"prompt":"x"}', "{'a':1}"]
+)
+def test_what_is_no_object_is_the_tasks_fault(broken: str) -> None:
+    with pytest.raises(TaskInvalid):
+        parse(TaskType.SD, broken)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        text(version="3.0.1"),
+        text(version="4.0.0"),
+        text(task_config={"image_width": 500}),
+        text(task_config={"image_height": 0}),
+        text(task_config={"image_height": 2**20}),
+        text(scheduler={"method": "LCMScheduler", "args": {"num_train_timesteps": 10**9}}),
+        text(prompt="a" * (parameters.MAX_PROMPT + 1)),
+        text(negative_prompt="a" * (parameters.MAX_PROMPT + 1)),
+        text(extra=float("nan")),
+        text(prompt="\ud800"),
+        text().replace("{}", "[" * 100_000 + "]" * 100_000),
+        text()[:-1] + ',"x":' + "9" * 5000 + "}",
+        " " * (parameters.MAX_TEXT + 1),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_what_others_may_run_is_never_the_tasks_fault(odd: str) -> None:
+    with pytest.raises(TaskUnsupported):
+        parse(TaskType.SD, odd)
+
+
+@pytest.mark.parametrize("task_type", [TaskType.LLM, TaskType.SD_FT])
+def test_other_types_are_unsupported(task_type: TaskType) -> None:
+    with pytest.raises(TaskUnsupported):
+        parse(task_type, "{}")
+
+
+@given(st.text() | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(json.dumps))
+def test_any_text_gets_one_of_the_verdicts(hostile: str) -> None:
+    with pytest.raises((TaskInvalid, TaskUnsupported)):
+        parse(TaskType.SD, hostile)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(SDParameters.model_fields)),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text()
+        | st.dictionaries(st.sampled_from(["model", "name", "method", "args", "steps"]), st.text()),
+    )
+)
+def test_any_object_gets_one_of_the_verdicts(fields: dict[str, Any]) -> None:
+    try:
+        params = sd(**fields)
+    except (TaskInvalid, TaskUnsupported):
+        return
+    assert params.prompt
+
+
+def test_keys_name_what_is_loaded() -> None:
+    plain = sd()
+    assert base_key(plain) == "o/m"
+    assert base_key(sd(base_model={"name": "o/m", "variant": "fp16"})) == "o/m+fp16"
+    assert pipeline_key(sd(lora={"model": "o/l"})) == pipeline_key(plain)
+    assert pipeline_key(config(steps=50, safety_checker=False)) == pipeline_key(plain)
+    different = [sd(dtype="float16"), sd(vae="o/v"), sd(unet="o/u"), sd(base_model="o/n")]
+    assert len({pipeline_key(params) for params in [plain, *different]}) == 5
+
+
+def test_model_ids() -> None:
+    params = sd(
+        base_model={"name": "o/m", "variant": "fp16"},
+        lora={"model": "o/l"},
+        controlnet={"model": "o/c", "variant": "fp16"},
+        refiner={"model": "o/r"},
+    )
+    assert model_ids(params) == ("base:o/m+fp16", "lora:o/l", "controlnet:o/c+fp16", "base:o/r")
+
+
+def test_work_grows_with_each_factor() -> None:
+    one = parameters.work_units(config(image_width=256, image_height=128, steps=2, num_images=1))
+    assert one == 256 * 128 * 2
+    assert parameters.work_units(config(image_width=256, image_height=128, steps=2)) == 6 * one
+
+
+def test_needs_no_torch() -> None:
+    code = (
+        "import sys, cluster.inference.parameters, cluster.inference.scoring\n"
+        "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"a":' * 200_000, "[" * 65 + "]" * 65, "[]," * 60_000],
+    ids=["open arrays", "open objects", "just too deep", "too many"],
+)
+def test_deep_nesting_never_reaches_the_reader(text: str) -> None:
+    # What importing web3 does to every process that speaks to the chain.
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        with pytest.raises(TaskUnsupported, match="nested too deep"):
+            parse(TaskType.SD, text)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_brackets_in_a_prompt_are_text() -> None:
+    text = json.dumps({"base_model": "org/name", "prompt": "[" * 500 + '\\"{', "task_config": {}})
+    assert parse(TaskType.SD, text).prompt.startswith("[[[")
+
+
+def with_fields(**fields: object) -> str:
+    return json.dumps({"base_model": "org/name", "prompt": "a cat", "task_config": {}, **fields})
+
+
+@pytest.mark.parametrize("version", ["2.2.0", "0.0.1", "02.5.0", "3.0.1", "9.9.9"])
+def test_a_version_that_is_not_known_is_met_with_silence(version: str) -> None:
+    with pytest.raises(TaskUnsupported, match="version"):
+        parse(TaskType.SD, with_fields(version=version))
+
+
+@pytest.mark.parametrize("weight", [0.8, 1, 80.5, "1"])
+def test_a_percentage_that_nodes_read_differently_is_met_with_silence(weight: object) -> None:
+    with pytest.raises(TaskUnsupported, match="nodes differ"):
+        parse(TaskType.SD, with_fields(lora={"model": "org/lora", "weight": weight}))
+
+
+@pytest.mark.parametrize("weight", [0, -1, 100.5, 101, "x"])
+def test_a_percentage_out_of_range_is_the_tasks_fault(weight: object) -> None:
+    with pytest.raises(TaskInvalid, match=r"lora\.weight"):
+        parse(TaskType.SD, with_fields(lora={"model": "org/lora", "weight": weight}))
+
+
+@pytest.mark.parametrize("name", ["clip_sample", "clip_samples_range"])
+def test_an_argument_that_nodes_spell_differently_is_met_with_silence(name: str) -> None:
+    scheduler = {"method": "LCMScheduler", "args": {name: "abc"}}
+    with pytest.raises(TaskUnsupported, match=name):
+        parse(TaskType.SD, with_fields(scheduler=scheduler))
+
+
+def test_an_unended_string_is_read_once() -> None:
+    # Quadratic reading would take hours here; the length alone bounds the test.
+    for text in ('"' + '\\"' * 1_000_000, '"' + '\\"' * 1_000_000 + "\\", '"a' * 500_000):
+        with pytest.raises((TaskInvalid, TaskUnsupported)):
+            parse(TaskType.SD, text)

@@ -1,0 +1,90 @@
+"""What the supervisor finds wrong before anything runs. No ray is started here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster import runtime
+from cluster.config import Config
+from cluster.core.errors import ChainError, ConfigError
+from cluster.core.types import GpuClass
+
+ADDRESS = "0x" + "11" * 20
+PHRASE = "test test test test test test test test test test test junk"
+
+
+def config(tmp_path: Path, **ray: object) -> Config:
+    seed = tmp_path / "seed"
+    seed.write_text(PHRASE)
+    seed.chmod(0o600)
+    return Config.model_validate(
+        {
+            "identity": {"seed_file": str(seed)},
+            "network": {
+                "rpc_url": "http://127.0.0.1:1",
+                "chain_id": 31337,
+                "devnet": True,
+                "contracts": {"task": ADDRESS, "node": ADDRESS, "qos": ADDRESS},
+                "relay_url": "http://127.0.0.1:1",
+            },
+            "ray": ray,
+        },
+        context={"base": tmp_path},
+    )
+
+
+def test_simulated_classes_carry_the_platform(tmp_path: Path) -> None:
+    cards = [
+        {"name": "NVIDIA X", "vram": 24, "count": 2},
+        {"name": "NVIDIA Y", "vram": 80},
+        {"name": "NVIDIA X", "vram": 24},
+    ]
+    found = runtime.simulated_classes(config(tmp_path, simulated_gpus=cards, platform="linux"))
+    assert {(c.name, c.vram): n for c, n in found.items()} == {
+        ("NVIDIA X+linux", 24): 3,
+        ("NVIDIA Y+linux", 80): 1,
+    }
+    assert all(isinstance(each, GpuClass) for each in found)
+
+
+def test_the_release_follows_version_and_configuration(tmp_path: Path) -> None:
+    one, other = config(tmp_path), config(tmp_path, platform="linux")
+    assert runtime.release(one) == runtime.release(config(tmp_path))
+    assert runtime.release(one) != runtime.release(other)
+
+
+def test_no_key_is_one_line(tmp_path: Path) -> None:
+    bare = config(tmp_path).model_copy(
+        update={"identity": config(tmp_path).identity.model_copy(update={"seed_file": None})}
+    )
+    with pytest.raises(ConfigError, match=r"identity\.seed_file: missing"):
+        runtime.check(bare)
+
+
+def test_a_port_that_cannot_be_had_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(_where: tuple[str, int]) -> None:
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr("cluster.runtime.socket.create_server", taken)
+    with pytest.raises(ConfigError, match=r"serve\.port: can't listen on 127\.0\.0\.1:8000"):
+        runtime.check(config(tmp_path))
+
+
+@pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
+def test_a_wrong_chain_stops_and_an_absent_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    async def answer(_config: Config) -> None:  # noqa: RUF029 - takes the place of one that awaits
+        raise raised
+
+    monkeypatch.setattr(runtime, "_check_port", lambda *_: None)
+    monkeypatch.setattr(runtime, "_check_chain", answer)
+    if isinstance(raised, ConfigError):
+        with pytest.raises(ConfigError, match="wrong chain"):
+            runtime.check(config(tmp_path))
+    else:
+        runtime.check(config(tmp_path))

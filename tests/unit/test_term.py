@@ -1,0 +1,472 @@
+"""The coordinator's plain classes on a real event loop; no test can last longer than LIMIT."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from actors import coordinator as module
+from actors.coordinator import Coordinator, RunningNetwork, World
+from actors.pool import RayGpuPool
+from cluster.core.errors import LeaseLost, NetworkUnavailable
+from cluster.core.lifecycle import Policy
+from cluster.core.ports import Lease, Wakeup
+from cluster.core.record import Closed, Outcome
+from cluster.core.types import (
+    Address,
+    AttemptId,
+    NodeStatus,
+    Stage,
+    TaskStatus,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import SqlJournal
+from cluster.metrics import Metrics
+from cluster.status import Status
+from tests.unit.actor_fakes import (
+    ALICE,
+    BOB,
+    CARD,
+    DONE,
+    SCORE,
+    START,
+    TASK,
+    FakeNetwork,
+    FakePool,
+    WatchedArtifacts,
+    facts_of,
+    gpu_of,
+    until,
+)
+
+LIMIT = 10.0
+LEASE_SECONDS = 0.3
+FIRST = AttemptId("a1")
+ALICES_WAKEUP = Wakeup(ALICE, "TaskStarted")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "IDLE_LOOK_SECONDS",
+        "BUSY_LOOK_SECONDS",
+        "BETWEEN_TERMS_SECONDS",
+        "POOL_SECONDS",
+        "FLEET_SECONDS",
+    ):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+@dataclass
+class Office:
+    """One coordinator and the world around it."""
+
+    path: Path
+    accounts: dict[int, Address] = field(default_factory=lambda: {1: ALICE, 2: BOB})
+    opening: Callable[[], Awaitable[None]] | None = None
+    opened: int = 0
+    closed: int = 0
+
+    def __post_init__(self) -> None:
+        began = time.monotonic()
+        ids = itertools.count(1)
+        self.clock: Callable[[], float] = lambda: START + time.monotonic() - began
+        self.journal = SqlJournal(f"sqlite:///{self.path}/journal.db")
+        self.network = FakeNetwork(self.clock)
+        self.pool = FakePool(gpu_of())
+        self.world = World(
+            version="1",
+            config_digest="abc",
+            chain_id=1337,
+            treasury=Address("0x" + "ee" * 20),
+            accounts=self.accounts,
+            journal=self.journal,
+            artifacts=WatchedArtifacts(self.path / "artifacts"),
+            pool=cast(RayGpuPool, self.pool),
+            open_network=self._open_network,
+            metrics=Metrics("1", "abc"),
+            policy=Policy(retry_backoff=0.0),
+            stake=Wei(400),
+            gas_reserve=Wei(1),
+            lease_seconds=LEASE_SECONDS,
+            clock=self.clock,
+            new_attempt_id=lambda: AttemptId(f"a{next(ids)}"),
+        )
+        self.coordinator = Coordinator(self.world, "me")
+
+    @contextlib.asynccontextmanager
+    async def _open_network(self, lease: Callable[[], Lease]) -> AsyncIterator[RunningNetwork]:
+        if self.opening is not None:
+            await self.opening()
+        self.opened += 1
+        try:
+            yield self.network
+        finally:
+            self.closed += 1
+
+    @property
+    def status(self) -> Status:
+        return Status.model_validate(self.coordinator.status(), strict=False)
+
+    def now(self) -> Timestamp:
+        return Timestamp(self.clock())
+
+    def kinds(self) -> list[str]:
+        return [type(event).__name__ for event, _ in self.journal.story(TASK)]
+
+    async def acting(self) -> int:
+        """Wait until it acts; gives its epoch."""
+        await until(lambda: self.status.acting)
+        return self.status.epoch or 0
+
+    def depose(self, seconds: float) -> Lease:
+        """Another coordinator takes the lease, as if ours had frozen beyond its end."""
+        lease = self.journal.acquire("another", Timestamp(self.clock() + 1000), seconds - 1000)
+        assert lease is not None
+        return lease
+
+
+@contextlib.asynccontextmanager
+async def serving(office: Office) -> AsyncIterator[None]:
+    async with asyncio.timeout(LIMIT):
+        running = asyncio.create_task(office.coordinator.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.fixture
+def office(tmp_path: Path) -> Office:
+    return Office(tmp_path)
+
+
+@pytest.fixture
+def logs() -> Iterator[list[Any]]:
+    with capture_logs() as entries:
+        yield entries
+
+
+def named(logs: list[Any], event: str) -> int:
+    return sum(entry["event"] == event for entry in logs)
+
+
+# --- a term ---------------------------------------------------------------------------------------
+
+
+async def test_it_takes_the_lease_acts_and_gives_it_back(office: Office) -> None:
+    office.network.add(facts_of())
+    office.pool.outcomes = [DONE]
+    async with serving(office):
+        await until(lambda: office.network.tasks[TASK].score == SCORE)
+        office.network.move(TASK, stage=Stage.WANTED, status=TaskStatus.VALIDATED)
+        await until(lambda: office.kinds()[-1:] == ["Closed"])
+        assert office.journal.story(TASK)[-1][0] == Closed(Outcome.SUCCESS, Wei(10**18))
+        assert office.journal.acquire("another", office.now(), 1.0) is None
+        assert (office.status.acting, office.status.totals.paid_wei) == (True, str(10**18))
+        await office.coordinator.stop()
+        assert not office.status.acting
+        assert office.journal.acquire("another", office.now(), 1.0) is not None
+    assert (office.opened, office.closed) == (1, 1)
+
+
+async def test_stopping_pauses_quits_and_cancels_nothing(office: Office) -> None:
+    office.network.add(facts_of())
+    async with serving(office):
+        await until(lambda: bool(office.pool.orders))
+        before = office.kinds()
+        await office.coordinator.stop()
+    calls = {str(name) for name, *_ in office.network.calls + office.pool.calls}
+    assert calls <= {
+        "look", "run", "next_wakeup", "refresh", "fetch_parameters", "start", "result",
+    }  # fmt: skip
+    assert office.kinds() == before
+    assert before[-1] == "AttemptStarted"
+
+
+async def test_the_lease_is_renewed_for_as_long_as_it_acts(office: Office) -> None:
+    async with serving(office):
+        epoch = await office.acting()
+        await asyncio.sleep(LEASE_SECONDS * 2)
+        assert office.journal.acquire("another", office.now(), 1.0) is None
+        assert office.status.epoch == epoch
+
+
+async def test_a_wakeup_makes_it_look_at_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_LOOK_SECONDS", 1000.0)
+    async with serving(office):
+        await until(lambda: len(office.network.called("look")) == 2)
+        await asyncio.sleep(0.05)
+        assert len(office.network.called("look")) == 2
+        office.network.wakeups.put_nowait(ALICES_WAKEUP)
+        await until(lambda: len(office.network.called("look")) == 3)
+        assert office.network.called("look")[-1] == (ALICE,)
+        office.network.wakeups.put_nowait(Wakeup(None, "reconnected"))
+        await until(lambda: len(office.network.called("look")) == 5)
+
+
+async def test_an_attempts_end_makes_it_look_at_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BUSY_LOOK_SECONDS", 1000.0)
+    office.network.add(facts_of())
+    async with serving(office):
+        await until(lambda: FIRST in office.pool.attempts)
+        office.pool.finish(FIRST, DONE)
+        await until(lambda: office.network.tasks[TASK].score == SCORE)
+
+
+async def test_bad_weather_ends_no_term(tmp_path: Path, logs: list[Any]) -> None:
+    office = Office(tmp_path, {1: ALICE})
+    async with serving(office):
+        epoch = await office.acting()
+        office.network.faults["look"] = [NetworkUnavailable("the chain is away")]
+        await until(lambda: office.status.problems == ("the chain is away",))
+        assert not office.status.chain.reached
+        await until(lambda: office.status.problems == ())
+        assert office.status.epoch == epoch
+    assert named(logs, "look_failed") == 1
+    assert named(logs, "term_broke") == 0
+
+
+# --- losing it ------------------------------------------------------------------------------------
+
+
+async def test_a_lost_lease_ends_the_term_until_the_lease_is_free(
+    office: Office, logs: list[Any]
+) -> None:
+    office.network.add(facts_of())
+    async with serving(office):
+        epoch = await office.acting()
+        await until(lambda: FIRST in office.pool.attempts)
+        other = office.depose(seconds=1.0)
+        before = office.kinds()
+        office.pool.finish(FIRST, DONE)
+        await until(lambda: not office.status.acting)
+        while office.now() < other.expires_at - 0.05:  # noqa: ASYNC110 - until then, never
+            assert not office.status.acting
+            assert office.kinds() == before
+            await asyncio.sleep(0.01)
+        assert await office.acting() > other.epoch > epoch
+        await until(lambda: office.network.tasks[TASK].score == SCORE)
+    assert named(logs, "lease_lost") == 1
+    assert named(logs, "term_broke") == 0
+    assert office.kinds().count("AttemptStarted") == 1
+
+
+async def test_an_idle_coordinator_notices_that_it_lost_the_lease(office: Office) -> None:
+    async with serving(office):
+        await office.acting()
+        office.depose(seconds=1000.0)
+        await until(lambda: not office.status.acting)
+    assert (office.opened, office.closed) == (1, 1)
+
+
+async def test_who_waits_for_the_lease_can_be_stopped(office: Office) -> None:
+    office.depose(seconds=1000.0)
+    async with serving(office):
+        await asyncio.sleep(0.02)
+        await office.coordinator.stop()
+    assert office.opened == 0
+    assert office.journal.acquire("third", office.now(), 1.0) is None
+
+
+# --- breaking -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "network.look",
+        "network.run",
+        "network.next_wakeup",
+        "pool.refresh",
+        "pool.run",
+        "pool.start",
+        "pool.result",
+    ],
+)
+async def test_a_bug_ends_the_term_and_the_next_goes_on(
+    office: Office, logs: list[Any], where: str
+) -> None:
+    side, _, method = where.partition(".")
+    fake: FakeNetwork | FakePool = office.network if side == "network" else office.pool
+    fake.faults[method] = [ZeroDivisionError("a bug")]
+    office.network.add(facts_of())
+    async with serving(office):
+        await until(lambda: named(logs, "term_broke") == 1)
+        await until(lambda: FIRST in office.pool.attempts)
+        office.pool.finish(FIRST, DONE)
+        await until(lambda: office.network.tasks[TASK].score == SCORE)
+    assert office.kinds().count("AttemptStarted") == 1
+    assert {attempt for _, attempt in office.pool.called("start")} == {FIRST}
+    assert named(logs, "term_broke") == 1
+    assert named(logs, "acting") == 2
+    assert (office.opened, office.closed) == (2, 2)
+    (entry,) = (entry for entry in logs if entry["event"] == "term_broke")
+    assert entry["exc_info"]
+
+
+async def test_the_next_term_begins_with_the_same_records(office: Office, logs: list[Any]) -> None:
+    office.network.add(facts_of(), parameters=None)
+    async with serving(office):
+        await until(lambda: office.kinds() == ["Seen"])
+        office.network.faults["look"] = [ZeroDivisionError("a bug")]
+        await until(lambda: named(logs, "acting") == 2)
+        await office.acting()
+        assert [task.commitment for task in office.status.tasks] == [TASK]
+        office.network.parameters[TASK] = "{}"
+        await until(lambda: "FaultFound" in office.kinds())
+    assert office.kinds().count("Seen") == 1
+
+
+async def test_a_network_that_cant_be_opened_is_tried_again(
+    office: Office, logs: list[Any]
+) -> None:
+    failures = [OSError("no address"), NetworkUnavailable("no chain")]
+
+    async def opening() -> None:
+        await asyncio.sleep(0)
+        if failures:
+            raise failures.pop()
+
+    office.opening = opening
+    async with serving(office):
+        await office.acting()
+    assert named(logs, "term_broke") == 2
+
+
+# --- ending ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["look", "fetch_parameters", "submit_score"])
+async def test_a_call_that_hangs_doesnt_keep_it_from_stopping(office: Office, method: str) -> None:
+    office.network.add(facts_of())
+    office.pool.outcomes = [DONE]
+    office.network.gates[method] = asyncio.Event()
+    async with serving(office):
+        await until(lambda: office.network.waiting > 0)
+        await office.coordinator.stop()
+        assert office.journal.acquire("another", office.now(), 1.0) is not None
+
+
+@pytest.mark.parametrize("after", [0.0, 0.005, 0.02, 0.05, 0.1])
+async def test_cancelling_never_hangs(office: Office, after: float) -> None:
+    office.network.add(facts_of())
+    async with asyncio.timeout(LIMIT):
+        running = asyncio.create_task(office.coordinator.run())
+        await asyncio.sleep(after)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert office.opened == office.closed
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+@pytest.mark.parametrize("after", [0.0, 0.005, 0.02, 0.05, 0.1])
+async def test_stopping_never_hangs(office: Office, after: float) -> None:
+    office.network.add(facts_of())
+    async with serving(office):
+        await asyncio.sleep(after)
+        await office.coordinator.stop()
+    assert office.opened == office.closed
+    assert office.journal.acquire("another", office.now(), 1.0) is not None
+
+
+async def test_stopping_while_the_network_is_being_opened(office: Office) -> None:
+    gate = asyncio.Event()
+
+    async def opening() -> None:
+        await gate.wait()
+
+    office.opening = opening
+    async with serving(office):
+        await asyncio.sleep(0.02)
+        stop = asyncio.create_task(office.coordinator.stop())
+        await asyncio.sleep(0)
+        gate.set()
+        async with asyncio.timeout(0.5):
+            await stop
+
+
+async def test_a_journal_that_fails_for_a_while_ends_nothing(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = office.journal.acquire
+    failures: list[Exception] = [OSError("the database is away")]
+
+    def flaky(holder: str, now: Timestamp, ttl: float) -> Lease | None:
+        if failures:
+            raise failures.pop()
+        return acquire(holder, now, ttl)
+
+    monkeypatch.setattr(office.journal, "acquire", flaky)
+    async with serving(office), asyncio.timeout(1.0):
+        await office.acting()
+
+
+async def test_a_lease_lost_while_stopping_is_no_failure(office: Office, logs: list[Any]) -> None:
+    async with serving(office):
+        await office.acting()
+        office.depose(seconds=1000.0)
+        await office.coordinator.stop()
+    assert named(logs, "lease_lost") == 1
+    with pytest.raises(LeaseLost):
+        office.journal.release(Lease("me", 1, Timestamp(0)))
+
+
+async def test_metrics_tell_who_acts(office: Office) -> None:
+    async with serving(office):
+        await office.acting()
+        assert b"crynux_lease_held 1.0" in office.coordinator.metrics_text()
+        await office.coordinator.stop()
+        assert b"crynux_lease_held 0.0" in office.coordinator.metrics_text()
+    assert office.pool.cards[0].gpu_id == CARD
+
+
+async def test_who_lost_the_lease_to_its_own_successor_waits(office: Office) -> None:
+    """Ray may restart an actor whose frozen process comes to life again: the same actor, twice."""
+    async with serving(office):
+        epoch = await office.acting()
+        twin = office.journal.acquire("me", Timestamp(office.clock()), 1000.0)
+        assert twin is not None
+        assert twin.epoch > epoch
+        await until(lambda: not office.status.acting)
+        await asyncio.sleep(0.3)
+        assert not office.status.acting
+
+
+@pytest.mark.parametrize(
+    ("end", "joins"), [(TaskStatus.END_ABORTED, True), (TaskStatus.END_INVALIDATED, False)]
+)
+async def test_only_an_account_that_was_not_slashed_joins_again(
+    office: Office, monkeypatch: pytest.MonkeyPatch, end: TaskStatus, joins: bool
+) -> None:
+    monkeypatch.setattr(module, "FLEET_SECONDS", 0.02)
+    monkeypatch.setattr(module, "IDLE_LOOK_SECONDS", 0.02)
+    office.network.add(facts_of())
+    async with serving(office):
+        await until(lambda: FIRST in office.pool.attempts)
+        office.network.balance = Wei(10**24)
+        office.network.node_status = NodeStatus.QUIT
+        office.network.move(TASK, status=end, stage=Stage.ENDED)
+        await until(lambda: "Closed" in office.kinds())
+        before = len(office.network.called("look"))
+        await until(lambda: len(office.network.called("look")) > before + 6)
+        joined = {address for (address,) in office.network.called("join")}
+        assert (ALICE in joined) is joins
+        warned = any("was slashed" in problem for problem in office.status.problems)
+        assert warned is not joins
