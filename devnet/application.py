@@ -45,12 +45,14 @@ from devnet.deploy import Deployment, sampling_proof
 from devnet.tasks import ChainTask, TaskSpec, fees, from_chain
 
 POLL_SECONDS = 0.5
-VALIDATION_GRACE_SECONDS = 60
-"""How long past the timeout validating is still tried before the task is aborted."""
+GRACE_SECONDS = 60
+"""How long past the timeout validating is still tried, and the upload of what was validated waited
+for, before the task is aborted."""
 RECEIPT_SECONDS = 60.0
 ABORT_GAS = 3_000_000
 EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
 _ANSWERED = frozenset({TaskStatus.SCORE_READY, TaskStatus.ERROR_REPORTED})
+_VALIDATED = frozenset({TaskStatus.VALIDATED, TaskStatus.GROUP_VALIDATED})
 _PAID = frozenset({TaskStatus.END_SUCCESS, TaskStatus.END_GROUP_SUCCESS})
 _TRANSIENT = (Web3Exception, httpx.HTTPError, OSError, ChainError, RelayError)
 _EXTENSIONS = {TaskType.SD: ".png", TaskType.LLM: ".json", TaskType.SD_FT: ".png"}
@@ -269,7 +271,9 @@ class Application:
         answered = task.status in _ANSWERED
         if answered and member.group is not None and not member.group.failed:
             return
-        if answered and member.group is None and overdue < VALIDATION_GRACE_SECONDS:
+        if task.status in _VALIDATED and overdue < GRACE_SECONDS:
+            return
+        if answered and member.group is None and overdue < GRACE_SECONDS:
             proof = sampling_proof(self._account, task.sampling_seed)
             await self._send(
                 self._task.functions.validateSingleTask(member.key, proof.proof, proof.public_key)

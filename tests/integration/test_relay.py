@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,13 +25,15 @@ from cluster.relay.client import RelayClient
 from cluster.relay.envelope import open_envelope
 from cluster.relay.signing import sign, sign_digest
 from devnet.anvil import Anvil
-from devnet.application import Application, TaskChange, TaskReport
+from devnet.application import GRACE_SECONDS, Application, TaskChange, TaskReport
 from devnet.deploy import Deployment, connect, deploy, dev_account, fund, public_key
 from devnet.relay import RelayServer
 from devnet.tasks import ChainTask, TaskSpec, fees, from_chain, parse_tasks
 
 pytestmark = pytest.mark.timeout(60)
 STAKE = 400 * 10**18
+TASK_TIMEOUT = 1800
+"""Far longer than any test: a test that wants a task to time out moves the chain's time."""
 UNKNOWN = Commitment("0x" + "77" * 32)
 
 
@@ -129,8 +132,8 @@ class Node:
 class Devnet:
     """Chain, contracts and relay, and nodes and applications on them."""
 
-    def __init__(self, rpc_url: str, folder: Path, timeout: int = 120) -> None:
-        self.deployment = deploy(rpc_url, timeout_seconds=timeout)
+    def __init__(self, rpc_url: str, folder: Path) -> None:
+        self.deployment = deploy(rpc_url, timeout_seconds=TASK_TIMEOUT)
         self.folder = folder
         self.web3 = connect(rpc_url)
         self.servers: list[RelayServer] = []
@@ -153,7 +156,7 @@ class Devnet:
         self.nodes.append(node)
         return node
 
-    def application(self) -> Application:
+    def application(self, **options: Any) -> Application:
         return Application(
             self.deployment.rpc_url,
             self.deployment,
@@ -161,7 +164,15 @@ class Devnet:
             dev_account(2),
             owner=dev_account(0),
             out=self.folder / "out",
+            **options,
         )
+
+    def overdue_by(self, seconds: int, task: ChainTask) -> None:
+        """The chain's time jumps to so many seconds past the task's timeout."""
+        at = task.started_at + task.timeout + seconds
+        for method, values in (("evm_setNextBlockTimestamp", [at]), ("evm_mine", [])):
+            answer = self.web3.provider.make_request(method, values)  # type: ignore[arg-type]
+            assert "error" not in answer, answer
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +181,30 @@ def rpc_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield chain.rpc_url
 
 
+@contextlib.asynccontextmanager
+async def devnet_on(rpc_url: str, folder: Path) -> AsyncIterator[Devnet]:
+    devnet = Devnet(rpc_url, folder)
+    try:
+        yield devnet
+    finally:
+        for node in devnet.nodes:
+            await node.http.aclose()
+        for server in devnet.servers:
+            server.__exit__(None, None, None)
+
+
 @pytest.fixture
 async def devnet(rpc_url: str, tmp_path: Path) -> AsyncIterator[Devnet]:
-    devnet = Devnet(rpc_url, tmp_path)
-    yield devnet
-    for node in devnet.nodes:
-        await node.http.aclose()
-    for server in devnet.servers:
-        server.__exit__(None, None, None)
+    async with devnet_on(rpc_url, tmp_path) as devnet:
+        yield devnet
+
+
+@pytest.fixture
+async def timely(tmp_path: Path) -> AsyncIterator[Devnet]:
+    """A devnet on a chain of its own, whose time the test may move."""
+    with Anvil(log_path=tmp_path / "anvil.log") as chain:
+        async with devnet_on(chain.rpc_url, tmp_path) as devnet:
+            yield devnet
 
 
 def spec(**fields: Any) -> TaskSpec:
@@ -191,10 +218,10 @@ def spec(**fields: Any) -> TaskSpec:
 
 
 async def started(
-    devnet: Devnet, *specs: TaskSpec, changes: list[TaskChange] | None = None
+    devnet: Devnet, *specs: TaskSpec, changes: list[TaskChange] | None = None, **options: Any
 ) -> asyncio.Task[list[TaskReport]]:
     seen: Callable[[TaskChange], None] = (changes if changes is not None else []).append
-    run = asyncio.create_task(devnet.application().run(specs, seen))
+    run = asyncio.create_task(devnet.application(**options).run(specs, seen))
     await asyncio.sleep(0)
     return run
 
@@ -302,18 +329,62 @@ async def test_many_tasks_at_once_over_two_nodes(devnet: Devnet) -> None:
     assert {report.node for report in reports} == {node.address for node in nodes}
 
 
-async def test_never_uploaded_is_aborted(rpc_url: str, tmp_path: Path) -> None:
-    devnet = Devnet(rpc_url, tmp_path, timeout=2)
-    node = devnet.node(13)
-    run = await started(devnet, spec(upload=False, expected_end=frozenset({"EndAborted"})))
+async def test_never_uploaded_is_aborted(timely: Devnet) -> None:
+    node = timely.node(13)
+    run = await started(timely, spec(upload=False, expected_end=frozenset({"EndAborted"})))
     task = await node.current()
     with pytest.raises(ParametersNotReady):
         await node.client.fetch_parameters(node.address, task)
+    timely.overdue_by(0, node.task(task))
     [report] = await run
     assert report.as_expected
     assert report.seconds_to_score is None
-    await node.http.aclose()
-    devnet.stop_relay()
+
+
+class CountedClock:
+    """The application reads it at every look at a task."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        return time.time()
+
+    async def looked(self, run: asyncio.Task[list[TaskReport]]) -> None:
+        """The application has had two whole looks since now, or has ended."""
+        enough = self.reads + 4
+        async for _ in ticks():
+            if run.done() or self.reads >= enough:
+                break
+
+
+async def test_what_is_validated_late_is_waited_for(timely: Devnet) -> None:
+    node, clock, files = timely.node(17), CountedClock(), [("0.png", png(0))]
+    run = await started(timely, spec(), clock=clock)
+    task = await node.current()
+    await node.parameters(task)
+    await node.answer(task, score_images([png(0)]))
+    await node.status(task, {TaskStatus.VALIDATED})
+    timely.overdue_by(1, node.task(task))
+    await clock.looked(run)
+    assert node.task(task).status is TaskStatus.VALIDATED
+    await node.client.upload_result(node.address, task, files)
+    [report] = await run
+    assert report.as_expected, report.problem
+
+
+async def test_what_is_validated_and_never_uploaded_is_aborted(timely: Devnet) -> None:
+    node = timely.node(18)
+    run = await started(timely, spec(expected_end=frozenset({"EndAborted"})))
+    task = await node.current()
+    await node.parameters(task)
+    await node.answer(task, score_images([png(0)]))
+    await node.status(task, {TaskStatus.VALIDATED})
+    timely.overdue_by(GRACE_SECONDS, node.task(task))
+    [report] = await run
+    assert report.as_expected, report.problem
+    assert report.seconds_to_score is not None
 
 
 async def call(
