@@ -48,17 +48,22 @@ from cluster.status import GpuStatus, Status
 from devnet.application import TaskChange, TaskReport
 from devnet.compile import load as contract
 from devnet.demo_tasks import FEE, parameters
-from devnet.deploy import DEPLOYER, dev_account, fund
+from devnet.deploy import fund
 from devnet.models import SD15
 from devnet.network import FUNDS, Devnet, SimulatedCards
-from devnet.tasks import TaskSpec, fees
+from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
+from tests.integration.operator_gate import Gate
 
 MODELS = Path(".devnet/models")
 BLOCK_SECONDS = 0.5
-TASK_TIMEOUT = 180
-LEASE_SECONDS = 10.0
-PATIENCE = 150.0
+TASK_TIMEOUT = 900
+"""Far longer than any task takes, however often the coordinator is killed meanwhile."""
+TEST_SECONDS = 1500
+"""What a test may take before it counts as hung."""
+LEASE_SECONDS = 15.0
+"""Where two coordinators run, the one that acts must not lose it because the machine is busy."""
+PATIENCE = 400.0
 """How long anything is waited for. Machines that run tests are slow and busy."""
 CARDS = (
     SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),
@@ -122,6 +127,10 @@ class OperatorWorld:
     @property
     def fuse(self) -> Fuse:
         return Fuse(self.folder)
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(self.folder)
 
     # --- the operator's parts --------------------------------------------------------------------
 
@@ -204,7 +213,7 @@ class OperatorWorld:
         await self.until_status(serving, "all cards are ready and their accounts joined")
 
     async def computing(self, commitment: Callable[[], Commitment | None]) -> GpuStatus:
-        """Wait until a card is in the middle of the task."""
+        """Wait until a card is in the middle of the task, where the closed gate holds it."""
 
         def find(status: Status) -> GpuStatus | None:
             wanted = commitment()
@@ -296,30 +305,10 @@ class OperatorWorld:
                     found.append((transaction["hash"].to_0x_hex(), status))
         return found
 
-    @contextlib.contextmanager
-    def task_timeout(self, seconds: int) -> Iterator[None]:
-        """Tasks created meanwhile have this timeout."""
-        self._set_timeout(seconds)
-        try:
-            yield
-        finally:
-            self._set_timeout(TASK_TIMEOUT)
-
-    def _set_timeout(self, seconds: int) -> None:
-        eth, owner = self.web3.eth, dev_account(DEPLOYER)
-        place = Web3.to_checksum_address(self.devnet.deployment.task)
-        call = eth.contract(place, abi=contract("VSSTask").abi).functions.setTimeout(seconds)
-        latest = cast(dict[str, Any], eth.get_block("latest"))
-        fields: dict[str, Any] = {
-            "from": owner.address,
-            "nonce": eth.get_transaction_count(owner.address, "pending"),
-            "gas": 200_000,
-            **fees(latest),
-        }
-        transaction = cast(Any, call.build_transaction(cast(Any, fields)))
-        signed = owner.sign_transaction(transaction)
-        sent = eth.send_raw_transaction(signed.raw_transaction)
-        assert eth.wait_for_transaction_receipt(sent)["status"] == 1
+    def pass_time(self, seconds: int) -> None:
+        """The chain's time jumps ahead, for good."""
+        answer = self.web3.provider.make_request(cast(Any, "evm_increaseTime"), [seconds])
+        assert "error" not in answer, answer
 
     # --- what there is to say --------------------------------------------------------------------
 
@@ -327,6 +316,7 @@ class OperatorWorld:
         """A test begins here."""
         self.sent.clear()
         self.fuse.disarm()
+        self.gate.open()
         self._log_start = len(self.log())
 
     def log(self) -> str:

@@ -14,10 +14,13 @@ from cluster.status import Status
 from tests.integration.operator_world import (
     ACCOUNTS,
     CARDS,
+    TEST_SECONDS,
     OperatorWorld,
     answer_of,
     task,
 )
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,75 @@
+"""A gate in front of every GPU: while it is closed, no attempt goes beyond its first step.
+
+So "in the middle of a task" is a state that tests can wait for, and not a moment that they may
+miss. The gate is a file, because the GPUs' processes see nothing else of the test.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.inference import Engine, EngineState
+from cluster import runtime
+from cluster.core.ports import Computed, Order
+from cluster.core.types import GpuClass
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    folder: Path
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "gate-closed"
+
+    @property
+    def closed(self) -> bool:
+        return self._file.exists()
+
+    def close(self) -> None:
+        self._file.touch()
+
+    def open(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedEngine:
+    """The shipped engine, but for the gate."""
+
+    engine: Engine
+    gate: Gate
+
+    @property
+    def gpu_class(self) -> GpuClass:
+        return self.engine.gpu_class
+
+    def run(
+        self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
+    ) -> Computed:
+        def step(done: int, steps: int) -> None:
+            on_step(done, steps)
+            while done == 1 and self.gate.closed and not cancelled():
+                time.sleep(POLL_SECONDS)
+
+        return self.engine.run(order, cancelled, step)
+
+    def state(self) -> EngineState:
+        return self.engine.state()
+
+
+def engine_factory(
+    gate: Gate, models: Path, platform: str, simulated: GpuClass | None
+) -> Callable[[], Engine]:
+    """As `runtime.engine_factory`."""
+    return functools.partial(_make, gate, runtime.engine_factory(models, platform, simulated))
+
+
+def _make(gate: Gate, make_engine: Callable[[], Engine]) -> Engine:
+    return GatedEngine(make_engine(), gate)
