@@ -169,7 +169,7 @@ class Devnet:
 
     def overdue_by(self, seconds: int, task: ChainTask) -> None:
         """The chain's time jumps to so many seconds past the task's timeout."""
-        at = task.started_at + task.timeout + seconds
+        at = (task.started_at or task.created_at) + task.timeout + seconds
         for method, values in (("evm_setNextBlockTimestamp", [at]), ("evm_mine", [])):
             answer = self.web3.provider.make_request(method, values)  # type: ignore[arg-type]
             assert "error" not in answer, answer
@@ -387,6 +387,31 @@ async def test_what_is_validated_and_never_uploaded_is_aborted(timely: Devnet) -
     assert report.seconds_to_score is not None
 
 
+async def test_a_task_may_have_a_timeout_of_its_own(timely: Devnet) -> None:
+    node, changes = timely.node(19), list[TaskChange]()
+    aborted = {"upload": False, "expected_end": frozenset({"EndAborted"})}
+    run = await started(
+        timely,
+        spec(name="usual", **aborted),
+        spec(name="short", timeout=300, **aborted),
+        changes=changes,
+    )
+    async for _ in ticks():
+        if {change.name for change in changes} == {"short", "usual"}:
+            break
+    tasks = {change.name: change.commitment for change in changes}
+    assert node.task(tasks["short"]).timeout == 300
+    assert node.task(tasks["usual"]).timeout == TASK_TIMEOUT
+    timely.overdue_by(0, node.task(tasks["short"]))
+    await node.status(tasks["short"], {TaskStatus.END_ABORTED})
+    assert node.task(tasks["usual"]).status is TaskStatus.STARTED
+    timely.overdue_by(0, node.task(tasks["usual"]))
+    assert [(each.name, each.as_expected) for each in await run] == [
+        ("usual", True),
+        ("short", True),
+    ]
+
+
 async def call(
     devnet: Devnet, account: LocalAccount, task: Commitment, *, late: int = 0, **signed: str
 ) -> str:
@@ -496,6 +521,13 @@ tasks:
         with pytest.raises(ConfigError, match=r"tasks\.yaml"):
             parse_tasks(wrong, "tasks.yaml")
     one = '- {name: a, type: SD, model_ids: [], parameters: "", %s}'
-    for field in ("expected_end: [EndHappily]", "expected_end: []", "fee: 0", "colour: red"):
+    for field in (
+        "expected_end: [EndHappily]",
+        "expected_end: []",
+        "fee: 0",
+        "colour: red",
+        "timeout: 0",
+        "group: true, timeout: 9",
+    ):
         with pytest.raises(ConfigError):
             parse_tasks(one % field, "tasks.yaml")
