@@ -29,8 +29,18 @@ async def serving(operator: OperatorWorld) -> None:
 
 
 async def get(operator: OperatorWorld, path: str) -> httpx.Response:
-    async with httpx.AsyncClient(timeout=30) as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         return await http.get(f"{operator.devnet.operator_url}{path}")
+
+
+async def fetched(operator: OperatorWorld, path: str, code: int = 200) -> httpx.Response:
+    """The answer with that code: one that asks the coordinator gives it 3 s, and it may be busy."""
+
+    async def look() -> httpx.Response | None:
+        answer = await get(operator, path)
+        return answer if answer.status_code == code else None
+
+    return await operator.until(look, f"{path} answers {code}")
 
 
 async def missing(operator: OperatorWorld) -> tuple[str, ...]:
@@ -66,7 +76,7 @@ async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
     (report,) = await operator.send(task("seen-by-status")).ended()
     await operator.assert_paid_once(report)
 
-    status = Status.model_validate((await get(operator, "/v1/status")).json())
+    status = Status.model_validate((await fetched(operator, "/v1/status")).json())
     assert status.acting
     assert status.chain.reached
     assert status.relay.reached
@@ -79,7 +89,7 @@ async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
     assert int(status.totals.paid_wei) >= report.fee
     assert status.totals.slashed == 0
 
-    answer = await get(operator, "/metrics")
+    answer = await fetched(operator, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -100,11 +110,11 @@ async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
 
 
 async def test_openapi_names_every_path(operator: OperatorWorld) -> None:
-    document = (await get(operator, "/openapi.json")).json()
+    document = (await fetched(operator, "/openapi.json")).json()
     assert document["info"]["version"] == cluster.__version__
     assert {"/healthz", "/readyz", "/metrics", "/v1/status"} <= document["paths"].keys()
     for path in document["paths"]:
-        assert (await get(operator, path)).status_code == 200, path
+        await fetched(operator, path)
     assert (await get(operator, "/v1/nothing")).status_code == 404
 
 
@@ -112,12 +122,16 @@ async def test_coordinator_stops_and_comes_back(operator: OperatorWorld) -> None
     coordinator = operator.coordinator()
     try:
         await answer_of(coordinator.stop.remote(), 60.0)
-        assert "the coordinator is not acting: it doesn't hold the lease" in await missing(operator)
+        not_acting = "the coordinator is not acting: it doesn't hold the lease"
+
+        async def said() -> bool:
+            return not_acting in await missing(operator)
+
+        await operator.until(said, f"/readyz says {not_acting}")
         ray.kill(coordinator, no_restart=True)
         await until_missing(operator, "the coordinator is away: ")
         for path in ("/metrics", "/v1/status"):
-            answer = await get(operator, path)
-            assert answer.status_code == 503
+            answer = await fetched(operator, path, 503)
             assert answer.json()["detail"].startswith("the coordinator is away: ")
         assert (await get(operator, "/healthz")).status_code == 200
     finally:
