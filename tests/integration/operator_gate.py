@@ -1,7 +1,8 @@
-"""A gate in front of every GPU: while it is closed, no attempt goes beyond its first step.
+"""A gate in front of every GPU: while it is closed, none comes up, and no attempt goes beyond its
+first step.
 
-So "in the middle of a task" is a state that tests can wait for, and not a moment that they may
-miss. The gate is a file, because the GPUs' processes see nothing else of the test.
+So "starting" and "in the middle of a task" are states that tests can wait for, and not moments that
+they may miss. The gate is a file, because the GPUs' processes see nothing else of the test.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Gate:
     def open(self) -> None:
         self._file.unlink(missing_ok=True)
 
+    def pass_through(self, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait here while it is closed."""
+        while self.closed and not given_up():
+            time.sleep(POLL_SECONDS)
+
 
 @dataclass(frozen=True, slots=True)
 class GatedEngine:
@@ -55,8 +61,8 @@ class GatedEngine:
     ) -> Computed:
         def step(done: int, steps: int) -> None:
             on_step(done, steps)
-            while done == 1 and self.gate.closed and not cancelled():
-                time.sleep(POLL_SECONDS)
+            if done == 1:
+                self.gate.pass_through(cancelled)
 
         return self.engine.run(order, cancelled, step)
 
@@ -72,4 +78,6 @@ def engine_factory(
 
 
 def _make(gate: Gate, make_engine: Callable[[], Engine]) -> Engine:
-    return GatedEngine(make_engine(), gate)
+    engine = GatedEngine(make_engine(), gate)
+    gate.pass_through()
+    return engine

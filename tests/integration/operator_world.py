@@ -72,6 +72,7 @@ CARDS = (
 LATE_CARD = GpuClass("NVIDIA L4+docker", GigaBytes(8))
 """A card that no node has at first, smaller than the others; an account is there for it."""
 ACCOUNTS = sum(cards.count for cards in CARDS) + 1
+AWAY = "the coordinator is away: "
 BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
 """What a coordinator's log never says while everything goes as it should."""
 
@@ -114,8 +115,6 @@ class OperatorWorld:
     devnet: Devnet
     config: Config
     journal: SqlJournal
-    heard: list[str] = field(default_factory=list)
-    """What /readyz said was missing, from before there was a coordinator until it was ready."""
     sent: list[Commitment] = field(default_factory=list)
     """The tasks of the present test."""
     _log_start: int = 0
@@ -168,6 +167,32 @@ class OperatorWorld:
 
     async def gpu_report(self, gpu_id: str) -> Report:
         return cast(Report, await answer_of(self.gpu_actor(gpu_id).report.remote()))
+
+    async def get(self, path: str) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=60) as http:
+            return await http.get(f"{self.devnet.operator_url}{path}")
+
+    async def missing(self) -> tuple[str, ...]:
+        """What /readyz finds missing, in words; its code says the same."""
+        answer = await self.get("/readyz")
+        body: dict[str, Any] = answer.json()
+        assert answer.status_code == (503 if body["missing"] else 200)
+        assert body["ready"] == (not body["missing"])
+        return tuple(body["missing"])
+
+    async def hear(self, words: str) -> None:
+        """Wait until /readyz says so."""
+
+        async def look() -> bool:
+            return any(each.startswith(words) for each in await self.missing())
+
+        await self.until(look, f"/readyz says {words!r}")
+
+    async def hear_nothing_missing(self) -> None:
+        async def look() -> bool:
+            return not await self.missing()
+
+        await self.until(look, "/readyz says yes")
 
     # --- waiting ---------------------------------------------------------------------------------
 
@@ -346,7 +371,7 @@ class OperatorWorld:
 
 @contextlib.contextmanager
 def operator_world(folder: Path) -> Iterator[OperatorWorld]:
-    """Start everything; what /readyz says on the way is kept in `heard`."""
+    """Start everything."""
     settings = {
         "identity": {"accounts": ACCOUNTS},
         "lease": {"ttl_seconds": LEASE_SECONDS},
@@ -368,9 +393,13 @@ def operator_world(folder: Path) -> Iterator[OperatorWorld]:
         runtime.connect(config)
         try:
             _serve(config)
-            world.heard += _missing(devnet)
+            world.gate.close()
+            asyncio.run(world.hear(f"{AWAY}it has not been started, or it is being replaced"))
             world.start_coordinator()
-            asyncio.run(_become_ready(world))
+            asyncio.run(world.hear("no GPU is ready: "))
+            world.gate.open()
+            asyncio.run(world.hear_nothing_missing())
+            asyncio.run(world.until_serving())
             yield world
         finally:
             _stop(world)
@@ -381,24 +410,6 @@ def _serve(config: Config) -> None:
     serve.start(proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port})
     application = serve_app.build(config.ray.namespace)
     serve.run(application, name=runtime.APPLICATION, route_prefix="/")
-
-
-def _missing(devnet: Devnet) -> list[str]:
-    """What /readyz finds missing, in words; nothing when it is ready."""
-    answer = httpx.get(f"{devnet.operator_url}/readyz", timeout=10)
-    body = answer.json()
-    assert answer.status_code == (200 if body["ready"] else 503)
-    return list(body["missing"])
-
-
-async def _become_ready(world: OperatorWorld) -> None:
-    async def look() -> bool:
-        missing = await asyncio.to_thread(_missing, world.devnet)
-        world.heard += [word for word in missing if word not in world.heard]
-        return not missing
-
-    await world.until(look, "/readyz says yes")
-    await world.until_serving()
 
 
 def _stop(world: OperatorWorld) -> None:

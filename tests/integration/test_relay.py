@@ -443,13 +443,13 @@ async def test_who_may_read_and_when(devnet: Devnet) -> None:
     assert await call(devnet, dev_account(2), task, at=now) == "success"
     assert await call(devnet, stranger, task, at=now) == "Signer not allowed"
     assert await call(devnet, node.account, UNKNOWN, at=now) == "Task not found"
-    for at, answer in (
+    for at, words in (
         (now - 60, "success"),
         (now - 61, "Invalid signature"),
         (now + 60, "success"),
         (now + 61, "Invalid signature"),
     ):
-        assert await call(devnet, node.account, task, at=at) == answer
+        assert await call(devnet, node.account, task, at=at) == words
     assert await call(devnet, node.account, task, at=now, other="x") == "Signer not allowed"
     with pytest.raises(RelayError, match="not validated"):
         await node.client.upload_result(node.address, task, [("0.png", png(0))])
