@@ -10,6 +10,7 @@ The engine is made in that thread too (importing torch takes seconds), so the ac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 import threading
@@ -48,6 +49,8 @@ class Engine(Protocol):
     ) -> Computed: ...
 
     def state(self) -> EngineState: ...
+
+    def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None: ...
 
 
 class Health(enum.Enum):
@@ -90,6 +93,8 @@ class InferenceWorker:
     def __init__(self, make_engine: Callable[[], Engine], release: str) -> None:
         self._release = release
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._ahead: Order | None = None
         self._engine: Engine | None = None
         self._problem = ""
         self._attempt: _Attempt | None = None
@@ -150,6 +155,19 @@ class InferenceWorker:
         attempt = self._attempt
         if attempt is not None and attempt.order.attempt_id == attempt_id:
             attempt.cancelled.set()
+
+    async def prefetch(self, order: Order) -> None:
+        """Have an order's weights read into host memory beside what computes; the newest wins."""
+        await asyncio.shield(self._booting)
+        if self._engine is not None:
+            self._ahead = order
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._reader, self._read_ahead, self._engine, order)
+
+    def _read_ahead(self, engine: Engine, order: Order) -> None:
+        # A hint: whoever runs the order meets the same error and gives it its meaning.
+        with contextlib.suppress(ClusterError, OSError):
+            engine.prefetch(order, lambda: self._ahead is order)
 
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine

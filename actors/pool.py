@@ -170,6 +170,11 @@ class RayGpuPool:
         except (RayError, TimeoutError) as error:
             self._log.warning("gpu_cancel_unanswered", gpu=gpu, error=type(error).__name__)
 
+    def prefetch(self, gpu: GpuId, order: Order) -> None:
+        member = self._members.get(gpu)
+        if member is not None and member.answering:
+            member.actor.prefetch.remote(order)
+
     def on_change(self, changed: Callable[[], None]) -> None:
         """Call `changed` whenever a refresh finds the GPUs different from before."""
         self._changed = changed

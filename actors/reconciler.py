@@ -63,6 +63,7 @@ from cluster.core.types import (
     TaskType,
     Timestamp,
     Wei,
+    Work,
 )
 from cluster.inference import parameters as task_parameters
 from cluster.metrics import Metrics, RelayCall, RelayResult
@@ -79,7 +80,7 @@ class Need:
 
     pipeline: str
     base: str
-    work: float
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +280,7 @@ class Reconciler:
 
     def _order(
         self, situation: Situation, avoid: frozenset[GpuId], attempt: AttemptId
-    ) -> tuple[Want, Order, float]:
+    ) -> tuple[Want, Order, Work]:
         """Raises `TaskInvalid`, `TaskUnsupported` as the parameters' schema says."""
         facts, record = situation.facts, situation.record
         text = record.parameters
@@ -345,7 +346,7 @@ def _need(task_type: TaskType, text: str) -> Need | TaskUnsupported:
     return Need(
         task_parameters.pipeline_key(parsed),
         task_parameters.base_key(parsed),
-        task_parameters.work_units(parsed),
+        task_parameters.work_of(parsed),
     )
 
 

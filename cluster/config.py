@@ -201,7 +201,16 @@ class ArtifactsConfig(Section):
 
 
 class ModelsConfig(Section):
+    """`preload`: base models, as `name` or `name+variant`, that never leave the cards."""
+
     root: ConfigPath = Path("data/models")
+    preload: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+
+
+class GpuConfig(Section):
+    """For each card. `host_memory_gb`: GiB for models that wait in host memory."""
+
+    host_memory_gb: float = Field(default=8.0, ge=0, allow_inf_nan=False)
 
 
 class ServeConfig(Section):
@@ -238,6 +247,7 @@ class Config(Section):
     journal: JournalConfig = Field(default_factory=dict, validate_default=True)
     artifacts: ArtifactsConfig = Field(default_factory=dict, validate_default=True)
     models: ModelsConfig = Field(default_factory=dict, validate_default=True)
+    gpu: GpuConfig = GpuConfig()
     serve: ServeConfig = ServeConfig()
     policy: PolicyConfig = PolicyConfig()
     logs: LogsConfig = LogsConfig()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -91,7 +92,7 @@ def assemble(config: Config) -> World:
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
-            functools.partial(engine_factory, config.models.root, config.ray.platform),
+            functools.partial(engine_factory, EngineSettings.of(config)),
             release(config),
             allow_simulated=config.network.devnet,
         ),
@@ -143,12 +144,27 @@ def wall_clock() -> Timestamp:
     return Timestamp(time.time())
 
 
-def engine_factory(models: Path, platform: str, simulated: GpuClass | None) -> Callable[[], Engine]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
+
+    models: Path
+    platform: str
+    host_bytes: int
+    preload: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> EngineSettings:
+        host_bytes = int(config.gpu.host_memory_gb * 2**30)
+        return cls(config.models.root, config.ray.platform, host_bytes, config.models.preload)
+
+
+def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
     """How the actor of a card makes its engine; torch is imported there and nowhere else."""
-    return functools.partial(make_engine, models, platform, simulated)
+    return functools.partial(make_engine, settings, simulated)
 
 
-def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engine:
+def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
@@ -157,10 +173,15 @@ def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engi
     if simulated is not None:
         # One thread: simulated cards share the machine's cores, and results depend on the number.
         device = devices.simulated(0, simulated.name, simulated.vram)
-        return engine.Engine(device, ModelStore(models), time.time, engine.Limits(threads=1))
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    device = devices.visible(devices.list_gpus(platform), mask)
-    return engine.Engine(device, ModelStore(models), time.time)
+        limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
+    else:
+        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+        device = devices.visible(devices.list_gpus(settings.platform), mask)
+        limits = engine.Limits(host_bytes=settings.host_bytes)
+    made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
+    for problem in made.preload(settings.preload):
+        structlog.get_logger("gpu").warning("not_preloaded", problem=problem)
+    return made
 
 
 # --- the supervisor ------------------------------------------------------------------------------

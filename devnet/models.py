@@ -85,7 +85,7 @@ def _quietly() -> Iterator[None]:
     """Torch's generator is put back afterwards, and the libraries say nothing meanwhile."""
     import torch
 
-    from cluster.inference.pipelines import quiet
+    from cluster.inference.parts import quiet
 
     quiet()
     with torch.random.fork_rng(devices=[]):

@@ -183,7 +183,7 @@ def assemble(config: Config, folder: Path) -> World:
     identity = Identity.load(config.identity.seed_file)
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
-    make_engine = functools.partial(runtime.engine_factory, config.models.root, config.ray.platform)
+    make_engine = functools.partial(runtime.engine_factory, runtime.EngineSettings.of(config))
     return replace(
         world,
         journal=journal,
