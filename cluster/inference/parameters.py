@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster.core.errors import TaskInvalid, TaskUnsupported
 from cluster.core.types import ModelId, TaskType
+from cluster.inference.controlnet_parameters import Preprocess
 
 MAX_TEXT: Final = 4 * 2**20
 """Characters; without images to be sent, parameters are some thousand."""
@@ -69,17 +70,12 @@ class LoraArgs(_Schema):
     weight: Percent = 100
 
 
-class PreprocessArgs(_Schema):
-    method: str
-    args: dict[str, Any] | None = None
-
-
 class ControlnetArgs(_Schema):
     model: NonEmpty
     variant: str | None = None
     image_dataurl: str = ""
     weight: Percent = 70
-    preprocess: PreprocessArgs | None = None
+    preprocess: Preprocess | None = None
 
 
 class RefinerArgs(_Schema):
