@@ -1,9 +1,9 @@
 """One language task on a loaded model: the chat as a prompt, tokens, and the response to the byte.
 
 As the network's own runner does it (protocol.md sections 4 and 5): the chat template makes the
-prompt, which is read without further special tokens; the model's own generation settings stand where
-the task sets none; everything is seeded right before. The response's key order and JSON form are
-hashed, so they are part of the protocol.
+prompt, which is read without further special tokens; the model's own generation settings stand
+where the task sets none; everything is seeded right before. The response's key order and JSON form
+are hashed, so they are part of the protocol.
 """
 
 from __future__ import annotations
@@ -18,12 +18,8 @@ from typing import Any, Final
 import torch
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from cluster.core.errors import (
     DeviceFault,
@@ -39,14 +35,7 @@ from cluster.models.store import read_json
 
 FILE: Final = "0.json"
 OnStep = Callable[[int, int], None]
-_TEMPLATE_FAULTS: Final = (
-    TemplateError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    IndexError,
-)
+_TEMPLATE_FAULTS: Final = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +98,12 @@ def generate(
     length = prompt["input_ids"].shape[1]
     if length == 0:
         raise TaskUnsupported("messages: an empty prompt")
-    settings = params.generation_config.settings()
-    own = copy.deepcopy(model.generation_config)
-    own.update(**settings)
-    own.max_length = None
-    own.pad_token_id = _pad_token(own, tokenizer)
     watch = _Watch(length, params.generation_config.max_new_tokens, on_step)
     seed_everything(params.seed)
     try:
         made = model.generate(
             **prompt,
-            generation_config=own,
+            generation_config=_settings(model, tokenizer, params),
             stopping_criteria=StoppingCriteriaList([watch]),
             logits_processor=LogitsProcessorList([_Numbers()]),
         )
@@ -130,13 +114,16 @@ def generate(
     return prompt["input_ids"][0].tolist(), sequences
 
 
-def _pad_token(own: Any, tokenizer: Any) -> Any:
-    if own.pad_token_id is not None:
-        return own.pad_token_id
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    end = own.eos_token_id
-    return end[0] if isinstance(end, list) else end
+def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
+    """A copy of the model's own, with the task's on top. Raises `ValueError` where they clash."""
+    own = copy.deepcopy(model.generation_config)
+    own.update(**params.generation_config.settings())
+    own.max_length = None
+    if own.pad_token_id is None:
+        end = own.eos_token_id
+        first_end = end[0] if isinstance(end, list) else end
+        own.pad_token_id = first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return own
 
 
 class _Watch(StoppingCriteria):

@@ -102,16 +102,20 @@ def _refuse_what_readers_differ_on(data: dict[str, Any]) -> None:
         if key in data and data[key] is None:
             raise TaskUnsupported(f"{key}: null, which nodes differ on")
     settings = data.get("generation_config")
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            if value is None or key in _NEWER_SETTINGS:
-                raise TaskUnsupported(f"generation_config.{key}: nodes differ on what it means")
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if value is None or key in _NEWER_SETTINGS:
+            raise TaskUnsupported(f"generation_config.{key}: nodes differ on what it means")
     messages = data.get("messages")
     for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict) and isinstance(message.get("content"), list):
-            raise TaskUnsupported("messages: content in blocks, which not all versions read")
-        if isinstance(message, dict) and message.get("role", "tool") is None:
-            raise TaskUnsupported("messages: a role of null, which nodes differ on")
+        if isinstance(message, dict):
+            _refuse_newer_message(message)
+
+
+def _refuse_newer_message(message: dict[str, Any]) -> None:
+    if isinstance(message.get("content"), list):
+        raise TaskUnsupported("messages: content in blocks, which not all versions read")
+    if "role" in message and message["role"] is None:
+        raise TaskUnsupported("messages: a role of null, which nodes differ on")
 
 
 def _check_bounds(params: LLMParameters) -> None:

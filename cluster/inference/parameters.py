@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cluster.core.errors import TaskUnsupported
 from cluster.core.types import ModelId, TaskType, Work
 from cluster.inference import llm_parameters
+from cluster.inference.controlnet_parameters import Preprocess
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.reading import read_object, verdict
 
@@ -63,17 +64,12 @@ class LoraArgs(_Schema):
     weight: Percent = 100
 
 
-class PreprocessArgs(_Schema):
-    method: str
-    args: dict[str, Any] | None = None
-
-
 class ControlnetArgs(_Schema):
     model: NonEmpty
     variant: str | None = None
     image_dataurl: str = ""
     weight: Percent = 70
-    preprocess: PreprocessArgs | None = None
+    preprocess: Preprocess | None = None
 
 
 class RefinerArgs(_Schema):
@@ -247,7 +243,7 @@ def _model_id(kind: str, name: str, variant: str | None) -> ModelId:
 
 def _check_version(data: dict[str, Any]) -> None:
     version = data.get("version", "2.5.0")
-    if version not in VERSIONS:
+    if not isinstance(version, str) or version not in VERSIONS:
         line = str(version)[:40]
         raise TaskUnsupported(f"version {line!r} is not one that this software knows")
 

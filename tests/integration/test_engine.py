@@ -35,7 +35,7 @@ from cluster.inference.devices import simulated
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.scoring import score_images
 from cluster.models.store import ModelStore
-from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
+from devnet.models import BASES, SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
 
 DEVICE = simulated(0, "NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
 SIDE = 128
@@ -238,7 +238,7 @@ def test_lora_on_a_warm_base_equals_one_on_a_cold_base(engine: Engine, root: Pat
 def test_state_names_what_is_warm_and_on_disk(root: Path) -> None:
     fresh = new_engine(root, ONE_PIPELINE)
     assert fresh.state().warm == fresh.state().in_host_memory == frozenset()
-    assert fresh.state().on_disk >= {*SD15, SDXL}
+    assert fresh.state().on_disk == BASES
     seen: list[tuple[int, int]] = []
 
     def on_step(_step: int, _steps: int) -> None:

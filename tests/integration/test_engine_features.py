@@ -1,4 +1,4 @@
-"""Everything that an SD task may ask for, on tiny models: it has its effect, and leaves no trace."""
+"""Everything that an SD task may ask for, on tiny models: it has an effect and leaves no trace."""
 
 from __future__ import annotations
 

@@ -454,6 +454,7 @@ async def test_a_busy_card_reads_ahead_for_the_task_that_waits(house: House) -> 
     house.dispatcher.want(other, order_of(OTHER), NO_WORK)
     for _ in range(3):
         house.dispatcher.dispatch(NOW)
+    await house.calm()
     assert house.pool.called("prefetch") == [(CARD, OTHER)]
 
 
@@ -462,4 +463,5 @@ async def test_nothing_is_read_ahead_for_what_will_be_warm(house: House) -> None
     ask(house)
     house.dispatcher.want(want_of(OTHER), order_of(OTHER), NO_WORK)
     house.dispatcher.dispatch(NOW)
+    await house.calm()
     assert house.pool.called("prefetch") == []
