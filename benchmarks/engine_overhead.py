@@ -9,7 +9,6 @@ task, with its checks and its progress. Rounds of both alternate, and each is co
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -22,10 +21,10 @@ import torch
 from compel import CompelForSD  # type: ignore[import-untyped]
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from benchmarks.report import progress, show
+from benchmarks.report import arguments, chosen_device, progress, publish
 from cluster.core.ports import Computed, Order
 from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
-from cluster.inference.devices import Device, list_gpus, simulated, visible
+from cluster.inference.devices import Device, list_gpus, simulated
 from cluster.inference.diffusion import PNG_COMPRESSION
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.scoring import score_images
@@ -50,12 +49,13 @@ def bare(folder: Path, what: dict[str, Any], device: str) -> Callable[[], bytes]
     make: Any = StableDiffusionPipeline
     pipe = make.from_pretrained(str(folder), safety_checker=None, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
-    scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    schedulers: Any = DPMSolverMultistepScheduler
+    own = pipe.scheduler.config
     config = what["task_config"]
 
     @torch.inference_mode()
     def run() -> bytes:
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+        pipe.scheduler = schedulers.from_config(own)
         read = CompelForSD(pipe)(PROMPT, negative_prompt=NEGATIVE)
         generator = torch.Generator("cpu").manual_seed(config["seed"])
         files = []
@@ -90,27 +90,26 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def choose(device: str) -> Device:
-    """`auto`: the NVIDIA card that this process sees, else the CPU."""
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return visible(list_gpus("bench"), None)
-    return simulated(0, "CPU+bench", GigaBytes(16))
+def card(torch_device: str) -> Device:
+    """The card by that name, as NVML knows it; the CPU otherwise."""
+    if torch_device == "cpu":
+        return simulated(0, "CPU+bench", GigaBytes(16))
+    cards = list_gpus("bench")
+    return cards[int(torch_device.partition(":")[2])]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, default=256, help="pixels")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", type=Path, default=Path(".devnet/models"))
-    parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
 
     progress("making the tiny models where they are missing")
     make_models(asked.models)
-    device = choose(asked.device)
+    device = card(chosen_device(asked.device))
     what = task(asked.side, asked.steps, asked.images)
     ours = engine_of(device, asked.models, what)
     theirs = bare(asked.models / SD15[0], what, device.torch_device)
@@ -122,7 +121,8 @@ def main() -> None:
         seconds["bare"].append(timed(theirs))
         progress(f"round {number + 1} of {asked.rounds}")
     medians = {name: statistics.median(each) for name, each in seconds.items()}
-    show(
+    publish(
+        "engine_overhead",
         {
             "ratio_seconds": round(medians["engine"] / medians["bare"], 4),
             "seconds_engine": round(medians["engine"], 4),

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-from benchmarks.report import progress, show
+from benchmarks.report import Figure, arguments, progress, publish
 from cluster.core.ports import Order
 from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
 from cluster.inference.devices import simulated
@@ -150,13 +150,12 @@ def total_bytes(store: ModelStore, tasks: Sequence[dict[str, Any]]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=300)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--device-share", type=float, default=0.4, help="of all sets' bytes")
     parser.add_argument("--host-share", type=float, default=0.75)
     parser.add_argument("--models", type=Path, default=Path(".devnet/models"))
-    parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
 
     progress("making the tiny models where they are missing")
@@ -175,12 +174,13 @@ def main() -> None:
         theirs.run(fields)
         if number % 50 == 0:
             progress(f"{number} of {len(tasks)} tasks")
-    show(figures(ours.tally, theirs.tally, pooled, everything, asked), "cpu", asked.json)
+    found = figures(ours.tally, theirs.tally, pooled, everything, asked)
+    publish("warm_pool", found, DEVICE.torch_device, asked.json)
 
 
 def figures(
     ours: Tally, theirs: Tally, engine: Engine, everything: int, asked: argparse.Namespace
-) -> dict[str, object]:
+) -> dict[str, Figure]:
     return {
         "loads": ours.loads,
         "loads_keep_one": theirs.loads,
