@@ -12,6 +12,8 @@ from devnet.tasks import TaskSpec
 ABORTED = frozenset({TaskStatus.END_ABORTED.label})
 GROUP = frozenset({TaskStatus.END_GROUP_SUCCESS.label, TaskStatus.END_GROUP_REFUND.label})
 FEE = 10**16
+NEVER_SECONDS = 45
+"""The timeout of the task that nobody uploads: the demo waits for it."""
 NAMED_GPU = "NVIDIA A100-SXM4-80GB+docker"
 NAMED_GPU_VRAM = 80
 COMMON_GPU = "NVIDIA GeForce RTX 4090+docker"
@@ -82,6 +84,7 @@ def demo_tasks() -> tuple[TaskSpec, ...]:
             a,
             parameters(a, "nobody sends this", 1),
             upload=False,
+            timeout=NEVER_SECONDS,
             # Its card's account is held until the timeout: not the only one of its kind, please.
             required_gpu=COMMON_GPU,
             required_gpu_vram=COMMON_GPU_VRAM,

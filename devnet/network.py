@@ -47,7 +47,7 @@ DEFAULT_PORT = 8000
 MODELS = Path(".devnet/models")
 """Shared by every devnet of this checkout."""
 STATE = "devnet.json"
-STOP_SECONDS = 10.0
+STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from cluster.core.errors import (
 )
 from cluster.core.ports import Computed, Order
 from cluster.core.types import AttemptId, Commitment, GpuClass
-from tests.unit.actor_fakes import DONE, KIND, TASK, until
+from tests.unit.actor_fakes import DONE, KIND, PATIENCE, TASK, until
 
 A, B, C = AttemptId("a"), AttemptId("b"), AttemptId("c")
 
@@ -52,11 +52,12 @@ class FakeEngine:
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
-        self.ran.append(order.attempt_id)
         self.threads.add(threading.get_ident())
         self.cancelled = cancelled
         on_step(3, 20)
-        assert self.go.wait(10)
+        # The last: who sees it may rely on all of the above.
+        self.ran.append(order.attempt_id)
+        assert self.go.wait(PATIENCE)
         if cancelled():
             raise Cancelled("cancelled")
         if isinstance(self.outcome, BaseException):
@@ -91,7 +92,7 @@ async def outcome_of(engine: FakeEngine, attempt: AttemptId = A) -> Outcome:
     worker = worker_of(engine)
     engine.go.set()
     assert await worker.start(order(attempt)) is None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         return await worker.result(attempt)
 
 
@@ -124,7 +125,7 @@ async def test_says_that_it_is_starting_until_the_engine_is_up(engine: FakeEngin
     go = threading.Event()
 
     def make() -> Engine:
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         return engine
 
     worker = InferenceWorker(make, "1+abc")
@@ -165,7 +166,7 @@ async def test_starts_that_wait_for_the_engine_are_one_attempt(engine: FakeEngin
     go = threading.Event()
 
     def make() -> Engine:
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         return engine
 
     worker = InferenceWorker(make, "1+abc")
@@ -185,7 +186,7 @@ async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEn
     go = threading.Event()
 
     def make() -> Engine:
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         return engine
 
     worker = InferenceWorker(make, "1+abc")

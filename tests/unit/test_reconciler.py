@@ -284,11 +284,17 @@ async def test_what_we_dont_run_is_never_reported(house: House, late: bool) -> N
     assert "FaultFound" not in house.kinds()
 
 
-@pytest.mark.parametrize("kind", [TaskType.LLM, TaskType.SD_FT])
-async def test_kinds_of_task_we_dont_run_are_never_reported(house: House, kind: TaskType) -> None:
-    house.network.add(facts_of(task_type=kind), INVALID)
+async def test_a_kind_of_task_we_dont_run_is_never_reported(house: House) -> None:
+    house.network.add(facts_of(task_type=TaskType.SD_FT), INVALID)
     await house.turns(4)
     assert house.kinds() == ["Seen", "ParametersFetched"]
+
+
+async def test_a_language_task_goes_to_a_card(house: House) -> None:
+    chat = {"model": "acme/llm", "messages": [{"role": "user", "content": "hello"}]}
+    house.network.add(facts_of(task_type=TaskType.LLM), json.dumps(chat))
+    await house.turns(2)
+    assert house.kinds() == ["Seen", "ParametersFetched", "AttemptStarted"]
 
 
 async def test_what_a_card_doesnt_run_is_tried_on_no_other(tmp_path: Path) -> None:
