@@ -220,6 +220,8 @@ def read_state(directory: Path) -> State:
             places["chain_id"],
             *(Address(places[name]) for name in ("task", "node", "qos")),
         )
+        if type(raw["pid"]) is not int:
+            raise TypeError("its pid is no number")
         state = State(raw["pid"], raw["relay_url"], deployment)
     except FileNotFoundError:
         raise ConfigError(f"no devnet runs in {directory}: start one with 'devnet up'") from None
