@@ -73,6 +73,8 @@ from cluster.core.types import (
 )
 
 SCHEMA = "1"
+_SLASHED = "slashed:"
+"""Begins the key of a mark, among the cursors, that an account lost its stake."""
 
 metadata = MetaData()
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
@@ -381,12 +383,19 @@ class SqlJournal:
         return outcomes, Wei(paid)
 
     def slashed_accounts(self) -> frozenset[Address]:
-        """Accounts that lost their stake by a task."""
-        query = select(tasks_table.c.account).where(
+        """Accounts that lost their stake: marked so, or by a task closed as invalidated."""
+        closed = select(tasks_table.c.account).where(
             tasks_table.c.outcome == Outcome.INVALIDATED.value
         )
+        marked = select(cursors_table.c.key).where(cursors_table.c.key.startswith(_SLASHED))
         with self.read() as connection:
-            return frozenset(Address(row.account) for row in connection.execute(query))
+            accounts = [row.account for row in connection.execute(closed)]
+            accounts += [row.key.removeprefix(_SLASHED) for row in connection.execute(marked)]
+        return frozenset(map(Address, accounts))
+
+    def mark_slashed(self, lease: ports.Lease, account: Address, at: Timestamp) -> None:
+        """Remember that the account lost its stake, whatever becomes of its task's record."""
+        self.set_cursor(lease, f"{_SLASHED}{account}", str(at))
 
     def _records(self, connection: Connection, found: Any) -> tuple[TaskRecord, ...]:
         tasks = [Commitment(row.commitment) for row in found]
