@@ -39,6 +39,7 @@ from cluster.core.lifecycle import (
     UploadResult,
     Wait,
     decide,
+    work_until,
 )
 from cluster.core.matching import Want
 from cluster.core.ports import Artifacts, Network, Order
@@ -290,16 +291,17 @@ class Reconciler:
             need = self._needs[record.commitment] = _need(record.task_type, text)
         if isinstance(need, TaskUnsupported):
             raise need
+        until = work_until(situation)
         want = Want(
             record.commitment,
             facts.requirement,
             need.pipeline,
             need.base,
-            facts.deadline,
+            until,
             self._dispatcher.seconds_for(need.work),
             avoid,
         )
-        order = Order(attempt, record.commitment, int(record.task_type), text, facts.deadline)
+        order = Order(attempt, record.commitment, int(record.task_type), text, until)
         return want, order, need.work
 
     async def _upload(self, record: TaskRecord) -> None:

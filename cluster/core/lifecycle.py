@@ -252,6 +252,16 @@ def _deadlines(situation: Situation) -> tuple[float, ...]:
     return (late, late + policy.answer_grace)
 
 
+def work_until(situation: Situation) -> Timestamp | None:
+    """Until when an attempt is of use: an answer is late past the deadline, but files that stand in
+    for lost ones are worked on for as long as the validated task is waited for."""
+    facts = situation.facts
+    if facts is None or situation.stage not in {Stage.ANSWERED, Stage.WANTED}:
+        return None if facts is None else facts.deadline
+    times = _deadlines(situation)
+    return Timestamp(times[-1]) if times else None
+
+
 def _wait_for_deadline(why: str, grace: bool = False) -> Step:
     def act(situation: Situation) -> Action:
         times = _deadlines(situation)

@@ -125,6 +125,25 @@ async def test_the_order_is_what_the_task_asks_for(house: House) -> None:
     assert order.deadline == START + 180
 
 
+@pytest.mark.parametrize("stage", [Stage.ANSWERED, Stage.WANTED])
+async def test_lost_files_are_made_again_for_as_long_as_the_payment_is_waited_for(
+    house: House, stage: Stage
+) -> None:
+    """The answer was in time, so the deadline of answers is no bound to the files."""
+    house.network.add(facts_of(stage=stage, status=TaskStatus.VALIDATED, score=SCORE))
+    house.clock.now = START + 180 + 1
+    await house.turns(2)
+    ((_, order),) = house.pool.orders
+    assert order.deadline == START + 180 + house.policy.abort_margin + house.policy.answer_grace
+
+
+async def test_files_without_a_deadline_are_made_without_one(house: House) -> None:
+    house.network.add(facts_of(stage=Stage.WANTED, score=SCORE, deadline=None))
+    await house.turns(2)
+    ((_, order),) = house.pool.orders
+    assert order.deadline is None
+
+
 async def test_the_most_urgent_task_goes_first(house: House) -> None:
     house.network.add(facts_of(TASK))
     house.network.add(facts_of(OTHER, deadline=START + 90))
