@@ -36,7 +36,7 @@ SIMULATED_PREFIX = "crynux-sim|"
 PING_SECONDS = 5.0
 MEND_SECONDS = 60.0
 HUNG_SECONDS = 60.0
-"""How long an attempt that was cancelled may go on."""
+"""How long an attempt that was cancelled may go on, and a process be silent."""
 _STATES = {
     Health.STARTING: GpuState.STARTING,
     Health.READY: GpuState.READY,
@@ -101,6 +101,7 @@ class _Member:
     answering: bool = False
     gpu_class: GpuClass | None = None
     broken_since: float | None = None
+    silent_since: float | None = None
     cancelled: tuple[AttemptId, float] | None = None
 
 
@@ -208,8 +209,12 @@ class RayGpuPool:
             member.answering = False
             if isinstance(error, ActorDiedError):
                 # Ray restarts it unless it was killed for good; the one that lives is taken then.
+                member.silent_since = None
                 member.actor = self._actor(member.slot)
+            else:
+                self._end_silence(member, error)
             return
+        member.silent_since = None
         if report.release != self._release:
             self._log.info("gpu_actor_replaced", gpu=member.slot.gpu_id, old=report.release)
             self._kill(member, restart=False)
@@ -220,6 +225,17 @@ class RayGpuPool:
         member.report = report
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
+
+    def _end_silence(self, member: _Member, error: Exception) -> None:
+        """Begin a process anew that hasn't answered for long: its attempt would never end."""
+        now = asyncio.get_running_loop().time()
+        if member.silent_since is None:
+            member.silent_since = now
+        elif now - member.silent_since > HUNG_SECONDS:
+            silence = type(error).__name__
+            self._log.error("gpu_silent", gpu=member.slot.gpu_id, error=silence)
+            member.silent_since = None
+            self._kill(member, restart=True)
 
     def _mend(self, member: _Member, report: Report) -> None:
         """Begin a broken or hung process anew, a broken one not again and again at once."""

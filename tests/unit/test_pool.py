@@ -448,3 +448,33 @@ async def test_a_broken_card_is_begun_anew_after_a_while(monkeypatch: pytest.Mon
     monkeypatch.setattr(pool_module, "MEND_SECONDS", -1.0)
     await pool.refresh()
     assert pool.killed == [(actor, True)]
+
+
+@pytest.mark.parametrize("silence", [NEVER, UNAVAILABLE, BUG, AWAY])
+@pytest.mark.usefixtures("nodes")
+async def test_a_process_that_is_silent_for_long_is_ended(
+    monkeypatch: pytest.MonkeyPatch, silence: object
+) -> None:
+    pool, actor, _ = await pool_of()
+    actor.answers["report"] = [silence]
+    await pool.refresh()
+    await pool.refresh()
+    assert pool.killed == []
+    monkeypatch.setattr(pool_module, "HUNG_SECONDS", -1.0)
+    await pool.refresh()
+    assert pool.killed == [(actor, True)]
+    # What begins anew has as long again.
+    await pool.refresh()
+    assert len(pool.killed) == 1
+
+
+@pytest.mark.usefixtures("nodes")
+async def test_a_silence_that_was_broken_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "HUNG_SECONDS", -1.0)
+    pool, actor, _ = await pool_of()
+    for _ in range(2):
+        actor.answers["report"] = [UNAVAILABLE]
+        await pool.refresh()
+        actor.answers["report"] = [READY]
+        await pool.refresh()
+    assert pool.killed == []
