@@ -157,7 +157,7 @@ class RayGpuPool:
             raise AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}") from error
         if isinstance(outcome, ClusterError):
             if _breaks_the_process(outcome):
-                self._kill(member, restart=True)
+                await self._end(member, restart=True)
             raise outcome
         return outcome
 
@@ -194,10 +194,10 @@ class RayGpuPool:
         slots = {slot.gpu_id: slot for slot in slots_of(nodes, self._allow_simulated)}
         for gone in self._members.keys() - slots.keys():
             self._log.warning("gpu_left", gpu=gone)
-            self._kill(self._members.pop(gone), restart=False)
+            await self._end(self._members.pop(gone), restart=False)
         for new in sorted(slots.keys() - self._members.keys()):
             self._log.info("gpu_found", gpu=new, resource=slots[new].resource)
-            self._members[new] = _Member(slots[new], self._actor(slots[new]))
+            self._members[new] = _Member(slots[new], await self._begin(slots[new]))
         await asyncio.gather(*(self._ping(member) for member in self._members.values()))
         if self.gpus() != before:
             self._changed()
@@ -210,23 +210,23 @@ class RayGpuPool:
             if isinstance(error, ActorDiedError):
                 # Ray restarts it unless it was killed for good; the one that lives is taken then.
                 member.silent_since = None
-                member.actor = self._actor(member.slot)
+                member.actor = await self._begin(member.slot)
             else:
-                self._end_silence(member, error)
+                await self._end_silence(member, error)
             return
         member.silent_since = None
         if report.release != self._release:
             self._log.info("gpu_actor_replaced", gpu=member.slot.gpu_id, old=report.release)
-            self._kill(member, restart=False)
-            member.actor = self._actor(member.slot)
             member.answering = False
+            await self._end(member, restart=False)
+            member.actor = await self._begin(member.slot)
             return
-        self._mend(member, report)
+        await self._mend(member, report)
         member.report = report
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
 
-    def _end_silence(self, member: _Member, error: Exception) -> None:
+    async def _end_silence(self, member: _Member, error: Exception) -> None:
         """Begin a process anew that hasn't answered for long: its attempt would never end."""
         now = asyncio.get_running_loop().time()
         if member.silent_since is None:
@@ -235,9 +235,9 @@ class RayGpuPool:
             silence = type(error).__name__
             self._log.error("gpu_silent", gpu=member.slot.gpu_id, error=silence)
             member.silent_since = None
-            self._kill(member, restart=True)
+            await self._end(member, restart=True)
 
-    def _mend(self, member: _Member, report: Report) -> None:
+    async def _mend(self, member: _Member, report: Report) -> None:
         """Begin a broken or hung process anew, a broken one not again and again at once."""
         now = asyncio.get_running_loop().time()
         if report.health is not Health.BROKEN:
@@ -248,14 +248,25 @@ class RayGpuPool:
         elif now - member.broken_since > MEND_SECONDS:
             self._log.warning("gpu_actor_restarted", gpu=member.slot.gpu_id)
             member.broken_since = None
-            self._kill(member, restart=True)
+            await self._end(member, restart=True)
         if member.cancelled is not None and member.cancelled[0] != report.attempt:
             member.cancelled = None
         elif member.cancelled is not None and now - member.cancelled[1] > HUNG_SECONDS:
             # It doesn't come to the end of a step: only the end of its process frees the card.
             self._log.error("gpu_hung", gpu=member.slot.gpu_id, attempt=report.attempt)
             member.cancelled = None
-            self._kill(member, restart=True)
+            await self._end(member, restart=True)
+
+    async def _begin(self, slot: Slot) -> ActorHandle[Any]:
+        # Ray's control calls wait for the head's answer: not on the loop that tends the tasks.
+        return await asyncio.to_thread(self._actor, slot)
+
+    async def _end(self, member: _Member, restart: bool) -> None:
+        try:
+            await asyncio.to_thread(self._kill, member, restart)
+        except RayError as error:
+            gpu = member.slot.gpu_id
+            self._log.warning("gpu_actor_not_ended", gpu=gpu, error=type(error).__name__)
 
     def _actor(self, slot: Slot) -> ActorHandle[Any]:
         simulated = slot.simulated is not None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -105,14 +106,17 @@ class Pool(RayGpuPool):
         self.made: list[FakeActor] = []
         self.killed: list[tuple[FakeActor, bool]] = []
         self.first_report: object = READY
+        self.threads: set[int] = set()
 
     def _actor(self, slot: Slot) -> ActorHandle[Any]:
+        self.threads.add(threading.get_ident())
         actor = FakeActor(slot)
         actor.answers["report"] = [self.first_report]
         self.made.append(actor)
         return cast("ActorHandle[Any]", actor)
 
     def _kill(self, member: Any, restart: bool) -> None:
+        self.threads.add(threading.get_ident())
         self.killed.append((member.actor, restart))
 
 
@@ -478,3 +482,29 @@ async def test_a_silence_that_was_broken_is_forgotten(monkeypatch: pytest.Monkey
         actor.answers["report"] = [READY]
         await pool.refresh()
     assert pool.killed == []
+
+
+async def test_actors_are_begun_and_ended_off_the_loop(nodes: list[dict[str, Any]]) -> None:
+    """What Ray does for it waits for the head's answer, and would hold up every task."""
+    pool, actor, gpu = await pool_of()
+    actor.answers["report"] = [replace(READY, release="0+old")]
+    await pool.refresh()
+    pool.made[-1].answers["result"] = [DeviceFault(DeviceFaultKind.CONTEXT_LOST, "x")]
+    with pytest.raises(DeviceFault):
+        await pool.result(gpu, A)
+    nodes.clear()
+    await pool.refresh()
+    assert (len(pool.made), len(pool.killed)) == (2, 3)
+    assert threading.get_ident() not in pool.threads
+
+
+async def test_an_end_that_ray_refuses_ends_no_look(nodes: list[dict[str, Any]]) -> None:
+    class Refusing(Pool):
+        def _kill(self, member: Any, restart: bool) -> None:
+            raise AWAY
+
+    pool = Refusing()
+    await pool.refresh()
+    nodes.clear()
+    await pool.refresh()
+    assert pool.gpus() == ()
