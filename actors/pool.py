@@ -103,20 +103,26 @@ class _Member:
     broken_since: float | None = None
     silent_since: float | None = None
     cancelled: tuple[AttemptId, float] | None = None
+    stalled: AttemptId | None = None
 
 
 class RayGpuPool:
-    """`cluster.core.ports.GpuPool` on Ray. `release` names version and configuration together."""
+    """`cluster.core.ports.GpuPool` on Ray. `release` names version and configuration together.
+
+    An attempt that makes no step for `stall_seconds` is ended with its process.
+    """
 
     def __init__(
         self,
         make_engine: EngineFactory,
         release: str,
         allow_simulated: bool,
+        stall_seconds: float = 300.0,
     ) -> None:
         self._make_engine = make_engine
         self._release = release
         self._allow_simulated = allow_simulated
+        self._stall_seconds = stall_seconds
         self._changed: Callable[[], None] = lambda: None
         self._members: dict[GpuId, _Member] = {}
         self._log = structlog.get_logger("pool")
@@ -154,7 +160,9 @@ class RayGpuPool:
         try:
             outcome = await member.actor.result.remote(attempt)
         except RayError as error:  # its process, or the node that held the answer
-            raise AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}") from error
+            outcome = AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}")
+        if isinstance(outcome, AttemptLost) and member.stalled == attempt:
+            raise DeviceFault(DeviceFaultKind.STALLED, f"GPU {gpu} made no step for too long")
         if isinstance(outcome, ClusterError):
             if _breaks_the_process(outcome):
                 await self._end(member, restart=True)
@@ -222,6 +230,7 @@ class RayGpuPool:
             member.actor = await self._begin(member.slot)
             return
         await self._mend(member, report)
+        await self._end_stall(member, report)
         member.report = report
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
@@ -255,6 +264,14 @@ class RayGpuPool:
             # It doesn't come to the end of a step: only the end of its process frees the card.
             self._log.error("gpu_hung", gpu=member.slot.gpu_id, attempt=report.attempt)
             member.cancelled = None
+            await self._end(member, restart=True)
+
+    async def _end_stall(self, member: _Member, report: Report) -> None:
+        """End the process of an attempt that makes no step, once: the cancel is the next resort."""
+        stalled = report.attempt is not None and report.quiet_seconds > self._stall_seconds
+        if stalled and member.stalled != report.attempt:
+            self._log.error("gpu_stalled", gpu=member.slot.gpu_id, attempt=report.attempt)
+            member.stalled = report.attempt
             await self._end(member, restart=True)
 
     async def _begin(self, slot: Slot) -> ActorHandle[Any]:

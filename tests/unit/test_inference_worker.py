@@ -45,6 +45,7 @@ class FakeEngine:
     ran: list[AttemptId] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     cancelled: Callable[[], bool] = lambda: False
+    on_step: Callable[[int, int], None] = lambda step, steps: None
     gpu_class: GpuClass = KIND
 
     def run(
@@ -52,7 +53,7 @@ class FakeEngine:
     ) -> Computed:
         self.ran.append(order.attempt_id)
         self.threads.add(threading.get_ident())
-        self.cancelled = cancelled
+        self.cancelled, self.on_step = cancelled, on_step
         on_step(3, 20)
         assert self.go.wait(10)
         if cancelled():
@@ -312,3 +313,27 @@ async def test_an_engine_that_cant_start_breaks_the_card_and_nothing_else(
     assert report.health is Health.BROKEN
     assert str(error) in report.problem
     assert isinstance(await worker.result(A), AttemptLost)
+
+
+async def test_how_long_an_attempt_has_made_no_progress(engine: FakeEngine) -> None:
+    clock = asyncio.get_running_loop().time
+    worker = worker_of(engine)
+    assert (await worker.report()).quiet_seconds == 0.0
+    before = clock()
+    await worker.start(order(A))
+    await until(lambda: bool(engine.ran))
+    assert (await worker.report()).quiet_seconds <= clock() - before
+
+    stepped = clock()
+    engine.on_step(4, 20)
+    quiet = clock()
+    await asyncio.sleep(0.05)
+    waited = clock() - quiet
+    assert waited <= (await worker.report()).quiet_seconds <= clock() - stepped
+
+    stepped = clock()
+    engine.on_step(5, 20)
+    assert (await worker.report()).quiet_seconds <= clock() - stepped
+    engine.go.set()
+    await worker.result(A)
+    assert (await worker.report()).quiet_seconds == 0.0

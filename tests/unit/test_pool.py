@@ -454,6 +454,42 @@ async def test_a_broken_card_is_begun_anew_after_a_while(monkeypatch: pytest.Mon
     assert pool.killed == [(actor, True)]
 
 
+STALLED_REPORT = replace(READY, health=Health.BUSY, attempt=A, quiet_seconds=301.0)
+
+
+@pytest.mark.usefixtures("nodes")
+async def test_an_attempt_that_makes_no_step_ends_its_process_once() -> None:
+    pool, actor, _ = await pool_of(replace(STALLED_REPORT, quiet_seconds=299.0))
+    await pool.refresh()
+    assert pool.killed == []
+    actor.answers["report"] = [STALLED_REPORT]
+    await pool.refresh()
+    assert pool.killed == [(actor, True)]
+    # Dying may take it a while: the process that follows must not be hit.
+    await pool.refresh()
+    assert len(pool.killed) == 1
+
+
+@pytest.mark.parametrize("lost", [DEAD, UNAVAILABLE, AttemptLost("not known here")])
+@pytest.mark.usefixtures("nodes")
+async def test_the_result_of_an_attempt_that_stalled_says_so(lost: BaseException) -> None:
+    pool, actor, gpu = await pool_of(STALLED_REPORT)
+    actor.answers["result"] = [lost]
+    with pytest.raises(DeviceFault) as caught:
+        await pool.result(gpu, A)
+    assert caught.value.kind is DeviceFaultKind.STALLED
+    assert len(pool.killed) == 1
+    with pytest.raises(AttemptLost):
+        await pool.result(gpu, AttemptId("another"))
+
+
+@pytest.mark.usefixtures("nodes")
+async def test_an_attempt_that_stalled_and_ended_well_after_all_has_its_result() -> None:
+    pool, actor, gpu = await pool_of(STALLED_REPORT)
+    actor.answers["result"] = [DONE]
+    assert await pool.result(gpu, A) == DONE
+
+
 @pytest.mark.parametrize("silence", [NEVER, UNAVAILABLE, BUG, AWAY])
 @pytest.mark.usefixtures("nodes")
 async def test_a_process_that_is_silent_for_long_is_ended(
