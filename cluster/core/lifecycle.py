@@ -84,9 +84,13 @@ class FetchParameters:
 
 @dataclass(frozen=True, slots=True)
 class Execute:
-    """Find a GPU that fits, none of `avoid` if another does, and start an attempt."""
+    """Find a GPU that fits, none of `avoid` if another does, and start an attempt.
+
+    `outgrown` are those to avoid whose memory was too small: a larger one, if any fits.
+    """
 
     avoid: frozenset[GpuId]
+    outgrown: frozenset[GpuId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +280,11 @@ def _back_off(situation: Situation) -> Action:
 
 
 def _execute(situation: Situation) -> Action:
-    failed = (Fault.DEVICE, Fault.LOST, Fault.MODEL)
-    return Execute(frozenset(a.gpu_id for a in situation.record.attempts if a.fault in failed))
+    def cards(*faults: Fault) -> frozenset[GpuId]:
+        return frozenset(a.gpu_id for a in situation.record.attempts if a.fault in faults)
+
+    failed = cards(Fault.DEVICE, Fault.MEMORY, Fault.LOST, Fault.MODEL)
+    return Execute(failed, cards(Fault.MEMORY))
 
 
 def _cancel(situation: Situation) -> Action:

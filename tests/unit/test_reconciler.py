@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from actors.reconciler import FIRST_PAUSE, LONGEST_PAUSE, POLL_SECONDS
 from cluster.core.errors import (
     ClusterError,
+    DeviceFault,
+    DeviceFaultKind,
     IllegalMove,
     LeaseLost,
     NetworkUnavailable,
@@ -38,6 +40,8 @@ from cluster.core.types import (
     AttemptId,
     Commitment,
     GigaBytes,
+    GpuClass,
+    GpuId,
     Requirement,
     Stage,
     TaskStatus,
@@ -387,6 +391,17 @@ async def test_a_failed_attempt_is_followed_by_one_on_another_card(tmp_path: Pat
     house.pool.outcomes = [ClusterError("a broken card"), DONE]
     await house.turns(5)
     assert [gpu for gpu, _ in house.pool.orders] == [CARD, CARD_2]
+    assert house.kinds()[-1] == "Claimed"
+
+
+async def test_a_task_that_runs_out_of_memory_moves_to_a_larger_card(tmp_path: Path) -> None:
+    large = GpuId("node-2")
+    cards = (gpu_of(), gpu_of(CARD_2), gpu_of(large, kind=GpuClass("Large", GigaBytes(80))))
+    house = House(tmp_path, cards)
+    house.network.add(facts_of())
+    house.pool.outcomes = [DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "8 GB are too few"), DONE]
+    await house.turns(5)
+    assert [gpu for gpu, _ in house.pool.orders] == [CARD, large]
     assert house.kinds()[-1] == "Claimed"
 
 
