@@ -21,6 +21,7 @@ from cluster.core.errors import (
     ClusterError,
     DeadlinePassed,
     DeviceFault,
+    DeviceFaultKind,
     ModelUnavailable,
     TaskInvalid,
     TaskUnsupported,
@@ -68,6 +69,8 @@ def event_for(attempt: AttemptId, error: ClusterError) -> Event:
     """What an attempt's error means for the task, by the error's type alone."""
     if isinstance(error, TaskInvalid):
         return FaultFound(str(error))
+    if isinstance(error, DeviceFault) and error.kind is DeviceFaultKind.OUT_OF_MEMORY:
+        return AttemptFailed(attempt, Fault.MEMORY, str(error))
     for kind, fault in _FAULTS:
         if isinstance(error, kind):
             return AttemptFailed(attempt, fault, str(error))

@@ -77,12 +77,16 @@ class Report:
     warm: frozenset[str]
     in_host_memory: frozenset[str]
     on_disk: frozenset[str]
+    quiet_seconds: float = 0.0
+    """How long ago the attempt that runs last made progress: its start, or a step."""
 
 
 @dataclass(slots=True)
 class _Attempt:
     order: Order
     done: asyncio.Future[Outcome]
+    progress_at: float
+    """By the loop's clock: when it started, or made its last step."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     step: tuple[int, int] = (0, 0)
 
@@ -100,6 +104,7 @@ class InferenceWorker:
         self._attempt: _Attempt | None = None
         self._finished = 0
         loop = asyncio.get_running_loop()
+        self._clock = loop.time
         self._booting = loop.create_task(self._boot(make_engine))
 
     async def _boot(self, make_engine: Callable[[], Engine]) -> None:
@@ -123,7 +128,7 @@ class InferenceWorker:
         if self._engine is None:
             return DeviceFault(DeviceFaultKind.OTHER, f"the engine didn't start: {self._problem}")
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(order, loop.create_future())
+        attempt = _Attempt(order, loop.create_future(), self._clock())
         self._attempt = attempt
         running = loop.run_in_executor(self._thread, self._compute, self._engine, attempt)
         running.add_done_callback(lambda future: self._settle(attempt, future))
@@ -132,6 +137,7 @@ class InferenceWorker:
     def _compute(self, engine: Engine, attempt: _Attempt) -> Outcome:
         def on_step(step: int, steps: int) -> None:
             attempt.step = (step, steps)
+            attempt.progress_at = self._clock()
 
         try:
             return engine.run(attempt.order, attempt.cancelled.is_set, on_step)
@@ -192,6 +198,7 @@ class InferenceWorker:
             warm=frozenset() if state is None else state.warm,
             in_host_memory=frozenset() if state is None else state.in_host_memory,
             on_disk=frozenset() if state is None else state.on_disk,
+            quiet_seconds=self._clock() - attempt.progress_at if attempt and running else 0.0,
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     Double,
     Engine,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    case,
     create_engine,
     event,
     insert,
@@ -73,6 +75,8 @@ from cluster.core.types import (
 )
 
 SCHEMA = "1"
+_SLASHED = "slashed:"
+"""Begins the key of a mark, among the cursors, that an account lost its stake."""
 
 metadata = MetaData()
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
@@ -197,6 +201,12 @@ def decode_event(kind: str, body: str) -> Event:
         **{name: _READERS.get(name, lambda x: x)(value) for name, value in fields.items()}
     )
 
+
+_BARE_BODY = case(
+    (events_table.c.kind == _NAMES[ParametersFetched], encode_event(ParametersFetched(""))[1]),
+    else_=events_table.c.body,
+)
+"""An event's body, but for parameters their form alone."""
 
 # --- the engine ---------------------------------------------------------------------------------
 
@@ -360,12 +370,9 @@ class SqlJournal:
                 .limit(limit)
             )
             tasks = [Commitment(row.commitment) for row in connection.execute(closed)]
-            # One after the other without their parameters, which may be large.
-            return tuple(
-                replace(record, parameters=None)
-                for task in tasks
-                if (record := self._record(connection, task)) is not None
-            )
+            # The database leaves their parameters out, which may be large.
+            records = (fold(task, _history(connection, task, _BARE_BODY)) for task in tasks)
+            return tuple(replace(record, parameters=None) for record in records)
 
     def totals(self) -> tuple[Counter[Outcome], Wei]:
         """Closed tasks by outcome, and what they paid in all."""
@@ -381,12 +388,19 @@ class SqlJournal:
         return outcomes, Wei(paid)
 
     def slashed_accounts(self) -> frozenset[Address]:
-        """Accounts that lost their stake by a task."""
-        query = select(tasks_table.c.account).where(
+        """Accounts that lost their stake: marked so, or by a task closed as invalidated."""
+        closed = select(tasks_table.c.account).where(
             tasks_table.c.outcome == Outcome.INVALIDATED.value
         )
+        marked = select(cursors_table.c.key).where(cursors_table.c.key.startswith(_SLASHED))
         with self.read() as connection:
-            return frozenset(Address(row.account) for row in connection.execute(query))
+            accounts = [row.account for row in connection.execute(closed)]
+            accounts += [row.key.removeprefix(_SLASHED) for row in connection.execute(marked)]
+        return frozenset(map(Address, accounts))
+
+    def mark_slashed(self, lease: ports.Lease, account: Address, at: Timestamp) -> None:
+        """Remember that the account lost its stake, whatever becomes of its task's record."""
+        self.set_cursor(lease, f"{_SLASHED}{account}", str(at))
 
     def _records(self, connection: Connection, found: Any) -> tuple[TaskRecord, ...]:
         tasks = [Commitment(row.commitment) for row in found]
@@ -477,9 +491,13 @@ def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> 
         )
 
 
-def _history(connection: Connection, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
+def _history(
+    connection: Connection, task: Commitment, body: ColumnElement[str] = events_table.c.body
+) -> tuple[tuple[Event, Timestamp], ...]:
     rows = connection.execute(
-        select(events_table).where(events_table.c.commitment == task).order_by(events_table.c.seq)
+        select(events_table.c.at, events_table.c.kind, body.label("body"))
+        .where(events_table.c.commitment == task)
+        .order_by(events_table.c.seq)
     )
     return tuple((decode_event(row.kind, row.body), Timestamp(row.at)) for row in rows)
 

@@ -32,6 +32,8 @@ class Fault(enum.Enum):
 
     DEVICE = "device"
     """The card or our code on it failed: try another card."""
+    MEMORY = "memory"
+    """The card's memory was too small for the task: try a larger card."""
     MODEL = "model"
     """A model couldn't be had on that machine: try again, elsewhere if possible."""
     UNSUPPORTED = "unsupported"

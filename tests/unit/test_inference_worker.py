@@ -45,6 +45,7 @@ class FakeEngine:
     ran: list[AttemptId] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     cancelled: Callable[[], bool] = lambda: False
+    on_step: Callable[[int, int], None] = lambda step, steps: None
     gpu_class: GpuClass = KIND
     ahead: list[tuple[Commitment, Callable[[], bool]]] = field(default_factory=list)
     ahead_fails: Exception | None = None
@@ -53,7 +54,7 @@ class FakeEngine:
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
         self.threads.add(threading.get_ident())
-        self.cancelled = cancelled
+        self.cancelled, self.on_step = cancelled, on_step
         on_step(3, 20)
         # The last: who sees it may rely on all of the above.
         self.ran.append(order.attempt_id)
@@ -353,3 +354,30 @@ async def test_a_hint_that_fails_harms_nobody(engine: FakeEngine, error: Excepti
     engine.go.set()
     await worker.start(order(A))
     assert await worker.result(A) == DONE
+
+
+# --- no progress ------------------------------------------------------------------------------
+
+
+async def test_how_long_an_attempt_has_made_no_progress(engine: FakeEngine) -> None:
+    clock = asyncio.get_running_loop().time
+    worker = worker_of(engine)
+    assert (await worker.report()).quiet_seconds == 0.0
+    before = clock()
+    await worker.start(order(A))
+    await until(lambda: bool(engine.ran))
+    assert (await worker.report()).quiet_seconds <= clock() - before
+
+    stepped = clock()
+    engine.on_step(4, 20)
+    quiet = clock()
+    await asyncio.sleep(0.05)
+    waited = clock() - quiet
+    assert waited <= (await worker.report()).quiet_seconds <= clock() - stepped
+
+    stepped = clock()
+    engine.on_step(5, 20)
+    assert (await worker.report()).quiet_seconds <= clock() - stepped
+    engine.go.set()
+    await worker.result(A)
+    assert (await worker.report()).quiet_seconds == 0.0

@@ -196,6 +196,26 @@ def test_the_newest_closed_come_first(journal: SqlJournal) -> None:
     assert [record.commitment for record in journal.open_records()] == [tasks[1]]
 
 
+def test_the_parameters_of_closed_tasks_never_leave_the_database(
+    journal: SqlJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = take(journal)
+    for event in (SEEN, ParametersFetched("a large text"), Closed(Outcome.ABORTED, Wei(0))):
+        journal.append(lease, TASK, event, Timestamp(0))
+    read: list[str] = []
+
+    def decode(kind: str, body: str) -> Event:
+        read.append(body)
+        return decode_event(kind, body)
+
+    monkeypatch.setattr("cluster.journal.decode_event", decode)
+    (record,) = journal.recent_records(9)
+    assert (record.parameters, record.outcome) == (None, Outcome.ABORTED)
+    assert len(read) == 3
+    assert not any("large" in body for body in read)
+    assert journal.story(TASK)[1][0] == ParametersFetched("a large text")
+
+
 def test_cursors_and_accounts(journal: SqlJournal) -> None:
     lease = take(journal)
     journal.set_cursor(lease, "logs", "1")
