@@ -8,12 +8,10 @@ lease can't write anything, however late it wakes up. Epochs only grow; each acq
 
 from __future__ import annotations
 
-import enum
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +42,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.record import (
-    AttemptFailed,
-    AttemptStarted,
-    Claim,
-    Claimed,
     Closed,
     Event,
-    Fault,
-    FaultFound,
     Outcome,
     ParametersFetched,
-    ResultStored,
-    ResultUploaded,
     Seen,
     TaskRecord,
     apply,
@@ -65,14 +55,12 @@ from cluster.core.record import (
 from cluster.core.types import (
     Address,
     Commitment,
-    FileRef,
     GigaBytes,
     GpuClass,
-    Score,
-    TaskType,
     Timestamp,
     Wei,
 )
+from cluster.journal_events import decode_event, encode_event
 
 SCHEMA = "1"
 _SLASHED = "slashed:"
@@ -154,59 +142,13 @@ class Assignment:
     gpu_class: GpuClass
 
 
-# --- events as JSON -----------------------------------------------------------------------------
-
-KINDS: dict[str, type[Event]] = {
-    "seen": Seen,
-    "parameters_fetched": ParametersFetched,
-    "attempt_started": AttemptStarted,
-    "attempt_failed": AttemptFailed,
-    "result_stored": ResultStored,
-    "fault_found": FaultFound,
-    "claimed": Claimed,
-    "result_uploaded": ResultUploaded,
-    "closed": Closed,
-}
-"""Names in the database; they stay when a class is renamed."""
-_NAMES: dict[type[Event], str] = {kind: name for name, kind in KINDS.items()}
-
-_READERS: Mapping[str, Any] = {
-    "task_type": TaskType,
-    "claim": Claim,
-    "fault": Fault,
-    "outcome": Outcome,
-    "model_ids": tuple,
-    "score": lambda text: Score(bytes.fromhex(text)),
-    "files": lambda files: tuple(FileRef(**each) for each in files),
-}
-"""How a field comes back where JSON has no such type."""
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, enum.Enum):
-        return value.value
-    raise TypeError(f"no JSON form for {value!r}")
-
-
-def encode_event(event: Event) -> tuple[str, str]:
-    """The event's kind and JSON body."""
-    return _NAMES[type(event)], json.dumps(asdict(event), default=_plain, sort_keys=True)
-
-
-def decode_event(kind: str, body: str) -> Event:
-    fields: dict[str, Any] = json.loads(body)
-    return KINDS[kind](
-        **{name: _READERS.get(name, lambda x: x)(value) for name, value in fields.items()}
-    )
-
-
+_BARE_KIND, _BARE_TEXT = encode_event(ParametersFetched(""))
 _BARE_BODY = case(
-    (events_table.c.kind == _NAMES[ParametersFetched], encode_event(ParametersFetched(""))[1]),
+    (events_table.c.kind == _BARE_KIND, _BARE_TEXT),
     else_=events_table.c.body,
 )
 """An event's body, but for parameters their form alone."""
+
 
 # --- the engine ---------------------------------------------------------------------------------
 

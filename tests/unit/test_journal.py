@@ -40,7 +40,8 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.journal import KINDS, Assignment, SqlJournal, decode_event, encode_event
+from cluster.journal import Assignment, SqlJournal
+from cluster.journal_events import KINDS, decode_event, encode_event
 
 TASK = Commitment("0x" + "ab" * 32)
 OTHER = Commitment("0x" + "cd" * 32)
