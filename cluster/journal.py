@@ -8,10 +8,11 @@ lease can't write anything, however late it wakes up. Epochs only grow; each acq
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sqlalchemy import (
     Text,
     case,
     create_engine,
+    delete,
     event,
     insert,
     select,
@@ -65,6 +67,7 @@ from cluster.journal_events import decode_event, encode_event
 SCHEMA = "1"
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
+_OWNER = "owner"
 
 metadata = MetaData()
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
@@ -150,6 +153,27 @@ _BARE_BODY = case(
 """An event's body, but for parameters their form alone."""
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose facts a journal holds, and of which contracts: to any other they mean nothing."""
+
+    chain_id: int
+    task: Address
+    node: Address
+    qos: Address
+    treasury: Address
+
+
+_OWNED = {
+    "chain_id": "network.chain_id",
+    "task": "network.contracts.task",
+    "node": "network.contracts.node",
+    "qos": "network.contracts.qos",
+    "treasury": "identity.seed_file's account",
+}
+"""What an operator calls the fields of `Owner`."""
+
+
 # --- the engine ---------------------------------------------------------------------------------
 
 
@@ -215,6 +239,28 @@ class SqlJournal:
         found = self.cursor("schema")
         if found != SCHEMA:
             raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")
+
+    def bind(self, owner: Owner) -> None:
+        """Write down whose journal it is. Raises `ConfigError` when it holds another's facts; an
+        empty one is anyone's."""
+        with suppress(IntegrityError), self._transaction() as connection:
+            # Suppressed: another process binds it at the same moment, and is compared with below.
+            facts = (tasks_table.c.commitment, outbox_table.c.seq, accounts_table.c.address)
+            if all(connection.execute(select(each).limit(1)).first() is None for each in facts):
+                connection.execute(delete(cursors_table).where(cursors_table.c.key == _OWNER))
+            known = connection.execute(
+                select(cursors_table.c.value).where(cursors_table.c.key == _OWNER)
+            ).scalar()
+            if known is None:
+                ours = json.dumps(asdict(owner), sort_keys=True)
+                connection.execute(insert(cursors_table).values(key=_OWNER, value=ours))
+        found = json.loads(self.cursor(_OWNER) or "{}")
+        for name, value in asdict(owner).items():
+            if found.get(name) != value:
+                raise ConfigError(
+                    f"journal.url: this journal was begun with {_OWNED[name]} {found.get(name)},"
+                    f" now it is {value}: put the former back, or name another journal"
+                )
 
     def close(self) -> None:
         self._database.dispose()

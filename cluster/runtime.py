@@ -44,8 +44,8 @@ from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
 from cluster.core.types import AttemptId, GigaBytes, GpuClass, Timestamp, Wei
-from cluster.identity import Identity
-from cluster.journal import SqlJournal
+from cluster.identity import TREASURY, Identity
+from cluster.journal import Owner, SqlJournal
 from cluster.metrics import Metrics
 from cluster.relay.client import RelayClient
 
@@ -82,12 +82,13 @@ def assemble(config: Config) -> World:
         raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
     identity = Identity.load(config.identity.seed_file)
     journal = SqlJournal(config.journal.url)
+    journal.bind(owner(config, identity))
     digest = configuration.digest(config)
     return World(
         version=cluster.__version__,
         config_digest=digest,
         chain_id=config.network.chain_id,
-        treasury=identity.address(0),
+        treasury=identity.address(TREASURY),
         accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
@@ -104,6 +105,15 @@ def assemble(config: Config) -> World:
         lease_seconds=config.lease.ttl_seconds,
         clock=time.time,
         new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
+    )
+
+
+def owner(config: Config, identity: Identity) -> Owner:
+    """Whose journal this configuration's is."""
+    return Owner(
+        config.network.chain_id,
+        *config.network.contracts.addresses,
+        treasury=identity.address(TREASURY),
     )
 
 
@@ -215,8 +225,9 @@ def check(config: Config) -> None:
     """Find what is wrong with the operator's surroundings before anything runs."""
     if config.identity.seed_file is None:
         raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
-    Identity.load(config.identity.seed_file)
-    SqlJournal(config.journal.url).close()
+    identity = Identity.load(config.identity.seed_file)
+    with contextlib.closing(SqlJournal(config.journal.url)) as journal:
+        journal.bind(owner(config, identity))
     _check_folder("artifacts.path", config.artifacts.path)
     if config.ray.address is None:
         # Elsewhere it is the head's port that matters, which isn't ours to try.

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,7 +41,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.journal import Assignment, SqlJournal
+from cluster.journal import Assignment, Owner, SqlJournal
 from cluster.journal_events import KINDS, decode_event, encode_event
 
 TASK = Commitment("0x" + "ab" * 32)
@@ -247,6 +248,53 @@ def test_sqlite_is_durable_and_open_tasks_are_found_by_index(journal: SqlJournal
 def test_a_journal_that_cannot_be_opened_is_the_operators_input(url: str) -> None:
     with pytest.raises(ConfigError):
         SqlJournal(url)
+
+
+A, B, C, D = (Address("0x" + digit * 40) for digit in "abcd")
+OWNER = Owner(1, A, B, C, D)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "called"),
+    [
+        ("chain_id", 2, "network.chain_id 1, now it is 2"),
+        ("task", Address("0x"), "network.contracts.task 0xaaaa"),
+        ("node", Address("0x"), "network.contracts.node 0xbbbb"),
+        ("qos", Address("0x"), "network.contracts.qos 0xcccc"),
+        ("treasury", Address("0x"), "identity.seed_file's account 0xdddd"),
+    ],
+)
+def test_a_journal_with_anothers_facts_is_refused(
+    url: str, journal: SqlJournal, field: str, value: Any, called: str
+) -> None:
+    journal.bind(OWNER)
+    journal.append(take(journal), TASK, SEEN, Timestamp(1))
+    again = SqlJournal(url)
+    again.bind(OWNER)
+    with pytest.raises(ConfigError, match=called) as caught:
+        again.bind(replace(OWNER, **{field: value}))
+    assert "\n" not in str(caught.value)
+    again.bind(OWNER)
+    again.close()
+
+
+def test_an_empty_journal_is_anyones(journal: SqlJournal) -> None:
+    """A mistake that was mended before anything happened leaves no trace."""
+    journal.bind(OWNER)
+    mended = replace(OWNER, chain_id=2)
+    journal.bind(mended)
+    gpu_class = GpuClass("A+docker", GigaBytes(24))
+    journal.assign(take(journal), Assignment(1, SEEN.account, gpu_class))
+    with pytest.raises(ConfigError):
+        journal.bind(OWNER)
+    journal.bind(mended)
+
+
+def test_a_journal_from_before_journals_were_bound_is_taken(journal: SqlJournal) -> None:
+    journal.append(take(journal), TASK, SEEN, Timestamp(1))
+    journal.bind(OWNER)
+    with pytest.raises(ConfigError):
+        journal.bind(replace(OWNER, chain_id=2))
 
 
 def test_a_journal_of_another_schema_is_refused(url: str, journal: SqlJournal) -> None:

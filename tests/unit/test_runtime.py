@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from cluster import runtime
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
-from cluster.core.types import GpuClass
+from cluster.core.types import GigaBytes, GpuClass, Timestamp
+from cluster.journal import Assignment
 
 ADDRESS = "0x" + "11" * 20
 PHRASE = "test test test test test test test test test test test junk"
+OTHER_PHRASE = "legal winner thank year wave sausage worth useful legal winner thank yellow"
 
 
 def config(tmp_path: Path, **ray: object) -> Config:
@@ -72,6 +75,28 @@ def test_a_port_that_cannot_be_had_is_named(
     monkeypatch.setattr("cluster.runtime.socket.create_server", taken)
     with pytest.raises(ConfigError, match=r"serve\.port: can't listen on 127\.0\.0\.1:8000"):
         runtime.check(config(tmp_path))
+
+
+@pytest.mark.parametrize("opens", [runtime.check, runtime.assemble])
+def test_another_identitys_journal_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: Callable[[Config], object]
+) -> None:
+    async def reached(_config: Config) -> None:  # noqa: RUF029 - takes the place of one that awaits
+        pass
+
+    monkeypatch.setattr(runtime, "_check_port", lambda *_: None)
+    monkeypatch.setattr(runtime, "_check_chain", reached)
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    mine = config(tmp_path)
+    world = runtime.assemble(mine)
+    lease = world.journal.acquire("me", Timestamp(0), 1.0)
+    assert lease is not None
+    assignment = Assignment(1, world.accounts[1], GpuClass("Card", GigaBytes(8)))
+    world.journal.assign(lease, assignment)
+    opens(mine)
+    (tmp_path / "seed").write_text(OTHER_PHRASE)
+    with pytest.raises(ConfigError, match=r"journal\.url: this journal was begun with"):
+        opens(mine)
 
 
 @pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
