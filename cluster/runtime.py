@@ -274,7 +274,7 @@ async def _check_chain(config: Config) -> None:
 
 async def _check_contracts(config: Config, rpc: Rpc) -> None:
     contracts = Contracts.at(rpc, *config.network.contracts.addresses)
-    await rpc.check(config.network.chain_id, contracts.addresses())
+    await contracts.check(rpc, config.network.chain_id)
 
 
 def connect(config: Config) -> bool:
@@ -300,8 +300,10 @@ def connect(config: Config) -> bool:
         options["address"] = address
     try:
         ray.init(**options)
-    except ConnectionError as error:
-        raise ConfigError(f"ray.address: no Ray cluster answers at {address}: {error}") from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        # Not there, not an address, or of another version of Ray or Python.
+        where = "can't start one here" if own else f"can't join the one at {address}"
+        raise ConfigError(f"ray.address: no Ray cluster: {where}: {error}") from error
     return own
 
 

@@ -113,3 +113,19 @@ def test_a_wrong_chain_stops_and_an_absent_one_does_not(
             runtime.check(config(tmp_path))
     else:
         runtime.check(config(tmp_path))
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, RuntimeError])
+def test_a_ray_cluster_that_cannot_be_had_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    error: type[Exception],
+) -> None:
+    def init(**_options: object) -> None:
+        raise error("another version of Ray")
+
+    monkeypatch.setattr("cluster.runtime.ray.init", init)
+    with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
+        runtime.connect(config(tmp_path, address=address))
