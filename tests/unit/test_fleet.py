@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.core.fleet import (
-    Assign,
-    FleetAction,
-    Join,
-    NodeAccount,
-    Resume,
-    plan,
-    was_slashed,
-)
-from cluster.core.types import (
-    AccountFacts,
-    AccountView,
-    Address,
-    GigaBytes,
-    GpuClass,
-    NodeStatus,
-    Stage,
-    TaskStatus,
-    Timestamp,
-    Wei,
-)
-from tests.unit.actor_fakes import ALICE, BOB, facts_of
+from cluster.core.fleet import Assign, FleetAction, Join, NodeAccount, Resume, plan
+from cluster.core.types import AccountFacts, Address, GigaBytes, GpuClass, NodeStatus, Wei
 
 BIG = GpuClass("NVIDIA H100+docker", GigaBytes(80))
 SMALL = GpuClass("NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
@@ -199,12 +178,3 @@ def _done(of: NodeAccount, action: FleetAction) -> NodeAccount:
             return account(of.index, NodeStatus.AVAILABLE, of.assigned, gpu_class)
         case Resume():
             return account(of.index, NodeStatus.AVAILABLE, of.assigned, of.facts.gpu_class)
-
-
-@pytest.mark.parametrize("status", [TaskStatus.END_INVALIDATED, TaskStatus.END_ABORTED])
-@pytest.mark.parametrize("holder", [ALICE, BOB])
-def test_an_invalidated_task_slashes_who_held_it(status: TaskStatus, holder: Address) -> None:
-    task = facts_of(node=holder, status=status, stage=Stage.ENDED)
-    facts = AccountFacts(ALICE, NodeStatus.QUIT, None, Wei(0), Wei(0), 0, None)
-    slashed = was_slashed(AccountView(1, Timestamp(0), facts, (task,)))
-    assert slashed is (status is TaskStatus.END_INVALIDATED and holder == ALICE)
