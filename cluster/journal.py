@@ -180,7 +180,12 @@ _OWNED = {
 def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed, pool_pre_ping=not url.startswith("sqlite"))
+        engine = create_engine(
+            parsed,
+            pool_pre_ping=not url.startswith("sqlite"),
+            # They are in the text of errors otherwise, and prompts among them.
+            hide_parameters=True,
+        )
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigError(f"the journal's URL can't be used: {error}") from error
     if engine.dialect.name == "sqlite":
@@ -456,7 +461,7 @@ def _after(task: Commitment, before: TaskRecord | None, event: Event, at: Timest
     if before is not None:
         return apply(before, event, at)
     if not isinstance(event, Seen):
-        raise IllegalMove(f"{task}: a history begins with Seen, not {event!r}")
+        raise IllegalMove(f"{task}: a history begins with Seen, not {type(event).__name__}")
     return begin(task, event, at)
 
 

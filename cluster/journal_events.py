@@ -55,7 +55,7 @@ def _plain(value: object) -> object:
         return value.hex()
     if isinstance(value, enum.Enum):
         return value.value
-    raise TypeError(f"no JSON form for {value!r}")
+    raise TypeError(f"no JSON form for a {type(value).__name__}")
 
 
 def encode_event(event: Event) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.ports import Journal, Lease
@@ -36,6 +37,7 @@ from cluster.core.types import (
     GigaBytes,
     GpuClass,
     GpuId,
+    ModelId,
     Score,
     TaskType,
     Timestamp,
@@ -171,6 +173,25 @@ def test_what_cannot_be_is_not_stored(url: str, cached: bool) -> None:
             journal.append(lease, TASK, wrong, Timestamp(2))
     assert journal.story(TASK) == before
     journal.close()
+
+
+def test_no_error_quotes_the_parameters(journal: SqlJournal) -> None:
+    """Whoever logs an error would log a stranger's prompt."""
+    lease, private = take(journal), ParametersFetched("a very private prompt")
+    with pytest.raises(IllegalMove) as unseen:
+        journal.append(lease, TASK, private, Timestamp(0))
+    for event in (SEEN, private):
+        journal.append(lease, TASK, event, Timestamp(1))
+    with pytest.raises(IllegalMove) as twice:
+        journal.append(lease, TASK, private, Timestamp(2))
+    with pytest.raises(IllegalMove) as folded:
+        fold(TASK, [(private, Timestamp(0))])
+    with journal.write(lease) as connection:
+        connection.execute(text("DROP TABLE task_events"))
+    with pytest.raises(DBAPIError) as broken:
+        journal.append(lease, OTHER, replace(SEEN, model_ids=(ModelId("private"),)), Timestamp(3))
+    for caught in (unseen, twice, folded, broken):
+        assert "private" not in str(caught.value)
 
 
 def test_a_fold_made_by_another_is_not_missed(url: str, journal: SqlJournal) -> None:
