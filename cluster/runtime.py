@@ -158,8 +158,7 @@ def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engi
         # One thread: simulated cards share the machine's cores, and results depend on the number.
         device = devices.simulated(0, simulated.name, simulated.vram)
         return engine.Engine(device, ModelStore(models), time.time, engine.Limits(threads=1))
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    device = devices.visible(devices.list_gpus(platform), mask)
+    device = devices.claim(platform, os.environ)
     return engine.Engine(device, ModelStore(models), time.time)
 
 
