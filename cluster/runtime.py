@@ -185,8 +185,7 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
         device = devices.simulated(0, simulated.name, simulated.vram)
         limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
     else:
-        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-        device = devices.visible(devices.list_gpus(settings.platform), mask)
+        device = devices.claim(settings.platform, os.environ)
         limits = engine.Limits(host_bytes=settings.host_bytes)
     made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
     for problem in made.preload(settings.preload):
