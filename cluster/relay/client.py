@@ -29,7 +29,7 @@ from cluster.relay.signing import digest
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_PARAMETERS = 4 * 2**20
-"""Characters; more are never kept: `cluster.inference.parameters` takes no longer ones."""
+"""Characters; more are never kept: `cluster.inference.reading` takes no longer ones."""
 _MAX_ENVELOPE = 2 * MAX_PARAMETERS
 """Room for base64."""
 _CHECKPOINT = "checkpoint.zip"
