@@ -6,6 +6,7 @@ configured is wrong, and the line says how to mend it.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,6 +135,54 @@ def fetch_status(url: str, transport: httpx.BaseTransport | None = None) -> Stat
             f"{url}: HTTP {answer.status_code}, and no status of version {cluster.__version__}; "
             "is this the operator's API, and of the same version?"
         ) from None
+
+
+@cli.group(
+    short_help="List this machine's cards.",
+    invoke_without_command=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--cpu", "with_cpu", is_flag=True, help="List the CPU as a card too.")
+@click.option(
+    "--platform",
+    default="docker",
+    show_default=True,
+    help="The suffix of GPU names on the network (ray.platform in the configuration).",
+)
+@click.pass_context
+def gpus(context: click.Context, as_json: bool, with_cpu: bool, platform: str) -> None:
+    """List this machine's cards as the network will see them.
+
+    Name and whole GB are what a join declares and tasks may ask for. Needs no configuration and no
+    running operator. Memory, temperature, ECC errors since the driver was loaded, and what slows a
+    card down are those of this moment; "-" is what the driver doesn't say.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(show_gpus(as_json, with_cpu, platform), nl=False)
+
+
+def show_gpus(as_json: bool, with_cpu: bool, platform: str) -> str:
+    """Raises `ClusterError` when there is a driver that fails."""
+    from cluster import gpus_view
+    from cluster.inference import devices, nvml
+
+    cards: tuple[devices.Card, ...] = ()
+    why = "the driver has no card"
+    try:
+        cards = devices.survey(platform)
+    except nvml.NoDriver as error:
+        why = str(error)
+    none = f"no NVIDIA GPU on this machine: {why}"
+    cpu = devices.cpu(platform) if with_cpu else None
+    if as_json:
+        return json.dumps(gpus_view.plain(cards, cpu, none), indent=2) + "\n"
+    console = Console()
+    with console.capture() as shown:
+        if cards or cpu is not None:
+            console.print(gpus_view.render(cards, cpu))
+        if not cards:
+            console.print(none, soft_wrap=True, markup=False)
+    return shown.get()
 
 
 @cli.group(short_help="Run a whole network on this machine.")

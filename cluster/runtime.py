@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -43,8 +44,8 @@ from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
 from cluster.core.types import AttemptId, GigaBytes, GpuClass, Timestamp, Wei
-from cluster.identity import Identity
-from cluster.journal import SqlJournal
+from cluster.identity import TREASURY, Identity
+from cluster.journal import Owner, SqlJournal
 from cluster.metrics import Metrics
 from cluster.relay.client import RelayClient
 
@@ -81,17 +82,18 @@ def assemble(config: Config) -> World:
         raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
     identity = Identity.load(config.identity.seed_file)
     journal = SqlJournal(config.journal.url)
+    journal.bind(owner(config, identity))
     digest = configuration.digest(config)
     return World(
         version=cluster.__version__,
         config_digest=digest,
         chain_id=config.network.chain_id,
-        treasury=identity.address(0),
+        treasury=identity.address(TREASURY),
         accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
-            functools.partial(engine_factory, config.models.root, config.ray.platform),
+            functools.partial(engine_factory, EngineSettings.of(config)),
             release(config),
             allow_simulated=config.network.devnet,
         ),
@@ -103,6 +105,15 @@ def assemble(config: Config) -> World:
         lease_seconds=config.lease.ttl_seconds,
         clock=time.time,
         new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
+    )
+
+
+def owner(config: Config, identity: Identity) -> Owner:
+    """Whose journal this configuration's is."""
+    return Owner(
+        config.network.chain_id,
+        *config.network.contracts.addresses,
+        treasury=identity.address(TREASURY),
     )
 
 
@@ -143,12 +154,27 @@ def wall_clock() -> Timestamp:
     return Timestamp(time.time())
 
 
-def engine_factory(models: Path, platform: str, simulated: GpuClass | None) -> Callable[[], Engine]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
+
+    models: Path
+    platform: str
+    host_bytes: int
+    preload: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> EngineSettings:
+        host_bytes = int(config.gpu.host_memory_gb * 2**30)
+        return cls(config.models.root, config.ray.platform, host_bytes, config.models.preload)
+
+
+def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
     """How the actor of a card makes its engine; torch is imported there and nowhere else."""
-    return functools.partial(make_engine, models, platform, simulated)
+    return functools.partial(make_engine, settings, simulated)
 
 
-def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engine:
+def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
@@ -157,10 +183,14 @@ def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engi
     if simulated is not None:
         # One thread: simulated cards share the machine's cores, and results depend on the number.
         device = devices.simulated(0, simulated.name, simulated.vram)
-        return engine.Engine(device, ModelStore(models), time.time, engine.Limits(threads=1))
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    device = devices.visible(devices.list_gpus(platform), mask)
-    return engine.Engine(device, ModelStore(models), time.time)
+        limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
+    else:
+        device = devices.claim(settings.platform, os.environ)
+        limits = engine.Limits(host_bytes=settings.host_bytes)
+    made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
+    for problem in made.preload(settings.preload):
+        structlog.get_logger("gpu").warning("not_preloaded", problem=problem)
+    return made
 
 
 # --- the supervisor ------------------------------------------------------------------------------
@@ -194,8 +224,9 @@ def check(config: Config) -> None:
     """Find what is wrong with the operator's surroundings before anything runs."""
     if config.identity.seed_file is None:
         raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
-    Identity.load(config.identity.seed_file)
-    SqlJournal(config.journal.url).close()
+    identity = Identity.load(config.identity.seed_file)
+    with contextlib.closing(SqlJournal(config.journal.url)) as journal:
+        journal.bind(owner(config, identity))
     _check_folder("artifacts.path", config.artifacts.path)
     if config.ray.address is None:
         # Elsewhere it is the head's port that matters, which isn't ours to try.
@@ -242,7 +273,7 @@ async def _check_chain(config: Config) -> None:
 
 async def _check_contracts(config: Config, rpc: Rpc) -> None:
     contracts = Contracts.at(rpc, *config.network.contracts.addresses)
-    await rpc.check(config.network.chain_id, contracts.addresses())
+    await contracts.check(rpc, config.network.chain_id)
 
 
 def connect(config: Config) -> bool:
@@ -268,8 +299,10 @@ def connect(config: Config) -> bool:
         options["address"] = address
     try:
         ray.init(**options)
-    except ConnectionError as error:
-        raise ConfigError(f"ray.address: no Ray cluster answers at {address}: {error}") from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        # Not there, not an address, or of another version of Ray or Python.
+        where = "can't start one here" if own else f"can't join the one at {address}"
+        raise ConfigError(f"ray.address: no Ray cluster: {where}: {error}") from error
     return own
 
 

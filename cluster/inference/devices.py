@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Final, Literal
 
 from cluster.core.errors import DeviceFault, DeviceFaultKind
 from cluster.core.types import GigaBytes, GpuClass
+from cluster.inference import nvml as library
+from cluster.inference.nvml import NoDriver, Vitals
 
-MIB: int = 2**20
+MIB: Final = 2**20
+MASK: Final = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,19 @@ class Device:
     torch_device: str
     gpu_class: GpuClass
     simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One of this machine's NVIDIA cards by its number in NVML.
+
+    `device` is None for a card that can't be used; `problem` says in one line what is wrong.
+    """
+
+    index: int
+    device: Device | None
+    vitals: Vitals = Vitals()  # noqa: RUF009 - frozen
+    problem: str = ""
 
 
 def class_name(driver_name: str, platform: str) -> str:
@@ -42,49 +59,109 @@ def simulated(index: int, name: str, vram: GigaBytes) -> Device:
     return Device(f"simulated-{index}", "cpu", GpuClass(name, vram), simulated=True)
 
 
-def list_gpus(platform: str) -> tuple[Device, ...]:
-    """NVIDIA's cards in this machine by NVML; none without its driver or nvidia-ml-py."""
-    try:
-        pynvml = importlib.import_module("pynvml")
-    except ImportError:
-        return ()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        return tuple(_describe(pynvml, i, platform) for i in range(pynvml.nvmlDeviceGetCount()))
-    finally:
-        pynvml.nvmlShutdown()
+def cpu(platform: str) -> Device:
+    """This machine's CPU as a card; its memory is the machine's. Used only where asked for."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", "cpu", GpuClass(class_name("CPU", platform), whole_gigabytes(memory)))
 
 
-def visible(cards: Sequence[Device], mask: str | None) -> Device:
+def survey(platform: str, nvml: ModuleType | None = None) -> tuple[Card, ...]:
+    """All NVIDIA cards of this machine, in NVML's order.
+
+    Raises `NoDriver` where there can be none, `DeviceFault` when the library fails.
+    """
+    with library.session(nvml) as session:
+        return tuple(_card(session, index, platform) for index in range(library.count(session)))
+
+
+def list_gpus(platform: str, nvml: ModuleType | None = None) -> tuple[Device, ...]:
+    """The NVIDIA cards that can be used; none without the driver. Raises `DeviceFault`."""
+    try:
+        cards = survey(platform, nvml)
+    except NoDriver:
+        return ()
+    return tuple(card.device for card in cards if card.device is not None)
+
+
+def vitals(uuid: str, nvml: ModuleType | None = None) -> Vitals:
+    """How the card does now.
+
+    Raises `NoDriver`, or `DeviceFault` when the card is gone or the library fails.
+    """
+    with library.session(nvml) as session:
+        return library.read_vitals(session, library.handle_of(session, uuid))
+
+
+def choose(
+    asked: Literal["auto", "cuda", "cpu"], platform: str, nvml: ModuleType | None = None
+) -> Device:
+    """For programs that run outside the cluster: the first card, or the CPU if `auto` finds none.
+
+    Raises `DeviceFault` when `cuda` was asked for and there is no card.
+    """
+    gpus = () if asked == "cpu" else list_gpus(platform, nvml)
+    if gpus:
+        return gpus[0]
+    if asked == "cuda":
+        raise DeviceFault(DeviceFaultKind.OTHER, "no NVIDIA card can be used on this machine")
+    return cpu(platform)
+
+
+def claim(
+    platform: str, environment: MutableMapping[str, str], nvml: ModuleType | None = None
+) -> Device:
+    """The one card that this process may use. Call before CUDA is first used.
+
+    Ray's mask is a number in NVML's order, which need not be CUDA's, so the card's UUID takes its
+    place: what is computed on is what was named. Raises `DeviceFault`.
+    """
+    try:
+        cards = survey(platform, nvml)
+    except NoDriver as error:
+        raise DeviceFault(DeviceFaultKind.OTHER, str(error)) from error
+    device = visible(cards, environment.get(MASK))
+    environment[MASK] = device.uuid
+    return device
+
+
+def visible(cards: Sequence[Card], mask: str | None) -> Device:
     """The one card that this process may use, among all of the machine's.
 
     `mask` is CUDA_VISIBLE_DEVICES as Ray sets it for an actor: an index or the start of a UUID;
-    None where every card is visible. Raises `DeviceFault` when it doesn't name exactly one card.
+    None where every card is visible. Raises `DeviceFault` when it doesn't name exactly one card,
+    or one that can't be used.
     """
-    named = [
-        card
-        for index, card in enumerate(cards)
-        if mask is None or mask == str(index) or (mask and card.uuid.startswith(mask))
-    ]
+    named = [card for card in cards if mask is None or _is_named(card, mask)]
     if len(named) != 1:
         raise DeviceFault(
             DeviceFaultKind.OTHER,
-            f"one card is wanted, CUDA_VISIBLE_DEVICES={mask!r} names {len(named)} of {len(cards)}",
+            f"one card is wanted, {MASK}={mask!r} names {len(named)} of {len(cards)}",
         )
+    if named[0].device is None:
+        raise DeviceFault(DeviceFaultKind.OTHER, f"card {named[0].index}: {named[0].problem}")
     # Where only one card is visible, torch counts from 0.
-    return replace(named[0], torch_device="cuda:0")
+    return replace(named[0].device, torch_device="cuda:0")
 
 
-def _describe(nvml: ModuleType, index: int, platform: str) -> Device:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = whole_gigabytes(int(nvml.nvmlDeviceGetMemoryInfo(handle).total))
-    name = class_name(_text(nvml.nvmlDeviceGetName(handle)), platform)
-    uuid = _text(nvml.nvmlDeviceGetUUID(handle))
-    return Device(uuid, f"cuda:{index}", GpuClass(name, memory))
+def _is_named(card: Card, mask: str) -> bool:
+    if mask == str(card.index):
+        return True
+    return bool(mask) and card.device is not None and card.device.uuid.startswith(mask)
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def _card(nvml: ModuleType, index: int, platform: str) -> Card:
+    try:
+        handle = library.handle_at(nvml, index)
+        name, uuid = library.name_and_uuid(nvml, handle)
+        memory = library.total_memory(nvml, handle)
+    except DeviceFault as fault:
+        return Card(index, None, problem=str(fault))
+    if memory is None:
+        return Card(index, None, problem=f"{name}: the driver doesn't say how much memory it has")
+    kind = GpuClass(class_name(name, platform), whole_gigabytes(memory))
+    device = Device(uuid, f"cuda:{index}", kind)
+    try:
+        return Card(index, device, library.read_vitals(nvml, handle))
+    except DeviceFault as fault:
+        gone = fault.kind is DeviceFaultKind.CONTEXT_LOST
+        return Card(index, None if gone else device, Vitals(memory), str(fault))

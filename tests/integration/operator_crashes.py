@@ -193,7 +193,7 @@ def assemble(config: Config, folder: Path) -> World:
     journal = CrashingJournal(config.journal.url, fuse)
     gate = Gate(folder)
     make_engine = functools.partial(
-        operator_gate.engine_factory, gate, config.models.root, config.ray.platform
+        operator_gate.engine_factory, gate, runtime.EngineSettings.of(config)
     )
     return replace(
         world,

@@ -69,12 +69,15 @@ class GatedEngine:
     def state(self) -> EngineState:
         return self.engine.state()
 
+    def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
+        self.engine.prefetch(order, wanted)
+
 
 def engine_factory(
-    gate: Gate, models: Path, platform: str, simulated: GpuClass | None
+    gate: Gate, settings: runtime.EngineSettings, simulated: GpuClass | None
 ) -> Callable[[], Engine]:
     """As `runtime.engine_factory`."""
-    return functools.partial(_make, gate, runtime.engine_factory(models, platform, simulated))
+    return functools.partial(_make, gate, runtime.engine_factory(settings, simulated))
 
 
 def _make(gate: Gate, make_engine: Callable[[], Engine]) -> Engine:

@@ -238,7 +238,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Callable[[Anvil], World]]:
 async def test_a_task_from_join_to_payment(anvil: Anvil, make: Callable[[Anvil], World]) -> None:
     world = make(anvil)
     network: Network = world.network
-    await world.rpc.check(world.deployment.chain_id, world.contracts.addresses())
+    await world.contracts.check(world.rpc, world.deployment.chain_id)
     before = await network.look(world.account, [NOBODY])
     assert before.account.status is NodeStatus.QUIT
     assert before.account.gpu_class is None and before.tasks == ()
@@ -337,6 +337,11 @@ async def test_another_chain_no_contract_and_no_endpoint(
         await world.rpc.check(1, world.contracts.addresses())
     with pytest.raises(ConfigError):
         await world.rpc.check(world.deployment.chain_id, {"task": world.account})
+    task, node, qos = world.contracts.addresses().values()
+    for mixed_up in ((node, task, qos), (task, qos, node)):
+        with pytest.raises(ConfigError, match="isn't the"):
+            wrong = Contracts.at(world.rpc, *mixed_up)
+            await wrong.check(world.rpc, world.deployment.chain_id)
     dead = Rpc.http("http://127.0.0.1:9", timeout=2.0)
     with pytest.raises(ChainError):
         await dead.head()

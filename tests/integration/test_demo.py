@@ -139,12 +139,12 @@ def test_demo(tmp_path: Path) -> None:
         assert code == 0, str(running)
     summary: dict[str, Any] = json.loads((tmp_path / "out" / "summary.json").read_text())
     tasks = summary["tasks"]
-    assert len(tasks) >= 17
+    assert len(tasks) >= 20
+    assert {task["type"] for task in tasks} == {"SD", "LLM"}
     assert len({task["commitment"] for task in tasks}) == len(tasks)
     assert summary["slashed"] == 0
     assert summary["wall_seconds"] > 0
     for task in tasks:
-        assert task["type"] == "SD"
         assert task["actual_end"] == task["expected_end"]
     paid = [t for t in tasks if t["actual_end"] in {"EndSuccess", "EndGroupSuccess"}]
     # What the group's first task cost is shared among its three.

@@ -289,6 +289,9 @@ class FakePool(Faulty):
     async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
         await self.arrive("cancel", gpu, attempt)
 
+    def prefetch(self, gpu: GpuId, order: Order) -> None:
+        self.calls.append(("prefetch", gpu, order.task))
+
     # --- what the coordinator uses besides
 
     def on_change(self, changed: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from cluster.status import (
     Totals,
 )
 from cluster.status_view import cnx, render
+from tests.unit.fake_nvml import GIB, FakeCard, FakeNvml, error
 
 TASK = "0x" + "ab" * 32
 CONFIG = """\
@@ -116,6 +118,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
         (),
         ("up",),
         ("status",),
+        ("gpus",),
         ("devnet",),
         ("devnet", "up"),
         ("devnet", "down"),
@@ -302,6 +305,103 @@ def test_the_tables_hold_what_an_operator_looks_for() -> None:
         "problem: the disk is nearly full",
     ):
         assert word in text, word
+
+
+# --- gpus -----------------------------------------------------------------------------------------
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, *options: str) -> int:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setenv("COLUMNS", "160")
+    return run("gpus", *options)
+
+
+def test_gpus_are_listed_as_the_network_will_see_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = FakeCard(uuid="GPU-2222", handle=error("GpuIsLost"))
+    hot = FakeCard(name="NVIDIA L4 [x]", temperature=91, uncorrected=2, reasons=0x40)
+    bare = FakeCard(
+        uuid="GPU-3", uncorrected=error("NotSupported"), corrected=error("NoPermission")
+    )
+    assert gpus(monkeypatch, FakeNvml(hot, lost, bare), "--platform", "linux") == 0
+    out = capsys.readouterr().out.splitlines()
+    (first,) = [line for line in out if "GPU-1111" in line]
+    (third,) = [line for line in out if "GPU-3" in line]
+    assert any(line.startswith("card 1: the card is gone") for line in out)
+    for word in ("NVIDIA L4 [x]+linux", "24", "20.0", "91", "2 + 0 corrected", "GPU-1111"):
+        assert word in first, word
+    assert "thermal slowdown by the card" in first
+    assert "corrected" not in third
+
+
+def test_gpus_in_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus(monkeypatch, FakeNvml(FakeCard(temperature=error("NotSupported"))), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "gpus": [
+            {
+                "index": 0,
+                "name": "NVIDIA GeForce RTX 4090+docker",
+                "vram": 24,
+                "uuid": "GPU-1111",
+                "total_memory": 24 * GIB,
+                "free_memory": 20 * GIB,
+                "temperature": None,
+                "ecc_corrected": 0,
+                "ecc_uncorrected": 0,
+                "throttling": [],
+                "problem": None,
+            }
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("nvml", "why"),
+    [
+        (None, "nvidia-ml-py is not installed"),
+        (FakeNvml(init=error("DriverNotLoaded")), "no NVIDIA driver is loaded"),
+        (FakeNvml(), "the driver has no card"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [True, False])
+def test_no_gpu_is_said_plainly_and_is_no_failure(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nvml: FakeNvml | None,
+    why: str,
+    as_json: bool,
+) -> None:
+    assert gpus(monkeypatch, nvml, *(["--json"] if as_json else [])) == 0
+    out = capsys.readouterr().out
+    if as_json:
+        found = json.loads(out)
+        assert found["gpus"] == []
+        out = found["why_none"]
+    assert out.startswith("no NVIDIA GPU on this machine: ")
+    assert why in out
+
+
+def test_the_cpu_is_listed_where_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpus(monkeypatch, None, "--cpu", "--json") == 0
+    (cpu,) = json.loads(capsys.readouterr().out)["gpus"]
+    assert (cpu["name"], cpu["uuid"]) == ("CPU+docker", "cpu")
+    assert gpus(monkeypatch, FakeNvml(FakeCard()), "--cpu") == 0
+    out = capsys.readouterr().out
+    assert "CPU+docker" in out
+    assert "GPU-1111" in out
+
+
+def test_a_driver_that_fails_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpus(monkeypatch, FakeNvml(init=error("LibRmVersionMismatch"))) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("crynux-cluster: NVML doesn't start")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from cluster import runtime
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
-from cluster.core.types import GpuClass
+from cluster.core.types import GigaBytes, GpuClass, Timestamp
+from cluster.journal import Assignment
 
 ADDRESS = "0x" + "11" * 20
 PHRASE = "test test test test test test test test test test test junk"
+OTHER_PHRASE = "legal winner thank year wave sausage worth useful legal winner thank yellow"
 
 
 def config(tmp_path: Path, **ray: object) -> Config:
@@ -74,6 +77,28 @@ def test_a_port_that_cannot_be_had_is_named(
         runtime.check(config(tmp_path))
 
 
+@pytest.mark.parametrize("opens", [runtime.check, runtime.assemble])
+def test_another_identitys_journal_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: Callable[[Config], object]
+) -> None:
+    async def reached(_config: Config) -> None:  # noqa: RUF029 - takes the place of one that awaits
+        pass
+
+    monkeypatch.setattr(runtime, "_check_port", lambda *_: None)
+    monkeypatch.setattr(runtime, "_check_chain", reached)
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    mine = config(tmp_path)
+    world = runtime.assemble(mine)
+    lease = world.journal.acquire("me", Timestamp(0), 1.0)
+    assert lease is not None
+    assignment = Assignment(1, world.accounts[1], GpuClass("Card", GigaBytes(8)))
+    world.journal.assign(lease, assignment)
+    opens(mine)
+    (tmp_path / "seed").write_text(OTHER_PHRASE)
+    with pytest.raises(ConfigError, match=r"journal\.url: this journal was begun with"):
+        opens(mine)
+
+
 @pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
 def test_a_wrong_chain_stops_and_an_absent_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception
@@ -88,3 +113,19 @@ def test_a_wrong_chain_stops_and_an_absent_one_does_not(
             runtime.check(config(tmp_path))
     else:
         runtime.check(config(tmp_path))
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, RuntimeError])
+def test_a_ray_cluster_that_cannot_be_had_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    error: type[Exception],
+) -> None:
+    def init(**_options: object) -> None:
+        raise error("another version of Ray")
+
+    monkeypatch.setattr("cluster.runtime.ray.init", init)
+    with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
+        runtime.connect(config(tmp_path, address=address))

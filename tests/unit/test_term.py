@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -484,3 +484,59 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
         assert ((ALICE,) in office.network.called("join")) is joins
         warned = any("was slashed" in problem for problem in office.status.problems)
         assert warned is not joins
+
+
+SLASHED = Wakeup(ALICE, "NodeSlashed")
+
+
+@pytest.mark.parametrize("hears", [True, False])
+async def test_a_slashed_account_whose_task_was_closed_as_lost_never_joins_again(
+    office: Office, monkeypatch: pytest.MonkeyPatch, hears: bool
+) -> None:
+    """An endpoint that lags says there is no such task; what follows shows in no record of ours."""
+    monkeypatch.setattr(module, "FLEET_SECONDS", 0.02)
+    office.pool.cards.append(gpu_of(CARD_2))
+    office.network.add(facts_of(), parameters=None)
+    async with serving(office):
+        await until(lambda: "Seen" in office.kinds())
+        facts = office.network.tasks.pop(TASK)
+        await until(lambda: "Closed" in office.kinds())
+        assert office.journal.story(TASK)[-1][0] == Closed(Outcome.LOST, Wei(0))
+        if hears:
+            office.network.wakeups.put_nowait(SLASHED)
+        else:
+            # It is looked at still, but opens no record because it has ended.
+            ended = replace(facts, status=TaskStatus.END_INVALIDATED, stage=Stage.ENDED)
+            office.network.add(ended)
+        await until(lambda: ALICE in office.journal.slashed_accounts())
+        office.network.balance = Wei(10**24)
+        office.network.node_status = NodeStatus.QUIT
+        before = office.network.called("join").count((BOB,))
+        await until(lambda: office.network.called("join").count((BOB,)) >= before + 3)
+        assert (ALICE,) not in office.network.called("join")
+        epoch = office.status.epoch
+        office.network.faults["look"] = [ZeroDivisionError("a bug")]
+        await until(lambda: office.status.acting and office.status.epoch != epoch)
+        assert any("was slashed" in problem for problem in office.status.problems)
+
+
+async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account_has_quit(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task's turn may wait, for a file or for the relay, before it is closed as invalidated."""
+    monkeypatch.setattr(module, "FLEET_SECONDS", 0.02)
+    monkeypatch.setattr(module, "IDLE_LOOK_SECONDS", 0.02)
+    office.pool.cards.append(gpu_of(CARD_2))
+    office.network.add(facts_of())
+    async with serving(office):
+        await until(lambda: FIRST in office.pool.attempts)
+        # The open attempt is cancelled before the record is closed, and that hangs.
+        office.pool.gates["cancel"] = asyncio.Event()
+        office.network.balance = Wei(10**24)
+        office.network.node_status = NodeStatus.QUIT
+        office.network.move(TASK, status=TaskStatus.END_INVALIDATED, stage=Stage.ENDED)
+        await until(lambda: office.pool.waiting == 1)
+        before = office.network.called("join").count((BOB,))
+        await until(lambda: office.network.called("join").count((BOB,)) >= before + 3)
+        assert "Closed" not in office.kinds()
+        assert (ALICE,) not in office.network.called("join")
