@@ -179,6 +179,9 @@ class Coordinator:
         return metrics.render()
 
     def release(self) -> str:
+        """What the supervisor compares with what it wants; one that has ended passes for none."""
+        if self._stopping.is_set() or self._ended.is_set():
+            return "ended"
         return f"{self._world.version}+{self._world.config_digest}"
 
     def _status(self) -> Status:
