@@ -427,7 +427,8 @@ class Term:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class CoordinatorActor(Coordinator):
-    """Detached, named `NAME`, pinned to the head. Reads its keys itself: none is an argument."""
+    """Detached, named `NAME`, pinned to the head. Reads its keys and configuration itself:
+    what is an argument, Ray keeps."""
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
