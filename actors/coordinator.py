@@ -179,6 +179,9 @@ class Coordinator:
         return metrics.render()
 
     def release(self) -> str:
+        """What the supervisor compares with what it wants; one that has ended passes for none."""
+        if self._stopping.is_set() or self._ended.is_set():
+            return "ended"
         return f"{self._world.version}+{self._world.config_digest}"
 
     def _status(self) -> Status:
@@ -424,7 +427,8 @@ class Term:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class CoordinatorActor(Coordinator):
-    """Detached, named `NAME`, pinned to the head. Reads its keys itself: none is an argument."""
+    """Detached, named `NAME`, pinned to the head. Reads its keys and configuration itself:
+    what is an argument, Ray keeps."""
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()

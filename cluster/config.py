@@ -150,10 +150,11 @@ class Section(BaseModel):
 
 class IdentityConfig(Section):
     """`seed_file` holds the BIP-39 phrase, readable by its owner only; without one nothing is
-    signed. `accounts` is the most node accounts that are ever derived and used."""
+    signed. `accounts` is the most node accounts that are ever used; all are derived, at some
+    milliseconds each, before the coordinator answers."""
 
     seed_file: Annotated[Path | None, BeforeValidator(_seed_path)] = None
-    accounts: int = Field(default=8, ge=1, le=10_000)
+    accounts: int = Field(default=8, ge=1, le=1_000)
 
 
 class Contracts(Section):

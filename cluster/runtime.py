@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,6 +74,21 @@ def simulated_classes(config: Config) -> dict[GpuClass, int]:
 
 
 # --- inside the actors ---------------------------------------------------------------------------
+
+
+def assemble_from(file: Path, digest: str) -> World:
+    """`assemble` for the supervisor that wants the configuration with this digest.
+
+    The file is read here, on the head, because an actor's arguments are kept by Ray, and the
+    configuration may hold credentials. Raises `ConfigError`.
+    """
+    config = configuration.load(file)
+    world = assemble(config)
+    if world.config_digest != digest:
+        # Ray began us anew after an edit. To the supervisor we are still what it asked for:
+        # it would else replace us again and again until it is itself begun anew.
+        structlog.get_logger("coordinator").warning("configuration_edited", file=str(file))
+    return replace(world, config_digest=digest)
 
 
 def assemble(config: Config) -> World:
@@ -196,9 +212,10 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
 # --- the supervisor ------------------------------------------------------------------------------
 
 
-def up(config: Config, build_api: Callable[[str], serve.Application]) -> int:
+def up(config: Config, file: Path, build_api: Callable[[str], serve.Application]) -> int:
     """Bring everything up and keep it so until SIGINT or SIGTERM; returns the exit code.
 
+    `file` is where `config` was read; the cluster's head must have it at the same path.
     `build_api` gives the Serve application for a Ray namespace (`serve_app.build`).
     Raises `ConfigError` for what the operator has to mend, before anything is started.
     """
@@ -208,7 +225,7 @@ def up(config: Config, build_api: Callable[[str], serve.Application]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     own_cluster = connect(config)
-    supervisor = Supervisor(config, build_api)
+    supervisor = Supervisor(config, file.resolve(), build_api)
     try:
         while not stop.is_set():
             supervisor.look()
@@ -309,8 +326,11 @@ def connect(config: Config) -> bool:
 class Supervisor:
     """Looks at what runs and repairs it, once per `look`."""
 
-    def __init__(self, config: Config, build_api: Callable[[str], serve.Application]) -> None:
+    def __init__(
+        self, config: Config, file: Path, build_api: Callable[[str], serve.Application]
+    ) -> None:
         self._config = config
+        self._file = file
         self._build_api = build_api
         self._release = release(config)
         self._served: str | None = None
@@ -374,9 +394,12 @@ class Supervisor:
             "resources": {"node:__internal_head__": 0.001},
             "max_concurrency": 100,
         }
+        digest = configuration.digest(self._config)
         return cast(
             ActorHandle[Any],
-            actor_class.options(**options).remote(functools.partial(assemble, self._config)),
+            actor_class.options(**options).remote(
+                functools.partial(assemble_from, self._file, digest)
+            ),
         )
 
     def _tend_api(self) -> None:

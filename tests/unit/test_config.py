@@ -91,6 +91,11 @@ def test_the_stake_is_written_in_cnx(tmp_path: Path, text: str, wei: int) -> Non
         ("{name: Card, vram: 8, count: 2}", "3", "simulated_gpus[0]: expected keys and values"),
         ("devnet: true", "devnet: false", "isn't marked a devnet"),
         ("ray:", "journal: {url: 'oracle://x'}\nray:", "journal.url: expected sqlite:///path"),
+        (
+            "ray:",
+            "identity: {accounts: 1001}\nray:",
+            "accounts: expected less than or equal to 1000",
+        ),
         ("ray:", "logs: {level: loud}\nray:", "logs.level: expected 'debug', 'info'"),
         ("ray:", "models: {root: 3}\nray:", "models.root: expected a path, got 3"),
         ("ray:", "network:", "the key network stands twice"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from cluster import runtime
-from cluster.config import Config
+from cluster.config import Config, digest, load
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
 from cluster.journal import Assignment
@@ -113,6 +116,64 @@ def test_a_wrong_chain_stops_and_an_absent_one_does_not(
             runtime.check(config(tmp_path))
     else:
         runtime.check(config(tmp_path))
+
+
+SECRETIVE = f"""\
+identity: {{seed_file: seed}}
+network:
+  rpc_url: http://127.0.0.1:1/api-key-hunter2
+  chain_id: 5
+  contracts: {{task: "{ADDRESS}", node: "{ADDRESS}", qos: "{ADDRESS}"}}
+  relay_url: http://127.0.0.1:1
+journal: {{url: "sqlite:///password-hunter2.db"}}
+"""
+
+
+class FakeActorClass:
+    """Keeps what Ray would keep of an actor's making."""
+
+    def __init__(self) -> None:
+        self.arguments: list[Any] = []
+
+    def options(self, **_options: object) -> FakeActorClass:
+        return self
+
+    def remote(self, *arguments: object) -> object:
+        self.arguments += arguments
+        return object()
+
+
+def test_no_credential_is_an_argument_of_the_coordinator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actors = FakeActorClass()
+    monkeypatch.setattr(runtime, "CoordinatorActor", actors)
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(SECRETIVE)
+    asked = load(file)
+    runtime.Supervisor(asked, file, lambda _: cast("Any", None))._create_coordinator()
+    assert b"hunter2" not in pickle.dumps(actors.arguments)
+    (make_world,) = actors.arguments
+    world = make_world()
+    assert (world.chain_id, world.config_digest) == (5, digest(asked))
+
+
+def test_a_coordinator_that_finds_its_file_edited_is_still_the_one_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the supervisor, which holds to what it read, would replace it at every look."""
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(SECRETIVE)
+    asked = digest(load(file))
+    file.write_text(SECRETIVE + "lease: {ttl_seconds: 7}\n")
+    with capture_logs() as logs:
+        world = runtime.assemble_from(file, asked)
+    assert (world.config_digest, world.lease_seconds) == (asked, 7.0)
+    assert [entry["event"] for entry in logs] == ["configuration_edited"]
 
 
 @pytest.mark.parametrize("address", [None, "auto"])

@@ -439,6 +439,25 @@ async def test_a_lease_lost_while_stopping_is_no_failure(office: Office, logs: l
         office.journal.release(Lease("me", 1, Timestamp(0)))
 
 
+async def test_one_that_has_ended_doesnt_pass_for_a_good_one(office: Office) -> None:
+    """The supervisor would leave it in its place, and nobody would act."""
+    assert office.coordinator.release() == "1+abc"
+    async with serving(office):
+        await office.acting()
+        assert office.coordinator.release() == "1+abc"
+        stop = asyncio.create_task(office.coordinator.stop())
+        await asyncio.sleep(0)
+        assert office.coordinator.release() != "1+abc"
+        await stop
+    assert office.coordinator.release() != "1+abc"
+
+
+async def test_one_whose_loop_broke_doesnt_pass_for_a_good_one(office: Office) -> None:
+    async with serving(office):
+        await office.acting()
+    assert office.coordinator.release() != "1+abc"
+
+
 async def test_metrics_tell_who_acts(office: Office) -> None:
     async with serving(office):
         await office.acting()
