@@ -13,6 +13,7 @@ import asyncio
 import enum
 import os
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ import ray
 
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, Commitment, GpuClass
+from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
+from cluster.inference import canary
 
 Outcome = Computed | ClusterError
 """What an attempt came to. Errors travel as values, so that their types survive the actor call."""
@@ -38,10 +40,17 @@ class EngineState(Protocol):
 
 
 class Engine(Protocol):
-    """What the actor needs of `cluster.inference.engine.Engine`."""
+    """What the actor needs of `cluster.inference.mounted.MountedEngine`."""
 
     @property
     def gpu_class(self) -> GpuClass: ...
+
+    @property
+    def uuid(self) -> CardUuid: ...
+
+    def smallest(self) -> str | None:
+        """The base key of the smallest base model on its machine."""
+        ...
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
@@ -59,7 +68,11 @@ class Health(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the actor answers to a ping; `gpu_class` is None until the engine is up."""
+    """What the actor answers to a ping; `gpu_class` is None, `uuid` empty until the engine is up.
+
+    `incarnation` is another one for each process; `software` is what results depend on there, and
+    `smallest` a base key on that machine's disk (`cluster.inference.canary`).
+    """
 
     release: str
     pid: int
@@ -74,6 +87,10 @@ class Report:
     warm: frozenset[str]
     in_host_memory: frozenset[str]
     on_disk: frozenset[str]
+    uuid: CardUuid = CardUuid("")
+    incarnation: str = ""
+    software: str = ""
+    smallest: str | None = None
 
 
 @dataclass(slots=True)
@@ -89,6 +106,8 @@ class InferenceWorker:
 
     def __init__(self, make_engine: Callable[[], Engine], release: str) -> None:
         self._release = release
+        self._incarnation = uuid.uuid4().hex[:12]
+        self._software = canary.software()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
         self._engine: Engine | None = None
         self._problem = ""
@@ -136,7 +155,7 @@ class InferenceWorker:
             return DeviceFault(DeviceFaultKind.OTHER, f"{type(error).__name__}: {error}")
 
     def _settle(self, attempt: _Attempt, future: asyncio.Future[Outcome]) -> None:
-        self._finished += 1
+        self._finished += attempt.order.task != canary.TASK
         attempt.done.set_result(future.result())
 
     async def result(self, attempt_id: AttemptId) -> Outcome:
@@ -174,6 +193,10 @@ class InferenceWorker:
             warm=frozenset() if state is None else state.warm,
             in_host_memory=frozenset() if state is None else state.in_host_memory,
             on_disk=frozenset() if state is None else state.on_disk,
+            uuid=CardUuid("") if engine is None else engine.uuid,
+            incarnation=self._incarnation,
+            software=self._software,
+            smallest=None if engine is None else engine.smallest(),
         )
 
 
