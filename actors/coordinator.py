@@ -5,8 +5,8 @@ gives each of its tasks a turn; wake-ups and due times only say "look now". Ever
 from the journal at the start of a term, so ending one (a lost lease, a crash, a bug) costs only
 the time to come back.
 
-    acquire lease ─▶ term: renew · watch GPUs · wake-ups · fleet · one loop an account ─▶ (lost) ─┐
-         ▲────────────────────────────────────────────────────────────────────────────────────────┘
+    acquire lease ─▶ term: renew · watch GPUs · wake-ups · fleet · canaries · a loop each account ─┐
+         ▲──────────────────────────────────────────────────────────────────────────────── (lost) ◀┘
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from actors.ledger import Ledger
 from actors.overview import Sight, describe, totals_of
 from actors.pool import RayGpuPool
 from actors.reconciler import Reconciler
+from actors.safeguards import Safeguards, SafeguardSettings
 from cluster.chain import outbox_rows
 from cluster.core import fleet
 from cluster.core.errors import LeaseLost, NetworkUnavailable
@@ -86,6 +87,7 @@ class World:
     lease_seconds: float
     clock: Callable[[], float]
     new_attempt_id: Callable[[], AttemptId]
+    safeguards: SafeguardSettings = SafeguardSettings()
 
 
 class Coordinator:
@@ -176,6 +178,10 @@ class Coordinator:
             metrics.outbox(outbox_rows.states(connection))
         return metrics.render()
 
+    def clear_quarantine(self, card: str) -> str:
+        """`cleared`, `free` (it is in none), `unknown`, or `not acting`."""
+        return "not acting" if self._term is None else self._term.clear_quarantine(card)
+
     def release(self) -> str:
         return f"{self._world.version}+{self._world.config_digest}"
 
@@ -202,6 +208,15 @@ class Term:
         self._network = network
         self._end = asyncio.Event()
         self._broken: BaseException | None = None
+        self._safeguards = Safeguards(
+            self._ledger,
+            world.pool,
+            world.safeguards,
+            world.metrics,
+            world.clock,
+            world.new_attempt_id,
+            self._dispatch,
+        )
         self._dispatcher = Dispatcher(
             self._ledger,
             world.pool,
@@ -210,7 +225,9 @@ class Term:
             world.new_attempt_id,
             self._settled,
             self._break,
+            self._safeguards,
         )
+        self._safeguards.attach(self._dispatcher)
         self._reconciler = Reconciler(
             self._ledger,
             self._network,
@@ -231,7 +248,7 @@ class Term:
 
     async def run(self) -> None:
         world = self._world
-        world.pool.on_change(self._dispatch)
+        world.pool.on_change(self._cards_changed)
         await world.pool.refresh()
         try:
             async with asyncio.TaskGroup() as group:
@@ -241,6 +258,7 @@ class Term:
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
                     self._tend_fleet(),
+                    self._safeguards.run(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
                 tasks = [group.create_task(loop) for loop in loops]
@@ -270,7 +288,11 @@ class Term:
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),
             relay_error=self._reconciler.relay_error,
+            alerts=self._safeguards.alerts(),
         )
+
+    def clear_quarantine(self, card: str) -> str:
+        return self._safeguards.clear(card)
 
     def _chain_error(self) -> str | None:
         """Why the chain isn't reached; None as long as any account can be read."""
@@ -397,6 +419,10 @@ class Term:
 
     def _dispatch(self) -> None:
         self._dispatcher.dispatch(Timestamp(self._network_clock()))
+
+    def _cards_changed(self) -> None:
+        self._safeguards.wake()
+        self._dispatch()
 
     def _settled(self, task: Commitment) -> None:
         record = self._ledger.open.get(task)

@@ -30,9 +30,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 import cluster
+from actors.canary import CanarySettings
 from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
+from actors.safeguards import SafeguardSettings
 from cluster import config as configuration
 from cluster import logs
 from cluster.artifacts import FolderArtifacts
@@ -40,9 +42,9 @@ from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc
 from cluster.config import Config
-from cluster.core.errors import ChainError, ConfigError
+from cluster.core.errors import ChainError, ClusterError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import AttemptId, GigaBytes, GpuClass, Timestamp, Wei
+from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp, Wei
 from cluster.identity import Identity
 from cluster.journal import SqlJournal
 from cluster.metrics import Metrics
@@ -103,6 +105,10 @@ def assemble(config: Config) -> World:
         lease_seconds=config.lease.ttl_seconds,
         clock=time.time,
         new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
+        safeguards=SafeguardSettings(
+            CanarySettings(config.canary.interval_seconds, config.canary.model),
+            config.verify.fraction,
+        ),
     )
 
 
@@ -152,14 +158,18 @@ def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engi
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
+    from cluster.inference.mounted import MountedEngine
     from cluster.models.store import ModelStore
 
     if simulated is not None:
-        # One thread: simulated cards share the machine's cores, and results depend on the number.
         device = devices.simulated(0, simulated.name, simulated.vram)
-        return engine.Engine(device, ModelStore(models), time.time, engine.Limits(threads=1))
-    device = devices.claim(platform, os.environ)
-    return engine.Engine(device, ModelStore(models), time.time)
+        # One thread: simulated cards share the machine's cores, and results depend on the number.
+        limits = engine.Limits(threads=1)
+    else:
+        device = devices.claim(platform, os.environ)
+        limits = engine.Limits()
+    mounted = engine.Engine(device, ModelStore(models), time.time, limits)
+    return MountedEngine(mounted, CardUuid(device.uuid), models)
 
 
 # --- the supervisor ------------------------------------------------------------------------------
@@ -270,6 +280,50 @@ def connect(config: Config) -> bool:
     except ConnectionError as error:
         raise ConfigError(f"ray.address: no Ray cluster answers at {address}: {error}") from error
     return own
+
+
+def clear_quarantine(config: Config, card: str) -> str:
+    """Have the running coordinator let a card out of quarantine; what it did, in one line.
+
+    Raises `ConfigError` for a card that it doesn't know, `ClusterError` when it can't be asked.
+    """
+    address = config.ray.address or "auto"
+    try:
+        ray.init(
+            address=address,
+            namespace=config.ray.namespace,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except (ConnectionError, RayError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {_cause(error)}") from error
+    try:
+        coordinator: ActorHandle[Any] = ray.get_actor(NAME, config.ray.namespace)
+        running = cast(Any, ray.get(coordinator.release.remote(), timeout=ANSWER_SECONDS))
+        if running != release(config):
+            raise ClusterError(f"the operator that runs has another configuration ({running})")
+        done = cast(Any, ray.get(coordinator.clear_quarantine.remote(card), timeout=ANSWER_SECONDS))
+    except ValueError:
+        raise ClusterError("no coordinator is there; is the operator up?") from None
+    except RayError as error:
+        raise ClusterError(f"the coordinator doesn't answer: {_cause(error)}") from error
+    finally:
+        ray.shutdown()
+    return _cleared(card, done)
+
+
+def _cleared(card: str, done: str) -> str:
+    match done:
+        case "cleared":
+            return f"{card} is out of quarantine; it computes the canary before it gets a task"
+        case "free":
+            return f"{card} is in no quarantine"
+        case "unknown":
+            raise ConfigError(
+                f"no card is known as {card}; crynux-cluster status --json shows them"
+            )
+        case _:
+            raise ClusterError("the coordinator is not acting now; try again")
 
 
 class Supervisor:
