@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml
 	@echo "==> setting up $(VENV) (a few minutes the first time, nothing afterwards)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; set PYTHON=/path/to/python3.11 or newer"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "==> installing the operator, the devnet and the test tools"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[devnet,test]'
 	@touch $@

@@ -40,6 +40,7 @@ from cluster.core.types import (
     GpuClass,
     GpuState,
     ModelId,
+    TaskStatus,
     Timestamp,
     Wei,
 )
@@ -53,6 +54,7 @@ IDLE_LOOK_SECONDS = 5.0
 """How often an account without a task is looked at when nothing wakes it."""
 BUSY_LOOK_SECONDS = 2.0
 KICKED_OUT = "NodeKickedOut"
+SLASHED = "NodeSlashed"
 MOST_MODELS = 16
 BETWEEN_TERMS_SECONDS = 0.5
 POOL_SECONDS = 1.0
@@ -183,6 +185,9 @@ class Coordinator:
         return "not acting" if self._term is None else self._term.clear_quarantine(card)
 
     def release(self) -> str:
+        """What the supervisor compares with what it wants; one that has ended passes for none."""
+        if self._stopping.is_set() or self._ended.is_set():
+            return "ended"
         return f"{self._world.version}+{self._world.config_digest}"
 
     def _status(self) -> Status:
@@ -314,6 +319,8 @@ class Term:
             if wakeup.reason == KICKED_OUT:
                 self._log.error("kicked_out", account=wakeup.account)
                 self._world.metrics.kicked_out()
+            elif wakeup.reason == SLASHED and wakeup.account is not None:
+                self._slashed(wakeup.account)
             for address, event in self._wake.items():
                 if wakeup.account in (None, address):
                     self._stale.add(address)
@@ -338,6 +345,10 @@ class Term:
         known = [record.commitment for record in self._ledger.of_account(account)]
         heard = {account} & self._stale
         view = await self._network.look(account, known)
+        own = [task for task in view.tasks if task.selected_node == account]
+        if any(task.status is TaskStatus.END_INVALIDATED for task in own):
+            # Before the fleet can see that the account has quit.
+            self._slashed(account)
         self._views[account] = view
         # What is heard while looking may not be in what was seen.
         self._stale -= heard
@@ -348,6 +359,12 @@ class Term:
         busy = bool(self._ledger.of_account(account))
         longest = BUSY_LOOK_SECONDS if busy else IDLE_LOOK_SECONDS
         return longest if due is None else min(due, longest)
+
+    def _slashed(self, account: Address) -> None:
+        """The account lost its stake: its task's record may never show it, so it is marked."""
+        if account not in self._ledger.slashed:
+            self._log.error("slashed", account=account)
+        self._ledger.mark_slashed(account)
 
     async def _sleep(self, account: Address, seconds: float) -> None:
         # Not wait_for: on Python 3.11 it can swallow a cancellation.
@@ -436,7 +453,8 @@ class Term:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
 class CoordinatorActor(Coordinator):
-    """Detached, named `NAME`, pinned to the head. Reads its keys itself: none is an argument."""
+    """Detached, named `NAME`, pinned to the head. Reads its keys and configuration itself:
+    what is an argument, Ray keeps."""
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()

@@ -22,6 +22,7 @@ from cluster.core.errors import (
     ClusterError,
     DeadlinePassed,
     DeviceFault,
+    DeviceFaultKind,
     LeaseLost,
     ModelUnavailable,
     TaskInvalid,
@@ -29,6 +30,7 @@ from cluster.core.errors import (
 )
 from cluster.core.matching import Card, Want, place
 from cluster.core.ports import Artifacts, Computed, GpuPool, Order
+from cluster.core.prefetching import hints
 from cluster.core.record import (
     AttemptFailed,
     AttemptStarted,
@@ -38,11 +40,19 @@ from cluster.core.record import (
     ResultStored,
     TaskRecord,
 )
-from cluster.core.types import AttemptId, Commitment, Gpu, GpuId, GpuState, Timestamp
+from cluster.core.types import (
+    AttemptId,
+    Commitment,
+    Gpu,
+    GpuId,
+    GpuState,
+    Timestamp,
+    Work,
+)
 from cluster.metrics import Metrics
 
-FIRST_PACE = 1e-7
-"""Compute seconds for one pixel-step until some were measured."""
+FIRST_PACE = {"sd": 1e-7, "llm": 0.02}
+"""Compute seconds for a pixel-step and for a token, until some were measured."""
 PACE_WEIGHT = 0.3
 UNKNOWN_BUSY_SECONDS = 5.0
 """How long a card is expected to stay busy with something that isn't ours to know."""
@@ -61,6 +71,8 @@ def event_for(attempt: AttemptId, error: ClusterError) -> Event:
     """What an attempt's error means for the task, by the error's type alone."""
     if isinstance(error, TaskInvalid):
         return FaultFound(str(error))
+    if isinstance(error, DeviceFault) and error.kind is DeviceFaultKind.OUT_OF_MEMORY:
+        return AttemptFailed(attempt, Fault.MEMORY, str(error))
     for kind, fault in _FAULTS:
         if isinstance(error, kind):
             return AttemptFailed(attempt, fault, str(error))
@@ -102,7 +114,7 @@ class Unguarded:
 class _Running:
     task: Commitment
     attempt: AttemptId
-    work: float
+    work: Work
     pipeline: str
     free_at: Timestamp
 
@@ -126,20 +138,21 @@ class Dispatcher:
         self._guard = guard
         self._artifacts = artifacts
         self._metrics = metrics
-        self._pace = FIRST_PACE
+        self._pace = dict(FIRST_PACE)
         self._new_attempt_id = new_attempt_id
         self._settled = settled
         self._failed = failed
-        self._wants: dict[Commitment, tuple[Want, Order, float]] = {}
+        self._wants: dict[Commitment, tuple[Want, Order, Work]] = {}
         self._running: dict[GpuId, _Running] = {}
+        self._hinted: dict[GpuId, Commitment] = {}
         self._followers: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("dispatch")
 
-    def seconds_for(self, work: float) -> float:
-        """How long so much work (pixels times steps) takes, as measured of late."""
-        return work * self._pace
+    def seconds_for(self, work: Work) -> float:
+        """How long so much work takes, as measured of late."""
+        return work.amount * self._pace[work.kind]
 
-    def want(self, want: Want, order: Order, work: float) -> None:
+    def want(self, want: Want, order: Order, work: Work) -> None:
         """The task may be started with `order` (whose attempt id is filled in on placement)."""
         self._wants[want.task] = (want, order, work)
 
@@ -174,8 +187,20 @@ class Dispatcher:
             self._ledger.append(want.task, AttemptStarted(attempt, placement.gpu_id))
             self._log.info("attempt_started", task=want.task, gpu=placement.gpu_id, attempt=attempt)
             self.follow(placement.gpu_id, replace(order, attempt_id=attempt), want, work, now)
+        self._read_ahead(now)
 
-    def follow(self, gpu: GpuId, order: Order, want: Want, work: float, now: Timestamp) -> None:
+    def _read_ahead(self, now: Timestamp) -> None:
+        """What still waits, and whose models are near no card: have them read meanwhile."""
+        wants = [want for want, _, _ in self._wants.values()]
+        held = self._held()
+        cards = [self._card(gpu, now, held) for gpu in self._pool.gpus()]
+        hinted = {hint.gpu_id: hint.task for hint in hints(wants, cards, now)}
+        for gpu_id, task in hinted.items():
+            if self._hinted.get(gpu_id) != task:
+                self._pool.prefetch(gpu_id, self._wants[task][1])
+        self._hinted = hinted
+
+    def follow(self, gpu: GpuId, order: Order, want: Want, work: Work, now: Timestamp) -> None:
         """Follow an attempt that the journal holds, be it new or an earlier coordinator's."""
         follower = asyncio.get_running_loop().create_task(self._follow(gpu, order))
         self._followers.add(follower)
@@ -238,8 +263,9 @@ class Dispatcher:
 
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)
-        if running is not None and running.work > 0:
-            self._pace += PACE_WEIGHT * (seconds / running.work - self._pace)
+        if running is not None and running.work.amount > 0:
+            kind, amount = running.work.kind, running.work.amount
+            self._pace[kind] += PACE_WEIGHT * (seconds / amount - self._pace[kind])
 
     async def _keep(self, order: Order, computed: Computed) -> Event:
         files = await self._artifacts.put(order.task, computed.files)

@@ -10,6 +10,7 @@ The engine is made in that thread too (importing torch takes seconds), so the ac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 import threading
@@ -58,6 +59,8 @@ class Engine(Protocol):
 
     def state(self) -> EngineState: ...
 
+    def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None: ...
+
 
 class Health(enum.Enum):
     STARTING = "starting"
@@ -87,6 +90,8 @@ class Report:
     warm: frozenset[str]
     in_host_memory: frozenset[str]
     on_disk: frozenset[str]
+    quiet_seconds: float = 0.0
+    """How long ago the attempt that runs last made progress: its start, or a step."""
     uuid: CardUuid = CardUuid("")
     incarnation: str = ""
     software: str = ""
@@ -97,6 +102,8 @@ class Report:
 class _Attempt:
     order: Order
     done: asyncio.Future[Outcome]
+    progress_at: float
+    """By the loop's clock: when it started, or made its last step."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     step: tuple[int, int] = (0, 0)
 
@@ -109,11 +116,14 @@ class InferenceWorker:
         self._incarnation = uuid.uuid4().hex[:12]
         self._software = canary.software()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._ahead: Order | None = None
         self._engine: Engine | None = None
         self._problem = ""
         self._attempt: _Attempt | None = None
         self._finished = 0
         loop = asyncio.get_running_loop()
+        self._clock = loop.time
         self._booting = loop.create_task(self._boot(make_engine))
 
     async def _boot(self, make_engine: Callable[[], Engine]) -> None:
@@ -137,7 +147,7 @@ class InferenceWorker:
         if self._engine is None:
             return DeviceFault(DeviceFaultKind.OTHER, f"the engine didn't start: {self._problem}")
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(order, loop.create_future())
+        attempt = _Attempt(order, loop.create_future(), self._clock())
         self._attempt = attempt
         running = loop.run_in_executor(self._thread, self._compute, self._engine, attempt)
         running.add_done_callback(lambda future: self._settle(attempt, future))
@@ -146,6 +156,7 @@ class InferenceWorker:
     def _compute(self, engine: Engine, attempt: _Attempt) -> Outcome:
         def on_step(step: int, steps: int) -> None:
             attempt.step = (step, steps)
+            attempt.progress_at = self._clock()
 
         try:
             return engine.run(attempt.order, attempt.cancelled.is_set, on_step)
@@ -170,6 +181,19 @@ class InferenceWorker:
         if attempt is not None and attempt.order.attempt_id == attempt_id:
             attempt.cancelled.set()
 
+    async def prefetch(self, order: Order) -> None:
+        """Have an order's weights read into host memory beside what computes; the newest wins."""
+        await asyncio.shield(self._booting)
+        if self._engine is not None:
+            self._ahead = order
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._reader, self._read_ahead, self._engine, order)
+
+    def _read_ahead(self, engine: Engine, order: Order) -> None:
+        # A hint: whoever runs the order meets the same error and gives it its meaning.
+        with contextlib.suppress(ClusterError, OSError):
+            engine.prefetch(order, lambda: self._ahead is order)
+
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine
         running = attempt is not None and not attempt.done.done()
@@ -193,6 +217,7 @@ class InferenceWorker:
             warm=frozenset() if state is None else state.warm,
             in_host_memory=frozenset() if state is None else state.in_host_memory,
             on_disk=frozenset() if state is None else state.on_disk,
+            quiet_seconds=self._clock() - attempt.progress_at if attempt and running else 0.0,
             uuid=CardUuid("") if engine is None else engine.uuid,
             incarnation=self._incarnation,
             software=self._software,

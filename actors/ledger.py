@@ -54,6 +54,12 @@ class Ledger:
                 self._count(outcome, payment, 1)
         return record
 
+    def mark_slashed(self, account: Address) -> None:
+        """Store that the account lost its stake, unless that is known."""
+        if account not in self.slashed:
+            self.journal.mark_slashed(self.lease, account, Timestamp(self.clock()))
+            self.slashed.add(account)
+
     def _reopen(self, task: Commitment) -> None:
         """The network took back that the task had ended: it no longer counts."""
         for record in [each for each in self.closed if each.commitment == task]:

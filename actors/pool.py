@@ -37,7 +37,7 @@ SIMULATED_PREFIX = "crynux-sim|"
 PING_SECONDS = 5.0
 MEND_SECONDS = 60.0
 HUNG_SECONDS = 60.0
-"""How long an attempt that was cancelled may go on."""
+"""How long an attempt that was cancelled may go on, and a process be silent."""
 _STATES = {
     Health.STARTING: GpuState.STARTING,
     Health.READY: GpuState.READY,
@@ -108,21 +108,28 @@ class _Member:
     gpu_class: GpuClass | None = None
     uuid: CardUuid = CardUuid("")
     broken_since: float | None = None
+    silent_since: float | None = None
     cancelled: tuple[AttemptId, float] | None = None
+    stalled: AttemptId | None = None
 
 
 class RayGpuPool:
-    """`cluster.core.ports.GpuPool` on Ray. `release` names version and configuration together."""
+    """`cluster.core.ports.GpuPool` on Ray. `release` names version and configuration together.
+
+    An attempt that makes no step for `stall_seconds` is ended with its process.
+    """
 
     def __init__(
         self,
         make_engine: EngineFactory,
         release: str,
         allow_simulated: bool,
+        stall_seconds: float = 300.0,
     ) -> None:
         self._make_engine = make_engine
         self._release = release
         self._allow_simulated = allow_simulated
+        self._stall_seconds = stall_seconds
         self._changed: Callable[[], None] = lambda: None
         self._members: dict[GpuId, _Member] = {}
         self._quarantined: frozenset[CardUuid] = frozenset()
@@ -165,10 +172,12 @@ class RayGpuPool:
         try:
             outcome = await member.actor.result.remote(attempt)
         except RayError as error:  # its process, or the node that held the answer
-            raise AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}") from error
+            outcome = AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}")
+        if isinstance(outcome, AttemptLost) and member.stalled == attempt:
+            raise DeviceFault(DeviceFaultKind.STALLED, f"GPU {gpu} made no step for too long")
         if isinstance(outcome, ClusterError):
             if _breaks_the_process(outcome):
-                self._kill(member, restart=True)
+                await self._end(member, restart=True)
             raise outcome
         return outcome
 
@@ -181,6 +190,11 @@ class RayGpuPool:
             await _within(PING_SECONDS, member.actor.cancel.remote(attempt))
         except (RayError, TimeoutError) as error:
             self._log.warning("gpu_cancel_unanswered", gpu=gpu, error=type(error).__name__)
+
+    def prefetch(self, gpu: GpuId, order: Order) -> None:
+        member = self._members.get(gpu)
+        if member is not None and member.answering:
+            member.actor.prefetch.remote(order)
 
     def on_change(self, changed: Callable[[], None]) -> None:
         """Call `changed` whenever a refresh finds the GPUs different from before."""
@@ -205,10 +219,10 @@ class RayGpuPool:
         slots = {slot.gpu_id: slot for slot in slots_of(nodes, self._allow_simulated)}
         for gone in self._members.keys() - slots.keys():
             self._log.warning("gpu_left", gpu=gone)
-            self._kill(self._members.pop(gone), restart=False)
+            await self._end(self._members.pop(gone), restart=False)
         for new in sorted(slots.keys() - self._members.keys()):
             self._log.info("gpu_found", gpu=new, resource=slots[new].resource)
-            self._members[new] = _Member(slots[new], self._actor(slots[new]))
+            self._members[new] = _Member(slots[new], await self._begin(slots[new]))
         await asyncio.gather(*(self._ping(member) for member in self._members.values()))
         if self.gpus() != before:
             self._changed()
@@ -220,21 +234,37 @@ class RayGpuPool:
             member.answering = False
             if isinstance(error, ActorDiedError):
                 # Ray restarts it unless it was killed for good; the one that lives is taken then.
-                member.actor = self._actor(member.slot)
+                member.silent_since = None
+                member.actor = await self._begin(member.slot)
+            else:
+                await self._end_silence(member, error)
             return
+        member.silent_since = None
         if report.release != self._release:
             self._log.info("gpu_actor_replaced", gpu=member.slot.gpu_id, old=report.release)
-            self._kill(member, restart=False)
-            member.actor = self._actor(member.slot)
             member.answering = False
+            await self._end(member, restart=False)
+            member.actor = await self._begin(member.slot)
             return
-        self._mend(member, report)
+        await self._mend(member, report)
+        await self._end_stall(member, report)
         member.report = report
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
         member.uuid = report.uuid or member.uuid
 
-    def _mend(self, member: _Member, report: Report) -> None:
+    async def _end_silence(self, member: _Member, error: Exception) -> None:
+        """Begin a process anew that hasn't answered for long: its attempt would never end."""
+        now = asyncio.get_running_loop().time()
+        if member.silent_since is None:
+            member.silent_since = now
+        elif now - member.silent_since > HUNG_SECONDS:
+            silence = type(error).__name__
+            self._log.error("gpu_silent", gpu=member.slot.gpu_id, error=silence)
+            member.silent_since = None
+            await self._end(member, restart=True)
+
+    async def _mend(self, member: _Member, report: Report) -> None:
         """Begin a broken or hung process anew, a broken one not again and again at once."""
         now = asyncio.get_running_loop().time()
         if report.health is not Health.BROKEN:
@@ -245,14 +275,33 @@ class RayGpuPool:
         elif now - member.broken_since > MEND_SECONDS:
             self._log.warning("gpu_actor_restarted", gpu=member.slot.gpu_id)
             member.broken_since = None
-            self._kill(member, restart=True)
+            await self._end(member, restart=True)
         if member.cancelled is not None and member.cancelled[0] != report.attempt:
             member.cancelled = None
         elif member.cancelled is not None and now - member.cancelled[1] > HUNG_SECONDS:
             # It doesn't come to the end of a step: only the end of its process frees the card.
             self._log.error("gpu_hung", gpu=member.slot.gpu_id, attempt=report.attempt)
             member.cancelled = None
-            self._kill(member, restart=True)
+            await self._end(member, restart=True)
+
+    async def _end_stall(self, member: _Member, report: Report) -> None:
+        """End the process of an attempt that makes no step, once: the cancel is the next resort."""
+        stalled = report.attempt is not None and report.quiet_seconds > self._stall_seconds
+        if stalled and member.stalled != report.attempt:
+            self._log.error("gpu_stalled", gpu=member.slot.gpu_id, attempt=report.attempt)
+            member.stalled = report.attempt
+            await self._end(member, restart=True)
+
+    async def _begin(self, slot: Slot) -> ActorHandle[Any]:
+        # Ray's control calls wait for the head's answer: not on the loop that tends the tasks.
+        return await asyncio.to_thread(self._actor, slot)
+
+    async def _end(self, member: _Member, restart: bool) -> None:
+        try:
+            await asyncio.to_thread(self._kill, member, restart)
+        except RayError as error:
+            gpu = member.slot.gpu_id
+            self._log.warning("gpu_actor_not_ended", gpu=gpu, error=type(error).__name__)
 
     def _actor(self, slot: Slot) -> ActorHandle[Any]:
         simulated = slot.simulated is not None

@@ -39,6 +39,7 @@ from cluster.core.lifecycle import (
     UploadResult,
     Wait,
     decide,
+    work_until,
 )
 from cluster.core.matching import Want
 from cluster.core.ports import Artifacts, Network, Order
@@ -57,12 +58,12 @@ from cluster.core.types import (
     AccountView,
     AttemptId,
     Commitment,
-    GpuId,
     Stage,
     TaskFacts,
     TaskType,
     Timestamp,
     Wei,
+    Work,
 )
 from cluster.inference import parameters as task_parameters
 from cluster.metrics import Metrics, RelayCall, RelayResult
@@ -79,7 +80,7 @@ class Need:
 
     pipeline: str
     base: str
-    work: float
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +214,8 @@ class Reconciler:
             case FetchParameters():
                 text = await self._network.fetch_parameters(account, task)
                 self._ledger.append(task, ParametersFetched(text))
-            case Execute(avoid):
-                return self._execute(situation, avoid)
+            case Execute():
+                return self._execute(situation, action)
             case CancelAttempt(attempt, gpu):
                 await self._dispatcher.cancel(gpu, task, attempt)
             case UploadResult():
@@ -252,10 +253,10 @@ class Reconciler:
             self._ledger.append(record.commitment, Claimed(claim))
             self._log.info("claimed", task=record.commitment, claim=claim.value)
 
-    def _execute(self, situation: Situation, avoid: frozenset[GpuId]) -> float | None:
+    def _execute(self, situation: Situation, action: Execute) -> float | None:
         record = situation.record
         try:
-            want, order, work = self._order(situation, avoid, AttemptId(""))
+            want, order, work = self._order(situation, action, AttemptId(""))
         except TaskInvalid as error:
             self._ledger.append(record.commitment, FaultFound(str(error)))
             self._log.warning("task_invalid", task=record.commitment, reason=str(error))
@@ -271,15 +272,15 @@ class Reconciler:
         attempt = situation.record.open_attempt
         if attempt is None:
             return
-        want, order, work = self._order(situation, frozenset(), attempt.attempt_id)
+        want, order, work = self._order(situation, Execute(frozenset()), attempt.attempt_id)
         self._log.info(
             "attempt_followed", task=want.task, gpu=attempt.gpu_id, attempt=attempt.attempt_id
         )
         self._dispatcher.follow(attempt.gpu_id, order, want, work, situation.now)
 
     def _order(
-        self, situation: Situation, avoid: frozenset[GpuId], attempt: AttemptId
-    ) -> tuple[Want, Order, float]:
+        self, situation: Situation, action: Execute, attempt: AttemptId
+    ) -> tuple[Want, Order, Work]:
         """Raises `TaskInvalid`, `TaskUnsupported` as the parameters' schema says."""
         facts, record = situation.facts, situation.record
         text = record.parameters
@@ -290,16 +291,18 @@ class Reconciler:
             need = self._needs[record.commitment] = _need(record.task_type, text)
         if isinstance(need, TaskUnsupported):
             raise need
+        until = work_until(situation)
         want = Want(
             record.commitment,
             facts.requirement,
             need.pipeline,
             need.base,
-            facts.deadline,
+            until,
             self._dispatcher.seconds_for(need.work),
-            avoid,
+            action.avoid,
+            action.outgrown,
         )
-        order = Order(attempt, record.commitment, int(record.task_type), text, facts.deadline)
+        order = Order(attempt, record.commitment, int(record.task_type), text, until)
         return want, order, need.work
 
     async def _upload(self, record: TaskRecord) -> None:
@@ -345,7 +348,7 @@ def _need(task_type: TaskType, text: str) -> Need | TaskUnsupported:
     return Need(
         task_parameters.pipeline_key(parsed),
         task_parameters.base_key(parsed),
-        task_parameters.work_units(parsed),
+        task_parameters.work_of(parsed),
     )
 
 

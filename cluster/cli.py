@@ -90,7 +90,7 @@ def up(config_file: Path) -> int:
     import serve_app
     from cluster import config, runtime
 
-    return runtime.up(config.load(config_file), serve_app.build)
+    return runtime.up(config.load(config_file), config_file, serve_app.build)
 
 
 @cli.command()

@@ -12,11 +12,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
+import httpx
 import yaml
 from eth_utils.address import is_address, is_checksum_address, to_checksum_address
 from pydantic import (
@@ -80,11 +81,23 @@ def _http_url(value: object) -> str:
     try:
         parts = urlsplit(value)
         valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        httpx.URL(value)  # which is what will read it later
+    except (ValueError, httpx.InvalidURL):
         valid = False
     if not valid or re.search(r"\s", value):
         raise ValueError(problem)
     return value.rstrip("/")
+
+
+def _ray_address(value: object) -> str | None:
+    """Nothing else that `ray.init` knows: `local` would start a second cluster without cards."""
+    if value is None or value == "auto":
+        return value
+    host_and_port = r"([\w.-]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})"
+    found = re.fullmatch(host_and_port, value, re.ASCII) if isinstance(value, str) else None
+    if found is None or not 0 < int(found[2]) < 2**16:
+        raise ValueError("expected null, auto, or the host:port of the cluster's head")
+    return found[0]
 
 
 def _journal_url(value: object, info: ValidationInfo) -> str:
@@ -104,9 +117,9 @@ def _amount(value: object) -> Wei:
         raise ValueError(problem)
     try:
         wei = Decimal(str(value)) * WEI_PER_CNX
-    except InvalidOperation:
+    except ArithmeticError:
         raise ValueError(problem) from None
-    if not wei.is_finite() or wei <= 0 or wei != wei.to_integral_value():
+    if not wei.is_finite() or not 0 < wei < 2**256 or wei != wei.to_integral_value():
         raise ValueError(problem)
     return Wei(int(wei))
 
@@ -137,10 +150,11 @@ class Section(BaseModel):
 
 class IdentityConfig(Section):
     """`seed_file` holds the BIP-39 phrase, readable by its owner only; without one nothing is
-    signed. `accounts` is the most node accounts that are ever derived and used."""
+    signed. `accounts` is the most node accounts that are ever used; all are derived, at some
+    milliseconds each, before the coordinator answers."""
 
     seed_file: Annotated[Path | None, BeforeValidator(_seed_path)] = None
-    accounts: int = Field(default=8, ge=1, le=10_000)
+    accounts: int = Field(default=8, ge=1, le=1_000)
 
 
 class Contracts(Section):
@@ -186,7 +200,7 @@ class SimulatedGpus(Section):
 class RayConfig(Section):
     """`address` null starts Ray on this machine; `auto` or host:port joins a running cluster."""
 
-    address: str | None = None
+    address: Annotated[str | None, BeforeValidator(_ray_address)] = None
     namespace: str = Field(default="crynux", pattern=r"^[A-Za-z0-9_.-]+$")
     platform: str = Field(default="docker", pattern=r"^[a-z0-9_-]+$")
     simulated_gpus: Annotated[tuple[SimulatedGpus, ...], BeforeValidator(_listed)] = ()
@@ -201,7 +215,16 @@ class ArtifactsConfig(Section):
 
 
 class ModelsConfig(Section):
+    """`preload`: base models, as `name` or `name+variant`, that never leave the cards."""
+
     root: ConfigPath = Path("data/models")
+    preload: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+
+
+class GpuConfig(Section):
+    """For each card. `host_memory_gb`: GiB for models that wait in host memory."""
+
+    host_memory_gb: float = Field(default=8.0, ge=0, allow_inf_nan=False)
 
 
 class ServeConfig(Section):
@@ -249,6 +272,7 @@ class Config(Section):
     journal: JournalConfig = Field(default_factory=dict, validate_default=True)
     artifacts: ArtifactsConfig = Field(default_factory=dict, validate_default=True)
     models: ModelsConfig = Field(default_factory=dict, validate_default=True)
+    gpu: GpuConfig = GpuConfig()
     serve: ServeConfig = ServeConfig()
     policy: PolicyConfig = PolicyConfig()
     logs: LogsConfig = LogsConfig()
@@ -276,11 +300,15 @@ def digest(config: Config) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML would silently take the last."""
+    """Refuses a key that is no word, and one that stands twice, where YAML would silently take
+    the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key that is a list or a mapping"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
                 problem = f"the key {key.value} stands twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)

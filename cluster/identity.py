@@ -7,6 +7,7 @@ quote the phrase that they refuse, so none of them is let through, nor chained t
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from eth_account import Account
-from eth_account.hdaccount import key_from_seed, seed_from_mnemonic
+from eth_account.hdaccount import seed_from_mnemonic
+from eth_account.hdaccount.deterministic import HardNode, SoftNode, derive_child_key
 from eth_keys.datatypes import PrivateKey
 from eth_utils.exceptions import ValidationError
 
@@ -24,7 +26,8 @@ from cluster.relay.envelope import open_envelope
 
 TREASURY = 0
 """The account that funds the others; nodes are 1 and up."""
-_PATH = "m/44'/60'/0'/0/{index}"
+_BRANCH = (HardNode(44), HardNode(60), HardNode(0), SoftNode(0))
+"""m/44'/60'/0'/0, below which are the accounts (BIP-44)."""
 _SEARCHED = 256
 """How many accounts an unknown address is looked for among."""
 _MAX_FILE = 4096
@@ -33,10 +36,10 @@ _MAX_FILE = 4096
 class Identity:
     """Accounts m/44'/60'/0'/0/i of one BIP-39 phrase, derived when first asked for."""
 
-    __slots__ = ("__addresses", "__keys", "__seed")
+    __slots__ = ("__addresses", "__branch", "__keys")
 
     def __init__(self, seed: bytes) -> None:
-        self.__seed = seed
+        self.__branch = _branch(seed)
         self.__keys: dict[Address, PrivateKey] = {}
         self.__addresses: dict[int, Address] = {}
 
@@ -61,7 +64,7 @@ class Identity:
 
     def address(self, index: int) -> Address:
         if index not in self.__addresses:
-            private_key = PrivateKey(key_from_seed(self.__seed, _PATH.format(index=index)))
+            private_key = PrivateKey(derive_child_key(*self.__branch, SoftNode(index))[0])
             address = Address(private_key.public_key.to_checksum_address())
             self.__keys[address] = private_key
             self.__addresses[index] = address
@@ -103,6 +106,15 @@ class Identity:
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("an Identity stays in its process: it can't be pickled or copied")
+
+
+def _branch(seed: bytes) -> tuple[bytes, bytes]:
+    """The branch's key and chain code (BIP-32). Each step costs milliseconds, so once for all."""
+    master = hmac.digest(b"Bitcoin seed", seed, "sha512")
+    key, chain_code = master[:32], master[32:]
+    for node in _BRANCH:
+        key, chain_code = derive_child_key(key, chain_code, node)
+    return key, chain_code
 
 
 def _read_private(file: Path) -> str:

@@ -8,11 +8,10 @@ lease can't write anything, however late it wakes up. Epochs only grow; each acq
 
 from __future__ import annotations
 
-import enum
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     Double,
     Engine,
@@ -30,7 +30,9 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    case,
     create_engine,
+    delete,
     event,
     insert,
     select,
@@ -43,18 +45,10 @@ from cluster import quarantine_rows
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.record import (
-    AttemptFailed,
-    AttemptStarted,
-    Claim,
-    Claimed,
     Closed,
     Event,
-    Fault,
-    FaultFound,
     Outcome,
     ParametersFetched,
-    ResultStored,
-    ResultUploaded,
     Seen,
     TaskRecord,
     apply,
@@ -64,16 +58,17 @@ from cluster.core.record import (
 from cluster.core.types import (
     Address,
     Commitment,
-    FileRef,
     GigaBytes,
     GpuClass,
-    Score,
-    TaskType,
     Timestamp,
     Wei,
 )
+from cluster.journal_events import decode_event, encode_event
 
 SCHEMA = "1"
+_SLASHED = "slashed:"
+"""Begins the key of a mark, among the cursors, that an account lost its stake."""
+_OWNER = "owner"
 
 metadata = MetaData()
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
@@ -151,52 +146,33 @@ class Assignment:
     gpu_class: GpuClass
 
 
-# --- events as JSON -----------------------------------------------------------------------------
+_BARE_KIND, _BARE_TEXT = encode_event(ParametersFetched(""))
+_BARE_BODY = case(
+    (events_table.c.kind == _BARE_KIND, _BARE_TEXT),
+    else_=events_table.c.body,
+)
+"""An event's body, but for parameters their form alone."""
 
-KINDS: dict[str, type[Event]] = {
-    "seen": Seen,
-    "parameters_fetched": ParametersFetched,
-    "attempt_started": AttemptStarted,
-    "attempt_failed": AttemptFailed,
-    "result_stored": ResultStored,
-    "fault_found": FaultFound,
-    "claimed": Claimed,
-    "result_uploaded": ResultUploaded,
-    "closed": Closed,
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose facts a journal holds, and of which contracts: to any other they mean nothing."""
+
+    chain_id: int
+    task: Address
+    node: Address
+    qos: Address
+    treasury: Address
+
+
+_OWNED = {
+    "chain_id": "network.chain_id",
+    "task": "network.contracts.task",
+    "node": "network.contracts.node",
+    "qos": "network.contracts.qos",
+    "treasury": "identity.seed_file's account",
 }
-"""Names in the database; they stay when a class is renamed."""
-_NAMES: dict[type[Event], str] = {kind: name for name, kind in KINDS.items()}
-
-_READERS: Mapping[str, Any] = {
-    "task_type": TaskType,
-    "claim": Claim,
-    "fault": Fault,
-    "outcome": Outcome,
-    "model_ids": tuple,
-    "score": lambda text: Score(bytes.fromhex(text)),
-    "files": lambda files: tuple(FileRef(**each) for each in files),
-}
-"""How a field comes back where JSON has no such type."""
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, enum.Enum):
-        return value.value
-    raise TypeError(f"no JSON form for {value!r}")
-
-
-def encode_event(event: Event) -> tuple[str, str]:
-    """The event's kind and JSON body."""
-    return _NAMES[type(event)], json.dumps(asdict(event), default=_plain, sort_keys=True)
-
-
-def decode_event(kind: str, body: str) -> Event:
-    fields: dict[str, Any] = json.loads(body)
-    return KINDS[kind](
-        **{name: _READERS.get(name, lambda x: x)(value) for name, value in fields.items()}
-    )
+"""What an operator calls the fields of `Owner`."""
 
 
 # --- the engine ---------------------------------------------------------------------------------
@@ -205,7 +181,12 @@ def decode_event(kind: str, body: str) -> Event:
 def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed, pool_pre_ping=not url.startswith("sqlite"))
+        engine = create_engine(
+            parsed,
+            pool_pre_ping=not url.startswith("sqlite"),
+            # They are in the text of errors otherwise, and prompts among them.
+            hide_parameters=True,
+        )
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigError(f"the journal's URL can't be used: {error}") from error
     if engine.dialect.name == "sqlite":
@@ -265,6 +246,28 @@ class SqlJournal:
         found = self.cursor("schema")
         if found != SCHEMA:
             raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")
+
+    def bind(self, owner: Owner) -> None:
+        """Write down whose journal it is. Raises `ConfigError` when it holds another's facts; an
+        empty one is anyone's."""
+        with suppress(IntegrityError), self._transaction() as connection:
+            # Suppressed: another process binds it at the same moment, and is compared with below.
+            facts = (tasks_table.c.commitment, outbox_table.c.seq, accounts_table.c.address)
+            if all(connection.execute(select(each).limit(1)).first() is None for each in facts):
+                connection.execute(delete(cursors_table).where(cursors_table.c.key == _OWNER))
+            known = connection.execute(
+                select(cursors_table.c.value).where(cursors_table.c.key == _OWNER)
+            ).scalar()
+            if known is None:
+                ours = json.dumps(asdict(owner), sort_keys=True)
+                connection.execute(insert(cursors_table).values(key=_OWNER, value=ours))
+        found = json.loads(self.cursor(_OWNER) or "{}")
+        for name, value in asdict(owner).items():
+            if found.get(name) != value:
+                raise ConfigError(
+                    f"journal.url: this journal was begun with {_OWNED[name]} {found.get(name)},"
+                    f" now it is {value}: put the former back, or name another journal"
+                )
 
     def close(self) -> None:
         self._database.dispose()
@@ -362,12 +365,9 @@ class SqlJournal:
                 .limit(limit)
             )
             tasks = [Commitment(row.commitment) for row in connection.execute(closed)]
-            # One after the other without their parameters, which may be large.
-            return tuple(
-                replace(record, parameters=None)
-                for task in tasks
-                if (record := self._record(connection, task)) is not None
-            )
+            # The database leaves their parameters out, which may be large.
+            records = (fold(task, _history(connection, task, _BARE_BODY)) for task in tasks)
+            return tuple(replace(record, parameters=None) for record in records)
 
     def totals(self) -> tuple[Counter[Outcome], Wei]:
         """Closed tasks by outcome, and what they paid in all."""
@@ -383,12 +383,19 @@ class SqlJournal:
         return outcomes, Wei(paid)
 
     def slashed_accounts(self) -> frozenset[Address]:
-        """Accounts that lost their stake by a task."""
-        query = select(tasks_table.c.account).where(
+        """Accounts that lost their stake: marked so, or by a task closed as invalidated."""
+        closed = select(tasks_table.c.account).where(
             tasks_table.c.outcome == Outcome.INVALIDATED.value
         )
+        marked = select(cursors_table.c.key).where(cursors_table.c.key.startswith(_SLASHED))
         with self.read() as connection:
-            return frozenset(Address(row.account) for row in connection.execute(query))
+            accounts = [row.account for row in connection.execute(closed)]
+            accounts += [row.key.removeprefix(_SLASHED) for row in connection.execute(marked)]
+        return frozenset(map(Address, accounts))
+
+    def mark_slashed(self, lease: ports.Lease, account: Address, at: Timestamp) -> None:
+        """Remember that the account lost its stake, whatever becomes of its task's record."""
+        self.set_cursor(lease, f"{_SLASHED}{account}", str(at))
 
     def _records(self, connection: Connection, found: Any) -> tuple[TaskRecord, ...]:
         tasks = [Commitment(row.commitment) for row in found]
@@ -456,7 +463,7 @@ def _after(task: Commitment, before: TaskRecord | None, event: Event, at: Timest
     if before is not None:
         return apply(before, event, at)
     if not isinstance(event, Seen):
-        raise IllegalMove(f"{task}: a history begins with Seen, not {event!r}")
+        raise IllegalMove(f"{task}: a history begins with Seen, not {type(event).__name__}")
     return begin(task, event, at)
 
 
@@ -479,9 +486,13 @@ def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> 
         )
 
 
-def _history(connection: Connection, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
+def _history(
+    connection: Connection, task: Commitment, body: ColumnElement[str] = events_table.c.body
+) -> tuple[tuple[Event, Timestamp], ...]:
     rows = connection.execute(
-        select(events_table).where(events_table.c.commitment == task).order_by(events_table.c.seq)
+        select(events_table.c.at, events_table.c.kind, body.label("body"))
+        .where(events_table.c.commitment == task)
+        .order_by(events_table.c.seq)
     )
     return tuple((decode_event(row.kind, row.body), Timestamp(row.at)) for row in rows)
 

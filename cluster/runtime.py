@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -19,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,8 +47,8 @@ from cluster.config import Config
 from cluster.core.errors import ChainError, ClusterError, ConfigError
 from cluster.core.ports import Lease
 from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp, Wei
-from cluster.identity import Identity
-from cluster.journal import SqlJournal
+from cluster.identity import TREASURY, Identity
+from cluster.journal import Owner, SqlJournal
 from cluster.metrics import Metrics
 from cluster.relay.client import RelayClient
 
@@ -76,6 +78,21 @@ def simulated_classes(config: Config) -> dict[GpuClass, int]:
 # --- inside the actors ---------------------------------------------------------------------------
 
 
+def assemble_from(file: Path, digest: str) -> World:
+    """`assemble` for the supervisor that wants the configuration with this digest.
+
+    The file is read here, on the head, because an actor's arguments are kept by Ray, and the
+    configuration may hold credentials. Raises `ConfigError`.
+    """
+    config = configuration.load(file)
+    world = assemble(config)
+    if world.config_digest != digest:
+        # Ray began us anew after an edit. To the supervisor we are still what it asked for:
+        # it would else replace us again and again until it is itself begun anew.
+        structlog.get_logger("coordinator").warning("configuration_edited", file=str(file))
+    return replace(world, config_digest=digest)
+
+
 def assemble(config: Config) -> World:
     """The world around the coordinator. Raises `ConfigError` when key or configuration is wrong."""
     logs.setup(config.logs.level, config.logs.format)
@@ -83,17 +100,18 @@ def assemble(config: Config) -> World:
         raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
     identity = Identity.load(config.identity.seed_file)
     journal = SqlJournal(config.journal.url)
+    journal.bind(owner(config, identity))
     digest = configuration.digest(config)
     return World(
         version=cluster.__version__,
         config_digest=digest,
         chain_id=config.network.chain_id,
-        treasury=identity.address(0),
+        treasury=identity.address(TREASURY),
         accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
-            functools.partial(engine_factory, config.models.root, config.ray.platform),
+            functools.partial(engine_factory, EngineSettings.of(config)),
             release(config),
             allow_simulated=config.network.devnet,
         ),
@@ -109,6 +127,15 @@ def assemble(config: Config) -> World:
             CanarySettings(config.canary.interval_seconds, config.canary.model),
             config.verify.fraction,
         ),
+    )
+
+
+def owner(config: Config, identity: Identity) -> Owner:
+    """Whose journal this configuration's is."""
+    return Owner(
+        config.network.chain_id,
+        *config.network.contracts.addresses,
+        treasury=identity.address(TREASURY),
     )
 
 
@@ -149,12 +176,27 @@ def wall_clock() -> Timestamp:
     return Timestamp(time.time())
 
 
-def engine_factory(models: Path, platform: str, simulated: GpuClass | None) -> Callable[[], Engine]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
+
+    models: Path
+    platform: str
+    host_bytes: int
+    preload: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> EngineSettings:
+        host_bytes = int(config.gpu.host_memory_gb * 2**30)
+        return cls(config.models.root, config.ray.platform, host_bytes, config.models.preload)
+
+
+def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
     """How the actor of a card makes its engine; torch is imported there and nowhere else."""
-    return functools.partial(make_engine, models, platform, simulated)
+    return functools.partial(make_engine, settings, simulated)
 
 
-def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engine:
+def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
@@ -164,20 +206,23 @@ def make_engine(models: Path, platform: str, simulated: GpuClass | None) -> Engi
     if simulated is not None:
         device = devices.simulated(0, simulated.name, simulated.vram)
         # One thread: simulated cards share the machine's cores, and results depend on the number.
-        limits = engine.Limits(threads=1)
+        limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
     else:
-        device = devices.claim(platform, os.environ)
-        limits = engine.Limits()
-    mounted = engine.Engine(device, ModelStore(models), time.time, limits)
-    return MountedEngine(mounted, CardUuid(device.uuid), models)
+        device = devices.claim(settings.platform, os.environ)
+        limits = engine.Limits(host_bytes=settings.host_bytes)
+    made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
+    for problem in made.preload(settings.preload):
+        structlog.get_logger("gpu").warning("not_preloaded", problem=problem)
+    return MountedEngine(made, CardUuid(device.uuid), settings.models)
 
 
 # --- the supervisor ------------------------------------------------------------------------------
 
 
-def up(config: Config, build_api: Callable[[str], serve.Application]) -> int:
+def up(config: Config, file: Path, build_api: Callable[[str], serve.Application]) -> int:
     """Bring everything up and keep it so until SIGINT or SIGTERM; returns the exit code.
 
+    `file` is where `config` was read; the cluster's head must have it at the same path.
     `build_api` gives the Serve application for a Ray namespace (`serve_app.build`).
     Raises `ConfigError` for what the operator has to mend, before anything is started.
     """
@@ -187,7 +232,7 @@ def up(config: Config, build_api: Callable[[str], serve.Application]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     own_cluster = connect(config)
-    supervisor = Supervisor(config, build_api)
+    supervisor = Supervisor(config, file.resolve(), build_api)
     try:
         while not stop.is_set():
             supervisor.look()
@@ -203,8 +248,9 @@ def check(config: Config) -> None:
     """Find what is wrong with the operator's surroundings before anything runs."""
     if config.identity.seed_file is None:
         raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
-    Identity.load(config.identity.seed_file)
-    SqlJournal(config.journal.url).close()
+    identity = Identity.load(config.identity.seed_file)
+    with contextlib.closing(SqlJournal(config.journal.url)) as journal:
+        journal.bind(owner(config, identity))
     _check_folder("artifacts.path", config.artifacts.path)
     if config.ray.address is None:
         # Elsewhere it is the head's port that matters, which isn't ours to try.
@@ -251,7 +297,7 @@ async def _check_chain(config: Config) -> None:
 
 async def _check_contracts(config: Config, rpc: Rpc) -> None:
     contracts = Contracts.at(rpc, *config.network.contracts.addresses)
-    await rpc.check(config.network.chain_id, contracts.addresses())
+    await contracts.check(rpc, config.network.chain_id)
 
 
 def connect(config: Config) -> bool:
@@ -277,8 +323,10 @@ def connect(config: Config) -> bool:
         options["address"] = address
     try:
         ray.init(**options)
-    except ConnectionError as error:
-        raise ConfigError(f"ray.address: no Ray cluster answers at {address}: {error}") from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        # Not there, not an address, or of another version of Ray or Python.
+        where = "can't start one here" if own else f"can't join the one at {address}"
+        raise ConfigError(f"ray.address: no Ray cluster: {where}: {error}") from error
     return own
 
 
@@ -299,9 +347,6 @@ def clear_quarantine(config: Config, card: str) -> str:
         raise ClusterError(f"no Ray cluster answers at {address}: {_cause(error)}") from error
     try:
         coordinator: ActorHandle[Any] = ray.get_actor(NAME, config.ray.namespace)
-        running = cast(Any, ray.get(coordinator.release.remote(), timeout=ANSWER_SECONDS))
-        if running != release(config):
-            raise ClusterError(f"the operator that runs has another configuration ({running})")
         done = cast(Any, ray.get(coordinator.clear_quarantine.remote(card), timeout=ANSWER_SECONDS))
     except ValueError:
         raise ClusterError("no coordinator is there; is the operator up?") from None
@@ -329,8 +374,11 @@ def _cleared(card: str, done: str) -> str:
 class Supervisor:
     """Looks at what runs and repairs it, once per `look`."""
 
-    def __init__(self, config: Config, build_api: Callable[[str], serve.Application]) -> None:
+    def __init__(
+        self, config: Config, file: Path, build_api: Callable[[str], serve.Application]
+    ) -> None:
         self._config = config
+        self._file = file
         self._build_api = build_api
         self._release = release(config)
         self._served: str | None = None
@@ -394,9 +442,12 @@ class Supervisor:
             "resources": {"node:__internal_head__": 0.001},
             "max_concurrency": 100,
         }
+        digest = configuration.digest(self._config)
         return cast(
             ActorHandle[Any],
-            actor_class.options(**options).remote(functools.partial(assemble, self._config)),
+            actor_class.options(**options).remote(
+                functools.partial(assemble_from, self._file, digest)
+            ),
         )
 
     def _tend_api(self) -> None:

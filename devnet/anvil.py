@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 CHAIN_ID = 31337
 NODE_FOLDER = Path(__file__).resolve().parent.parent / ".devnet" / "node"
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 STOP_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ from devnet.deploy import Deployment, sampling_proof
 from devnet.tasks import ChainTask, TaskSpec, fees, from_chain
 
 POLL_SECONDS = 0.5
-VALIDATION_GRACE_SECONDS = 60
-"""How long past the timeout validating is still tried before the task is aborted."""
+GRACE_SECONDS = 60
+"""How long past the timeout validating is still tried, and the upload of what was validated waited
+for, before the task is aborted."""
 RECEIPT_SECONDS = 60.0
 ABORT_GAS = 3_000_000
 EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
 _ANSWERED = frozenset({TaskStatus.SCORE_READY, TaskStatus.ERROR_REPORTED})
+_VALIDATED = frozenset({TaskStatus.VALIDATED, TaskStatus.GROUP_VALIDATED})
 _PAID = frozenset({TaskStatus.END_SUCCESS, TaskStatus.END_GROUP_SUCCESS})
 _TRANSIENT = (Web3Exception, httpx.HTTPError, OSError, ChainError, RelayError)
 _EXTENSIONS = {TaskType.SD: ".png", TaskType.LLM: ".json", TaskType.SD_FT: ".png"}
@@ -139,9 +141,10 @@ class _HttpProvider(AsyncJSONBaseProvider):
 class Application:
     """One application account on a devnet.
 
-    `owner` may be given to have the contract sample exactly the tasks whose spec says `group`;
-    without it the deployed modulus decides. `out` is where result files go, under the task's name.
-    `clock` is unix time, the chain's own as far as the machine has it.
+    `owner` may be given to have the contract sample exactly the tasks whose spec says `group`, and
+    to give tasks timeouts of their own; without it the deployed values decide. `out` is where
+    result files go, under the task's name. `clock` is unix time, the chain's own as far as the
+    machine has it.
     """
 
     def __init__(
@@ -186,20 +189,9 @@ class Application:
         )
 
     async def _run(self, specs: Sequence[TaskSpec]) -> list[TaskReport]:
-        if self._owner is None:
-            waves: list[tuple[int | None, list[TaskSpec]]] = [(None, list(specs))]
-        else:
-            waves = [
-                (modulus, [spec for spec in specs if spec.group is group])
-                for modulus, group in ((0, False), (1, True))
-            ]
         drives: dict[str, asyncio.Task[list[TaskReport]]] = {}
         async with asyncio.TaskGroup() as tasks:
-            for modulus, wave in waves:
-                if modulus is not None and wave and self._owner is not None:
-                    await self._send(
-                        self._task.functions.setSamplingModulus(modulus), sender=self._owner
-                    )
+            async for wave in self._waves(specs):
                 guids = [self._random(32) for _ in wave]
                 firsts = await asyncio.gather(
                     *(
@@ -210,6 +202,25 @@ class Application:
                 for first, guid in zip(firsts, guids, strict=True):
                     drives[first.name] = tasks.create_task(self._follow(first, guid))
         return [report for spec in specs for report in drives[spec.name].result()]
+
+    async def _waves(self, specs: Sequence[TaskSpec]) -> AsyncIterator[Sequence[TaskSpec]]:
+        """The tasks to create at a time, each time after the contract was set up for them: what it
+        is set to holds for the tasks created from then on."""
+        if self._owner is None:
+            yield specs
+            return
+        functions = self._task.functions
+        usual: int = await functions.timeout().call()
+        for timeout in dict.fromkeys(each.timeout for each in specs if each.timeout is not None):
+            await self._send(functions.setSamplingModulus(0), sender=self._owner)
+            await self._send(functions.setTimeout(timeout), sender=self._owner)
+            yield [spec for spec in specs if spec.timeout == timeout]
+            await self._send(functions.setTimeout(usual), sender=self._owner)
+        for modulus, group in ((0, False), (1, True)):
+            wave = [spec for spec in specs if spec.timeout is None and spec.group is group]
+            if wave:
+                await self._send(functions.setSamplingModulus(modulus), sender=self._owner)
+                yield wave
 
     async def _follow(self, first: _Member, guid: bytes) -> list[TaskReport]:
         task = await self._read(first)
@@ -269,7 +280,9 @@ class Application:
         answered = task.status in _ANSWERED
         if answered and member.group is not None and not member.group.failed:
             return
-        if answered and member.group is None and overdue < VALIDATION_GRACE_SECONDS:
+        if task.status in _VALIDATED and overdue < GRACE_SECONDS:
+            return
+        if answered and member.group is None and overdue < GRACE_SECONDS:
             proof = sampling_proof(self._account, task.sampling_seed)
             await self._send(
                 self._task.functions.validateSingleTask(member.key, proof.proof, proof.public_key)

@@ -37,13 +37,14 @@ from devnet.network import MODELS, Devnet
 from devnet.view import Board, gpu_names, plain_line
 
 RUN = Path(".devnet/demo")
-TASK_TIMEOUT = 45
+TASK_TIMEOUT = 170
+"""No task of the demo should come near it: it is for machines that are slow and busy."""
 OUTPUT = frozenset({"images", "operator.log", "summary.json"})
 WIDTH = 118
 """Columns where there is no terminal to ask."""
-READY_SECONDS = 120.0
-CLOSE_SECONDS = 30.0
-STOP_SECONDS = 30.0
+READY_SECONDS = 300.0
+CLOSE_SECONDS = 120.0
+STOP_SECONDS = 60.0
 POLL_SECONDS = 0.5
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import Image
+
 from cluster.core.types import TaskStatus, TaskType
-from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA
+from devnet.models import (
+    LLM,
+    SD15,
+    SD15_CONTROLNET,
+    SD15_LORA,
+    SDXL,
+    SDXL_LORA,
+    SDXL_REFINER,
+)
 from devnet.tasks import TaskSpec
 
 ABORTED = frozenset({TaskStatus.END_ABORTED.label})
 GROUP = frozenset({TaskStatus.END_GROUP_SUCCESS.label, TaskStatus.END_GROUP_REFUND.label})
 FEE = 10**16
+NEVER_SECONDS = 45
+"""The timeout of the task that nobody uploads: the demo waits for it."""
 NAMED_GPU = "NVIDIA A100-SXM4-80GB+docker"
 NAMED_GPU_VRAM = 80
 COMMON_GPU = "NVIDIA GeForce RTX 4090+docker"
@@ -54,8 +68,61 @@ def _task(name: str, base: str, args: dict[str, Any] | str, **more: Any) -> Task
     return TaskSpec(name=name, type=TaskType.SD, parameters=args, **fields)
 
 
+def _picture() -> str:
+    """A data URL of a small picture, for the ControlNet."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _richer_tasks() -> tuple[TaskSpec, ...]:
+    """A ControlNet, a refiner, and a chat, which always names its GPU."""
+    control = {"model": SD15_CONTROLNET, "image_dataurl": _picture(), "weight": 80}
+    refiner = {"model": SDXL_REFINER, "denoising_cutoff": 60, "steps": 6}
+    chat = [
+        {"role": "system", "content": "you tell of the sea"},
+        {"role": "user", "content": "what is the name of the moon?"},
+    ]
+    return (
+        _task(
+            "controlnet-canny",
+            SD15[0],
+            parameters(
+                SD15[0],
+                _PROMPTS[1],
+                500,
+                side=128,
+                controlnet=control | {"preprocess": {"method": "canny"}},
+            ),
+            model_ids=(f"base:{SD15[0]}", f"controlnet:{SD15_CONTROLNET}"),
+        ),
+        _task(
+            "sdxl-refined",
+            SDXL,
+            parameters(SDXL, _PROMPTS[2], 600, side=128, refiner=refiner),
+            model_ids=(f"base:{SDXL}", f"base:{SDXL_REFINER}"),
+            min_vram=16,
+            fee=3 * FEE,
+        ),
+        TaskSpec(
+            name="chat",
+            type=TaskType.LLM,
+            model_ids=(f"base:{LLM}",),
+            required_gpu=COMMON_GPU,
+            required_gpu_vram=COMMON_GPU_VRAM,
+            fee=FEE,
+            parameters={
+                "model": LLM,
+                "messages": chat,
+                "generation_config": {"max_new_tokens": 24, "do_sample": True, "temperature": 0.9},
+                "seed": 7,
+            },
+        ),
+    )
+
+
 def demo_tasks() -> tuple[TaskSpec, ...]:
-    """15, and the group's two followers, which come with its first."""
+    """18, and the group's two followers, which come with its first."""
     a, b = SD15
     plain = [
         _task(
@@ -82,6 +149,7 @@ def demo_tasks() -> tuple[TaskSpec, ...]:
             a,
             parameters(a, "nobody sends this", 1),
             upload=False,
+            timeout=NEVER_SECONDS,
             # Its card's account is held until the timeout: not the only one of its kind, please.
             required_gpu=COMMON_GPU,
             required_gpu_vram=COMMON_GPU_VRAM,
@@ -89,6 +157,7 @@ def demo_tasks() -> tuple[TaskSpec, ...]:
         ),
         *plain,
         *large,
+        *_richer_tasks(),
         _task(
             "named-gpu-lora",
             a,

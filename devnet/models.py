@@ -1,55 +1,75 @@
-"""Tiny models for devnet and tests: real diffusers layout, random weights from a fixed seed.
+"""Tiny models for devnet and tests: real diffusers layout, random weights from fixed seeds.
 
-`python -m devnet.models DIR` makes them under DIR, once: a stamp of this file's contents and the
-libraries' versions tells whether they are there already. Their pictures mean nothing, but the text,
-the seed and the LoRA all change them.
+`python -m devnet.models DIR` makes them under DIR, once: a stamp of the code that makes them and
+the libraries' versions tells whether they are there already. Their pictures mean nothing, but the
+text, the seed and whatever is added to a model all change them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from devnet import adapter_models as adapters
+from devnet import diffusion_models as build
+from devnet.diffusion_models import CLIP_G, CLIP_L, OPEN_CLIP, Encoder
+from devnet.language_model import make_language_model
 
 ORG: Final = "crynux-devnet"
 SD15: Final = (f"{ORG}/tiny-sd15-a", f"{ORG}/tiny-sd15-b")
+"""Same text encoder and VAE, byte for byte; different UNets."""
+FP16: Final = "fp16"
+"""The variant that `SD15[0]` has beside the default."""
+SD15_FLAGS_ALL: Final = f"{ORG}/tiny-sd15-flags-all"
+SD15_FLAGS_NONE: Final = f"{ORG}/tiny-sd15-flags-none"
+"""`SD15[0]` with a safety checker that flags every image, and with one that flags none."""
+SD2: Final = f"{ORG}/tiny-sd2"
 SDXL: Final = f"{ORG}/tiny-sdxl"
+SDXL_TURBO: Final = f"{ORG}/tiny-sdxl-turbo"
+SDXL_REFINER: Final = f"{ORG}/tiny-sdxl-refiner"
+"""Both have the text encoders and VAE of `SDXL`, as far as they have them."""
+LLM: Final = f"{ORG}/tiny-llm"
+BASES: Final = frozenset(
+    {*SD15, f"{SD15[0]}+{FP16}", SD15_FLAGS_ALL, SD15_FLAGS_NONE, SD2}
+    | {SDXL, SDXL_TURBO, SDXL_REFINER, LLM}
+)
+"""All base models, with their variants."""
+
+SD15_UNET: Final = f"{ORG}/tiny-sd15-unet"
+SD15_VAE: Final = f"{ORG}/tiny-sd15-vae"
+SD15_CONTROLNET: Final = f"{ORG}/tiny-sd15-controlnet"
+SDXL_CONTROLNET: Final = f"{ORG}/tiny-sdxl-controlnet"
 SD15_LORA: Final = f"{ORG}/tiny-sd15-lora"
+SD15_LORA_OLDER: Final = f"{ORG}/tiny-sd15-lora-older"
+"""The matrices of `SD15_LORA` by the names that diffusers gave them formerly."""
+SD15_LORA_KOHYA: Final = f"{ORG}/tiny-sd15-lora-kohya"
 SDXL_LORA: Final = f"{ORG}/tiny-sdxl-lora"
+SDXL_LORA_KOHYA: Final = f"{ORG}/tiny-sdxl-lora-kohya"
+"""Kohya's ones change the text encoders too."""
+SD15_INVERSION: Final = f"{ORG}/tiny-sd15-inversion"
+INVERSION_TOKEN: Final = adapters.TINY_STYLE
+"""The word in a prompt that calls for `SD15_INVERSION`."""
+SD15_LONG_INVERSION: Final = f"{ORG}/tiny-sd15-long-inversion"
+SDXL_INVERSION: Final = f"{ORG}/tiny-sdxl-inversion"
+INVERSION_LENGTH: Final = 3
+"""Vectors in each of the last two."""
 STAMP: Final = "stamp"
 
-TEXT_WIDTH: Final = 64
-LORA_RANK: Final = 4
-_WORD_LIST: Final = """
-a an the of in on at with and under over by photo painting drawing portrait picture red green blue
-yellow black white small large old new cat dog horse bird fish tree forest river lake sea mountain
-city street house castle robot car ship star moon sun night day rain snow fire light dark bad blurry
-ugly low high quality detailed style best
-"""
-WORDS: Final = tuple(_WORD_LIST.split())
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a tiny pipeline; `cross` is the width of the text embeddings its UNet reads."""
-
-    channels: tuple[int, ...]
-    cross: int
-    is_xl: bool
-
-
-SD15_SHAPE: Final = Shape((32, 64), TEXT_WIDTH, is_xl=False)
-SDXL_SHAPE: Final = Shape((32, 64), 2 * TEXT_WIDTH, is_xl=True)
+SD15_TEXT: Final = Encoder(CLIP_L, seed=1)
+SD2_TEXT: Final = Encoder(OPEN_CLIP, seed=2, activation="gelu")
+SDXL_TEXT: Final = Encoder(CLIP_L, seed=3)
+SDXL_TEXT_2: Final = Encoder(CLIP_G, seed=4, projected=True, activation="gelu")
+SD_SCALING: Final = 0.18215
+SDXL_SCALING: Final = 0.13025
 
 
 def make_models(root: Path) -> None:
@@ -63,18 +83,19 @@ def make_models(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".making-") as scratch, _quietly():
         made = Path(scratch) / ORG
-        for index, name in enumerate(SD15):
-            _make_pipeline(Path(scratch) / name, SD15_SHAPE, seed=15 + index)
-        _make_pipeline(Path(scratch) / SDXL, SDXL_SHAPE, seed=30)
-        _make_lora(Path(scratch) / SD15_LORA, SD15_SHAPE, seed=1)
-        _make_lora(Path(scratch) / SDXL_LORA, SDXL_SHAPE, seed=2)
+        _make_sd(Path(scratch))
+        _make_sdxl(Path(scratch))
+        _make_adapters(Path(scratch))
+        make_language_model(Path(scratch) / LLM, seed=40)
         (made / STAMP).write_text(stamp)
         shutil.rmtree(home, ignore_errors=True)
         made.rename(home)
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*model*.py")):
+        digest.update(file.read_bytes())
     for package in ("torch", "diffusers", "transformers"):
         digest.update(f"{package}={version(package)}\n".encode())
     return digest.hexdigest()
@@ -85,181 +106,121 @@ def _quietly() -> Iterator[None]:
     """Torch's generator is put back afterwards, and the libraries say nothing meanwhile."""
     import torch
 
-    from cluster.inference.pipelines import quiet
+    from cluster.inference.parts import quiet
 
     quiet()
     with torch.random.fork_rng(devices=[]):
         yield
 
 
-def _make_pipeline(folder: Path, shape: Shape, seed: int) -> None:
-    import torch
-
-    diffusers = _diffusers()
-    torch.manual_seed(seed)
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    parts: dict[str, Any] = {
-        "vae": _vae(),
-        "text_encoder": _text_encoder(projected=False),
-        "tokenizer": _tokenizer(folder.parent),
-        "unet": _unet(shape),
-        "scheduler": scheduler,
-    }
-    if shape.is_xl:
-        second = {
-            "text_encoder_2": _text_encoder(projected=True),
-            "tokenizer_2": parts["tokenizer"],
+def _make_sd(root: Path) -> None:
+    def sd15(
+        name: str,
+        unet: int,
+        variants: tuple[str, ...] = (),
+        checker: Mapping[str, build.Part] | None = None,
+    ) -> None:
+        parts: dict[str, build.Part | None] = {
+            "vae": build.vae_part(11, SD_SCALING, variants),
+            "text_encoder": build.text_encoder_part(SD15_TEXT, variants),
+            "tokenizer": build.tokenizer_part(),
+            "unet": build.unet_part(build.SD15_SHAPE, unet, variants),
+            "scheduler": build.scheduler_part("PNDMScheduler", skip_prk_steps=True),
+            "safety_checker": None,
+            "feature_extractor": None,
         }
-        pipe = diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
-    else:
-        pipe = diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        build.write_pipeline(
+            root / name,
+            "StableDiffusionPipeline",
+            {**parts, **(checker or {})},
+            requires_safety_checker=checker is not None,
         )
-    pipe.save_pretrained(folder, safe_serialization=True)
 
-
-def _diffusers() -> Any:
-    """Imported late, as it takes seconds, and untyped, as it is."""
-    import diffusers
-
-    return diffusers
-
-
-def _unet(shape: Shape) -> Any:
-    """Residual and attention blocks of the real kinds, enlivened."""
-    xl: dict[str, Any] = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH,
-        "use_linear_projection": True,
-    }
-    unet: Any = _diffusers().UNet2DConditionModel(
-        sample_size=32,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=shape.channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=shape.cross,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        **(xl if shape.is_xl else {}),
+    sd15(SD15[0], unet=15, variants=(FP16,))
+    sd15(SD15[1], unet=16)
+    sd15(SD15_FLAGS_ALL, unet=15, checker=build.safety_checker_parts(flags_all=True))
+    sd15(SD15_FLAGS_NONE, unet=15, checker=build.safety_checker_parts(flags_all=False))
+    build.write_pipeline(
+        root / SD2,
+        "StableDiffusionPipeline",
+        {
+            "vae": build.vae_part(12, SD_SCALING),
+            "text_encoder": build.text_encoder_part(SD2_TEXT),
+            "tokenizer": build.tokenizer_part(pad="!"),
+            "unet": build.unet_part(build.SD2_SHAPE, 20),
+            "scheduler": build.scheduler_part(
+                "DDIMScheduler",
+                prediction_type="v_prediction",
+                clip_sample=False,
+                set_alpha_to_one=False,
+            ),
+            "safety_checker": None,
+            "feature_extractor": None,
+        },
+        requires_safety_checker=False,
     )
-    _enliven(unet)
-    return unet
+    build.write_module(build.vae(17, SD_SCALING), root / SD15_VAE)
+    build.write_module(build.unet(build.SD15_SHAPE, 18), root / SD15_UNET)
 
 
-def _enliven(unet: Any) -> None:
-    """A fresh net hardly hears the text, and hardly answers: louder cross-attention and output."""
-    import torch
+def _make_sdxl(root: Path) -> None:
+    def sdxl(name: str, unet: int, scheduler: build.Part) -> None:
+        parts = {
+            "vae": build.vae_part(13, SDXL_SCALING),
+            "text_encoder": build.text_encoder_part(SDXL_TEXT),
+            "text_encoder_2": build.text_encoder_part(SDXL_TEXT_2),
+            "tokenizer": build.tokenizer_part(),
+            "tokenizer_2": build.tokenizer_part(pad="!"),
+            "unet": build.unet_part(build.SDXL_SHAPE, unet),
+            "scheduler": scheduler,
+        }
+        build.write_pipeline(
+            root / name, "StableDiffusionXLPipeline", parts, force_zeros_for_empty_prompt=True
+        )
 
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if ".attn2." in name and name.endswith("weight"):
-                parameter.mul_(4.0)
-        unet.conv_out.weight.mul_(3.0)
-
-
-def _vae() -> Any:
-    kinds = 4
-    return _diffusers().AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * kinds,
-        up_block_types=("UpDecoderBlock2D",) * kinds,
-        block_out_channels=(8, 16, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=256,
+    sdxl(SDXL, 30, build.scheduler_part("EulerDiscreteScheduler", timestep_spacing="leading"))
+    trailing = build.scheduler_part("EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
+    sdxl(SDXL_TURBO, 31, trailing)
+    build.write_pipeline(
+        root / SDXL_REFINER,
+        "StableDiffusionXLImg2ImgPipeline",
+        {
+            "vae": build.vae_part(13, SDXL_SCALING),
+            "text_encoder": None,
+            "text_encoder_2": build.text_encoder_part(SDXL_TEXT_2),
+            "tokenizer": None,
+            "tokenizer_2": build.tokenizer_part(pad="!"),
+            "unet": build.unet_part(build.REFINER_SHAPE, 32),
+            "scheduler": build.scheduler_part("EulerDiscreteScheduler", timestep_spacing="leading"),
+        },
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=True,
     )
 
 
-def _text_encoder(projected: bool) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    bos, eos = _vocabulary_size() - 2, _vocabulary_size() - 1
-    config = CLIPTextConfig(
-        vocab_size=_vocabulary_size(),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        initializer_factor=1.0,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=eos,
+def _make_adapters(root: Path) -> None:
+    lora = adapters.unet_lora(build.SD15_SHAPE, seed=1)
+    adapters.write_lora(root / SD15_LORA, adapters.peft_names(lora))
+    adapters.write_lora(root / SD15_LORA_OLDER, adapters.older_names(lora))
+    adapters.write_lora(
+        root / SD15_LORA_KOHYA,
+        adapters.kohya_names("lora_unet", adapters.unet_lora(build.SD15_SHAPE, seed=3))
+        | adapters.kohya_names("lora_te", adapters.text_lora(SD15_TEXT, seed=4)),
     )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-
-
-def _byte_symbols() -> list[str]:
-    """The printable stand-ins for the 256 byte values in byte-level BPE (GPT-2's table)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) for byte in plain] + [chr(256 + place) for place in range(len(rest))]
-
-
-def _merges() -> list[tuple[str, str]]:
-    """Merges that make one token of each of `WORDS`, from left to right."""
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        while len(symbols) > 1:
-            merges[symbols[0], symbols[1]] = None
-            symbols[:2] = [symbols[0] + symbols[1]]
-    return list(merges)
-
-
-def _vocabulary() -> list[str]:
-    symbols = _byte_symbols()
-    merged = dict.fromkeys(first + second for first, second in _merges())
-    tokens = dict.fromkeys([*symbols, *(f"{symbol}</w>" for symbol in symbols), *merged])
-    return [*tokens, "<|startoftext|>", "<|endoftext|>"]
-
-
-def _vocabulary_size() -> int:
-    return len(_vocabulary())
-
-
-def _tokenizer(scratch: Path) -> Any:
-    """A real CLIP tokenizer, read from the files that CLIP's own come in."""
-    from transformers import CLIPTokenizer
-
-    folder = scratch / ".tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    numbered = {token: number for number, token in enumerate(_vocabulary())}
-    (folder / "vocab.json").write_text(json.dumps(numbered, ensure_ascii=False), "utf-8")
-    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in _merges())]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)
-    shutil.rmtree(folder)
-    return tokenizer
-
-
-def _make_lora(folder: Path, shape: Shape, seed: int) -> None:
-    """A LoRA on all attention projections, strong enough to be seen."""
-    import torch
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    torch.manual_seed(seed)
-    unet = _unet(shape)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    name = "StableDiffusionXLPipeline" if shape.is_xl else "StableDiffusionPipeline"
-    getattr(_diffusers(), name).save_lora_weights(
-        folder, unet_lora_layers=get_peft_model_state_dict(unet), safe_serialization=True
+    xl = adapters.unet_lora(build.SDXL_SHAPE, seed=2)
+    adapters.write_lora(root / SDXL_LORA, adapters.peft_names(xl))
+    xl = adapters.unet_lora(build.SDXL_SHAPE, seed=5)
+    adapters.write_lora(
+        root / SDXL_LORA_KOHYA,
+        adapters.kohya_names("lora_unet", adapters.original_blocks(xl))
+        | adapters.kohya_names("lora_te1", adapters.text_lora(SDXL_TEXT, seed=6))
+        | adapters.kohya_names("lora_te2", adapters.text_lora(SDXL_TEXT_2, seed=7)),
     )
+    adapters.write_controlnet(root / SD15_CONTROLNET, build.SD15_SHAPE, seed=1)
+    adapters.write_controlnet(root / SDXL_CONTROLNET, build.SDXL_SHAPE, seed=2)
+    adapters.write_inversion(root / SD15_INVERSION, seed=1)
+    adapters.write_long_inversion(root / SD15_LONG_INVERSION, seed=2, count=INVERSION_LENGTH)
+    adapters.write_xl_inversion(root / SDXL_INVERSION, seed=3, count=INVERSION_LENGTH)
 
 
 def main(arguments: list[str]) -> int:

@@ -47,7 +47,7 @@ DEFAULT_PORT = 8000
 MODELS = Path(".devnet/models")
 """Shared by every devnet of this checkout."""
 STATE = "devnet.json"
-STOP_SECONDS = 10.0
+STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +220,8 @@ def read_state(directory: Path) -> State:
             places["chain_id"],
             *(Address(places[name]) for name in ("task", "node", "qos")),
         )
+        if type(raw["pid"]) is not int:
+            raise TypeError("its pid is no number")
         state = State(raw["pid"], raw["relay_url"], deployment)
     except FileNotFoundError:
         raise ConfigError(f"no devnet runs in {directory}: start one with 'devnet up'") from None

@@ -15,10 +15,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.core.errors import ConfigError
 from cluster.core.types import ENDED, TaskError, TaskStatus, TaskType
@@ -49,6 +57,8 @@ class TaskSpec(BaseModel):
     upload: bool = True
     """False: the application never uploads the parameters."""
     group: bool = False
+    timeout: int | None = Field(default=None, gt=0)
+    """In seconds; None: the network's. An `Application` without an `owner` can't change it."""
     expected_end: frozenset[str] = frozenset({TaskStatus.END_SUCCESS.label})
     expected_report: bool = False
     """Whether the node should report an error on its way to that end."""
@@ -67,6 +77,13 @@ class TaskSpec(BaseModel):
         if unknown or not value:
             raise ValueError(f"no such end: {unknown}; one or more of {sorted(END_LABELS)}")
         return value
+
+    @model_validator(mode="after")
+    def _groups_have_the_networks_timeout(self) -> Self:
+        # Its other two tasks are created later, when the timeout is the network's again.
+        if self.group and self.timeout is not None:
+            raise ValueError("a group can't have a timeout of its own")
+        return self
 
     @property
     def text(self) -> str:

@@ -13,10 +13,10 @@ from cluster.chain.node_contract import NodeContract, Version
 from cluster.chain.outbox import Clock, Outbox
 from cluster.chain.outbox_rows import OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
-from cluster.chain.rpc import Block, Rpc
+from cluster.chain.rpc import Block, Reverted, Rpc
 from cluster.chain.task_contract import TaskContract
 from cluster.chain.watcher import CURSOR, Holders, Watcher
-from cluster.core.errors import NetworkUnavailable
+from cluster.core.errors import ConfigError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Lease, Wakeup
 from cluster.core.record import Claim
@@ -61,6 +61,26 @@ class Contracts:
     def addresses(self) -> Mapping[str, Address]:
         """By name, as `Rpc.check` wants them."""
         return {"task": self.task.address, "node": self.node.address, "qos": self.qos.address}
+
+    async def check(self, rpc: Rpc, chain_id: int) -> None:
+        """Raises `ConfigError` when this is another chain, a contract isn't on it, or what is at
+        its address is another contract; `ChainError` when that can't be found out."""
+        await rpc.check(chain_id, self.addresses())
+        block = (await rpc.head()).number
+        stranger = self.node.address  # an account that never joined, as ours at first
+        answers = await asyncio.gather(
+            self.task.current_task(stranger, block),
+            self.node.stake(stranger, block),
+            self.qos.score(stranger, block),
+            return_exceptions=True,
+        )
+        for (name, address), answer in zip(self.addresses().items(), answers, strict=True):
+            if isinstance(answer, Reverted):
+                raise ConfigError(
+                    f"the contract at {address} isn't the {name} contract: check its address"
+                )
+            if isinstance(answer, BaseException):
+                raise answer
 
 
 class ChainClock:

@@ -105,4 +105,5 @@ class AttemptLost(ClusterError):
 
 
 class ParametersUnreadable(ClusterError):
-    """The envelope doesn't open with the node's key; others may hold another one: silence."""
+    """The envelope doesn't open with the node's key, or the text is longer than we keep; others
+    may hold another envelope, or room for more: silence."""

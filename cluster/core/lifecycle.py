@@ -84,9 +84,13 @@ class FetchParameters:
 
 @dataclass(frozen=True, slots=True)
 class Execute:
-    """Find a GPU that fits, none of `avoid` if another does, and start an attempt."""
+    """Find a GPU that fits, none of `avoid` if another does, and start an attempt.
+
+    `outgrown` are those to avoid whose memory was too small: a larger one, if any fits.
+    """
 
     avoid: frozenset[GpuId]
+    outgrown: frozenset[GpuId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +256,16 @@ def _deadlines(situation: Situation) -> tuple[float, ...]:
     return (late, late + policy.answer_grace)
 
 
+def work_until(situation: Situation) -> Timestamp | None:
+    """Until when an attempt is of use: an answer is late past the deadline, but files that stand in
+    for lost ones are worked on for as long as the validated task is waited for."""
+    facts = situation.facts
+    if facts is None or situation.stage not in {Stage.ANSWERED, Stage.WANTED}:
+        return None if facts is None else facts.deadline
+    times = _deadlines(situation)
+    return Timestamp(times[-1]) if times else None
+
+
 def _wait_for_deadline(why: str, grace: bool = False) -> Step:
     def act(situation: Situation) -> Action:
         times = _deadlines(situation)
@@ -266,8 +280,11 @@ def _back_off(situation: Situation) -> Action:
 
 
 def _execute(situation: Situation) -> Action:
-    failed = (Fault.DEVICE, Fault.LOST, Fault.MODEL)
-    return Execute(frozenset(a.gpu_id for a in situation.record.attempts if a.fault in failed))
+    def cards(*faults: Fault) -> frozenset[GpuId]:
+        return frozenset(a.gpu_id for a in situation.record.attempts if a.fault in faults)
+
+    failed = cards(Fault.DEVICE, Fault.MEMORY, Fault.LOST, Fault.MODEL)
+    return Execute(failed, cards(Fault.MEMORY))
 
 
 def _cancel(situation: Situation) -> Action:

@@ -5,7 +5,8 @@ cheapest start and the computing. It takes the free card that starts it soonest,
 so that large cards stay free. When a busy card will be warm for it sooner than a free one could be
 made so, it takes nothing now and that busy card is spoken for. What can't be done in time waits
 until all that can has chosen, and then gets what nobody wants: an estimate may be wrong, and
-silence costs as much as lateness.
+silence costs as much as lateness. A task that ran out of memory goes to a larger card, and waits
+for one while any that fits is alive.
 
 Cards are shelved by (class, where, key), each shelf in order of id, and taken cards are dropped as
 they come to the front. So a task looks at a few shelves per class of card, never at every card.
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 
 from cluster.core.types import (
     Commitment,
+    GigaBytes,
     Gpu,
     GpuClass,
     GpuId,
@@ -35,7 +37,8 @@ class Want:
     """A task that the lifecycle says Execute for.
 
     `pipeline` and `base` are the keys of what must be loaded: all of it, and its base model.
-    `compute_seconds` is an estimate without the start.
+    `compute_seconds` is an estimate without the start. `outgrown` are those of `avoid` whose memory
+    was too small.
     """
 
     task: Commitment
@@ -45,6 +48,7 @@ class Want:
     deadline: Timestamp | None
     compute_seconds: float
     avoid: frozenset[GpuId]
+    outgrown: frozenset[GpuId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +113,27 @@ class _Shelves:
     cards: dict[tuple[GpuClass, _Where, str], list[Card]]
     alive: Counter[GpuClass]
     class_of: dict[GpuId, GpuClass]
+    vram_of: dict[GpuId, GigaBytes]
+    """Of every card that is known, alive or not."""
     taken: set[GpuId] = field(default_factory=set)
     fitting: dict[Requirement, tuple[GpuClass, ...]] = field(default_factory=dict)
 
-    def classes(self, requirement: Requirement) -> tuple[GpuClass, ...]:
+    def classes(self, want: Want) -> tuple[GpuClass, ...]:
+        """The classes to choose from: those larger than any card outgrown, or all that fit."""
+        requirement = want.requirement
         if requirement not in self.fitting:
             self.fitting[requirement] = tuple(c for c in self.alive if fits(requirement, c))
-        return self.fitting[requirement]
+        fitting = self.fitting[requirement]
+        if not want.outgrown:
+            return fitting
+        too_small = max(self.vram_of.get(gpu_id, 0) for gpu_id in want.outgrown)
+        return tuple(c for c in fitting if c.vram > too_small) or fitting
 
     def avoided(self, want: Want) -> frozenset[GpuId]:
         """The cards that this want must leave alone: none, when nothing else could ever serve."""
         if not want.avoid:
             return want.avoid
-        classes = self.classes(want.requirement)
+        classes = self.classes(want)
         shunned = sum(self.class_of.get(gpu_id) in classes for gpu_id in want.avoid)
         others = sum(self.alive[gpu_class] for gpu_class in classes) - shunned
         return want.avoid if others > 0 else frozenset()
@@ -145,7 +157,7 @@ class _Shelves:
         avoid = self.avoided(want)
         starts = [
             _Start(cost, card, waits=False)
-            for gpu_class in self.classes(want.requirement)
+            for gpu_class in self.classes(want)
             for where, key, cost in tiers
             if (card := self.first((gpu_class, where, key), avoid)) is not None
         ]
@@ -156,7 +168,7 @@ class _Shelves:
         avoid = self.avoided(want)
         starts = [
             _Start(max(card.free_at - self.now, 0.0) + self.costs.warm, card, waits=True)
-            for gpu_class in self.classes(want.requirement)
+            for gpu_class in self.classes(want)
             if (card := self.first((gpu_class, _Where.SOON, want.pipeline), avoid)) is not None
             and card.free_at is not None
         ]
@@ -208,6 +220,7 @@ def _shelve(cards: Sequence[Card], now: Timestamp, costs: Costs) -> _Shelves:
         dict(shelves),
         Counter(card.gpu.gpu_class for card in alive),
         {card.gpu.gpu_id: card.gpu.gpu_class for card in alive},
+        {card.gpu.gpu_id: card.gpu.gpu_class.vram for card in cards},
     )
 
 

@@ -32,6 +32,8 @@ class Fault(enum.Enum):
 
     DEVICE = "device"
     """The card or our code on it failed: try another card."""
+    MEMORY = "memory"
+    """The card's memory was too small for the task: try a larger card."""
     MODEL = "model"
     """A model couldn't be had on that machine: try again, elsewhere if possible."""
     UNSUPPORTED = "unsupported"
@@ -223,7 +225,7 @@ def fold(commitment: Commitment, history: Iterable[tuple[Event, Timestamp]]) -> 
     events = iter(history)
     first, at = next(events, (None, Timestamp(0)))
     if not isinstance(first, Seen):
-        raise IllegalMove(f"{commitment}: a history begins with Seen, not {first!r}")
+        raise IllegalMove(f"{commitment}: a history begins with Seen, not {type(first).__name__}")
     record = begin(commitment, first, at)
     for event, when in events:
         record = apply(record, event, when)
@@ -251,7 +253,9 @@ endpoint that lagged). All that was done stays done, so no answer is ever given 
 def apply(record: TaskRecord, event: Event, at: Timestamp) -> TaskRecord:
     """`record` after `event`; raises `IllegalMove` where `ALLOWED` or the claim rule forbids it."""
     if record.progress not in ALLOWED[type(event)]:
-        raise IllegalMove(f"{record.commitment}: {event!r} while {record.progress.value}")
+        # Not the event itself: its parameters are someone's prompt.
+        what = type(event).__name__
+        raise IllegalMove(f"{record.commitment}: {what} while {record.progress.value}")
     match event:
         case Seen(account):
             if account != record.account and record.claims:

@@ -185,6 +185,14 @@ class AccountView:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """How much computing a task asks for, in a unit that its kind of task has to itself."""
+
+    kind: str
+    amount: float
+
+
+@dataclass(frozen=True, slots=True)
 class FileRef:
     """A result file kept in `artifacts`, by name and content."""
 
@@ -203,7 +211,7 @@ class GpuState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A card and what is near it. `warm`, `in_host_memory`, `on_disk` hold pipeline keys.
+    """A card and what is near it. `warm` holds pipeline keys, the others base models' keys.
 
     A pipeline key (`cluster.inference.parameters`) names what must be loaded for a task. `uuid` is
     empty until the card has said it.

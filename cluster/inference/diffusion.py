@@ -2,14 +2,13 @@
 
 As the network's own runner does it (protocol.md section 5): prompts are weighted by Compel and not
 truncated, the scheduler is the named one on the model's settings and the task's arguments, and the
-images are made one after the other, all drawing from one CPU generator.
+images are made one after the other, all drawing from one CPU generator, the refiner's too.
 """
 
 from __future__ import annotations
 
 import io
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,10 +23,12 @@ from diffusers import (
 from PIL import Image
 
 from cluster.core.errors import DeviceFault, DeviceFaultKind, TaskUnsupported
+from cluster.inference.conditioning import conditioning_image
 from cluster.inference.parameters import SDParameters
 from cluster.inference.pipelines import Pipeline
-from cluster.inference.prompts import conditions
+from cluster.inference.prompts import conditions, refiner_conditions
 from cluster.inference.scoring import perceptual_hash
+from cluster.inference.seeds import seed_everything
 
 SCHEDULERS: Final[dict[str, Any]] = {
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
@@ -37,6 +38,7 @@ SCHEDULERS: Final[dict[str, Any]] = {
 PNG_COMPRESSION: Final = 4
 
 Pixels = npt.NDArray[np.uint8]
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,48 +49,78 @@ class Made:
     blanked: bool
 
 
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
 @torch.inference_mode()
 def make_images(
-    pipeline: Pipeline, params: SDParameters, on_step: Callable[[int, int], None]
-) -> list[Made]:
-    """Runs the task; `on_step` gets (steps done, steps in all) and may raise to stop between steps.
+    pipeline: Pipeline, params: SDParameters, on_step: OnStep, deliver: Callable[[Made], None]
+) -> None:
+    """Runs the task, giving each image to `deliver` as it is made.
 
-    Raises `TaskUnsupported` where the scheduler refuses its arguments, `DeviceFault` for numbers
-    that aren't finite.
+    `on_step` gets (steps done, steps in all) and may raise to stop between steps. Raises
+    `TaskInvalid` for a conditioning image that none can read, `TaskUnsupported` where the scheduler
+    refuses its arguments, `DeviceFault` for numbers that aren't finite.
     """
-    pipe, config = pipeline.pipe, params.task_config
-    pipe.scheduler = make_scheduler(pipeline, params)
-    if not pipeline.is_xl:
-        pipe.safety_checker = pipeline.safety_checker if config.safety_checker else None
-    seed_everything(config.seed)
-    prompts = conditions(pipeline, params)
-    generator = torch.Generator("cpu").manual_seed(config.seed)
-    made: list[Made] = []
-    steps = _Steps(config.num_images, on_step)
-    for index in range(config.num_images):
-        steps.begin(index)
-        output = pipe(
-            width=config.image_width,
-            height=config.image_height,
-            num_inference_steps=config.steps,
-            guidance_scale=config.cfg,
-            generator=generator,
-            output_type="np",
-            callback_on_step_end=steps,
-            **prompts,
-        )
+    base, refiner = pipeline.base, pipeline.refiner
+    base.scheduler = make_scheduler(pipeline.scheduler_config, params)
+    seed_everything(params.task_config.seed)
+    generator = torch.Generator("cpu").manual_seed(params.task_config.seed)
+    steps = _Steps(params, on_step)
+    base_call = _base_call(pipeline, params, generator, steps)
+    refiner_call = None if refiner is None else _refiner_call(pipeline, params, generator, steps)
+    for index in range(params.task_config.num_images):
+        steps.begin(index, refining=False)
+        output = base(**base_call)
+        if refiner_call is not None:
+            steps.begin(index, refining=True)
+            output = refiner(image=output.images, **refiner_call)
         flags = getattr(output, "nsfw_content_detected", None)
-        made.append(Made(_quantized(output.images), bool(flags and flags[0])))
-    return made
+        deliver(Made(_quantized(output.images), bool(flags and flags[0])))
 
 
-def make_scheduler(pipeline: Pipeline, params: SDParameters) -> Any:
+def _base_call(
+    pipeline: Pipeline, params: SDParameters, generator: torch.Generator, steps: _Steps
+) -> dict[str, Any]:
+    config = params.task_config
+    call: dict[str, Any] = {
+        "width": config.image_width,
+        "height": config.image_height,
+        "num_inference_steps": config.steps,
+        "guidance_scale": config.cfg,
+        "generator": generator,
+        "output_type": "np" if params.refiner is None else "latent",
+        "callback_on_step_end": steps,
+        **conditions(pipeline.base, params),
+    }
+    if params.controlnet is not None:
+        call["image"] = conditioning_image(
+            params.controlnet, config.image_width, config.image_height
+        )
+        call["controlnet_conditioning_scale"] = params.controlnet.weight / 100
+    elif params.refiner is not None:
+        call["denoising_end"] = params.refiner.denoising_cutoff / 100
+    return call
+
+
+def _refiner_call(
+    pipeline: Pipeline, params: SDParameters, generator: torch.Generator, steps: _Steps
+) -> dict[str, Any]:
+    """The refiner keeps its own scheduler and guidance scale, and draws from the same generator.
+
+    After a ControlNet, whose pipeline can't stop early, it starts from the finished latents.
+    """
+    assert params.refiner is not None, "called for tasks with a refiner"  # noqa: S101
+    call: dict[str, Any] = {
+        "num_inference_steps": params.refiner.steps,
+        "generator": generator,
+        "output_type": "np",
+        "callback_on_step_end": steps,
+        **refiner_conditions(pipeline.refiner, params),
+    }
+    if params.controlnet is None:
+        call["denoising_start"] = params.refiner.denoising_cutoff / 100
+    return call
+
+
+def make_scheduler(own_config: Mapping[str, Any], params: SDParameters) -> Any:
     """The task's scheduler on the model's own settings.
 
     What the arguments' types don't tell (`beta_schedule: "x"`), the installed scheduler does; other
@@ -97,32 +129,37 @@ def make_scheduler(pipeline: Pipeline, params: SDParameters) -> Any:
     chosen = params.scheduler
     args = chosen.args.model_dump(exclude_none=True) if chosen.args is not None else {}
     try:
-        scheduler = SCHEDULERS[chosen.method].from_config(pipeline.scheduler_config, **args)
+        scheduler = SCHEDULERS[chosen.method].from_config(own_config, **args)
         scheduler.set_timesteps(params.task_config.steps)
     except (ValueError, NotImplementedError, TypeError, IndexError, ZeroDivisionError) as error:
         line = " ".join(str(error).split())[:200]
         raise TaskUnsupported(
             f"scheduler: {chosen.method} refuses its arguments: {line}"
         ) from error
-    return SCHEDULERS[chosen.method].from_config(pipeline.scheduler_config, **args)
+    return SCHEDULERS[chosen.method].from_config(own_config, **args)
 
 
 class _Steps:
-    """Diffusers' callback after each denoising step, counted over all images."""
+    """Diffusers' callback after each denoising step, counted over all images and both pipelines.
 
-    def __init__(self, images: int, on_step: Callable[[int, int], None]) -> None:
-        self._images = images
+    A pipeline may take fewer steps than the task names (it stops or starts part way): what was left
+    out counts as done when the next begins.
+    """
+
+    def __init__(self, params: SDParameters, on_step: OnStep) -> None:
+        self._base = params.task_config.steps
+        self._each = self._base + (params.refiner.steps if params.refiner else 0)
+        self._all = self._each * params.task_config.num_images
         self._on_step = on_step
-        self._index = 0
+        self._before = 0
 
-    def begin(self, index: int) -> None:
-        self._index = index
+    def begin(self, index: int, refining: bool) -> None:
+        self._before = index * self._each + (self._base if refining else 0)
 
     def __call__(self, pipe: Any, step: int, _timestep: Any, state: dict[str, Any]) -> Any:
-        per_image = pipe.num_timesteps
-        if step + 1 == per_image and not bool(torch.isfinite(state["latents"]).all()):
+        if step + 1 == pipe.num_timesteps and not bool(torch.isfinite(state["latents"]).all()):
             raise DeviceFault(DeviceFaultKind.BAD_RESULT, "latents that are not finite numbers")
-        self._on_step(self._index * per_image + step + 1, self._images * per_image)
+        self._on_step(self._before + step + 1, self._all)
         return state
 
 
@@ -134,22 +171,22 @@ def _quantized(images: npt.NDArray[np.float32]) -> Pixels:
     return np.asarray((image * 255).round().astype(np.uint8))
 
 
-def encode(made: Made, params: SDParameters) -> bytes:
-    """The image as an 8-bit RGB PNG, proven to be what was made; else raises `DeviceFault`."""
+def encode(made: Made, params: SDParameters) -> tuple[bytes, bytes]:
+    """The image as an 8-bit RGB PNG, proven to be what was made, and its perceptual hash (8 bytes).
+
+    Raises `DeviceFault` where it can't be what the task asked for.
+    """
     config, pixels = params.task_config, made.pixels
     if pixels.shape != (config.image_height, config.image_width, 3):
         raise _bad(f"an image of shape {pixels.shape}")
     if not made.blanked and bool((pixels == pixels[0, 0]).all()):
         raise _bad("an image of one colour")
-    image = Image.fromarray(pixels)
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=PNG_COMPRESSION)
+    Image.fromarray(pixels).save(file, "PNG", compress_level=PNG_COMPRESSION)
     read = Image.open(io.BytesIO(file.getvalue()), formats=["PNG"])
     if read.mode != "RGB" or not np.array_equal(np.asarray(read), pixels):
         raise _bad("a file that doesn't read back to the image")
-    if perceptual_hash(read) != perceptual_hash(image):
-        raise _bad("a file that doesn't read back to the same hash")
-    return file.getvalue()
+    return file.getvalue(), perceptual_hash(read)
 
 
 def _bad(what: str) -> DeviceFault:

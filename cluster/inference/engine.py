@@ -1,11 +1,11 @@
 """One card's executor: an order in, result files and their score out, or an error by fault.
 
-    run ─ parse ─ pipeline (warm, else loaded) ─ LoRA on ─ images ─ LoRA off ─ checks ─ score
-                      └─ out of memory: free all, once more ─┘
+    run ─ parse ─ recipe ─ parts near ─ adapters on ─ compute ─ adapters off ─ checks ─ score
+                             └── out of memory: free the card, once more ──┘
 
-One thread runs orders; any thread may ask for `state`. The same order gives the same bits cold,
-warm, after any other order and in another process: deterministic algorithms, no TF32, everything
-seeded, and a pipeline that an order may have changed is thrown away.
+One thread runs orders; any thread may ask for `state`, and one other may `prefetch`. The same order
+gives the same bits cold, warm, after any other order and in another process: deterministic
+algorithms, no TF32, everything seeded, and a part that an order may have changed is thrown away.
 
 Whatever isn't understood is the device's fault (`DeviceFault`), never the task's: `except
 Exception` stands only here, at the top.
@@ -13,12 +13,15 @@ Exception` stands only here, at the top.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -28,26 +31,41 @@ from cluster.core.errors import (
     DeadlinePassed,
     DeviceFault,
     DeviceFaultKind,
-    TaskUnsupported,
 )
 from cluster.core.ports import Computed, Order
-from cluster.core.types import GpuClass, TaskType, Timestamp
-from cluster.inference import lora
+from cluster.core.types import GpuClass, Score, TaskType, Timestamp
+from cluster.inference import language, lora, parts, prompts, textual_inversion
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
-from cluster.inference.parameters import SDParameters, parse
-from cluster.inference.pipelines import Pipeline, Pool, cross_attention_width, release_memory
-from cluster.inference.scoring import score_images
-from cluster.models.store import ModelStore
+from cluster.inference.llm_parameters import LLMParameters
+from cluster.inference.parameters import Parameters, SDParameters, parse
+from cluster.inference.parts import PartSource
+from cluster.inference.pipelines import FittingsShelf, assemble
+from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed, release_memory
+from cluster.inference.recipes import (
+    LanguageRecipe,
+    Recipe,
+    language_recipe_for,
+    recipe_for,
+)
+from cluster.inference.scoring import score_llm
+from cluster.models.store import LORA_FILE, ModelStore
 
 OutOfMemory: Final = (torch.OutOfMemoryError, MemoryError)
+MOST_RECIPES: Final = 256
+READ_AHEAD: Final = 8 * 2**20
 Check = Callable[[], None]
 OnStep = Callable[[int, int], None]
+Files = tuple[tuple[str, bytes], ...]
+AnyRecipe = TypeVar("AnyRecipe", Recipe, LanguageRecipe)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """A moment's view. `warm` and `in_host_memory` hold pipeline keys, `on_disk` base keys."""
+    """A moment's view. `warm` holds pipeline keys, the other two base models' keys.
+
+    `in_host_memory` names what needn't come from disk, the warm ones among it.
+    """
 
     warm: frozenset[str] = frozenset()
     in_host_memory: frozenset[str] = frozenset()
@@ -58,13 +76,14 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_pipelines` stay warm as long as they fit `memory_share` of the card's VRAM.
+    """Bytes for parts on the device and in host memory; CPU threads for torch.
 
-    `threads`: CPU threads for torch, None leaves torch's own choice; results depend on it.
+    `device_bytes` None: as measured, on a simulated card 0.7 of its VRAM. `threads` None leaves
+    torch's own choice; results depend on it.
     """
 
-    max_pipelines: int = 4
-    memory_share: float = 0.7
+    device_bytes: int | None = None
+    host_bytes: int = 8 * 2**30
     threads: int | None = None
 
 
@@ -80,10 +99,17 @@ class Engine:
     ) -> None:
         make_deterministic(limits.threads)
         self._device = device
-        self._store = store
+        self._torch_device = torch.device(device.torch_device)
+        self.store = store
         self._clock = clock
-        budget = int(device.gpu_class.vram * 2**30 * limits.memory_share)
-        self._pool = Pool(store, torch.device(device.torch_device), limits.max_pipelines, budget)
+        self._measured: MeasuredBudget | None = None
+        budget = fixed(limits.device_bytes or int(device.gpu_class.vram * 2**30 * 0.7))
+        if limits.device_bytes is None and self._torch_device.type == "cuda":
+            budget = self._measured = MeasuredBudget(self._torch_device)
+        self._pool = Pool(parts.load, self._torch_device, budget, limits.host_bytes)
+        self._shelf = FittingsShelf()
+        self._recipes: OrderedDict[str, Recipe | LanguageRecipe] = OrderedDict()
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._state = EngineState(on_disk=store.on_disk())
 
     @property
@@ -91,9 +117,9 @@ class Engine:
         return self._device.gpu_class
 
     @property
-    def loads(self) -> int:
-        """How many pipelines were loaded so far."""
-        return self._pool.loads
+    def counts(self) -> Counts:
+        """What the pool has moved so far."""
+        return self._pool.counts
 
     def state(self) -> EngineState:
         return self._state
@@ -105,10 +131,52 @@ class Engine:
         `DeadlinePassed`, and nothing else.
         """
         began = monotonic()
-        try:
-            files = self._run(order, cancelled, on_step)
-            score = score_images([content for _, content in files])
+        with self._faults_named():
+            files, score = self._run(order, cancelled, on_step)
             return Computed(score, files, monotonic() - began)
+
+    def preload(self, models: Sequence[str]) -> tuple[str, ...]:
+        """Bring these base models (`name[+variant]`) to the card, and keep them there.
+
+        What can't be had is left out; a line for the operator says why.
+        """
+        problems: list[str] = []
+        for model in models:
+            try:
+                with self._faults_named():
+                    needed = self._parts_of(_as_loaded_by_default(model, self.store))
+                    self._pool.hold({part.key: part for part in needed})
+                    self._pool.kept |= {part.key for part in needed}
+            except ClusterError as error:
+                problems.append(f"{model}: {error}")
+        return tuple(problems)
+
+    def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
+        """Read an order's weights into host memory, while another thread computes.
+
+        Reads the files through and does nothing else: what the libraries do as they load changes
+        torch's defaults for all threads. The system's file cache keeps them until they are loaded.
+        Raises what `run` would raise for models that aren't there.
+        """
+        near = self._pool.where()
+        for part in self._parts_of(_parse(order)):
+            if part.key not in near.device | near.host:
+                for file in part.files:
+                    with file.open("rb", buffering=0) as stream:
+                        while wanted() and stream.read(READ_AHEAD):
+                            pass
+
+    def _parts_of(self, params: Parameters) -> tuple[PartSource, ...]:
+        if isinstance(params, LLMParameters):
+            return (language_recipe_for(params, self.store).model,)
+        return tuple(recipe_for(params, self.store).parts.values())
+
+    # --- one order -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        try:
+            yield
         except ClusterError:
             raise
         except OutOfMemory as error:
@@ -122,9 +190,8 @@ class Engine:
 
     def _run(
         self, order: Order, cancelled: Callable[[], bool], on_step: OnStep
-    ) -> tuple[tuple[str, bytes], ...]:
-        params = parse(TaskType(order.task_type), order.parameters)
-        _check_supported(params)
+    ) -> tuple[Files, Score]:
+        params = _parse(order)
 
         def check() -> None:
             _check_wanted(order.deadline, cancelled, self._clock)
@@ -134,46 +201,111 @@ class Engine:
             on_step(step, steps)
             check()
 
+        def compute() -> tuple[Files, Score]:
+            if isinstance(params, LLMParameters):
+                return self._text(params, check, progress)
+            return self._images(params, check, progress)
+
         try:
-            made = self._images(params, check, progress)
+            made = compute()
         except OutOfMemory:
             made = None
         if made is None:  # out of the handler, which would keep the failed run's tensors alive
             self._pool.clear()
-            made = self._images(params, check, progress)
+            made = compute()
         check()
-        return tuple((f"{i}.png", encode(image, params)) for i, image in enumerate(made))
+        return made
 
-    def _images(self, params: SDParameters, check: Check, progress: OnStep) -> list[Made]:
+    def _text(self, params: LLMParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
         check()
-        lora_file = None
-        if params.lora is not None:
-            lora_file = self._store.lora_file(params.lora.model, params.lora.weight_file_name)
-            base = params.base_model
-            folder = self._store.resolve("base", base.name, base.variant)
-            lora.check_family(lora_file, cross_attention_width(folder))
-        pipeline = self._pool.get(params)
+        recipe = self._remember(language_recipe_for(params, self.store))
+        language.refuse_code(recipe.model.folder)
+        tokenizer = self._shelf.tokenizer(recipe.model.folder)
+        model = self._pool.hold({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
         check()
-        try:
-            with (
-                lora.attached(pipeline.pipe, lora_file, params.lora.weight / 100)
-                if lora_file is not None and params.lora is not None
-                else nullcontext()
-            ):
-                return make_images(pipeline, params, progress)
-        finally:
-            self._restore(pipeline)
+        with self._workspace_measured():
+            prompt, made = language.generate(model, tokenizer, params, progress)
+        file = language.result_file(language.response(tokenizer, params, prompt, made))
+        return ((language.FILE, file),), score_llm(file)
 
-    def _restore(self, pipeline: Pipeline) -> None:
-        if not lora.is_bare(pipeline.pipe):
-            self._pool.discard(pipeline)
+    def _images(self, params: SDParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
+        check()
+        prompts.check(params)
+        recipe = self._recipe(params)
+        modules = self._pool.hold(recipe.parts)
+        self._note(step=0, steps=0)
+        check()
+        encoding: list[Future[tuple[bytes, bytes]]] = []
+
+        def deliver(made: Made) -> None:
+            """Files are written while the card goes on with the next image."""
+            encoding.append(self._encoder.submit(encode, made, params))
+
+        try:
+            with self._workspace_measured():
+                pipeline = assemble(recipe, modules, self._shelf)
+                with ExitStack() as adapters:
+                    if recipe.lora is not None and params.lora is not None:
+                        weight = params.lora.weight / 100
+                        adapters.enter_context(lora.attached(pipeline.base, recipe.lora, weight))
+                    if recipe.inversion is not None:
+                        adapters.enter_context(
+                            textual_inversion.attached(pipeline.base, recipe.inversion)
+                        )
+                    make_images(pipeline, params, progress, deliver)
+        finally:
+            self._throw_away_what_changed(recipe, modules)
+        made = [future.result() for future in encoding]
+        files = tuple((f"{index}.png", content) for index, (content, _) in enumerate(made))
+        return files, Score(b"".join(hashed for _, hashed in made))
+
+    def _recipe(self, params: SDParameters) -> Recipe:
+        recipe = recipe_for(params, self.store)
+        if recipe.lora is not None and params.lora is not None:
+            certain = bool(params.lora.weight_file_name) or recipe.lora.name == LORA_FILE
+            lora.check_family(recipe.lora, recipe.base_width, certain)
+        return self._remember(recipe)
+
+    def _remember(self, recipe: AnyRecipe) -> AnyRecipe:
+        self._recipes[recipe.key] = recipe
+        self._recipes.move_to_end(recipe.key)
+        while len(self._recipes) > MOST_RECIPES:
+            self._recipes.popitem(last=False)
+        return recipe
+
+    def _throw_away_what_changed(
+        self, recipe: Recipe, modules: Mapping[str, torch.nn.Module]
+    ) -> None:
+        changed = {
+            recipe.parts[role].key for role, module in modules.items() if not lora.is_bare(module)
+        } | self._pool.changed(recipe.parts)
+        if changed:
+            self._pool.discard(changed)
+
+    @contextmanager
+    def _workspace_measured(self) -> Iterator[None]:
+        if self._measured is None:
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._torch_device)
+        before = torch.cuda.memory_allocated(self._torch_device)
+        yield
+        self._measured.computed(torch.cuda.max_memory_allocated(self._torch_device) - before)
 
     def _note(self, step: int, steps: int) -> None:
         """Replaces the whole state at once, so that another thread never sees half of it."""
-        on_disk = self._store.on_disk() if step == 0 else self._state.on_disk
-        self._state = replace(
-            self._state, warm=self._pool.keys(), on_disk=on_disk, step=step, steps=steps
+        if step:
+            self._state = replace(self._state, step=step, steps=steps)
+            return
+        near = self._pool.where()
+        recipes = self._recipes.values()
+        self._state = EngineState(
+            warm=frozenset(r.key for r in recipes if r.part_keys() <= near.device),
+            in_host_memory=frozenset(
+                r.base_key for r in recipes if r.base_part_keys() <= near.device | near.host
+            ),
+            on_disk=self.store.on_disk(),
         )
 
 
@@ -190,6 +322,20 @@ def make_deterministic(threads: int | None) -> None:
     torch.backends.cudnn.deterministic = True
 
 
+def _as_loaded_by_default(model: str, store: ModelStore) -> Parameters:
+    """Parameters that say no more than the base model."""
+    name, _, variant = model.partition("+")
+    if store.is_language_model(name):
+        return parse(TaskType.LLM, json.dumps({"model": name, "messages": [{"role": "user"}]}))
+    base = {"name": name, "variant": variant or None}
+    task = {"base_model": base, "prompt": "a", "task_config": {}}
+    return parse(TaskType.SD, json.dumps(task))
+
+
+def _parse(order: Order) -> Parameters:
+    return parse(TaskType(order.task_type), order.parameters)
+
+
 def _check_wanted(
     deadline: Timestamp | None, cancelled: Callable[[], bool], clock: Callable[[], float]
 ) -> None:
@@ -197,19 +343,6 @@ def _check_wanted(
         raise Cancelled("cancelled")
     if deadline is not None and clock() >= deadline:
         raise DeadlinePassed("ran into the deadline")
-
-
-def _check_supported(params: SDParameters) -> None:
-    asked = {
-        "controlnet": params.controlnet is not None,
-        "refiner": params.refiner is not None,
-        "textual_inversion": bool(params.textual_inversion),
-        "unet": bool(params.unet),
-        "vae": bool(params.vae),
-    }
-    for what, wanted in asked.items():
-        if wanted:
-            raise TaskUnsupported(f"{what} is not run by this version")
 
 
 def _fault(kind: DeviceFaultKind, error: BaseException) -> DeviceFault:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
@@ -45,13 +46,18 @@ def text_widths(file: Path) -> frozenset[int]:
     return frozenset(widths)
 
 
-def check_family(file: Path, base_width: object) -> None:
-    """Raises `TaskInvalid` when the LoRA can't belong to a base of that `cross_attention_dim`."""
+def check_family(file: Path, base_width: object, certain: bool) -> None:
+    """Raises `TaskInvalid` when the LoRA can't belong to a base of that `cross_attention_dim`.
+
+    `certain`: the file is the one that every node takes. Where it is only the one that lies here,
+    others may have taken another one of the same model, so the error is `ModelUnavailable`.
+    """
     widths = text_widths(file)
     if isinstance(base_width, int) and widths and base_width not in widths:
-        raise TaskInvalid(
-            f"lora: made for text embeddings {min(widths)} wide, the base model's are {base_width}"
-        )
+        line = f"made for text embeddings {min(widths)} wide, the base model's are {base_width}"
+        if certain:
+            raise TaskInvalid(f"lora: {line}")
+        raise ModelUnavailable(ModelUnavailableKind.REFUSED, f"{file.name}, not named: {line}")
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def attached(pipe: Any, file: Path, weight: float) -> Iterator[None]:
     """The LoRA on the pipeline for as long as the context lasts.
 
     Raises `ModelUnavailable` when the file isn't a LoRA that can be loaded. After that, or any
-    error, the pipeline must be thrown away unless `is_bare` says that nothing stayed on it.
+    error, the pipeline's parts must be thrown away unless `is_bare` says that nothing stayed.
     """
     try:
         try:
@@ -80,15 +86,9 @@ def attached(pipe: Any, file: Path, weight: float) -> Iterator[None]:
         pipe.unload_lora_weights()
 
 
-def is_bare(pipe: Any) -> bool:
-    """Whether no LoRA layer is left anywhere in the pipeline."""
-    parts = (getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2"))
-    return not any(
-        isinstance(module, BaseTunerLayer)
-        for part in parts
-        if part is not None
-        for module in part.modules()
-    )
+def is_bare(part: torch.nn.Module) -> bool:
+    """Whether no LoRA layer is left anywhere in a pipeline's part."""
+    return not any(isinstance(module, BaseTunerLayer) for module in part.modules())
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:

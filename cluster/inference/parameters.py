@@ -15,22 +15,17 @@ No torch here: the coordinator reads parameters too.
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from cluster.core.errors import TaskInvalid, TaskUnsupported
-from cluster.core.types import ModelId, TaskType
+from cluster.core.errors import TaskUnsupported
+from cluster.core.types import ModelId, TaskType, Work
+from cluster.inference import llm_parameters
+from cluster.inference.controlnet_parameters import Preprocess
+from cluster.inference.llm_parameters import LLMParameters
+from cluster.inference.reading import read_object, verdict
 
-MAX_TEXT: Final = 4 * 2**20
-"""Characters; without images to be sent, parameters are some thousand."""
-MAX_DEPTH: Final = 64
-MAX_BRACKETS: Final = 100_000
-_TOKENS: Final = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
-"""A string, unended ones too (else each of its quotes would be tried), or a bracket."""
-_STEPS: Final = {"[": 1, "{": 1, "]": -1, "}": -1}
 MAX_SIDE: Final = 4096
 SIDE_STEP: Final = 8
 """Latents are an eighth of the image: other sides can't be made."""
@@ -69,17 +64,12 @@ class LoraArgs(_Schema):
     weight: Percent = 100
 
 
-class PreprocessArgs(_Schema):
-    method: str
-    args: dict[str, Any] | None = None
-
-
 class ControlnetArgs(_Schema):
     model: NonEmpty
     variant: str | None = None
     image_dataurl: str = ""
     weight: Percent = 70
-    preprocess: PreprocessArgs | None = None
+    preprocess: Preprocess | None = None
 
 
 class RefinerArgs(_Schema):
@@ -173,39 +163,61 @@ class SDParameters(_Schema):
         return {"name": value} if isinstance(value, str) else value
 
 
-def parse(task_type: TaskType, text: str) -> SDParameters:
+Parameters = SDParameters | LLMParameters
+
+
+def parse(task_type: TaskType, text: str) -> Parameters:
     """Parameters that can be run as they stand.
 
     Raises `TaskInvalid` or `TaskUnsupported`, as this file's head tells them apart.
     """
-    if task_type is not TaskType.SD:
-        raise TaskUnsupported(f"{task_type.name} tasks are not run by this version")
-    data = _read_json(text)
+    match task_type:
+        case TaskType.SD:
+            return _parse_sd(read_object(text))
+        case TaskType.LLM:
+            return llm_parameters.parse(read_object(text))
+        case _:
+            raise TaskUnsupported(f"{task_type.name} tasks are not run by this version")
+
+
+def _parse_sd(data: dict[str, Any]) -> SDParameters:
+    # First: what another version's schema takes and refuses isn't known here.
+    _check_version(data)
     try:
         params = SDParameters.model_validate(data)
     except ValidationError as error:
-        raise _verdict(error) from None
-    _check_version(params.version)
+        raise verdict(error) from None
     _check_bounds(params)
     _check_percentages(params)
     _check_scheduler_names(data)
     return params
 
 
-def base_key(params: SDParameters) -> str:
+def base_key(params: Parameters) -> str:
     """The base model as in a model id, without the kind: `name[+variant]`."""
+    if isinstance(params, LLMParameters):
+        return params.model
     base = params.base_model
     return f"{base.name}+{base.variant}" if base.variant else base.name
 
 
-def pipeline_key(params: SDParameters) -> str:
-    """What must be loaded for the task; not its LoRA, which is attached to a warm pipeline."""
-    return f"{base_key(params)}|{params.dtype}|unet={params.unet}|vae={params.vae}"
+def pipeline_key(params: Parameters) -> str:
+    """What must be loaded for the task; not what is only attached to a warm pipeline, as a LoRA."""
+    if isinstance(params, LLMParameters):
+        return f"{params.model}|{params.dtype}|bits={params.quantize_bits or ''}"
+    key = f"{base_key(params)}|{params.dtype}|unet={params.unet}|vae={params.vae}"
+    if params.controlnet is not None:
+        key += f"|controlnet={params.controlnet.model}+{params.controlnet.variant or ''}"
+    if params.refiner is not None:
+        key += f"|refiner={params.refiner.model}+{params.refiner.variant or ''}"
+    return key
 
 
-def model_ids(params: SDParameters) -> tuple[ModelId, ...]:
+def model_ids(params: Parameters) -> tuple[ModelId, ...]:
     """The models that the task needs, as the network writes them (protocol.md section 2)."""
     ids = [ModelId(f"base:{base_key(params)}")]
+    if isinstance(params, LLMParameters):
+        return tuple(ids)
     if params.lora is not None:
         ids.append(ModelId(f"lora:{params.lora.model}"))
     if params.controlnet is not None:
@@ -215,67 +227,25 @@ def model_ids(params: SDParameters) -> tuple[ModelId, ...]:
     return tuple(ids)
 
 
-def work_units(params: SDParameters) -> float:
-    """How much denoising the task asks for: pixels times steps times images."""
+def work_of(params: Parameters) -> Work:
+    """How much computing the task asks for: pixels times steps times images, or tokens."""
+    if isinstance(params, LLMParameters):
+        return Work("llm", params.tokens)
     config = params.task_config
     steps = config.steps + (params.refiner.steps if params.refiner else 0)
-    return float(config.image_width * config.image_height * steps * config.num_images)
+    pixels = config.image_width * config.image_height
+    return Work("sd", float(pixels * steps * config.num_images))
 
 
 def _model_id(kind: str, name: str, variant: str | None) -> ModelId:
     return ModelId(f"{kind}:{name}+{variant}" if variant else f"{kind}:{name}")
 
 
-def _read_json(text: str) -> object:
-    if len(text) > MAX_TEXT:
-        raise TaskUnsupported(f"the parameters are longer than {MAX_TEXT} characters")
-    _check_nesting(text)
-    try:
-        return json.loads(text, parse_constant=_not_in_the_standard)
-    except json.JSONDecodeError as error:
-        raise TaskInvalid(f"the parameters are not JSON: {error.msg} at {error.pos}") from None
-    except ValueError as error:  # a number too long
-        raise TaskUnsupported(f"JSON that readers disagree on: {type(error).__name__}") from None
-
-
-def _check_nesting(text: str) -> None:
-    """Refuse what is nested too deep, before a recursive reader meets it.
-
-    Python's own limit doesn't protect here: importing web3 lifts it so far that the C stack
-    overflows first, and the process dies.
-    """
-    depth = count = 0
-    for token in _TOKENS.finditer(text):
-        step = _STEPS.get(token.group(), 0)
-        depth += step
-        count += step != 0
-        if depth > MAX_DEPTH or count > MAX_BRACKETS:
-            raise TaskUnsupported("the parameters are nested too deep, or have too many parts")
-
-
-def _not_in_the_standard(constant: str) -> object:
-    raise TaskUnsupported(f"JSON that readers disagree on: {constant}")
-
-
-_UNCERTAIN: Final = frozenset({"string_unicode", "int_parsing_size", "recursion_loop"})
-"""Failures of reading rather than of the schema: another reader may get past them."""
-
-
-def _verdict(error: ValidationError) -> TaskInvalid | TaskUnsupported:
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    first = next((p for p in problems if p["type"] not in _UNCERTAIN), None)
-    problem = first or problems[0]
-    place = ".".join(str(part) for part in problem["loc"]) or "parameters"
-    line = " ".join(f"{place}: {problem['msg']}".split())[:300]
-    return TaskUnsupported(line) if first is None else TaskInvalid(line)
-
-
-def _check_version(version: str) -> None:
-    match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", version, re.ASCII)
-    if match is None:
-        raise TaskInvalid("version: not three numbers joined by dots")
-    if version not in VERSIONS:
-        raise TaskUnsupported(f"version {version} is not one that this software knows")
+def _check_version(data: dict[str, Any]) -> None:
+    version = data.get("version", "2.5.0")
+    if not isinstance(version, str) or version not in VERSIONS:
+        line = str(version)[:40]
+        raise TaskUnsupported(f"version {line!r} is not one that this software knows")
 
 
 def _check_percentages(params: SDParameters) -> None:
@@ -289,10 +259,10 @@ def _check_percentages(params: SDParameters) -> None:
             raise TaskUnsupported(f"{name}: nodes differ on what {value:g} percent is")
 
 
-def _check_scheduler_names(data: object) -> None:
+def _check_scheduler_names(data: dict[str, Any]) -> None:
     """Arguments that the network's schema and the scheduler spell differently: heeded by one reader
     and ignored by another."""
-    scheduler = data.get("scheduler") if isinstance(data, dict) else None
+    scheduler = data.get("scheduler")
     args = scheduler.get("args") if isinstance(scheduler, dict) else None
     if isinstance(args, dict) and (odd := _AMBIGUOUS_ARGS & args.keys()):
         raise TaskUnsupported(f"scheduler.args.{min(odd)}: nodes differ on what it means")

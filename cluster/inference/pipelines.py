@@ -1,168 +1,202 @@
-"""Pipelines that stay warm on one card, the least recently used leaving first.
+"""Diffusers pipelines put together from parts near the card: cheap, so made anew for each task.
 
-Loaded from local folders only, safetensors only, no code but the libraries'. The model's own
-scheduler settings are kept aside, because each task sets its scheduler anew from them.
+What is small and stays the same (tokenizers, the model's own scheduler, the feature extractor) is
+kept by model folder; the networks come from the pool. A pipeline is held by nobody after its task,
+so nothing that a task sets on it can reach the next one.
 """
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
+import transformers
+from diffusers import (
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
-from cluster.inference.parameters import SDParameters, pipeline_key
-from cluster.models.store import ModelStore, read_index, read_json
+from cluster.inference.language import load_tokenizer
+from cluster.inference.parts import digest_of, quiet, reading
+from cluster.inference.recipes import REFINER_UNET, Recipe
+from cluster.models.store import read_index, read_json
 
-CLASSES: Final = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
-}
-DTYPES: Final = {
-    "auto": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
+KEPT_FITTINGS: Final = 64
+_TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
+_TEXTS: Final = frozenset({".json", ".txt", ".jinja", ".model"})
+_INDEX_FLAGS: Final = (
+    "requires_safety_checker",
+    "force_zeros_for_empty_prompt",
+    "requires_aesthetics_score",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fittings:
+    """What a model folder holds besides networks."""
+
+    tokenizers: Mapping[str, Any]
+    scheduler: Any
+    feature_extractor: Any
+    flags: Mapping[str, bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """One set of loaded parts. `safety_checker` is the model's own, None if it has none."""
+    """One task's pipelines. `base` makes images, or latents for the `refiner`."""
 
-    key: str
-    pipe: Any
+    base: Any
+    refiner: Any
+    is_xl: bool
     scheduler_config: Mapping[str, Any]
-    safety_checker: Any
-    size: int
 
     @property
-    def is_xl(self) -> bool:
-        return isinstance(self.pipe, StableDiffusionXLPipeline)
+    def has_controlnet(self) -> bool:
+        return "controlnet" in self.base.components
 
 
-def cross_attention_width(folder: Path) -> object:
-    """The base UNet's `cross_attention_dim`, from its configuration."""
-    return read_json(folder / "unet" / "config.json").get("cross_attention_dim")
+class FittingsShelf:
+    """Fittings by the contents of a folder's small files, the least recently used leaving first."""
+
+    def __init__(self) -> None:
+        self._shelf: OrderedDict[bytes, Any] = OrderedDict()
+
+    def of(self, folder: Path) -> Fittings:
+        """Raises `ModelUnavailable` when the folder's small files can't be read."""
+        fittings: Fittings = self._kept(_small_files(folder), lambda: _read_fittings(folder))
+        return fittings
+
+    def tokenizer(self, folder: Path) -> Any:
+        """A language model's; raises `ModelUnavailable`."""
+        texts = [file for file in folder.iterdir() if file.suffix in _TEXTS and file.is_file()]
+        return self._kept(sorted(texts), lambda: load_tokenizer(folder))
+
+    def _kept(self, files: Iterable[Path], read: Callable[[], Any]) -> Any:
+        key = b"".join(digest_of(file) for file in files)
+        if key not in self._shelf:
+            self._shelf[key] = read()
+        self._shelf.move_to_end(key)
+        while len(self._shelf) > KEPT_FITTINGS:
+            self._shelf.popitem(last=False)
+        return self._shelf[key]
 
 
-def dtype_of(params: SDParameters) -> torch.dtype:
-    """The network's rule: the fp16 variant is run in float16, `auto` means float32 otherwise."""
-    if params.base_model.variant == "fp16":
-        return torch.float16
-    return DTYPES[params.dtype]
+def _small_files(folder: Path) -> list[Path]:
+    kinds = (*_TOKENIZERS, "scheduler", "feature_extractor")
+    found = [file for kind in kinds for file in sorted((folder / kind).glob("*"))]
+    return [folder / "model_index.json", *(file for file in found if file.is_file())]
 
 
-def load(params: SDParameters, folder: Path, device: torch.device) -> Pipeline:
-    """Raises `ModelUnavailable` when the folder's files don't make a pipeline."""
+def _read_fittings(folder: Path) -> Fittings:
     quiet()
-    options: dict[str, Any] = {}
-    if read_index(folder).pipeline == "StableDiffusionXLPipeline":
-        options["add_watermarker"] = False
-    try:
-        pipe: Any = CLASSES[read_index(folder).pipeline].from_pretrained(
-            str(folder),
-            dtype=dtype_of(params),
-            variant=params.base_model.variant or None,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
+    classes = read_index(folder).parts
+    with reading(folder):
+        return Fittings(
+            {
+                kind: getattr(transformers, classes[kind][1]).from_pretrained(
+                    str(folder / kind), local_files_only=True, trust_remote_code=False
+                )
+                for kind in _TOKENIZERS
+                if kind in classes and _is_tokenizer(classes[kind][1])
+            },
+            _scheduler(folder, classes["scheduler"][1]),
+            _feature_extractor(folder) if "feature_extractor" in classes else None,
+            {
+                flag: value
+                for flag in _INDEX_FLAGS
+                if isinstance(value := read_json(folder / "model_index.json").get(flag), bool)
+            },
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelUnavailable(
-            ModelUnavailableKind.DAMAGED,
-            f"{params.base_model.name} can't be loaded: {type(error).__name__}",
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    for part in _modules(pipe):
-        part.eval().requires_grad_(False)
-    checker = getattr(pipe, "safety_checker", None)
-    return Pipeline(pipeline_key(params), pipe, pipe.scheduler.config, checker, _bytes(pipe))
 
 
-def quiet() -> None:
-    """No progress bars or advice from the libraries; what matters is raised."""
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+def _is_tokenizer(name: str) -> bool:
+    if name.startswith("CLIPTokenizer"):
+        return True
+    raise ModelUnavailable(ModelUnavailableKind.REFUSED, f"a tokenizer of class {name[:80]}")
 
 
-class Pool:
-    """The warm pipelines of one card, at most `max_count` and `max_bytes` of them."""
-
-    def __init__(
-        self, store: ModelStore, device: torch.device, max_count: int, max_bytes: int
-    ) -> None:
-        self._store = store
-        self._device = device
-        self._max_count = max_count
-        self._max_bytes = max_bytes
-        self._warm: OrderedDict[str, Pipeline] = OrderedDict()
-        self.loads = 0
-
-    def keys(self) -> frozenset[str]:
-        return frozenset(self._warm)
-
-    def get(self, params: SDParameters) -> Pipeline:
-        """The task's pipeline, loaded unless it is warm. Raises `ModelUnavailable`."""
-        key = pipeline_key(params)
-        pipeline = self._warm.get(key)
-        if pipeline is None:
-            base = params.base_model
-            folder = self._store.resolve("base", base.name, base.variant)
-            self._make_room(_weights_on_disk(folder))
-            pipeline = load(params, folder, self._device)
-            self._warm[key] = pipeline
-            self.loads += 1
-        self._warm.move_to_end(key)
-        return pipeline
-
-    def discard(self, pipeline: Pipeline) -> None:
-        self._warm.pop(pipeline.key, None)
-        release_memory()
-
-    def clear(self) -> None:
-        self._warm.clear()
-        release_memory()
-
-    def _make_room(self, size: int) -> None:
-        while self._warm and (
-            len(self._warm) >= self._max_count
-            or size + sum(p.size for p in self._warm.values()) > self._max_bytes
-        ):
-            self._warm.popitem(last=False)
-            release_memory()
+def _scheduler(folder: Path, name: str) -> Any:
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ModelUnavailable(ModelUnavailableKind.REFUSED, f"a scheduler of class {name[:80]}")
+    made: Any = kind
+    return made.from_pretrained(str(folder / "scheduler"), local_files_only=True)
 
 
-def release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _modules(pipe: Any) -> list[torch.nn.Module]:
-    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-
-
-def _bytes(pipe: Any) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for part in _modules(pipe)
-        for tensor in (*part.parameters(), *part.buffers())
+def _feature_extractor(folder: Path) -> Any:
+    return transformers.CLIPImageProcessor.from_pretrained(
+        str(folder / "feature_extractor"), local_files_only=True
     )
 
 
-def _weights_on_disk(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+def assemble(
+    recipe: Recipe, modules: Mapping[str, torch.nn.Module], shelf: FittingsShelf
+) -> Pipeline:
+    """The task's pipelines of `modules`, which hold the recipe's parts by role.
+
+    Raises `ModelUnavailable` when the parts don't make one.
+    """
+    fittings = shelf.of(recipe.base)
+    parts: dict[str, Any] = {
+        role: module for role, module in modules.items() if role != REFINER_UNET
+    }
+    parts |= {kind: fittings.tokenizers.get(kind) for kind in _TOKENIZERS[: 1 + recipe.is_xl]}
+    parts["scheduler"] = fittings.scheduler
+    if not recipe.is_xl:
+        checker = parts.setdefault("safety_checker", None)
+        parts["feature_extractor"] = None if checker is None else fittings.feature_extractor
+    with reading(recipe.base):
+        base = _class_for(recipe)(**parts, **_options(fittings, recipe.is_xl, parts))
+        refiner = None if recipe.refiner is None else _refiner(recipe, parts, modules, shelf)
+    for pipe in (base, refiner):
+        if pipe is not None:
+            pipe.set_progress_bar_config(disable=True)
+    return Pipeline(base, refiner, recipe.is_xl, fittings.scheduler.config)
+
+
+def _class_for(recipe: Recipe) -> Any:
+    if "controlnet" in recipe.parts:
+        if recipe.is_xl:
+            return StableDiffusionXLControlNetPipeline
+        return StableDiffusionControlNetPipeline
+    return StableDiffusionXLPipeline if recipe.is_xl else StableDiffusionPipeline
+
+
+def _options(fittings: Fittings, is_xl: bool, parts: Mapping[str, Any]) -> dict[str, bool]:
+    if is_xl:
+        force = fittings.flags.get("force_zeros_for_empty_prompt", True)
+        return {"force_zeros_for_empty_prompt": force, "add_watermarker": False}
+    return {"requires_safety_checker": parts.get("safety_checker") is not None}
+
+
+def _refiner(
+    recipe: Recipe,
+    parts: Mapping[str, Any],
+    modules: Mapping[str, torch.nn.Module],
+    shelf: FittingsShelf,
+) -> Any:
+    """As the network's runner has it: the base's second text encoder and VAE, a UNet of its own."""
+    assert recipe.refiner is not None, "called for recipes with a refiner"  # noqa: S101
+    fittings = shelf.of(recipe.refiner)
+    make: Any = StableDiffusionXLImg2ImgPipeline
+    return make(
+        vae=parts["vae"],
+        text_encoder=None,
+        text_encoder_2=parts["text_encoder_2"],
+        tokenizer=None,
+        tokenizer_2=parts["tokenizer_2"],
+        unet=modules[REFINER_UNET],
+        scheduler=fittings.scheduler,
+        requires_aesthetics_score=fittings.flags.get("requires_aesthetics_score", False),
+        force_zeros_for_empty_prompt=fittings.flags.get("force_zeros_for_empty_prompt", True),
+        add_watermarker=False,
+    )

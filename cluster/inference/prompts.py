@@ -8,16 +8,16 @@ versions may read it, so it is `TaskUnsupported` and neither reported nor held a
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Final
 
 import pyparsing
 import torch
-from compel import Compel, CompelForSD, CompelForSDXL  # type: ignore[import-untyped]
+from compel import Compel, ReturnedEmbeddingsType  # type: ignore[import-untyped]
 from compel.prompt_parser import PromptParser  # type: ignore[import-untyped]
 
 from cluster.core.errors import TaskUnsupported
 from cluster.inference.parameters import SDParameters
-from cluster.inference.pipelines import Pipeline
 
 pyparsing.ParserElement.enable_packrat()
 
@@ -34,22 +34,76 @@ _UNREADABLE = (
 )
 
 
-def conditions(pipeline: Pipeline, params: SDParameters) -> dict[str, Any]:
-    """The call's prompt arguments: embeddings of both prompts, padded to one length.
+def conditions(pipe: Any, params: SDParameters) -> dict[str, Any]:
+    """The base call's prompt arguments: embeddings of both prompts, padded to one length.
 
     Raises `TaskUnsupported` for a prompt that Compel can't read.
     """
+    tokenizer_2 = getattr(pipe, "tokenizer_2", None)
+    if tokenizer_2 is None:
+        return _named(_read(_reader(pipe.tokenizer, pipe.text_encoder), params), None)
+    first = _read(_reader(pipe.tokenizer, pipe.text_encoder, _XL), params)
+    second, pooled = _read(_reader(tokenizer_2, pipe.text_encoder_2, _XL, pooled=True), params)
+    if first.shape[1] != second.shape[1]:
+        raise TaskUnsupported("prompt: the two text encoders read it as of different lengths")
+    return _named(torch.cat([first, second], dim=-1), pooled)
+
+
+def refiner_conditions(pipe: Any, params: SDParameters) -> dict[str, Any]:
+    """The refiner call's prompt arguments: it has the second text encoder only."""
+    return _named(*_read(_reader(pipe.tokenizer_2, pipe.text_encoder_2, _XL, pooled=True), params))
+
+
+_PLAIN: Final = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
+_XL: Final = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+
+
+class _Reader(Compel):  # type: ignore[misc]
+    """Compel, but a prompt that it reads for several text encoders is parsed once."""
+
+    @classmethod
+    def parse_prompt_string(cls, prompt_string: str) -> Any:
+        return _parsed(prompt_string)
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(prompt: str) -> Any:
+    return Compel.parse_prompt_string(prompt)
+
+
+def _reader(tokenizer: Any, encoder: Any, layers: Any = _PLAIN, pooled: bool = False) -> Any:
+    return _Reader(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        returned_embeddings_type=layers,
+        requires_pooled=pooled,
+        truncate_long_prompts=False,
+    )
+
+
+def _read(reader: Any, params: SDParameters) -> Any:
+    """Both prompts' embeddings, (2, tokens, width), and if asked the pooled ones, (2, width)."""
+    return reader([params.prompt, params.negative_prompt])
+
+
+def _named(embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, Any]:
+    for tensor in (embeds, pooled):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise TaskUnsupported("prompt: weights beyond what numbers hold")
+    found: dict[str, Any] = {
+        "prompt_embeds": embeds[0:1],
+        "negative_prompt_embeds": embeds[1:2],
+    }
+    if pooled is not None:
+        found["pooled_prompt_embeds"] = pooled[0:1]
+        found["negative_pooled_prompt_embeds"] = pooled[1:2]
+    return found
+
+
+def check(params: SDParameters) -> None:
+    """Raises `TaskUnsupported` for prompts that can't be read; nothing is run for it."""
     for prompt in (params.prompt, params.negative_prompt):
         _check(prompt)
-    weigh: Any = (CompelForSDXL if pipeline.is_xl else CompelForSD)(pipeline.pipe)
-    made = weigh(params.prompt, negative_prompt=params.negative_prompt)
-    found = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
-    if pipeline.is_xl:
-        found["pooled_prompt_embeds"] = made.pooled_embeds
-        found["negative_pooled_prompt_embeds"] = made.negative_pooled_embeds
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
-        raise TaskUnsupported("prompt: weights beyond what numbers hold")
-    return found
 
 
 def _depth(prompt: str) -> int:
@@ -70,6 +124,6 @@ def _check(prompt: str) -> None:
     if _depth(prompt) > MAX_DEPTH:
         raise TaskUnsupported(f"prompt: brackets nested deeper than {MAX_DEPTH}")
     try:
-        Compel.parse_prompt_string(prompt)
+        _parsed(prompt)
     except _UNREADABLE as error:
         raise TaskUnsupported(f"prompt: can't be parsed ({type(error).__name__})") from None

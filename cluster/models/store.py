@@ -16,14 +16,25 @@ from typing import Final
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 
 INDEX: Final = "model_index.json"
+CONFIG: Final = "config.json"
 LORA_FILE: Final = "pytorch_lora_weights.safetensors"
-KINDS: Final = frozenset({"base", "lora", "controlnet"})
+INVERSION_FILE: Final = "learned_embeds.safetensors"
+KINDS: Final = frozenset(
+    {"base", "lora", "controlnet", "unet", "vae", "textual_inversion", "language"}
+)
+"""The network's model ids name the first three; tasks name the others as well."""
 
 _WORD: Final = r"(?!\.)[\w.-]{1,100}"
 _NAME: Final = re.compile(rf"({_WORD})/({_WORD})", re.ASCII)
 _VARIANT: Final = re.compile(_WORD, re.ASCII)
 _LIBRARIES: Final = frozenset({"diffusers", "transformers", "stable_diffusion"})
-_PIPELINES: Final = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
+_PIPELINES: Final = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+    }
+)
 _WITHOUT_WEIGHTS: Final = frozenset(
     {"scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor"}
 )
@@ -63,9 +74,33 @@ class ModelStore:
             raise _refused(f"lora model {name} has {len(files)} weights files and none was named")
         return self._lora_weights(files[0] if files else folder / LORA_FILE)
 
+    def inversion_file(self, name: str) -> Path:
+        """An inversion's embeddings, under the one name that the network's runner looks for."""
+        file = self.resolve("textual_inversion", name) / INVERSION_FILE
+        if not file.is_file():
+            raise _not_here(f"textual inversion {name} has no {INVERSION_FILE}")
+        return file
+
+    def language_folder(self, name: str) -> Path:
+        """A language model's folder: configuration, tokenizer and safetensors weights, no code."""
+        folder = self.resolve("language", name)
+        if not (folder / CONFIG).is_file():
+            raise _not_here(f"{name} has no {CONFIG}")
+        _check_weights(folder, None)
+        return folder
+
+    def is_language_model(self, name: str) -> bool:
+        return _is_language_model(self._folder("language", name) / CONFIG)
+
     def on_disk(self) -> frozenset[str]:
-        """Base models here, as `name` and, for each variant of its UNet, `name+variant`."""
+        """Base models here, as `name` and, for each variant of its UNet, `name+variant`.
+
+        A language model is a folder with weights of its own, beside its configuration.
+        """
         keys: set[str] = set()
+        for config in self.root.glob(f"*/*/{CONFIG}"):
+            if _is_language_model(config):
+                keys.add("/".join(config.parent.relative_to(self.root).parts))
         for index in self.root.glob(f"*/*/{INDEX}"):
             name = "/".join(index.parent.relative_to(self.root).parts)
             for weights in (index.parent / "unet").glob("*.safetensors"):
@@ -149,6 +184,15 @@ def read_json(file: Path) -> dict[str, object]:
     if not isinstance(data, dict):
         raise _damaged(f"{file.parent.name}/{file.name} is not a JSON object")
     return data
+
+
+def _is_language_model(config: Path) -> bool:
+    """Transformers writes what a model is into its configuration; diffusers' parts don't say so."""
+    try:
+        said = read_json(config)
+    except ModelUnavailable:
+        return False
+    return "architectures" in said and any(config.parent.glob("*.safetensors"))
 
 
 def _check_weights(part: Path, variant: str | None) -> None:

@@ -17,12 +17,21 @@ from typing import Protocol, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from cluster.core.errors import ParametersNotReady, RelayError, ResultRefused
+from cluster.core.errors import (
+    ParametersNotReady,
+    ParametersUnreadable,
+    RelayError,
+    ResultRefused,
+)
 from cluster.core.types import Address, Commitment, TaskStatus
 from cluster.relay.envelope import is_envelope
 from cluster.relay.signing import digest
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
+MAX_PARAMETERS = 4 * 2**20
+"""Characters; more are never kept: `cluster.inference.reading` takes no longer ones."""
+_MAX_ENVELOPE = 2 * MAX_PARAMETERS
+"""Room for base64."""
 _CHECKPOINT = "checkpoint.zip"
 _MAX_SKEW_SECONDS = 86_400.0
 _INVALID_SIGNATURE = "Invalid signature"
@@ -163,8 +172,10 @@ class RelayClient:
             if answer.message in {"Task not ready", "Task not found"}:
                 raise ParametersNotReady(f"relay: {answer.message}")
             raise answer.error("task")
-        text = answer.task_args
-        return self._keys.open(account, task, text) if is_envelope(text) else text
+        text = _at_most(_MAX_ENVELOPE, answer.task_args)
+        if is_envelope(text):
+            text = self._keys.open(account, task, text)
+        return _at_most(MAX_PARAMETERS, text)
 
     async def upload_result(
         self, account: Address, task: Commitment, files: Sequence[tuple[str, bytes]]
@@ -250,6 +261,13 @@ class RelayClient:
         if response.status_code != httpx.codes.OK:
             raise RelayError(f"relay: HTTP {response.status_code}")
         return body
+
+
+def _at_most(characters: int, text: str) -> str:
+    """What is fetched is stored for good and read at every start, so its length is bounded."""
+    if len(text) > characters:
+        raise ParametersUnreadable(f"relay: parameters of more than {characters} characters")
+    return text
 
 
 async def _bounded(response: httpx.Response) -> bytes:

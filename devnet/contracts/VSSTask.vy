@@ -117,6 +117,8 @@ END_ABORTED: constant(uint8) = 9
 END_GROUP_REFUND: constant(uint8) = 10
 END_GROUP_SUCCESS: constant(uint8) = 11
 
+PARAMETERS_VALIDATION_FAILED: constant(uint8) = 1
+
 INCORRECT_RESULT: constant(uint8) = 3
 FEE_TOO_LOW: constant(uint8) = 4
 LAST_REASON: constant(uint8) = 4
@@ -278,6 +280,7 @@ def validateTaskGroup(
 def reportTaskError(taskIDCommitment: bytes32, error: uint8):
     c: bytes32 = taskIDCommitment
     self._check_answerable(c)
+    assert error == PARAMETERS_VALIDATION_FAILED, "Invalid task error"
     self.tasks[c].error = error
     self._answered(c, ERROR_REPORTED)
     log TaskErrorReported(taskIDCommitment=c, selectedNode=msg.sender, error=error)

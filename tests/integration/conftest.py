@@ -1,12 +1,22 @@
-"""The operator that the tests of it share, and what is shown of it when one of them fails."""
+"""The operator and the models that tests share, and what is shown of it when one of them fails."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
+from devnet.models import make_models
 from tests.integration.operator_world import OperatorWorld, operator_world
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with all tiny models; what spoils one works on a copy."""
+    root = tmp_path_factory.mktemp("tiny-models")
+    make_models(root)
+    return root
 
 
 @pytest.fixture(scope="session")

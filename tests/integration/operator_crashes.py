@@ -40,6 +40,8 @@ from cluster.core.record import (
 from cluster.core.types import AttemptId, Commitment, FileRef, GpuId, Timestamp
 from cluster.identity import Identity
 from cluster.journal import SqlJournal
+from tests.integration import operator_gate
+from tests.integration.operator_gate import Gate
 
 
 class Point(enum.Enum):
@@ -160,14 +162,20 @@ class CrashingArtifacts(FolderArtifacts):
 
 
 class CrashingPool(RayGpuPool):
-    def __init__(self, fuse: Fuse, make_engine: EngineFactory, release: str) -> None:
+    """Whoever arms `COMPUTING` closes the gate too; it is opened just before the kill."""
+
+    def __init__(self, fuse: Fuse, gate: Gate, make_engine: EngineFactory, release: str) -> None:
         super().__init__(make_engine, release, allow_simulated=True)
         self._fuse = fuse
+        self._gate = gate
 
     async def result(self, gpu: GpuId, attempt: AttemptId) -> Computed:
         while Point.COMPUTING in self._fuse.armed():
             report = await self._members[gpu].actor.report.remote()
-            if report.attempt == attempt and report.step > 0:
+            if report.attempt != attempt:
+                break
+            if report.step > 0:
+                self._gate.open()
                 self._fuse.meet(Point.COMPUTING, attempt)
             await asyncio.sleep(0.1)
         return await super().result(gpu, attempt)
@@ -183,12 +191,15 @@ def assemble(config: Config, folder: Path) -> World:
     identity = Identity.load(config.identity.seed_file)
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
-    make_engine = functools.partial(runtime.engine_factory, config.models.root, config.ray.platform)
+    gate = Gate(folder)
+    make_engine = functools.partial(
+        operator_gate.engine_factory, gate, runtime.EngineSettings.of(config)
+    )
     return replace(
         world,
         journal=journal,
         artifacts=CrashingArtifacts(config.artifacts.path, fuse),
-        pool=CrashingPool(fuse, make_engine, runtime.release(config)),
+        pool=CrashingPool(fuse, gate, make_engine, runtime.release(config)),
         open_network=functools.partial(
             runtime.open_network,
             config,

@@ -48,17 +48,22 @@ from cluster.status import GpuStatus, Status
 from devnet.application import TaskChange, TaskReport
 from devnet.compile import load as contract
 from devnet.demo_tasks import FEE, parameters
-from devnet.deploy import DEPLOYER, dev_account, fund
+from devnet.deploy import fund
 from devnet.models import SD15
 from devnet.network import FUNDS, Devnet, SimulatedCards
-from devnet.tasks import TaskSpec, fees
+from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
+from tests.integration.operator_gate import Gate
 
 MODELS = Path(".devnet/models")
 BLOCK_SECONDS = 0.5
-TASK_TIMEOUT = 180
-LEASE_SECONDS = 10.0
-PATIENCE = 150.0
+TASK_TIMEOUT = 900
+"""Far longer than any task takes, however often the coordinator is killed meanwhile."""
+TEST_SECONDS = 1500
+"""What a test may take before it counts as hung."""
+LEASE_SECONDS = 15.0
+"""Where two coordinators run, the one that acts must not lose it because the machine is busy."""
+PATIENCE = 400.0
 """How long anything is waited for. Machines that run tests are slow and busy."""
 CARDS = (
     SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),
@@ -67,6 +72,7 @@ CARDS = (
 LATE_CARD = GpuClass("NVIDIA L4+docker", GigaBytes(8))
 """A card that no node has at first, smaller than the others; an account is there for it."""
 ACCOUNTS = sum(cards.count for cards in CARDS) + 1
+AWAY = "the coordinator is away: "
 BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
 """What a coordinator's log never says while everything goes as it should."""
 
@@ -109,8 +115,6 @@ class OperatorWorld:
     devnet: Devnet
     config: Config
     journal: SqlJournal
-    heard: list[str] = field(default_factory=list)
-    """What /readyz said was missing, from before there was a coordinator until it was ready."""
     sent: list[Commitment] = field(default_factory=list)
     """The tasks of the present test."""
     _log_start: int = 0
@@ -122,6 +126,10 @@ class OperatorWorld:
     @property
     def fuse(self) -> Fuse:
         return Fuse(self.folder)
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(self.folder)
 
     # --- the operator's parts --------------------------------------------------------------------
 
@@ -159,6 +167,32 @@ class OperatorWorld:
 
     async def gpu_report(self, gpu_id: str) -> Report:
         return cast(Report, await answer_of(self.gpu_actor(gpu_id).report.remote()))
+
+    async def get(self, path: str) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=60) as http:
+            return await http.get(f"{self.devnet.operator_url}{path}")
+
+    async def missing(self) -> tuple[str, ...]:
+        """What /readyz finds missing, in words; its code says the same."""
+        answer = await self.get("/readyz")
+        body: dict[str, Any] = answer.json()
+        assert answer.status_code == (503 if body["missing"] else 200)
+        assert body["ready"] == (not body["missing"])
+        return tuple(body["missing"])
+
+    async def hear(self, words: str) -> None:
+        """Wait until /readyz says so."""
+
+        async def look() -> bool:
+            return any(each.startswith(words) for each in await self.missing())
+
+        await self.until(look, f"/readyz says {words!r}")
+
+    async def hear_nothing_missing(self) -> None:
+        async def look() -> bool:
+            return not await self.missing()
+
+        await self.until(look, "/readyz says yes")
 
     # --- waiting ---------------------------------------------------------------------------------
 
@@ -204,7 +238,7 @@ class OperatorWorld:
         await self.until_status(serving, "all cards are ready and their accounts joined")
 
     async def computing(self, commitment: Callable[[], Commitment | None]) -> GpuStatus:
-        """Wait until a card is in the middle of the task."""
+        """Wait until a card is in the middle of the task, where the closed gate holds it."""
 
         def find(status: Status) -> GpuStatus | None:
             wanted = commitment()
@@ -296,30 +330,10 @@ class OperatorWorld:
                     found.append((transaction["hash"].to_0x_hex(), status))
         return found
 
-    @contextlib.contextmanager
-    def task_timeout(self, seconds: int) -> Iterator[None]:
-        """Tasks created meanwhile have this timeout."""
-        self._set_timeout(seconds)
-        try:
-            yield
-        finally:
-            self._set_timeout(TASK_TIMEOUT)
-
-    def _set_timeout(self, seconds: int) -> None:
-        eth, owner = self.web3.eth, dev_account(DEPLOYER)
-        place = Web3.to_checksum_address(self.devnet.deployment.task)
-        call = eth.contract(place, abi=contract("VSSTask").abi).functions.setTimeout(seconds)
-        latest = cast(dict[str, Any], eth.get_block("latest"))
-        fields: dict[str, Any] = {
-            "from": owner.address,
-            "nonce": eth.get_transaction_count(owner.address, "pending"),
-            "gas": 200_000,
-            **fees(latest),
-        }
-        transaction = cast(Any, call.build_transaction(cast(Any, fields)))
-        signed = owner.sign_transaction(transaction)
-        sent = eth.send_raw_transaction(signed.raw_transaction)
-        assert eth.wait_for_transaction_receipt(sent)["status"] == 1
+    def pass_time(self, seconds: int) -> None:
+        """The chain's time jumps ahead, for good."""
+        answer = self.web3.provider.make_request(cast(Any, "evm_increaseTime"), [seconds])
+        assert "error" not in answer, answer
 
     # --- what there is to say --------------------------------------------------------------------
 
@@ -327,6 +341,7 @@ class OperatorWorld:
         """A test begins here."""
         self.sent.clear()
         self.fuse.disarm()
+        self.gate.open()
         self._log_start = len(self.log())
 
     def log(self) -> str:
@@ -356,7 +371,7 @@ class OperatorWorld:
 
 @contextlib.contextmanager
 def operator_world(folder: Path) -> Iterator[OperatorWorld]:
-    """Start everything; what /readyz says on the way is kept in `heard`."""
+    """Start everything."""
     settings = {
         "identity": {"accounts": ACCOUNTS},
         "lease": {"ttl_seconds": LEASE_SECONDS},
@@ -378,9 +393,13 @@ def operator_world(folder: Path) -> Iterator[OperatorWorld]:
         runtime.connect(config)
         try:
             _serve(config)
-            world.heard += _missing(devnet)
+            world.gate.close()
+            asyncio.run(world.hear(f"{AWAY}it has not been started, or it is being replaced"))
             world.start_coordinator()
-            asyncio.run(_become_ready(world))
+            asyncio.run(world.hear("no GPU is ready: "))
+            world.gate.open()
+            asyncio.run(world.hear_nothing_missing())
+            asyncio.run(world.until_serving())
             yield world
         finally:
             _stop(world)
@@ -391,24 +410,6 @@ def _serve(config: Config) -> None:
     serve.start(proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port})
     application = serve_app.build(config.ray.namespace)
     serve.run(application, name=runtime.APPLICATION, route_prefix="/")
-
-
-def _missing(devnet: Devnet) -> list[str]:
-    """What /readyz finds missing, in words; nothing when it is ready."""
-    answer = httpx.get(f"{devnet.operator_url}/readyz", timeout=10)
-    body = answer.json()
-    assert answer.status_code == (200 if body["ready"] else 503)
-    return list(body["missing"])
-
-
-async def _become_ready(world: OperatorWorld) -> None:
-    async def look() -> bool:
-        missing = await asyncio.to_thread(_missing, world.devnet)
-        world.heard += [word for word in missing if word not in world.heard]
-        return not missing
-
-    await world.until(look, "/readyz says yes")
-    await world.until_serving()
 
 
 def _stop(world: OperatorWorld) -> None:

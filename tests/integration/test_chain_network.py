@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import pytest_asyncio
@@ -50,11 +50,26 @@ from devnet.deploy import (
     sampling_proof,
 )
 
+Found = TypeVar("Found")
+
+PATIENCE = 120.0
+"""Seconds that anything is waited for. Machines that run tests are slow and busy."""
 GPU = GpuClass("NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
 MODEL = ModelId("base:org/model")
 STAKE = Wei(400 * 10**18)
+TIMEOUT = 1800
+"""Of tasks, in seconds: far longer than any test."""
 NODE = 7
 NOBODY = Commitment("0x" + "99" * 32)
+
+
+async def patiently(look: Callable[[], Awaitable[Found | None]], what: str) -> Found:
+    """Look until there is something, for at most `PATIENCE`; fails with `what` was wanted."""
+    deadline = time.monotonic() + PATIENCE
+    while (found := await look()) is None:
+        assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s still not so: {what}"
+        await asyncio.sleep(0.05)
+    return found
 
 
 class DevSigner:
@@ -80,10 +95,11 @@ class World:
 
     def __init__(self, deployment: Deployment, folder: Path) -> None:
         self.deployment = deployment
+        self.ahead = 0.0
         self.rpc = Rpc.http(deployment.rpc_url)
         self.contracts = Contracts.at(self.rpc, deployment.task, deployment.node, deployment.qos)
         self.journal = SqlJournal(f"sqlite:///{folder / 'journal.db'}")
-        lease = self.journal.acquire("test", self.wall(), 600.0)
+        lease = self.journal.acquire("test", self.wall(), 86_400.0)
         assert lease is not None
         self.lease: Lease = lease
         self.outbox = Outbox(
@@ -102,9 +118,13 @@ class World:
         )
         self.account = Address(dev_account(NODE).address)
 
-    @staticmethod
-    def wall() -> Timestamp:
-        return Timestamp(time.time())
+    def wall(self) -> Timestamp:
+        return Timestamp(time.time() + self.ahead)
+
+    async def later(self, seconds: int) -> None:
+        """Time passes for the node and for the chain, which makes no block meanwhile."""
+        await self.rpc.request("evm_increaseTime", seconds)
+        self.ahead += seconds
 
     async def close(self) -> None:
         await self.rpc.close()
@@ -122,8 +142,9 @@ class World:
         }
         signed = sender.sign_transaction(transaction)
         await self.rpc.send(bytes(signed.raw_transaction))
-        receipt = await self.rpc.receipt("0x" + signed.hash.hex().removeprefix("0x"))
-        assert receipt is not None and receipt.succeeded
+        sent = "0x" + signed.hash.hex().removeprefix("0x")
+        receipt = await patiently(lambda: self.rpc.receipt(sent), "the transaction is in a block")
+        assert receipt.succeeded
 
     async def create(self, number: int) -> Commitment:
         nonce = number.to_bytes(32, "big")
@@ -157,14 +178,21 @@ class World:
         await self.send(dev_account(APPLICATION), data)
 
     async def until(
-        self, known: Sequence[Commitment], holds: Callable[[AccountView], bool]
+        self,
+        known: Sequence[Commitment],
+        holds: Callable[[AccountView], bool],
+        again: Callable[[], Awaitable[None]] | None = None,
     ) -> AccountView:
-        for _ in range(100):
+        """Look until it holds. `again` is done before each look, as a coordinator does it: what
+        was refused is tried anew only after a pause."""
+
+        async def look() -> AccountView | None:
+            if again is not None:
+                await again()
             view = await self.network.look(self.account, known)
-            if holds(view):
-                return view
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"never held: {view}")
+            return view if holds(view) else None
+
+        return await patiently(look, "what is expected of the account")
 
     async def join(self) -> AccountView:
         fund(self.deployment.rpc_url, self.account, Wei(1000 * 10**18))
@@ -178,14 +206,21 @@ def anvil() -> Iterator[Anvil]:
         yield chain
 
 
+@pytest.fixture
+def own_anvil() -> Iterator[Anvil]:
+    """A chain whose time the test may move."""
+    with Anvil() as chain:
+        yield chain
+
+
 @pytest_asyncio.fixture
-async def make(anvil: Anvil, tmp_path: Path) -> AsyncIterator[Callable[[int], World]]:
-    """Makes a world whose tasks time out after so many seconds; each has contracts of its own."""
+async def make(tmp_path: Path) -> AsyncIterator[Callable[[Anvil], World]]:
+    """Makes a world on a chain; each has contracts of its own."""
     made: list[World] = []
     running: list[asyncio.Task[None]] = []
 
-    def build(timeout: int) -> World:
-        deployment = deploy(anvil.rpc_url, timeout_seconds=timeout, sampling_modulus=0)
+    def build(chain: Anvil) -> World:
+        deployment = deploy(chain.rpc_url, timeout_seconds=TIMEOUT, sampling_modulus=0)
         world = World(deployment, tmp_path)
         made.append(world)
         running.append(asyncio.create_task(world.network.run()))
@@ -200,10 +235,10 @@ async def make(anvil: Anvil, tmp_path: Path) -> AsyncIterator[Callable[[int], Wo
         await world.close()
 
 
-async def test_a_task_from_join_to_payment(make: Callable[[int], World]) -> None:
-    world = make(180)
+async def test_a_task_from_join_to_payment(anvil: Anvil, make: Callable[[Anvil], World]) -> None:
+    world = make(anvil)
     network: Network = world.network
-    await world.rpc.check(world.deployment.chain_id, world.contracts.addresses())
+    await world.contracts.check(world.rpc, world.deployment.chain_id)
     before = await network.look(world.account, [NOBODY])
     assert before.account.status is NodeStatus.QUIT
     assert before.account.gpu_class is None and before.tasks == ()
@@ -217,7 +252,7 @@ async def test_a_task_from_join_to_payment(make: Callable[[int], World]) -> None
     started = await world.until([], lambda view: view.account.current_task == task)
     (facts,) = started.tasks
     assert facts.stage is Stage.STARTED and facts.selected_node == world.account
-    assert facts.started_at is not None and facts.deadline == facts.started_at + 180
+    assert facts.started_at is not None and facts.deadline == facts.started_at + TIMEOUT
     assert facts.model_ids == (MODEL,) and facts.abortable and facts.fee == 10**16
     assert abs(started.now - time.time()) < 30
 
@@ -225,9 +260,11 @@ async def test_a_task_from_join_to_payment(make: Callable[[int], World]) -> None
     await network.submit_score(world.account, task, score)
     await refused(world, task)  # the parameters aren't there yet: simulated, never sent
     await world.relay("reportTaskParametersUploaded", task)
-    await asyncio.sleep(1.1)
-    await network.submit_score(world.account, task, score)
-    scored = await world.until([task], lambda view: view.tasks[0].stage is Stage.ANSWERED)
+    scored = await world.until(
+        [task],
+        lambda view: view.tasks[0].stage is Stage.ANSWERED,
+        lambda: network.submit_score(world.account, task, score),
+    )
     assert scored.tasks[0].score == score
     await done(world, task, Claim.SCORE)
 
@@ -243,9 +280,9 @@ async def test_a_task_from_join_to_payment(make: Callable[[int], World]) -> None
 
 
 async def test_an_idle_chain_lets_us_abort_when_the_time_is_up(
-    make: Callable[[int], World],
+    own_anvil: Anvil, make: Callable[[Anvil], World]
 ) -> None:
-    world = make(4)
+    world = make(own_anvil)
     await world.join()
     task = await world.create(2)
     view = await world.until([task], lambda each: each.account.current_task == task)
@@ -254,16 +291,24 @@ async def test_an_idle_chain_lets_us_abort_when_the_time_is_up(
     deadline = view.tasks[0].deadline
     assert deadline is not None
     # No block is made meanwhile: the port's clock must pass the deadline all the same.
-    await world.until([task], lambda each: each.now >= deadline + 1)
-    await world.network.abort(world.account, task, AbortReason.TIMEOUT)
-    ended = await world.until([task], lambda each: each.tasks[0].stage is Stage.ENDED)
+    await world.later(TIMEOUT + 1)
+    after = await world.network.look(world.account, [task])
+    assert after.moment == view.moment
+    assert after.now >= deadline + 1
+    ended = await world.until(
+        [task],
+        lambda each: each.tasks[0].stage is Stage.ENDED,
+        lambda: world.network.abort(world.account, task, AbortReason.TIMEOUT),
+    )
     assert ended.tasks[0].status is TaskStatus.END_ABORTED
     assert ended.tasks[0].payment == 0
     assert ended.account.status is NodeStatus.AVAILABLE
 
 
-async def test_an_error_report_and_the_accounts_verbs(make: Callable[[int], World]) -> None:
-    world = make(180)
+async def test_an_error_report_and_the_accounts_verbs(
+    anvil: Anvil, make: Callable[[Anvil], World]
+) -> None:
+    world = make(anvil)
     network = world.network
     await world.join()
     await network.report_model(world.account, ModelId("base:org/other"))
@@ -284,12 +329,19 @@ async def test_an_error_report_and_the_accounts_verbs(make: Callable[[int], Worl
     await world.until([], lambda view: view.account.status is NodeStatus.PENDING_QUIT)
 
 
-async def test_another_chain_no_contract_and_no_endpoint(make: Callable[[int], World]) -> None:
-    world = make(180)
+async def test_another_chain_no_contract_and_no_endpoint(
+    anvil: Anvil, make: Callable[[Anvil], World]
+) -> None:
+    world = make(anvil)
     with pytest.raises(ConfigError):
         await world.rpc.check(1, world.contracts.addresses())
     with pytest.raises(ConfigError):
         await world.rpc.check(world.deployment.chain_id, {"task": world.account})
+    task, node, qos = world.contracts.addresses().values()
+    for mixed_up in ((node, task, qos), (task, qos, node)):
+        with pytest.raises(ConfigError, match="isn't the"):
+            wrong = Contracts.at(world.rpc, *mixed_up)
+            await wrong.check(world.rpc, world.deployment.chain_id)
     dead = Rpc.http("http://127.0.0.1:9", timeout=2.0)
     with pytest.raises(ChainError):
         await dead.head()
@@ -297,11 +349,10 @@ async def test_another_chain_no_contract_and_no_endpoint(make: Callable[[int], W
 
 
 async def write_state(world: World, task: Commitment, claim: Claim, state: WriteState) -> None:
-    for _ in range(100):
-        if world.network.writes(task).get(claim) is state:
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"{claim} never became {state}: {world.network.writes(task)}")
+    async def look() -> bool | None:  # noqa: RUF029 - stands for one that awaits
+        return world.network.writes(task).get(claim) is state or None
+
+    await patiently(look, f"{claim} becomes {state}")
 
 
 async def refused(world: World, task: Commitment) -> None:
@@ -309,7 +360,6 @@ async def refused(world: World, task: Commitment) -> None:
     count = await world.rpc.transaction_count(world.account)
     await write_state(world, task, claim, WriteState.REFUSED)
     assert await world.rpc.transaction_count(world.account) == count
-    await asyncio.sleep(1.1)
 
 
 async def done(world: World, task: Commitment, claim: Claim) -> None:
@@ -318,7 +368,8 @@ async def done(world: World, task: Commitment, claim: Claim) -> None:
 
 async def woken(world: World, *reasons: str) -> None:
     left: set[Any] = set(reasons)
-    while left:
-        wakeup = await asyncio.wait_for(world.network.next_wakeup(), 10.0)
-        assert wakeup.account == world.account
-        left.discard(wakeup.reason)
+    async with asyncio.timeout(PATIENCE):
+        while left:
+            wakeup = await world.network.next_wakeup()
+            assert wakeup.account == world.account
+            left.discard(wakeup.reason)

@@ -56,6 +56,8 @@ NODE_REFUSALS: dict[str, Refusal] = {
     "ended: abort": (on(S.END_SUCCESS, "abortTask", 1), "Illegal previous task state"),
     "queued": (on(S.QUEUED, "submitTaskScore", A), "Invalid caller"),
     "empty score": (on(S.PARAMETERS_UPLOADED, "submitTaskScore", b""), "Invalid task score"),
+    "error none": (on(S.PARAMETERS_UPLOADED, "reportTaskError", 0), "Invalid task error"),
+    "no such error": (on(S.PARAMETERS_UPLOADED, "reportTaskError", 2), "Invalid task error"),
     "not the relay": (on(S.STARTED, "reportTaskParametersUploaded"), "Invalid caller"),
     "not the relay either": (on(S.VALIDATED, "reportTaskResultUploaded"), "Invalid caller"),
     "not the creator": (lambda w: single(w), "Invalid caller"),

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1500)
 MODELS = Path(".devnet/models")
-PATIENCE = 400.0
-GONE_SECONDS = 60.0
+PATIENCE = 900.0
+"""More than the demo gives itself, however slow the machine."""
+GONE_SECONDS = 120.0
 Process = tuple[int, str]
 """A pid and when it started, because pids are used again."""
 
@@ -131,19 +133,18 @@ def linux() -> None:
         pytest.skip("finds processes in /proc")
 
 
-@pytest.mark.timeout(600)
 def test_demo(tmp_path: Path) -> None:
     with demo(tmp_path) as running:
         code = running.ended()
         assert code == 0, str(running)
     summary: dict[str, Any] = json.loads((tmp_path / "out" / "summary.json").read_text())
     tasks = summary["tasks"]
-    assert len(tasks) >= 17
+    assert len(tasks) >= 20
+    assert {task["type"] for task in tasks} == {"SD", "LLM"}
     assert len({task["commitment"] for task in tasks}) == len(tasks)
     assert summary["slashed"] == 0
     assert summary["wall_seconds"] > 0
     for task in tasks:
-        assert task["type"] == "SD"
         assert task["actual_end"] == task["expected_end"]
     paid = [t for t in tasks if t["actual_end"] in {"EndSuccess", "EndGroupSuccess"}]
     # What the group's first task cost is shared among its three.
@@ -162,7 +163,6 @@ def test_demo(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.timeout(600)
 def test_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     with demo(tmp_path) as running:
         running.until(

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from cluster.inference.devices import simulated
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.scoring import score_images
 from cluster.models.store import ModelStore
-from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
+from devnet.models import BASES, SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
 
 DEVICE = simulated(0, "NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
 SIDE = 128
@@ -54,8 +54,14 @@ def engine(root: Path) -> Engine:
     return new_engine(root)
 
 
-def new_engine(root: Path, max_pipelines: int = 4) -> Engine:
-    return Engine(DEVICE, ModelStore(root), time.time, Limits(max_pipelines, threads=1))
+ROOMY = 2**30
+ONE_PIPELINE = 7 * 2**20
+"""Any of the tiny pipelines fits into that, and no two of them."""
+
+
+def new_engine(root: Path, device_bytes: int = ROOMY, host_bytes: int = ROOMY) -> Engine:
+    limits = Limits(device_bytes, host_bytes, threads=1)
+    return Engine(DEVICE, ModelStore(root), time.time, limits)
 
 
 def order(deadline: float | None = None, **changes: Any) -> Order:
@@ -148,10 +154,10 @@ def test_long_prompts_are_not_truncated(engine: Engine) -> None:
     assert files(engine, prompt=long + "a red dog") != files(engine, prompt=long + "a blue fish")
 
 
-def test_nested_brackets_take_no_time(engine: Engine) -> None:
-    began = time.monotonic()
-    files(engine, prompt="(" * 20 + "a cat" + ")" * 20, negative_prompt="(" * 20)
-    assert time.monotonic() - began < 10
+@pytest.mark.timeout(60)
+def test_nested_brackets_dont_hang_the_card(engine: Engine) -> None:
+    """A parser that remembers nothing needs hours for these."""
+    assert files(engine, prompt="(" * 20 + "a cat" + ")" * 20, negative_prompt="(" * 20)
 
 
 def test_sdxl(engine: Engine) -> None:
@@ -180,14 +186,19 @@ print(run(engine, two_images()).score.hex(), run(engine, two_images(base_model=S
 """
 
 
-def test_same_bits_cold_warm_evicted_and_in_another_process(root: Path) -> None:
-    fresh = new_engine(root, max_pipelines=1)
+@pytest.mark.parametrize(("host_bytes", "loads"), [(0, range(8, 11)), (ROOMY, [7])])
+def test_same_bits_cold_warm_evicted_and_in_another_process(
+    root: Path, host_bytes: int, loads: Collection[int]
+) -> None:
+    fresh = new_engine(root, ONE_PIPELINE, host_bytes)
     cold = run(fresh, two_images())
     warm = run(fresh, two_images())
     xl = run(fresh, two_images(base_model=SDXL))
     back = run(fresh, two_images())
-    assert fresh.loads == 3
+    assert fresh.counts.loads in loads
     assert cold.files == warm.files == back.files
+    if host_bytes:
+        return
     made = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(root)],
         env=os.environ | {"PYTHONPATH": "."},
@@ -215,7 +226,7 @@ def test_same_bits_after_anything_else(root: Path) -> None:
             continue
         finally:
             assert run(fresh, two_images()).files == plain
-    assert fresh.loads == 2
+    assert fresh.counts.loads == 6
 
 
 def test_lora_on_a_warm_base_equals_one_on_a_cold_base(engine: Engine, root: Path) -> None:
@@ -225,9 +236,9 @@ def test_lora_on_a_warm_base_equals_one_on_a_cold_base(engine: Engine, root: Pat
 
 
 def test_state_names_what_is_warm_and_on_disk(root: Path) -> None:
-    fresh = new_engine(root, max_pipelines=2)
-    assert fresh.state().warm == frozenset()
-    assert fresh.state().on_disk == {*SD15, SDXL}
+    fresh = new_engine(root, ONE_PIPELINE)
+    assert fresh.state().warm == fresh.state().in_host_memory == frozenset()
+    assert fresh.state().on_disk == BASES
     seen: list[tuple[int, int]] = []
 
     def on_step(_step: int, _steps: int) -> None:
@@ -238,7 +249,8 @@ def test_state_names_what_is_warm_and_on_disk(root: Path) -> None:
     assert seen[:STEPS] == [(step, STEPS) for step in range(1, STEPS + 1)]
     state = fresh.state()
     assert (state.step, state.steps) == (0, 0)
-    assert sorted(key.split("|")[0] for key in state.warm) == [SD15[1], SDXL]
+    assert [key.split("|")[0] for key in state.warm] == [SDXL]
+    assert state.in_host_memory == {*SD15, SDXL}
     assert fresh.gpu_class == DEVICE.gpu_class
 
 
@@ -276,6 +288,15 @@ def test_wrong_family_in_the_kohya_format(root: Path, tmp_path: Path) -> None:
     assert files(fresh) == plain
 
 
+def test_a_lora_that_nobody_named_may_be_another_one_elsewhere(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "store")
+    folder = tmp_path / "store" / "org" / "kohya"
+    folder.mkdir(parents=True)
+    _kohya(folder / "the_only_one_here.safetensors", 128)
+    fault = fault_of(new_engine(tmp_path / "store"), order(lora={"model": "org/kohya"}))
+    assert isinstance(fault, ModelUnavailable)
+
+
 def _outcome(engine: Engine, what: Order) -> Computed | ClusterError:
     try:
         return run(engine, what)
@@ -311,11 +332,7 @@ def test_bad_parameters_are_the_tasks_fault(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"unet": "org/unet"},
-        {"vae": "org/vae"},
-        {"textual_inversion": "org/ti"},
         {"refiner": {"model": SDXL}},
-        {"controlnet": {"model": "org/c", "image_dataurl": "data:image/png;base64,"}},
         {"scheduler": {"method": "LCMScheduler", "args": {"beta_schedule": "wavy"}}},
         {"scheduler": {"method": "LCMScheduler", "args": {"original_inference_steps": 1}}},
         {"version": "9.0.0"},
@@ -332,7 +349,16 @@ def test_what_is_not_run_is_unsupported(engine: Engine, changes: dict[str, Any])
 
 
 def test_missing_models(engine: Engine) -> None:
-    for what in (order(base_model="org/none"), order(lora={"model": "org/none"})):
+    picture = "data:image/png;base64,iVBORw0KGgo="
+    for what in (
+        order(base_model="org/none"),
+        order(lora={"model": "org/none"}),
+        order(unet="org/none"),
+        order(vae="org/none"),
+        order(textual_inversion="org/none"),
+        order(controlnet={"model": "org/none", "image_dataurl": picture}),
+        order(base_model=SDXL, refiner={"model": "org/none"}),
+    ):
         fault = fault_of(engine, what)
         assert isinstance(fault, ModelUnavailable)
         assert fault.kind is ModelUnavailableKind.NOT_HERE
@@ -400,7 +426,7 @@ def test_the_safety_checker_blanks_when_it_is_on(copy: Path) -> None:
     assert _open(blanked.files[0][1]).getextrema() == ((0, 0),) * 3
     seen = files(fresh, base_model="org/model", task_config={"safety_checker": False})
     assert _open(seen[0][1]).getextrema() != ((0, 0),) * 3
-    assert fresh.loads == 1
+    assert fresh.counts.loads == 4
 
 
 def _add_safety_checker(folder: Path) -> None:

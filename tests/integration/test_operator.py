@@ -28,11 +28,18 @@ from cluster.status import GpuStatus, Status
 from devnet.demo_tasks import ABORTED, GROUP, parameters
 from devnet.models import SD15, SD15_LORA, SDXL_LORA
 from tests.integration.operator_crashes import Point
-from tests.integration.operator_world import LATE_CARD, OperatorWorld, answer_of, late_node, task
+from tests.integration.operator_world import (
+    LATE_CARD,
+    TASK_TIMEOUT,
+    TEST_SECONDS,
+    OperatorWorld,
+    answer_of,
+    late_node,
+    task,
+)
 
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 SECOND = "coordinator-2"
-LONG = 30
-"""Steps that take some seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +54,9 @@ async def serving(operator: OperatorWorld) -> None:
 async def test_coordinator_killed(operator: OperatorWorld, point: Point) -> None:
     before = await operator.until_status(lambda status: status.epoch, "a coordinator acts")
     operator.fuse.arm([point])
-    steps = LONG if point is Point.COMPUTING else 6
-    (report,) = await operator.send(task(f"crash-{point.name.lower()}", steps=steps)).ended()
+    if point is Point.COMPUTING:
+        operator.gate.close()
+    (report,) = await operator.send(task(f"crash-{point.name.lower()}")).ended()
     met = operator.fuse.met()
     assert list(met) == [point], "the coordinator was killed there, once"
     events = await operator.assert_paid_once(report)
@@ -61,7 +69,8 @@ async def test_coordinator_killed(operator: OperatorWorld, point: Point) -> None
 
 async def test_coordinator_killed_at_every_step(operator: OperatorWorld) -> None:
     operator.fuse.arm(list(Point))
-    (report,) = await operator.send(task("crash-everywhere", steps=LONG)).ended()
+    operator.gate.close()
+    (report,) = await operator.send(task("crash-everywhere")).ended()
     assert set(operator.fuse.met()) == set(Point)
     events = await operator.assert_paid_once(report)
     assert len([e for e in events if isinstance(e, AttemptStarted)]) == 1
@@ -71,10 +80,12 @@ async def test_coordinator_killed_at_every_step(operator: OperatorWorld) -> None
 
 
 async def test_inference_actor_killed(operator: OperatorWorld) -> None:
-    sent = operator.send(task("gpu-killed", steps=LONG))
+    operator.gate.close()
+    sent = operator.send(task("gpu-killed"))
     gpu = await operator.computing(lambda: sent.commitments.get("gpu-killed"))
     pid = (await operator.gpu_report(gpu.gpu_id)).pid
     os.kill(pid, signal.SIGKILL)
+    operator.gate.open()
     (report,) = await sent.ended()
     events = await operator.assert_paid_once(report)
     first, second = operator.gpus_of(events)
@@ -107,13 +118,15 @@ async def test_second_coordinator_takes_over(operator: OperatorWorld) -> None:
         status = await operator.until_status(lambda s: s, "the second answers", SECOND)
         assert (status.acting, status.epoch, status.tasks) == (False, None, ())
 
-        sent = operator.send(task("taken-over", steps=LONG))
+        operator.gate.close()
+        sent = operator.send(task("taken-over"))
         await operator.computing(lambda: sent.commitments.get("taken-over"))
         before = await operator.until_status(lambda s: s.epoch, "the first acts")
         assert not (await operator.until_status(lambda s: s, "it answers", SECOND)).acting
         ray.kill(first, no_restart=True)
         epoch = await operator.until_status(lambda s: s.epoch, "the second acts", SECOND)
         assert epoch == before + 1
+        operator.gate.open()
         (report,) = await sent.ended()
         events = await operator.assert_paid_once(report)
         assert len(operator.gpus_of(events)) == 1
@@ -154,10 +167,12 @@ async def test_node_joins_and_leaves(operator: OperatorWorld) -> None:
         assert operator.gpus_of(events) == [card.gpu_id]
 
         # It is warm now and the smallest, so the next task goes there too.
-        sent = operator.send(task("moved", steps=LONG))
+        operator.gate.close()
+        sent = operator.send(task("moved"))
         gpu = await operator.computing(lambda: sent.commitments.get("moved"))
         assert gpu.gpu_id == card.gpu_id
         await asyncio.to_thread(vanish)
+        operator.gate.open()
         (report,) = await sent.ended()
         events = await operator.assert_paid_once(report)
         assert operator.gpus_of(events)[0] == card.gpu_id
@@ -230,9 +245,15 @@ async def test_tasks_end_as_they_should(operator: OperatorWorld) -> None:
 
 
 async def test_parameters_never_uploaded(operator: OperatorWorld) -> None:
-    with operator.task_timeout(10):
-        spec = task("never-uploaded", upload=False, expected_end=ABORTED)
-        (report,) = await operator.send(spec).ended()
+    sent = operator.send(task("never-uploaded", upload=False, expected_end=ABORTED))
+
+    def seen() -> bool:
+        commitment = sent.commitments.get("never-uploaded")
+        return commitment is not None and bool(operator.events(commitment))
+
+    await operator.until_true(seen, "the operator has seen the task")
+    operator.pass_time(TASK_TIMEOUT)
+    (report,) = await sent.ended()
     assert report.as_expected, report.problem
     events = await operator.closed(report.commitment)
     assert isinstance(events[-1], Closed)

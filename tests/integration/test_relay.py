@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,13 +25,16 @@ from cluster.relay.client import RelayClient
 from cluster.relay.envelope import open_envelope
 from cluster.relay.signing import sign, sign_digest
 from devnet.anvil import Anvil
-from devnet.application import Application, TaskChange, TaskReport
+from devnet.application import GRACE_SECONDS, Application, TaskChange, TaskReport
 from devnet.deploy import Deployment, connect, deploy, dev_account, fund, public_key
 from devnet.relay import RelayServer
 from devnet.tasks import ChainTask, TaskSpec, fees, from_chain, parse_tasks
 
-pytestmark = pytest.mark.timeout(60)
 STAKE = 400 * 10**18
+TASK_TIMEOUT = 1800
+"""Far longer than any test: a test that wants a task to time out moves the chain's time."""
+HTTP_SECONDS = 60.0
+"""For an answer: a busy machine may take longer than httpx waits by itself."""
 UNKNOWN = Commitment("0x" + "77" * 32)
 
 
@@ -73,7 +77,7 @@ class Node:
         self.web3 = web3
         self.account: LocalAccount = Account.from_key(seed.to_bytes(32, "big"))
         self.address = Address(self.account.address)
-        self.http = httpx.AsyncClient()
+        self.http = httpx.AsyncClient(timeout=HTTP_SECONDS)
         self.client = RelayClient(relay_url, self.http, OneKey(self.account), time.time)
         self.tasks: Any = web3.eth.contract(address=deployment.task, abi=TASK_ABI)  # type: ignore[call-overload]
         self.nodes: Any = web3.eth.contract(address=deployment.node, abi=NODE_ABI)  # type: ignore[call-overload]
@@ -129,8 +133,8 @@ class Node:
 class Devnet:
     """Chain, contracts and relay, and nodes and applications on them."""
 
-    def __init__(self, rpc_url: str, folder: Path, timeout: int = 120) -> None:
-        self.deployment = deploy(rpc_url, timeout_seconds=timeout)
+    def __init__(self, rpc_url: str, folder: Path) -> None:
+        self.deployment = deploy(rpc_url, timeout_seconds=TASK_TIMEOUT)
         self.folder = folder
         self.web3 = connect(rpc_url)
         self.servers: list[RelayServer] = []
@@ -153,7 +157,7 @@ class Devnet:
         self.nodes.append(node)
         return node
 
-    def application(self) -> Application:
+    def application(self, **options: Any) -> Application:
         return Application(
             self.deployment.rpc_url,
             self.deployment,
@@ -161,7 +165,15 @@ class Devnet:
             dev_account(2),
             owner=dev_account(0),
             out=self.folder / "out",
+            **options,
         )
+
+    def overdue_by(self, seconds: int, task: ChainTask) -> None:
+        """The chain's time jumps to so many seconds past the task's timeout."""
+        at = (task.started_at or task.created_at) + task.timeout + seconds
+        for method, values in (("evm_setNextBlockTimestamp", [at]), ("evm_mine", [])):
+            answer = self.web3.provider.make_request(method, values)  # type: ignore[arg-type]
+            assert "error" not in answer, answer
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +182,30 @@ def rpc_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield chain.rpc_url
 
 
+@contextlib.asynccontextmanager
+async def devnet_on(rpc_url: str, folder: Path) -> AsyncIterator[Devnet]:
+    devnet = Devnet(rpc_url, folder)
+    try:
+        yield devnet
+    finally:
+        for node in devnet.nodes:
+            await node.http.aclose()
+        for server in devnet.servers:
+            server.__exit__(None, None, None)
+
+
 @pytest.fixture
 async def devnet(rpc_url: str, tmp_path: Path) -> AsyncIterator[Devnet]:
-    devnet = Devnet(rpc_url, tmp_path)
-    yield devnet
-    for node in devnet.nodes:
-        await node.http.aclose()
-    for server in devnet.servers:
-        server.__exit__(None, None, None)
+    async with devnet_on(rpc_url, tmp_path) as devnet:
+        yield devnet
+
+
+@pytest.fixture
+async def timely(tmp_path: Path) -> AsyncIterator[Devnet]:
+    """A devnet on a chain of its own, whose time the test may move."""
+    with Anvil(log_path=tmp_path / "anvil.log") as chain:
+        async with devnet_on(chain.rpc_url, tmp_path) as devnet:
+            yield devnet
 
 
 def spec(**fields: Any) -> TaskSpec:
@@ -191,10 +219,10 @@ def spec(**fields: Any) -> TaskSpec:
 
 
 async def started(
-    devnet: Devnet, *specs: TaskSpec, changes: list[TaskChange] | None = None
+    devnet: Devnet, *specs: TaskSpec, changes: list[TaskChange] | None = None, **options: Any
 ) -> asyncio.Task[list[TaskReport]]:
     seen: Callable[[TaskChange], None] = (changes if changes is not None else []).append
-    run = asyncio.create_task(devnet.application().run(specs, seen))
+    run = asyncio.create_task(devnet.application(**options).run(specs, seen))
     await asyncio.sleep(0)
     return run
 
@@ -302,27 +330,95 @@ async def test_many_tasks_at_once_over_two_nodes(devnet: Devnet) -> None:
     assert {report.node for report in reports} == {node.address for node in nodes}
 
 
-async def test_never_uploaded_is_aborted(rpc_url: str, tmp_path: Path) -> None:
-    devnet = Devnet(rpc_url, tmp_path, timeout=2)
-    node = devnet.node(13)
-    run = await started(devnet, spec(upload=False, expected_end=frozenset({"EndAborted"})))
+async def test_never_uploaded_is_aborted(timely: Devnet) -> None:
+    node = timely.node(13)
+    run = await started(timely, spec(upload=False, expected_end=frozenset({"EndAborted"})))
     task = await node.current()
     with pytest.raises(ParametersNotReady):
         await node.client.fetch_parameters(node.address, task)
+    timely.overdue_by(0, node.task(task))
     [report] = await run
     assert report.as_expected
     assert report.seconds_to_score is None
-    await node.http.aclose()
-    devnet.stop_relay()
+
+
+class CountedClock:
+    """The application reads it at every look at a task."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        return time.time()
+
+    async def looked(self, run: asyncio.Task[list[TaskReport]]) -> None:
+        """The application has had two whole looks since now, or has ended."""
+        enough = self.reads + 4
+        async for _ in ticks():
+            if run.done() or self.reads >= enough:
+                break
+
+
+async def test_what_is_validated_late_is_waited_for(timely: Devnet) -> None:
+    node, clock, files = timely.node(17), CountedClock(), [("0.png", png(0))]
+    run = await started(timely, spec(), clock=clock)
+    task = await node.current()
+    await node.parameters(task)
+    await node.answer(task, score_images([png(0)]))
+    await node.status(task, {TaskStatus.VALIDATED})
+    timely.overdue_by(1, node.task(task))
+    await clock.looked(run)
+    assert node.task(task).status is TaskStatus.VALIDATED
+    await node.client.upload_result(node.address, task, files)
+    [report] = await run
+    assert report.as_expected, report.problem
+
+
+async def test_what_is_validated_and_never_uploaded_is_aborted(timely: Devnet) -> None:
+    node = timely.node(18)
+    run = await started(timely, spec(expected_end=frozenset({"EndAborted"})))
+    task = await node.current()
+    await node.parameters(task)
+    await node.answer(task, score_images([png(0)]))
+    await node.status(task, {TaskStatus.VALIDATED})
+    timely.overdue_by(GRACE_SECONDS, node.task(task))
+    [report] = await run
+    assert report.as_expected, report.problem
+    assert report.seconds_to_score is not None
+
+
+async def test_a_task_may_have_a_timeout_of_its_own(timely: Devnet) -> None:
+    node, changes = timely.node(19), list[TaskChange]()
+    aborted = {"upload": False, "expected_end": frozenset({"EndAborted"})}
+    run = await started(
+        timely,
+        spec(name="usual", **aborted),
+        spec(name="short", timeout=300, **aborted),
+        changes=changes,
+    )
+    async for _ in ticks():
+        if {change.name for change in changes} == {"short", "usual"}:
+            break
+    tasks = {change.name: change.commitment for change in changes}
+    assert node.task(tasks["short"]).timeout == 300
+    assert node.task(tasks["usual"]).timeout == TASK_TIMEOUT
+    timely.overdue_by(0, node.task(tasks["short"]))
+    await node.status(tasks["short"], {TaskStatus.END_ABORTED})
+    assert node.task(tasks["usual"]).status is TaskStatus.STARTED
+    timely.overdue_by(0, node.task(tasks["usual"]))
+    assert [(each.name, each.as_expected) for each in await run] == [
+        ("usual", True),
+        ("short", True),
+    ]
 
 
 async def call(
-    devnet: Devnet, account: LocalAccount, task: Commitment, *, late: int = 0, **signed: str
+    devnet: Devnet, account: LocalAccount, task: Commitment, *, at: int, **signed: str
 ) -> str:
     """What the relay answers to GET of the task, signed by `account` over `signed`."""
-    at = int(time.time()) - late
     fields = {"task_id_commitment": task, **signed}
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=HTTP_SECONDS) as http:
         answer = await http.get(
             f"{devnet.relay.url}/v1/inference_tasks/{task}",
             params={"timestamp": at, "signature": sign(fields, at, hex_key(account))},
@@ -336,34 +432,40 @@ async def call(
 
 
 async def test_who_may_read_and_when(devnet: Devnet) -> None:
+    now, port = int(time.time()), devnet.relay.port
+    devnet.stop_relay()
+    devnet.relay = devnet.serve(port=port, clock=lambda: float(now))
     node, stranger = devnet.node(14), dev_account(7)
     run = await started(devnet, spec())
     task = await node.current()
     await node.parameters(task)
-    assert await call(devnet, node.account, task) == "success"
-    assert await call(devnet, dev_account(2), task) == "success"
-    assert await call(devnet, stranger, task) == "Signer not allowed"
-    assert await call(devnet, node.account, UNKNOWN) == "Task not found"
-    assert await call(devnet, node.account, task, late=55) == "success"
-    assert await call(devnet, node.account, task, late=65) == "Invalid signature"
-    assert await call(devnet, node.account, task, late=-65) == "Invalid signature"
-    assert await call(devnet, node.account, task, other="x") == "Signer not allowed"
+    assert await call(devnet, node.account, task, at=now) == "success"
+    assert await call(devnet, dev_account(2), task, at=now) == "success"
+    assert await call(devnet, stranger, task, at=now) == "Signer not allowed"
+    assert await call(devnet, node.account, UNKNOWN, at=now) == "Task not found"
+    for at, words in (
+        (now - 60, "success"),
+        (now - 61, "Invalid signature"),
+        (now + 60, "success"),
+        (now + 61, "Invalid signature"),
+    ):
+        assert await call(devnet, node.account, task, at=at) == words
+    assert await call(devnet, node.account, task, at=now, other="x") == "Signer not allowed"
     with pytest.raises(RelayError, match="not validated"):
         await node.client.upload_result(node.address, task, [("0.png", png(0))])
     url = f"{devnet.relay.url}/v1/inference_tasks/{task}"
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=HTTP_SECONDS) as http:
         for query in ({}, {"timestamp": "now"}, {"timestamp": "1", "signature": "0x00"}):
             assert (await http.get(url, params=query)).status_code == 400
-        at = int(time.time())
         for who, message in ((stranger, "Signer not allowed"), (dev_account(2), "Task results")):
             fields = {"task_id_commitment": task, "index": "0"}
-            signature = sign(fields, at, hex_key(who))
+            signature = sign(fields, now, hex_key(who))
             answer = await http.get(
-                f"{url}/results/0", params={"timestamp": at, "signature": signature}
+                f"{url}/results/0", params={"timestamp": now, "signature": signature}
             )
             assert answer.json()["data"]["message"].startswith(message)
         fields = {"task_id_commitment": task, "task_args": "{}"}
-        data = {"timestamp": str(at), "signature": sign(fields, at, hex_key(stranger))}
+        data = {"timestamp": str(now), "signature": sign(fields, now, hex_key(stranger))}
         answer = await http.post(url, data={"task_args": "{}", **data})
         assert answer.status_code == 400
     run.cancel()
@@ -425,6 +527,13 @@ tasks:
         with pytest.raises(ConfigError, match=r"tasks\.yaml"):
             parse_tasks(wrong, "tasks.yaml")
     one = '- {name: a, type: SD, model_ids: [], parameters: "", %s}'
-    for field in ("expected_end: [EndHappily]", "expected_end: []", "fee: 0", "colour: red"):
+    for field in (
+        "expected_end: [EndHappily]",
+        "expected_end: []",
+        "fee: 0",
+        "colour: red",
+        "timeout: 0",
+        "group: true, timeout: 9",
+    ):
         with pytest.raises(ConfigError):
             parse_tasks(one % field, "tasks.yaml")

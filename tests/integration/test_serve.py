@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import httpx
 import pytest
 import ray
@@ -13,11 +11,15 @@ import cluster
 from cluster.status import Status
 from tests.integration.operator_world import (
     ACCOUNTS,
+    AWAY,
     CARDS,
+    TEST_SECONDS,
     OperatorWorld,
     answer_of,
     task,
 )
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -25,45 +27,35 @@ async def serving(operator: OperatorWorld) -> None:
     await operator.until_serving()
 
 
-async def get(operator: OperatorWorld, path: str) -> httpx.Response:
-    async with httpx.AsyncClient(timeout=30) as http:
-        return await http.get(f"{operator.devnet.operator_url}{path}")
+async def fetched(operator: OperatorWorld, path: str, code: int = 200) -> httpx.Response:
+    """The answer with that code: one that asks the coordinator gives it 3 s, and it may be busy."""
 
+    async def look() -> httpx.Response | None:
+        answer = await operator.get(path)
+        return answer if answer.status_code == code else None
 
-async def missing(operator: OperatorWorld) -> tuple[str, ...]:
-    """What /readyz finds missing; its code says the same."""
-    answer = await get(operator, "/readyz")
-    body: dict[str, Any] = answer.json()
-    assert answer.status_code == (503 if body["missing"] else 200)
-    assert body["ready"] == (not body["missing"])
-    return tuple(body["missing"])
+    return await operator.until(look, f"{path} answers {code}")
 
 
 async def until_missing(operator: OperatorWorld, *words: str) -> None:
     async def look() -> bool:
-        found = await missing(operator)
+        found = await operator.missing()
         return len(found) == len(words) and all(map(str.startswith, found, words))
 
     await operator.until(look, f"/readyz says {words or 'ready'}")
 
 
 async def test_alive_and_ready(operator: OperatorWorld) -> None:
-    answer = await get(operator, "/healthz")
+    answer = await operator.get("/healthz")
     assert (answer.status_code, answer.json()["version"]) == (200, cluster.__version__)
     await until_missing(operator)
-
-
-def test_readyz_said_what_was_missing_at_the_start(operator: OperatorWorld) -> None:
-    first, *others = operator.heard
-    assert first == "the coordinator is away: it has not been started, or it is being replaced"
-    assert any(words.startswith("no GPU is ") for words in others), operator.heard
 
 
 async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
     (report,) = await operator.send(task("seen-by-status")).ended()
     await operator.assert_paid_once(report)
 
-    status = Status.model_validate((await get(operator, "/v1/status")).json())
+    status = Status.model_validate((await fetched(operator, "/v1/status")).json())
     assert status.acting
     assert status.chain.reached
     assert status.relay.reached
@@ -76,7 +68,7 @@ async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
     assert int(status.totals.paid_wei) >= report.fee
     assert status.totals.slashed == 0
 
-    answer = await get(operator, "/metrics")
+    answer = await fetched(operator, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -97,26 +89,25 @@ async def test_status_and_metrics_after_a_task(operator: OperatorWorld) -> None:
 
 
 async def test_openapi_names_every_path(operator: OperatorWorld) -> None:
-    document = (await get(operator, "/openapi.json")).json()
+    document = (await fetched(operator, "/openapi.json")).json()
     assert document["info"]["version"] == cluster.__version__
     assert {"/healthz", "/readyz", "/metrics", "/v1/status"} <= document["paths"].keys()
     for path in document["paths"]:
-        assert (await get(operator, path)).status_code == 200, path
-    assert (await get(operator, "/v1/nothing")).status_code == 404
+        await fetched(operator, path)
+    assert (await operator.get("/v1/nothing")).status_code == 404
 
 
 async def test_coordinator_stops_and_comes_back(operator: OperatorWorld) -> None:
     coordinator = operator.coordinator()
     try:
         await answer_of(coordinator.stop.remote(), 60.0)
-        assert "the coordinator is not acting: it doesn't hold the lease" in await missing(operator)
+        await operator.hear("the coordinator is not acting: it doesn't hold the lease")
         ray.kill(coordinator, no_restart=True)
-        await until_missing(operator, "the coordinator is away: ")
+        await until_missing(operator, AWAY)
         for path in ("/metrics", "/v1/status"):
-            answer = await get(operator, path)
-            assert answer.status_code == 503
-            assert answer.json()["detail"].startswith("the coordinator is away: ")
-        assert (await get(operator, "/healthz")).status_code == 200
+            answer = await fetched(operator, path, 503)
+            assert answer.json()["detail"].startswith(AWAY)
+        assert (await operator.get("/healthz")).status_code == 200
     finally:
         ray.kill(coordinator, no_restart=True)
         operator.start_coordinator()

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,8 @@ FILES = (("0.png", b"a picture"),)
 DONE = Computed(SCORE, FILES, 1.0)
 LOSE = "lose the answer"
 START = 1_000.0
+PATIENCE = 50.0
+"""Seconds that anything is waited for: only what hangs takes so long."""
 PROMPT = "a very private prompt"
 GOOD = json.dumps({"base_model": "acme/tiny", "prompt": PROMPT, "task_config": {"seed": 7}})
 
@@ -296,6 +299,9 @@ class FakePool(Faulty):
     async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
         await self.arrive("cancel", gpu, attempt)
 
+    def prefetch(self, gpu: GpuId, order: Order) -> None:
+        self.calls.append(("prefetch", gpu, order.task))
+
     # --- what the coordinator uses besides
 
     def on_change(self, changed: Callable[[], None]) -> None:
@@ -440,9 +446,8 @@ class House:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait for at most five seconds, in small steps."""
-    for _ in range(5000):
-        if holds():
-            return
+    """Wait for at most `PATIENCE`, in small steps."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
         await asyncio.sleep(0.001)
-    raise AssertionError("it never came true")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -211,6 +212,7 @@ def test_when_a_card_is_asked() -> None:
 @pytest.mark.parametrize("model", ["acme/tiny", "acme/tiny+fp16"])
 def test_the_canary_is_a_task_like_others(model: str) -> None:
     parsed = task_parameters.parse(TaskType.SD, canary.parameters(model))
+    assert isinstance(parsed, task_parameters.SDParameters)
     assert task_parameters.base_key(parsed) == model
     assert canary.parameters(model) == canary.parameters(model)
     assert parsed.task_config.num_images == 1
@@ -236,24 +238,35 @@ def test_the_software_is_named_with_its_versions() -> None:
     assert all(re.match(r"\d", version) for version in named.values())
 
 
-class FakeState:
-    on_disk = frozenset({"acme/large", "acme/small", "acme/small+fp16", "acme/gone"})
+SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+REFINER = "StableDiffusionXLImg2ImgPipeline"
+
+
+def plant(root: Path, name: str, size: int, pipeline: str | None = SD) -> None:
+    folder = root / name
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights.safetensors").write_bytes(bytes(size))
+    if pipeline is not None:
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
 
 
 class FakeEngine:
-    def state(self) -> FakeState:
-        return FakeState()
+    def __init__(self, *on_disk: str) -> None:
+        self.on_disk = frozenset(on_disk)
+
+    def state(self) -> FakeEngine:
+        return self
 
 
 def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> None:
-    for name, size in (("large", 30), ("small", 10)):
-        for part in ("unet", "vae"):
-            folder = tmp_path / "acme" / name / part
-            folder.mkdir(parents=True)
-            (folder / "weights.safetensors").write_bytes(bytes(size))
-    (tmp_path / "acme" / "gone").mkdir()
-    (tmp_path / "acme" / "gone" / "x.safetensors").write_bytes(bytes(100))
-    engine = MountedEngine(FakeEngine(), A, tmp_path)  # type: ignore[arg-type]
+    plant(tmp_path, "acme/large", 30)
+    plant(tmp_path, "acme/small", 10, XL)
+    plant(tmp_path, "acme/refiner", 5, REFINER)
+    plant(tmp_path, "acme/chat", 3, None)
+    fake = FakeEngine(
+        "acme/large", "acme/small", "acme/small+fp16", "acme/refiner", "acme/chat", "acme/gone"
+    )
+    engine = MountedEngine(fake, A, tmp_path)  # type: ignore[arg-type]
     assert engine.smallest() == "acme/small"
-    FakeState.on_disk = frozenset()
+    fake.on_disk = frozenset({"acme/chat", "acme/refiner"})
     assert engine.smallest() is None

@@ -168,8 +168,9 @@ def test_up_passes_the_configuration_and_its_code(
 ) -> None:
     seen: list[Config] = []
 
-    def up(config: Config, build_api: Callable[[str], object]) -> int:
+    def up(config: Config, source: Path, build_api: Callable[[str], object]) -> int:
         seen.append(config)
+        assert source == file
         assert build_api is serve_app.build
         return 3
 

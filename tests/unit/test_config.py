@@ -91,10 +91,26 @@ def test_the_stake_is_written_in_cnx(tmp_path: Path, text: str, wei: int) -> Non
         ("{name: Card, vram: 8, count: 2}", "3", "simulated_gpus[0]: expected keys and values"),
         ("devnet: true", "devnet: false", "isn't marked a devnet"),
         ("ray:", "journal: {url: 'oracle://x'}\nray:", "journal.url: expected sqlite:///path"),
+        (
+            "ray:",
+            "identity: {accounts: 1001}\nray:",
+            "accounts: expected less than or equal to 1000",
+        ),
         ("ray:", "logs: {level: loud}\nray:", "logs.level: expected 'debug', 'info'"),
         ("ray:", "models: {root: 3}\nray:", "models.root: expected a path, got 3"),
         ("ray:", "network:", "the key network stands twice"),
         ("ray:", "ray: [", "not valid YAML"),
+        ("ray:", "? [a, b]\n: c\nray:", "not valid YAML: a key that is a list or a mapping"),
+        ("ray:", "? {a: b}\n: c\nray:", "not valid YAML: a key that is a list or a mapping"),
+        ("31337", "31337\n  stake: '1e999999'", "network.stake: expected an amount in CNX"),
+        ("31337", "31337\n  stake: '1e60'", "network.stake: expected an amount in CNX"),
+        ("31337", "31337\n  stake: nan", "network.stake: expected an amount in CNX"),
+        ("http://127.0.0.1:8545/", "http://é..x", "network.rpc_url: expected a URL"),
+        ("http://127.0.0.1:9000", "http://é..x", "network.relay_url: expected a URL"),
+        *(
+            ("ray:\n", f"ray:\n  address: '{address}'\n", "ray.address: expected null, auto, or")
+            for address in ("", "nonsense", "local", "ray://h:1", "h:0", "h:99999", "h:1:2", "h: 1")
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
@@ -104,6 +120,12 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "a: b: c", "\tx: 1"])
 def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize("address", ["null", "auto", "head:6379", "10.0.0.1:6379", "'[::1]:6379'"])
+def test_where_the_ray_cluster_is(tmp_path: Path, address: str) -> None:
+    config = loaded(tmp_path, MINIMAL.replace("ray:\n", f"ray:\n  address: {address}\n"))
+    assert config.ray.address == (None if address == "null" else address.strip("'"))
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from eth_account import Account
+from eth_account.hdaccount.deterministic import derive_child_key
 from eth_keys.datatypes import PublicKey, Signature
 from eth_utils.crypto import keccak
 
@@ -46,6 +47,21 @@ def written(folder: Path, data: bytes, mode: int = 0o600) -> Path:
 
 def test_accounts_are_derived_as_everyone_does(identity: Identity) -> None:
     assert tuple(identity.address(i) for i in range(3)) == FIRST
+
+
+def test_the_way_to_the_accounts_is_gone_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def derive(*arguments: Any) -> tuple[bytes, bytes]:
+        steps.append(1)
+        return derive_child_key(*arguments)
+
+    monkeypatch.setattr("cluster.identity.derive_child_key", derive)
+    identity = Identity.from_phrase(PHRASE)
+    before = len(steps)
+    for index in range(3):
+        identity.address(index)
+    assert len(steps) - before == 3
 
 
 def test_it_is_what_chain_and_relay_sign_with(identity: Identity) -> None:

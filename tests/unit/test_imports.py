@@ -25,6 +25,12 @@ IMPURE = frozenset({
 # fmt: on
 RAY = ("ray",)
 HEAVY = ("torch", "diffusers", "transformers")
+MAKE_MODELS = (
+    "devnet.models",
+    "devnet.diffusion_models",
+    "devnet.adapter_models",
+    "devnet.language_model",
+)
 OURS = ("cluster", "actors", "devnet", "serve_app")
 
 
@@ -106,8 +112,8 @@ def _wrong(found: Import) -> str | None:
             return "the core is pure"
     if within(target, *RAY) and not within(source, "actors", "serve_app", "cluster.runtime"):
         return "ray is for actors, serve_app and cluster.runtime"
-    if within(target, *HEAVY) and not within(source, "cluster.inference", "devnet.models"):
-        return "models are for cluster.inference and devnet.models"
+    if within(target, *HEAVY) and not within(source, "cluster.inference", *MAKE_MODELS):
+        return "models are for cluster.inference and the modules that make tiny ones"
     if within(target, "devnet") and not within(source, "devnet"):
         verb = within(source, "cluster.cli") and found.lazy
         return None if verb else "devnet is for its own CLI verb, imported when it is called"

@@ -23,9 +23,9 @@ from cluster.core.errors import (
     TaskInvalid,
 )
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, CardUuid, GpuClass
+from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
 from cluster.inference import canary
-from tests.unit.actor_fakes import DONE, KIND, TASK, until
+from tests.unit.actor_fakes import DONE, KIND, PATIENCE, TASK, until
 
 A, B, C = AttemptId("a"), AttemptId("b"), AttemptId("c")
 
@@ -46,7 +46,10 @@ class FakeEngine:
     ran: list[AttemptId] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     cancelled: Callable[[], bool] = lambda: False
+    on_step: Callable[[int, int], None] = lambda step, steps: None
     gpu_class: GpuClass = KIND
+    ahead: list[tuple[Commitment, Callable[[], bool]]] = field(default_factory=list)
+    ahead_fails: Exception | None = None
     uuid: CardUuid = CardUuid("GPU-1")
 
     def smallest(self) -> str | None:
@@ -55,11 +58,12 @@ class FakeEngine:
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
-        self.ran.append(order.attempt_id)
         self.threads.add(threading.get_ident())
-        self.cancelled = cancelled
+        self.cancelled, self.on_step = cancelled, on_step
         on_step(3, 20)
-        assert self.go.wait(10)
+        # The last: who sees it may rely on all of the above.
+        self.ran.append(order.attempt_id)
+        assert self.go.wait(PATIENCE)
         if cancelled():
             raise Cancelled("cancelled")
         if isinstance(self.outcome, BaseException):
@@ -68,6 +72,11 @@ class FakeEngine:
 
     def state(self) -> State:
         return State()
+
+    def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
+        self.ahead.append((order.task, wanted))
+        if self.ahead_fails is not None:
+            raise self.ahead_fails
 
 
 def order(attempt: AttemptId) -> Order:
@@ -89,7 +98,7 @@ async def outcome_of(engine: FakeEngine, attempt: AttemptId = A) -> Outcome:
     worker = worker_of(engine)
     engine.go.set()
     assert await worker.start(order(attempt)) is None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         return await worker.result(attempt)
 
 
@@ -135,7 +144,7 @@ async def test_says_that_it_is_starting_until_the_engine_is_up(engine: FakeEngin
     go = threading.Event()
 
     def make() -> Engine:
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         return engine
 
     worker = InferenceWorker(make, "1+abc")
@@ -176,7 +185,7 @@ async def test_starts_that_wait_for_the_engine_are_one_attempt(engine: FakeEngin
     go = threading.Event()
 
     def make() -> Engine:
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         return engine
 
     worker = InferenceWorker(make, "1+abc")
@@ -196,7 +205,7 @@ async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEn
     go = threading.Event()
 
     def make() -> Engine:
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
         return engine
 
     worker = InferenceWorker(make, "1+abc")
@@ -330,3 +339,63 @@ async def test_an_engine_that_cant_start_breaks_the_card_and_nothing_else(
     assert report.health is Health.BROKEN
     assert str(error) in report.problem
     assert isinstance(await worker.result(A), AttemptLost)
+
+
+# --- reading ahead ----------------------------------------------------------------------------
+
+
+async def test_reads_ahead_beside_what_computes(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    await worker.prefetch(order(B))
+    assert [task for task, _ in engine.ahead] == [TASK]
+    assert (await worker.report()).health is Health.BUSY
+
+
+async def test_only_the_newest_order_is_still_wanted(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.prefetch(order(A))
+    (_, first_wanted) = engine.ahead[0]
+    assert first_wanted()
+    await worker.prefetch(order(B))
+    assert not first_wanted()
+    assert engine.ahead[1][1]()
+
+
+@pytest.mark.parametrize(
+    "error", [ModelUnavailable(ModelUnavailableKind.NOT_HERE, "no"), OSError("disk")]
+)
+async def test_a_hint_that_fails_harms_nobody(engine: FakeEngine, error: Exception) -> None:
+    engine.ahead_fails = error
+    worker = worker_of(engine)
+    await worker.prefetch(order(B))
+    engine.go.set()
+    await worker.start(order(A))
+    assert await worker.result(A) == DONE
+
+
+# --- no progress ------------------------------------------------------------------------------
+
+
+async def test_how_long_an_attempt_has_made_no_progress(engine: FakeEngine) -> None:
+    clock = asyncio.get_running_loop().time
+    worker = worker_of(engine)
+    assert (await worker.report()).quiet_seconds == 0.0
+    before = clock()
+    await worker.start(order(A))
+    await until(lambda: bool(engine.ran))
+    assert (await worker.report()).quiet_seconds <= clock() - before
+
+    stepped = clock()
+    engine.on_step(4, 20)
+    quiet = clock()
+    await asyncio.sleep(0.05)
+    waited = clock() - quiet
+    assert waited <= (await worker.report()).quiet_seconds <= clock() - stepped
+
+    stepped = clock()
+    engine.on_step(5, 20)
+    assert (await worker.report()).quiet_seconds <= clock() - stepped
+    engine.go.set()
+    await worker.result(A)
+    assert (await worker.report()).quiet_seconds == 0.0

@@ -3,11 +3,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.ports import Journal, Lease
@@ -35,12 +37,14 @@ from cluster.core.types import (
     GigaBytes,
     GpuClass,
     GpuId,
+    ModelId,
     Score,
     TaskType,
     Timestamp,
     Wei,
 )
-from cluster.journal import KINDS, Assignment, SqlJournal, decode_event, encode_event
+from cluster.journal import Assignment, Owner, SqlJournal
+from cluster.journal_events import KINDS, decode_event, encode_event
 
 TASK = Commitment("0x" + "ab" * 32)
 OTHER = Commitment("0x" + "cd" * 32)
@@ -171,6 +175,25 @@ def test_what_cannot_be_is_not_stored(url: str, cached: bool) -> None:
     journal.close()
 
 
+def test_no_error_quotes_the_parameters(journal: SqlJournal) -> None:
+    """Whoever logs an error would log a stranger's prompt."""
+    lease, private = take(journal), ParametersFetched("a very private prompt")
+    with pytest.raises(IllegalMove) as unseen:
+        journal.append(lease, TASK, private, Timestamp(0))
+    for event in (SEEN, private):
+        journal.append(lease, TASK, event, Timestamp(1))
+    with pytest.raises(IllegalMove) as twice:
+        journal.append(lease, TASK, private, Timestamp(2))
+    with pytest.raises(IllegalMove) as folded:
+        fold(TASK, [(private, Timestamp(0))])
+    with journal.write(lease) as connection:
+        connection.execute(text("DROP TABLE task_events"))
+    with pytest.raises(DBAPIError) as broken:
+        journal.append(lease, OTHER, replace(SEEN, model_ids=(ModelId("private"),)), Timestamp(3))
+    for caught in (unseen, twice, folded, broken):
+        assert "private" not in str(caught.value)
+
+
 def test_a_fold_made_by_another_is_not_missed(url: str, journal: SqlJournal) -> None:
     lease = take(journal)
     for event in LIFE[:3]:
@@ -194,6 +217,26 @@ def test_the_newest_closed_come_first(journal: SqlJournal) -> None:
     found = [record.commitment for record in journal.recent_records(2)]
     assert found == [tasks[3], tasks[0]]
     assert [record.commitment for record in journal.open_records()] == [tasks[1]]
+
+
+def test_the_parameters_of_closed_tasks_never_leave_the_database(
+    journal: SqlJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = take(journal)
+    for event in (SEEN, ParametersFetched("a large text"), Closed(Outcome.ABORTED, Wei(0))):
+        journal.append(lease, TASK, event, Timestamp(0))
+    read: list[str] = []
+
+    def decode(kind: str, body: str) -> Event:
+        read.append(body)
+        return decode_event(kind, body)
+
+    monkeypatch.setattr("cluster.journal.decode_event", decode)
+    (record,) = journal.recent_records(9)
+    assert (record.parameters, record.outcome) == (None, Outcome.ABORTED)
+    assert len(read) == 3
+    assert not any("large" in body for body in read)
+    assert journal.story(TASK)[1][0] == ParametersFetched("a large text")
 
 
 def test_cursors_and_accounts(journal: SqlJournal) -> None:
@@ -226,6 +269,53 @@ def test_sqlite_is_durable_and_open_tasks_are_found_by_index(journal: SqlJournal
 def test_a_journal_that_cannot_be_opened_is_the_operators_input(url: str) -> None:
     with pytest.raises(ConfigError):
         SqlJournal(url)
+
+
+A, B, C, D = (Address("0x" + digit * 40) for digit in "abcd")
+OWNER = Owner(1, A, B, C, D)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "called"),
+    [
+        ("chain_id", 2, "network.chain_id 1, now it is 2"),
+        ("task", Address("0x"), "network.contracts.task 0xaaaa"),
+        ("node", Address("0x"), "network.contracts.node 0xbbbb"),
+        ("qos", Address("0x"), "network.contracts.qos 0xcccc"),
+        ("treasury", Address("0x"), "identity.seed_file's account 0xdddd"),
+    ],
+)
+def test_a_journal_with_anothers_facts_is_refused(
+    url: str, journal: SqlJournal, field: str, value: Any, called: str
+) -> None:
+    journal.bind(OWNER)
+    journal.append(take(journal), TASK, SEEN, Timestamp(1))
+    again = SqlJournal(url)
+    again.bind(OWNER)
+    with pytest.raises(ConfigError, match=called) as caught:
+        again.bind(replace(OWNER, **{field: value}))
+    assert "\n" not in str(caught.value)
+    again.bind(OWNER)
+    again.close()
+
+
+def test_an_empty_journal_is_anyones(journal: SqlJournal) -> None:
+    """A mistake that was mended before anything happened leaves no trace."""
+    journal.bind(OWNER)
+    mended = replace(OWNER, chain_id=2)
+    journal.bind(mended)
+    gpu_class = GpuClass("A+docker", GigaBytes(24))
+    journal.assign(take(journal), Assignment(1, SEEN.account, gpu_class))
+    with pytest.raises(ConfigError):
+        journal.bind(OWNER)
+    journal.bind(mended)
+
+
+def test_a_journal_from_before_journals_were_bound_is_taken(journal: SqlJournal) -> None:
+    journal.append(take(journal), TASK, SEEN, Timestamp(1))
+    journal.bind(OWNER)
+    with pytest.raises(ConfigError):
+        journal.bind(replace(OWNER, chain_id=2))
 
 
 def test_a_journal_of_another_schema_is_refused(url: str, journal: SqlJournal) -> None:

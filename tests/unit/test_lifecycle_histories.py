@@ -561,7 +561,7 @@ _ALWAYS_MOVES: tuple[Move, ...] = (
     ("deliver", 1, True),
     ("watch",),
     *[("finish", which) for which in (0, 0, 0, 0, 1)],
-    *[("fail", 0, fault) for fault in (Fault.DEVICE, Fault.LOST, Fault.MODEL, Fault.DEADLINE)],
+    *[("fail", 0, fault) for fault in (Fault.MEMORY, Fault.LOST, Fault.MODEL, Fault.DEADLINE)],
     ("orphan_speaks",),
     ("card_forgets",),
     *[("post_parameters",)] * 2,

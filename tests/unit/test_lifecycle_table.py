@@ -396,6 +396,12 @@ def test_a_card_that_failed_is_avoided_and_one_that_was_cancelled_is_not() -> No
     assert decide(lost) == Execute(frozenset({GpuId("h0")}))
 
 
+def test_a_card_whose_memory_was_too_small_is_outgrown() -> None:
+    situation = _after(Fault.MEMORY, Fault.DEVICE)(calm(Stage.ANSWERABLE, Progress.READY))
+    both, small = frozenset({GpuId("h0"), GpuId("h1")}), frozenset({GpuId("h0")})
+    assert decide(situation) == Execute(both, small)
+
+
 @pytest.mark.parametrize(("failures", "wait"), [(1, 1.0), (2, 2.0), (3, 4.0)])
 def test_the_backoff_doubles(failures: int, wait: float) -> None:
     record = record_in(Progress.READY, *failed(*[Fault.DEVICE] * failures))

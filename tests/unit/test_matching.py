@@ -60,13 +60,15 @@ def want(
     pipeline: str = "sd+lora",
     base: str = "sd",
     avoid: str = "",
+    outgrown: str = "",
 ) -> Want:
     requirement = Requirement(GigaBytes(min_vram), "", GigaBytes(0))
     if only is not None:
         requirement = Requirement(GigaBytes(0), only.name, only.vram)
     deadline = None if left is None else Timestamp(NOW + left)
-    avoided = frozenset(map(GpuId, avoid.split()))
-    return Want(Commitment(task), requirement, pipeline, base, deadline, seconds, avoided)
+    small = frozenset(map(GpuId, outgrown.split()))
+    avoided = small | frozenset(map(GpuId, avoid.split()))
+    return Want(Commitment(task), requirement, pipeline, base, deadline, seconds, avoided, small)
 
 
 def placed(wants: list[Want], cards: list[Card], costs: Costs = COSTS) -> dict[str, str]:
@@ -158,6 +160,39 @@ def test_a_short_wait_for_a_warm_card_beats_a_cold_start() -> None:
     assert placed([want("t")], [card("cold"), busy("warm", 5, "other")]) == {"t": "cold"}
 
 
+def test_a_task_that_outgrew_a_card_goes_to_a_larger_one() -> None:
+    small, twin, middle, big = (
+        card("a", SMALL),
+        card("b", TWIN, warm="sd+lora"),
+        card("c", GpuClass("Middle", GigaBytes(40))),
+        card("d", BIG),
+    )
+    cards = [small, twin, middle, big]
+    assert placed([want("t", outgrown="a")], cards) == {"t": "c"}
+    assert placed([want("t", outgrown="a c")], cards) == {"t": "d"}
+    # A larger one that failed otherwise goes last among the larger.
+    assert placed([want("t", outgrown="a", avoid="c")], cards) == {"t": "d"}
+    assert placed([want("t", outgrown="a", avoid="d")], [small, twin, big]) == {"t": "d"}
+
+
+def test_a_task_that_outgrew_a_card_waits_for_a_larger_one_that_is_alive() -> None:
+    cards = [card("a"), card("b")]
+    outgrown = want("t", outgrown="a")
+    assert placed([outgrown], [*cards, busy("d", 30, gpu_class=BIG)]) == {}
+    assert placed([outgrown], [*cards, card("d", BIG, GpuState.UNREACHABLE)]) == {"t": "b"}
+    # How large a card is doesn't change when it goes out of reach.
+    away = card("a", state=GpuState.UNREACHABLE)
+    assert placed([outgrown], [away, card("b", TWIN), card("d", BIG)]) == {"t": "d"}
+
+
+def test_without_a_larger_card_a_task_goes_where_it_was_not_tried_and_then_anywhere() -> None:
+    cards = [card("a", warm="sd+lora"), card("b", TWIN)]
+    assert placed([want("t", outgrown="a")], cards) == {"t": "b"}
+    assert placed([want("t", outgrown="a b")], cards) == {"t": "a"}
+    assert placed([want("t", only=SMALL, outgrown="a")], [cards[0], card("d", BIG)]) == {"t": "a"}
+    assert placed([want("t", outgrown="gone")], cards) == {"t": "a"}
+
+
 def test_nobody_waits_past_the_deadline_or_for_an_avoided_card() -> None:
     cards = [card("cold"), busy("warm", 40, "sd+lora")]
     assert placed([want("t", left=61)], cards) == {}
@@ -212,6 +247,8 @@ def _slack(w: Want, cost: float) -> float:
 
 def _candidates(w: Want, cards: list[Card]) -> list[Card]:
     could = [c for c in cards if _usable(c) and fits(w.requirement, c.gpu.gpu_class)]
+    floor = max((c.gpu.gpu_class.vram for c in cards if c.gpu.gpu_id in w.outgrown), default=0)
+    could = [c for c in could if c.gpu.gpu_class.vram > floor] or could
     return [c for c in could if c.gpu.gpu_id not in w.avoid] or could
 
 
@@ -276,6 +313,7 @@ wants_strategy = st.lists(
         pipeline=st.sampled_from(["sd+lora", "llm"]),
         base=st.sampled_from(["sd", "llm"]),
         avoid=st.lists(ids, max_size=3).map(" ".join),
+        outgrown=st.just("") | st.lists(ids, max_size=2).map(" ".join),
     ),
     max_size=8,
     unique_by=lambda w: w.task,
@@ -291,11 +329,7 @@ def test_any_placement_is_a_right_one(wants, cards, chance) -> None:  # type: ig
     for placement in placements:
         w, c = by_task[placement.task], by_id[placement.gpu_id]
         assert fits(w.requirement, c.gpu.gpu_class) and _free(c)
-        assert placement.gpu_id not in w.avoid or all(
-            other.gpu.gpu_id in w.avoid or not fits(w.requirement, other.gpu.gpu_class)
-            for other in cards
-            if _usable(other)
-        )
+        assert c in _candidates(w, cards)
     chance.shuffle(wants)
     chance.shuffle(cards)
     assert place(wants, cards, NOW) == placements

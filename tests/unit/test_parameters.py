@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core.errors import TaskInvalid, TaskUnsupported
-from cluster.core.types import TaskType
-from cluster.inference import parameters
+from cluster.core.types import TaskType, Work
+from cluster.inference import parameters, reading
 from cluster.inference.parameters import SDParameters, base_key, model_ids, parse, pipeline_key
 
 
@@ -22,7 +22,9 @@ def text(**changes: Any) -> str:
 
 
 def sd(**changes: Any) -> SDParameters:
-    return parse(TaskType.SD, text(**changes))
+    params = parse(TaskType.SD, text(**changes))
+    assert isinstance(params, SDParameters)
+    return params
 
 
 def config(**changes: Any) -> SDParameters:
@@ -70,8 +72,6 @@ def test_unknown_keys_are_ignored() -> None:
         {"task_config": {"cfg": -1}},
         {"task_config": {"image_width": "wide"}},
         {"dtype": "int8"},
-        {"version": "three"},
-        {"version": 3},
         {"lora": {"model": ""}},
         {"lora": {"model": "o/l", "weight": 0}},
         {"lora": {"model": "o/l", "weight": 101}},
@@ -89,12 +89,39 @@ def test_what_fails_the_schema_is_the_tasks_fault(changes: dict[str, Any]) -> No
     assert str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "broken", ["", "{", "nothing", "[]", "7", "null", '{"prompt":"x"}', "{'a':1}"]
-)
-def test_what_is_no_object_is_the_tasks_fault(broken: str) -> None:
+NO_OBJECTS = ["", "{", "nothing", "[]", "7", "null", "{'a':1}", text()[:-1], text() + "}"]
+
+
+@pytest.mark.parametrize("task_type", [TaskType.SD, TaskType.LLM])
+@pytest.mark.parametrize("broken", NO_OBJECTS)
+def test_what_is_no_object_may_be_one_elsewhere(task_type: TaskType, broken: str) -> None:
+    """Each node gets an upload of its own, and a relay may cut one off."""
+    with pytest.raises(TaskUnsupported):
+        parse(task_type, broken)
+
+
+@pytest.mark.parametrize("key", ["epk", "ct", "ciphertext", "protected"])
+def test_an_envelope_of_an_unknown_kind_is_met_with_silence(key: str) -> None:
+    with pytest.raises(TaskUnsupported):
+        parse(TaskType.SD, json.dumps({"v": 2, key: "AAAA"}))
+
+
+FAILURES: list[dict[str, Any]] = [
+    {"dtype": "fp8"},
+    {"prompt": ""},
+    {"base_model": None},
+    {"task_config": {"steps": 0}},
+    {"scheduler": {"method": "NewScheduler"}},
+]
+
+
+@pytest.mark.parametrize("version", ["9.0.0", "2.5", "", None, 3, ["3.0.0"]], ids=str)
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+def test_another_versions_schema_is_not_ours_to_judge(version: Any, failure: Any) -> None:
     with pytest.raises(TaskInvalid):
-        parse(TaskType.SD, broken)
+        sd(**failure)
+    with pytest.raises(TaskUnsupported):
+        sd(version=version, **failure)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +139,7 @@ def test_what_is_no_object_is_the_tasks_fault(broken: str) -> None:
         text(prompt="\ud800"),
         text().replace("{}", "[" * 100_000 + "]" * 100_000),
         text()[:-1] + ',"x":' + "9" * 5000 + "}",
-        " " * (parameters.MAX_TEXT + 1),
+        " " * (reading.MAX_TEXT + 1),
     ],
     ids=lambda value: value[:40],
 )
@@ -121,10 +148,9 @@ def test_what_others_may_run_is_never_the_tasks_fault(odd: str) -> None:
         parse(TaskType.SD, odd)
 
 
-@pytest.mark.parametrize("task_type", [TaskType.LLM, TaskType.SD_FT])
-def test_other_types_are_unsupported(task_type: TaskType) -> None:
+def test_fine_tuning_is_unsupported() -> None:
     with pytest.raises(TaskUnsupported):
-        parse(task_type, "{}")
+        parse(TaskType.SD_FT, text())
 
 
 @given(st.text() | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(json.dumps))
@@ -158,8 +184,15 @@ def test_keys_name_what_is_loaded() -> None:
     assert base_key(sd(base_model={"name": "o/m", "variant": "fp16"})) == "o/m+fp16"
     assert pipeline_key(sd(lora={"model": "o/l"})) == pipeline_key(plain)
     assert pipeline_key(config(steps=50, safety_checker=False)) == pipeline_key(plain)
-    different = [sd(dtype="float16"), sd(vae="o/v"), sd(unet="o/u"), sd(base_model="o/n")]
-    assert len({pipeline_key(params) for params in [plain, *different]}) == 5
+    different = [
+        sd(dtype="float16"),
+        sd(vae="o/v"),
+        sd(unet="o/u"),
+        sd(base_model="o/n"),
+        sd(controlnet={"model": "o/c", "image_dataurl": "data:"}),
+        sd(refiner={"model": "o/r"}),
+    ]
+    assert len({pipeline_key(params) for params in [plain, *different]}) == 7
 
 
 def test_model_ids() -> None:
@@ -173,9 +206,10 @@ def test_model_ids() -> None:
 
 
 def test_work_grows_with_each_factor() -> None:
-    one = parameters.work_units(config(image_width=256, image_height=128, steps=2, num_images=1))
-    assert one == 256 * 128 * 2
-    assert parameters.work_units(config(image_width=256, image_height=128, steps=2)) == 6 * one
+    one = parameters.work_of(config(image_width=256, image_height=128, steps=2, num_images=1))
+    assert one == Work("sd", 256 * 128 * 2)
+    six = parameters.work_of(config(image_width=256, image_height=128, steps=2))
+    assert six == Work("sd", 6 * one.amount)
 
 
 def test_needs_no_torch() -> None:
@@ -204,7 +238,9 @@ def test_deep_nesting_never_reaches_the_reader(text: str) -> None:
 
 def test_brackets_in_a_prompt_are_text() -> None:
     text = json.dumps({"base_model": "org/name", "prompt": "[" * 500 + '\\"{', "task_config": {}})
-    assert parse(TaskType.SD, text).prompt.startswith("[[[")
+    params = parse(TaskType.SD, text)
+    assert isinstance(params, SDParameters)
+    assert params.prompt.startswith("[[[")
 
 
 def with_fields(**fields: object) -> str:

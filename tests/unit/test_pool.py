@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -113,14 +114,17 @@ class Pool(RayGpuPool):
         self.made: list[FakeActor] = []
         self.killed: list[tuple[FakeActor, bool]] = []
         self.first_report: object = READY
+        self.threads: set[int] = set()
 
     def _actor(self, slot: Slot) -> ActorHandle[Any]:
+        self.threads.add(threading.get_ident())
         actor = FakeActor(slot)
         actor.answers["report"] = [self.first_report]
         self.made.append(actor)
         return cast("ActorHandle[Any]", actor)
 
     def _kill(self, member: Any, restart: bool) -> None:
+        self.threads.add(threading.get_ident())
         self.killed.append((member.actor, restart))
 
 
@@ -485,3 +489,95 @@ async def test_a_broken_card_is_begun_anew_after_a_while(monkeypatch: pytest.Mon
     monkeypatch.setattr(pool_module, "MEND_SECONDS", -1.0)
     await pool.refresh()
     assert pool.killed == [(actor, True)]
+
+
+STALLED_REPORT = replace(READY, health=Health.BUSY, attempt=A, quiet_seconds=301.0)
+
+
+@pytest.mark.usefixtures("nodes")
+async def test_an_attempt_that_makes_no_step_ends_its_process_once() -> None:
+    pool, actor, _ = await pool_of(replace(STALLED_REPORT, quiet_seconds=299.0))
+    await pool.refresh()
+    assert pool.killed == []
+    actor.answers["report"] = [STALLED_REPORT]
+    await pool.refresh()
+    assert pool.killed == [(actor, True)]
+    # Dying may take it a while: the process that follows must not be hit.
+    await pool.refresh()
+    assert len(pool.killed) == 1
+
+
+@pytest.mark.parametrize("lost", [DEAD, UNAVAILABLE, AttemptLost("not known here")])
+@pytest.mark.usefixtures("nodes")
+async def test_the_result_of_an_attempt_that_stalled_says_so(lost: BaseException) -> None:
+    pool, actor, gpu = await pool_of(STALLED_REPORT)
+    actor.answers["result"] = [lost]
+    with pytest.raises(DeviceFault) as caught:
+        await pool.result(gpu, A)
+    assert caught.value.kind is DeviceFaultKind.STALLED
+    assert len(pool.killed) == 1
+    with pytest.raises(AttemptLost):
+        await pool.result(gpu, AttemptId("another"))
+
+
+@pytest.mark.usefixtures("nodes")
+async def test_an_attempt_that_stalled_and_ended_well_after_all_has_its_result() -> None:
+    pool, actor, gpu = await pool_of(STALLED_REPORT)
+    actor.answers["result"] = [DONE]
+    assert await pool.result(gpu, A) == DONE
+
+
+@pytest.mark.parametrize("silence", [NEVER, UNAVAILABLE, BUG, AWAY])
+@pytest.mark.usefixtures("nodes")
+async def test_a_process_that_is_silent_for_long_is_ended(
+    monkeypatch: pytest.MonkeyPatch, silence: object
+) -> None:
+    pool, actor, _ = await pool_of()
+    actor.answers["report"] = [silence]
+    await pool.refresh()
+    await pool.refresh()
+    assert pool.killed == []
+    monkeypatch.setattr(pool_module, "HUNG_SECONDS", -1.0)
+    await pool.refresh()
+    assert pool.killed == [(actor, True)]
+    # What begins anew has as long again.
+    await pool.refresh()
+    assert len(pool.killed) == 1
+
+
+@pytest.mark.usefixtures("nodes")
+async def test_a_silence_that_was_broken_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "HUNG_SECONDS", -1.0)
+    pool, actor, _ = await pool_of()
+    for _ in range(2):
+        actor.answers["report"] = [UNAVAILABLE]
+        await pool.refresh()
+        actor.answers["report"] = [READY]
+        await pool.refresh()
+    assert pool.killed == []
+
+
+async def test_actors_are_begun_and_ended_off_the_loop(nodes: list[dict[str, Any]]) -> None:
+    """What Ray does for it waits for the head's answer, and would hold up every task."""
+    pool, actor, gpu = await pool_of()
+    actor.answers["report"] = [replace(READY, release="0+old")]
+    await pool.refresh()
+    pool.made[-1].answers["result"] = [DeviceFault(DeviceFaultKind.CONTEXT_LOST, "x")]
+    with pytest.raises(DeviceFault):
+        await pool.result(gpu, A)
+    nodes.clear()
+    await pool.refresh()
+    assert (len(pool.made), len(pool.killed)) == (2, 3)
+    assert threading.get_ident() not in pool.threads
+
+
+async def test_an_end_that_ray_refuses_ends_no_look(nodes: list[dict[str, Any]]) -> None:
+    class Refusing(Pool):
+        def _kill(self, member: Any, restart: bool) -> None:
+            raise AWAY
+
+    pool = Refusing()
+    await pool.refresh()
+    nodes.clear()
+    await pool.refresh()
+    assert pool.gpus() == ()

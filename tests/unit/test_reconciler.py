@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from actors.reconciler import FIRST_PAUSE, LONGEST_PAUSE, POLL_SECONDS
 from cluster.core.errors import (
     ClusterError,
+    DeviceFault,
+    DeviceFaultKind,
     IllegalMove,
     LeaseLost,
     NetworkUnavailable,
@@ -38,6 +40,8 @@ from cluster.core.types import (
     AttemptId,
     Commitment,
     GigaBytes,
+    GpuClass,
+    GpuId,
     Requirement,
     Stage,
     TaskStatus,
@@ -123,6 +127,25 @@ async def test_the_order_is_what_the_task_asks_for(house: House) -> None:
     assert (gpu, order.attempt_id, order.task) == (CARD, FIRST, TASK)
     assert (order.task_type, order.parameters) == (int(TaskType.SD), GOOD)
     assert order.deadline == START + 180
+
+
+@pytest.mark.parametrize("stage", [Stage.ANSWERED, Stage.WANTED])
+async def test_lost_files_are_made_again_for_as_long_as_the_payment_is_waited_for(
+    house: House, stage: Stage
+) -> None:
+    """The answer was in time, so the deadline of answers is no bound to the files."""
+    house.network.add(facts_of(stage=stage, status=TaskStatus.VALIDATED, score=SCORE))
+    house.clock.now = START + 180 + 1
+    await house.turns(2)
+    ((_, order),) = house.pool.orders
+    assert order.deadline == START + 180 + house.policy.abort_margin + house.policy.answer_grace
+
+
+async def test_files_without_a_deadline_are_made_without_one(house: House) -> None:
+    house.network.add(facts_of(stage=Stage.WANTED, score=SCORE, deadline=None))
+    await house.turns(2)
+    ((_, order),) = house.pool.orders
+    assert order.deadline is None
 
 
 async def test_the_most_urgent_task_goes_first(house: House) -> None:
@@ -284,11 +307,17 @@ async def test_what_we_dont_run_is_never_reported(house: House, late: bool) -> N
     assert "FaultFound" not in house.kinds()
 
 
-@pytest.mark.parametrize("kind", [TaskType.LLM, TaskType.SD_FT])
-async def test_kinds_of_task_we_dont_run_are_never_reported(house: House, kind: TaskType) -> None:
-    house.network.add(facts_of(task_type=kind), INVALID)
+async def test_a_kind_of_task_we_dont_run_is_never_reported(house: House) -> None:
+    house.network.add(facts_of(task_type=TaskType.SD_FT), INVALID)
     await house.turns(4)
     assert house.kinds() == ["Seen", "ParametersFetched"]
+
+
+async def test_a_language_task_goes_to_a_card(house: House) -> None:
+    chat = {"model": "acme/llm", "messages": [{"role": "user", "content": "hello"}]}
+    house.network.add(facts_of(task_type=TaskType.LLM), json.dumps(chat))
+    await house.turns(2)
+    assert house.kinds() == ["Seen", "ParametersFetched", "AttemptStarted"]
 
 
 async def test_what_a_card_doesnt_run_is_tried_on_no_other(tmp_path: Path) -> None:
@@ -368,6 +397,17 @@ async def test_a_failed_attempt_is_followed_by_one_on_another_card(tmp_path: Pat
     house.pool.outcomes = [ClusterError("a broken card"), DONE]
     await house.turns(5)
     assert [gpu for gpu, _ in house.pool.orders] == [CARD, CARD_2]
+    assert house.kinds()[-1] == "Claimed"
+
+
+async def test_a_task_that_runs_out_of_memory_moves_to_a_larger_card(tmp_path: Path) -> None:
+    large = GpuId("node-2")
+    cards = (gpu_of(), gpu_of(CARD_2), gpu_of(large, kind=GpuClass("Large", GigaBytes(80))))
+    house = House(tmp_path, cards)
+    house.network.add(facts_of())
+    house.pool.outcomes = [DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "8 GB are too few"), DONE]
+    await house.turns(5)
+    assert [gpu for gpu, _ in house.pool.orders] == [CARD, large]
     assert house.kinds()[-1] == "Claimed"
 
 

@@ -21,7 +21,8 @@ from cluster.core.errors import (
     ResultRefused,
 )
 from cluster.core.types import Address, Commitment
-from cluster.relay.client import MAX_BODY_BYTES, RelayClient
+from cluster.inference import reading
+from cluster.relay.client import MAX_BODY_BYTES, MAX_PARAMETERS, RelayClient
 from cluster.relay.envelope import open_envelope, seal
 from cluster.relay.signing import recover, sign_digest
 
@@ -103,9 +104,42 @@ async def test_now_and_the_parameters() -> None:
     assert recover(FIELDS, int(query["timestamp"][0]), query["signature"][0]) == ACCOUNT
 
 
-async def test_an_envelope_is_opened() -> None:
+def sealed_to_us(text: str) -> str:
     public = PrivateKey(KEY).public_key.to_bytes()
-    sealed = seal('{"prompt":"ü"}', TASK, public, lambda count: b"\x07" * count)
+    return seal(text, TASK, public, lambda count: b"\x07" * count)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("over", [0, 1])
+async def test_parameters_longer_than_any_task_of_ours_are_never_kept(
+    sealed: bool, over: int
+) -> None:
+    text = "x" * (MAX_PARAMETERS + over)
+    answer = sealed_to_us(text) if sealed else text
+    client = FakeRelay(lambda _: success({"task_args": answer})).client()
+    if not over:
+        assert await client.fetch_parameters(ACCOUNT, TASK) == text
+        return
+    with pytest.raises(ParametersUnreadable, match="characters"):
+        await client.fetch_parameters(ACCOUNT, TASK)
+
+
+async def test_what_is_too_long_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(_: str) -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr("cluster.relay.client.is_envelope", parsed)
+    client = FakeRelay(lambda _: success({"task_args": "x" * 3 * MAX_PARAMETERS})).client()
+    with pytest.raises(ParametersUnreadable):
+        await client.fetch_parameters(ACCOUNT, TASK)
+
+
+def test_what_is_kept_is_what_could_be_run() -> None:
+    assert MAX_PARAMETERS == reading.MAX_TEXT
+
+
+async def test_an_envelope_is_opened() -> None:
+    sealed = sealed_to_us('{"prompt":"ü"}')
     relay = FakeRelay(lambda _: success({"task_args": sealed}))
     assert await relay.client().fetch_parameters(ACCOUNT, TASK) == '{"prompt":"ü"}'
     other = json.dumps(json.loads(sealed) | {"v": 2})

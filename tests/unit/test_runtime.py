@@ -3,19 +3,25 @@ is started here."""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import GetTimeoutError, RayActorError
+from structlog.testing import capture_logs
 
 from cluster import runtime
-from cluster.config import Config
+from cluster.config import Config, digest, load
 from cluster.core.errors import ChainError, ClusterError, ConfigError
-from cluster.core.types import GpuClass
+from cluster.core.types import GigaBytes, GpuClass, Timestamp
+from cluster.journal import Assignment
 
 ADDRESS = "0x" + "11" * 20
 PHRASE = "test test test test test test test test test test test junk"
+OTHER_PHRASE = "legal winner thank year wave sausage worth useful legal winner thank yellow"
 
 
 def config(tmp_path: Path, **ray: object) -> Config:
@@ -77,6 +83,28 @@ def test_a_port_that_cannot_be_had_is_named(
         runtime.check(config(tmp_path))
 
 
+@pytest.mark.parametrize("opens", [runtime.check, runtime.assemble])
+def test_another_identitys_journal_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: Callable[[Config], object]
+) -> None:
+    async def reached(_config: Config) -> None:  # noqa: RUF029 - takes the place of one that awaits
+        pass
+
+    monkeypatch.setattr(runtime, "_check_port", lambda *_: None)
+    monkeypatch.setattr(runtime, "_check_chain", reached)
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    mine = config(tmp_path)
+    world = runtime.assemble(mine)
+    lease = world.journal.acquire("me", Timestamp(0), 1.0)
+    assert lease is not None
+    assignment = Assignment(1, world.accounts[1], GpuClass("Card", GigaBytes(8)))
+    world.journal.assign(lease, assignment)
+    opens(mine)
+    (tmp_path / "seed").write_text(OTHER_PHRASE)
+    with pytest.raises(ConfigError, match=r"journal\.url: this journal was begun with"):
+        opens(mine)
+
+
 @pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
 def test_a_wrong_chain_stops_and_an_absent_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception
@@ -91,6 +119,80 @@ def test_a_wrong_chain_stops_and_an_absent_one_does_not(
             runtime.check(config(tmp_path))
     else:
         runtime.check(config(tmp_path))
+
+
+SECRETIVE = f"""\
+identity: {{seed_file: seed}}
+network:
+  rpc_url: http://127.0.0.1:1/api-key-hunter2
+  chain_id: 5
+  contracts: {{task: "{ADDRESS}", node: "{ADDRESS}", qos: "{ADDRESS}"}}
+  relay_url: http://127.0.0.1:1
+journal: {{url: "sqlite:///password-hunter2.db"}}
+"""
+
+
+class FakeActorClass:
+    """Keeps what Ray would keep of an actor's making."""
+
+    def __init__(self) -> None:
+        self.arguments: list[Any] = []
+
+    def options(self, **_options: object) -> FakeActorClass:
+        return self
+
+    def remote(self, *arguments: object) -> object:
+        self.arguments += arguments
+        return object()
+
+
+def test_no_credential_is_an_argument_of_the_coordinator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actors = FakeActorClass()
+    monkeypatch.setattr(runtime, "CoordinatorActor", actors)
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(SECRETIVE)
+    asked = load(file)
+    runtime.Supervisor(asked, file, lambda _: cast("Any", None))._create_coordinator()
+    assert b"hunter2" not in pickle.dumps(actors.arguments)
+    (make_world,) = actors.arguments
+    world = make_world()
+    assert (world.chain_id, world.config_digest) == (5, digest(asked))
+
+
+def test_a_coordinator_that_finds_its_file_edited_is_still_the_one_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the supervisor, which holds to what it read, would replace it at every look."""
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(SECRETIVE)
+    asked = digest(load(file))
+    file.write_text(SECRETIVE + "lease: {ttl_seconds: 7}\n")
+    with capture_logs() as logs:
+        world = runtime.assemble_from(file, asked)
+    assert (world.config_digest, world.lease_seconds) == (asked, 7.0)
+    assert [entry["event"] for entry in logs] == ["configuration_edited"]
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, RuntimeError])
+def test_a_ray_cluster_that_cannot_be_had_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    error: type[Exception],
+) -> None:
+    def init(**_options: object) -> None:
+        raise error("another version of Ray")
+
+    monkeypatch.setattr("cluster.runtime.ray.init", init)
+    with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
+        runtime.connect(config(tmp_path, address=address))
 
 
 # --- asking the coordinator -----------------------------------------------------------------------
@@ -146,7 +248,7 @@ def test_a_card_is_cleared_by_the_coordinator(
     said: str,
 ) -> None:
     here = config(tmp_path, address=address)
-    fake = FakeRay(monkeypatch, release=runtime.release(here), clear_quarantine=done)
+    fake = FakeRay(monkeypatch, clear_quarantine=done)
     assert runtime.clear_quarantine(here, "x").startswith(said)
     assert [options["address"] for options in fake.joined] == [joins]
     assert fake.left == 1
@@ -157,8 +259,7 @@ def test_a_card_is_cleared_by_the_coordinator(
     [
         ({"init": ConnectionError("none")}, ClusterError, "no Ray cluster answers at auto"),
         ({"actor": ValueError("none")}, ClusterError, "is the operator up"),
-        ({"release": "0+old"}, ClusterError, "another configuration"),
-        ({"release": RayActorError()}, ClusterError, "doesn't answer"),
+        ({"clear_quarantine": RayActorError()}, ClusterError, "doesn't answer"),
         ({"clear_quarantine": GetTimeoutError("late")}, ClusterError, "doesn't answer"),
         ({"clear_quarantine": "not acting"}, ClusterError, "not acting"),
         ({"clear_quarantine": "unknown"}, ConfigError, "no card is known as x"),
@@ -172,8 +273,7 @@ def test_a_card_that_cant_be_cleared_is_one_line(
     said: str,
 ) -> None:
     here = config(tmp_path)
-    good: dict[str, object] = {"release": runtime.release(here), "clear_quarantine": "cleared"}
-    FakeRay(monkeypatch, **(good | answers))
+    FakeRay(monkeypatch, **({"clear_quarantine": "cleared"} | answers))
     with pytest.raises(ClusterError, match=said) as caught:
         runtime.clear_quarantine(here, "x")
     assert type(caught.value) is kind

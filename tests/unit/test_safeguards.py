@@ -40,6 +40,7 @@ from cluster.core.types import (
     Requirement,
     Score,
     Timestamp,
+    Work,
 )
 from cluster.inference import canary
 from tests.unit.actor_fakes import KIND, START, TASK, House, gpu_of, until
@@ -134,7 +135,7 @@ class Ward(House):
     async def want(self, avoid: frozenset[GpuId] = frozenset(), min_vram: int = 1) -> None:
         requirement = Requirement(GigaBytes(min_vram), "", GigaBytes(0))
         want = Want(TASK, requirement, "p", "b", None, 1.0, avoid)
-        self.dispatcher.want(want, Order(AttemptId(""), TASK, 0, "{}", None), 0.0)
+        self.dispatcher.want(want, Order(AttemptId(""), TASK, 0, "{}", None), Work("sd", 0.0))
         self.dispatcher.dispatch(Timestamp(self.clock()))
         await self.calm()
 

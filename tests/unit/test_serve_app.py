@@ -58,7 +58,7 @@ class Source:
         return Metrics("1", "d").render()
 
 
-def client(source: Source, timeout: float = 1.0) -> TestClient:
+def client(source: Source, timeout: float = 60.0) -> TestClient:
     return TestClient(create_api(source, timeout))
 
 

@@ -32,6 +32,7 @@ from cluster.core.types import (
     Requirement,
     Score,
     Timestamp,
+    Work,
 )
 from cluster.core.verification import MARGIN_SECONDS
 from tests.unit.actor_fakes import KIND, START, TASK, House, gpu_of, until
@@ -69,7 +70,7 @@ class Bench(House):
     ) -> None:
         due = None if deadline is None else Timestamp(deadline)
         want = Want(TASK, Requirement(GigaBytes(1), "", GigaBytes(0)), "p", "b", due, 1.0, avoid)
-        self.dispatcher.want(want, Order(AttemptId(""), TASK, 0, "{}", due), 0.0)
+        self.dispatcher.want(want, Order(AttemptId(""), TASK, 0, "{}", due), Work("sd", 0.0))
         self.dispatcher.dispatch(Timestamp(self.clock()))
         await self.calm()
 
@@ -150,7 +151,8 @@ async def test_a_card_that_has_yet_to_prove_itself_isnt_asked(tmp_path: Path) ->
     house.pool.cards[1] = replace(card(B), on_disk=frozenset({"acme/tiny"}))
     house.pool.reports[B] = Report(
         "1", 1, Health.READY, KIND, "", None, None, 0, 0, 0,
-        frozenset(), frozenset(), frozenset(), uuid_of(B), "p1", "torch=1", "acme/tiny",
+        frozenset(), frozenset(), frozenset(),
+        uuid=uuid_of(B), incarnation="p1", software="torch=1", smallest="acme/tiny",
     )  # fmt: skip
     await house.start()
     await house.says(A, X)
@@ -328,7 +330,7 @@ async def test_a_crash_in_the_middle_asks_the_same_card_for_the_same_attempt(
     assert attempt is not None
     want = Want(TASK, Requirement(GigaBytes(1), "", GigaBytes(0)), "p", "b", None, 1.0, frozenset())
     order = Order(attempt.attempt_id, TASK, 0, "{}", None)
-    house.dispatcher.follow(attempt.gpu_id, order, want, 0.0, Timestamp(house.clock()))
+    house.dispatcher.follow(attempt.gpu_id, order, want, Work("sd", 0.0), Timestamp(house.clock()))
     await house.calm()
     assert house.pool.called("start") == [(A, "a1"), (B, "a1.1")] * 2
     house.pool.finish(AttemptId("a1.1"), computed(X))

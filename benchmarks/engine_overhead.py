@@ -1,0 +1,141 @@
+"""The engine against a bare diffusers loop, both warm, on the same work.
+
+The bare loop is what the work can't do without: prompts read by Compel, the pipeline's calls, each
+image written as a PNG file and hashed as the network does. The engine does that as it does for a
+task, with its checks and its progress. Rounds of both alternate, and each is counted by its median.
+
+    python -m benchmarks.engine_overhead --device auto --json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compel import CompelForSD  # type: ignore[import-untyped]
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from benchmarks.report import arguments, chosen_device, progress, publish
+from cluster.core.ports import Computed, Order
+from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
+from cluster.inference.devices import Device, list_gpus, simulated
+from cluster.inference.diffusion import PNG_COMPRESSION
+from cluster.inference.engine import Engine, Limits
+from cluster.inference.scoring import score_images
+from cluster.models.store import ModelStore
+from devnet.models import SD15, make_models
+
+PROMPT, NEGATIVE = "a photo++ of a cat in the forest", "bad, blurry"
+
+
+def task(side: int, steps: int, images: int) -> dict[str, Any]:
+    config = {"image_width": side, "image_height": side, "steps": steps, "num_images": images}
+    return {
+        "base_model": SD15[0],
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "task_config": config | {"seed": 1, "cfg": 5},
+    }
+
+
+def bare(folder: Path, what: dict[str, Any], device: str) -> Callable[[], bytes]:
+    """The loop, its pipeline loaded; a call gives the score."""
+    make: Any = StableDiffusionPipeline
+    pipe = make.from_pretrained(str(folder), safety_checker=None, local_files_only=True).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    schedulers: Any = DPMSolverMultistepScheduler
+    own = pipe.scheduler.config
+    config = what["task_config"]
+
+    @torch.inference_mode()
+    def run() -> bytes:
+        pipe.scheduler = schedulers.from_config(own)
+        read = CompelForSD(pipe)(PROMPT, negative_prompt=NEGATIVE)
+        generator = torch.Generator("cpu").manual_seed(config["seed"])
+        files = []
+        for _ in range(config["num_images"]):
+            image = pipe(
+                prompt_embeds=read.embeds,
+                negative_prompt_embeds=read.negative_embeds,
+                width=config["image_width"],
+                height=config["image_height"],
+                num_inference_steps=config["steps"],
+                guidance_scale=config["cfg"],
+                generator=generator,
+            ).images[0]
+            with tempfile.SpooledTemporaryFile(max_size=2**26) as file:
+                image.save(file, "PNG", compress_level=PNG_COMPRESSION)
+                file.seek(0)
+                files.append(file.read())
+        return score_images(files)
+
+    return run
+
+
+def engine_of(device: Device, root: Path, what: dict[str, Any]) -> Callable[[], Computed]:
+    engine = Engine(device, ModelStore(root), time.time, Limits(threads=None))
+    order = Order(AttemptId("a"), Commitment("0x01"), TaskType.SD, json.dumps(what), None)
+    return lambda: engine.run(order, lambda: False, lambda _step, _steps: None)
+
+
+def timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def card(torch_device: str) -> Device:
+    """The card by that name, as NVML knows it; the CPU otherwise."""
+    if torch_device == "cpu":
+        return simulated(0, "CPU+bench", GigaBytes(16))
+    cards = list_gpus("bench")
+    return cards[int(torch_device.partition(":")[2])]
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", type=Path, default=Path(".devnet/models"))
+    asked = parser.parse_args()
+
+    progress("making the tiny models where they are missing")
+    make_models(asked.models)
+    device = card(chosen_device(asked.device))
+    what = task(asked.side, asked.steps, asked.images)
+    ours = engine_of(device, asked.models, what)
+    theirs = bare(asked.models / SD15[0], what, device.torch_device)
+    cold = timed(ours)
+    same = ours().score == theirs()
+    seconds: dict[str, list[float]] = {"engine": [], "bare": []}
+    for number in range(asked.rounds):
+        seconds["engine"].append(timed(ours))
+        seconds["bare"].append(timed(theirs))
+        progress(f"round {number + 1} of {asked.rounds}")
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    publish(
+        "engine_overhead",
+        {
+            "ratio_seconds": round(medians["engine"] / medians["bare"], 4),
+            "seconds_engine": round(medians["engine"], 4),
+            "seconds_bare": round(medians["bare"], 4),
+            "images_per_second": round(asked.images / medians["engine"], 3),
+            "seconds_first": round(cold, 4),
+            "same_score": same,
+            "rounds": asked.rounds,
+        },
+        device.torch_device,
+        asked.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What a benchmark prints: one JSON object, its figures beside the machine that they hold for.
+
+    {"benchmark": "warm_pool", "loads": 31, …, "machine": {"device": "cpu", …}}
+
+Nothing but that object goes to standard output with `--json`; without it, lines for a person.
+Torch is imported only for a CUDA device, so that the report itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final, TextIO
+
+Figure = int | float | str | None
+"""None: not measured on this machine."""
+
+PACKAGES: Final = ("torch", "diffusers", "transformers", "numpy", "xformers")
+CPU_INFO: Final = Path("/proc/cpuinfo")
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """`--json` and `--device auto|cpu|cuda[:N]`; a benchmark adds its own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    return parser
+
+
+def chosen_device(asked: str) -> str:
+    """`auto` is the first CUDA device, else the CPU. Ends the process where it isn't there."""
+    if asked == "cpu":
+        return asked
+    import torch
+
+    if asked == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind, _, number = asked.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        sys.exit(f"error: --device {asked}: not auto, cpu, cuda or cuda:N")
+    if int(number or 0) >= torch.cuda.device_count():
+        sys.exit(f"error: --device {asked}: this machine has {torch.cuda.device_count()}")
+    return f"cuda:{int(number or 0)}"
+
+
+def progress(text: str) -> None:
+    """To standard error, where it spoils no JSON."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine(device: str) -> dict[str, object]:
+    """Facts that figures depend on. `cpus` counts those that this process may use."""
+    return {
+        "device": device,
+        "device_name": _cpu_name() if device == "cpu" else _cuda_name(device),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "platform": platform.platform(terse=True),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def publish(
+    benchmark: str,
+    figures: Mapping[str, Figure],
+    device: str,
+    as_json: bool,
+    out: TextIO | None = None,
+) -> None:
+    """Raises `ValueError` for a figure that is no number: a benchmark that failed has none."""
+    for name, value in figures.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    facts = machine(device)
+    stream = out or sys.stdout
+    if as_json:
+        report = {"benchmark": benchmark, **figures, "machine": facts}
+        print(json.dumps(report), file=stream)
+        return
+    print(f"{benchmark} on {facts['device_name']} ({facts['cpus']} CPUs)", file=stream)
+    width = max(map(len, figures), default=0)
+    for name, value in figures.items():
+        print(f"  {name:<{width}}  {_readable(value)}", file=stream)
+
+
+def _readable(value: Figure) -> str:
+    if value is None:
+        return "not measured here"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    if CPU_INFO.is_file():
+        for line in CPU_INFO.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cuda_name(device: str) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(device))

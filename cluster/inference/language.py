@@ -1,0 +1,195 @@
+"""One language task on a loaded model: the chat as a prompt, tokens, and the response to the byte.
+
+As the network's own runner does it (protocol.md sections 4 and 5): the chat template makes the
+prompt, which is read without further special tokens; the model's own generation settings stand
+where the task sets none; everything is seeded right before. The response's key order and JSON form
+are hashed, so they are part of the protocol.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from cluster.core.errors import (
+    DeviceFault,
+    DeviceFaultKind,
+    ModelUnavailable,
+    ModelUnavailableKind,
+    TaskUnsupported,
+)
+from cluster.inference.llm_parameters import LLMParameters
+from cluster.inference.parts import quiet, reading
+from cluster.inference.seeds import seed_everything
+from cluster.models.store import read_json
+
+FILE: Final = "0.json"
+OnStep = Callable[[int, int], None]
+_TEMPLATE_FAULTS: Final = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One returned sequence, the prompt's tokens included."""
+
+    tokens: tuple[int, ...]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises `ModelUnavailable`; no code but the libraries' is ever run."""
+    quiet()
+    with reading(folder):
+        made: Any = AutoTokenizer
+        return made.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def refuse_code(folder: Path) -> None:
+    """A model that needs code of its own; others may run it, so it is never the task's fault."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
+            raise ModelUnavailable(
+                ModelUnavailableKind.REFUSED, f"{folder.name} comes with code of its own ({name})"
+            )
+
+
+def prompt_of(tokenizer: Any, params: LLMParameters) -> str:
+    """The chat as the model's own template writes it; without one, the contents line by line.
+
+    Raises `TaskUnsupported` for a chat that the template can't write: another version of it may.
+    """
+    chat = [message.as_given() for message in params.messages]
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n".join(str(message.get("content") or "") for message in chat)
+    tools = {} if params.tools is None else {"tools": copy.deepcopy(params.tools)}
+    try:
+        written: str = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **tools
+        )
+    except _TEMPLATE_FAULTS as error:
+        raise TaskUnsupported(
+            f"messages: the chat template refuses them ({type(error).__name__})"
+        ) from error
+    return written
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, tokenizer: Any, params: LLMParameters, on_step: OnStep
+) -> tuple[Sequence[int], Sequence[Generated]]:
+    """The prompt's tokens and the sequences made of them.
+
+    `on_step` gets (tokens made, most tokens) after each, and may raise to stop between tokens.
+    Raises `TaskUnsupported` where the settings are refused, `DeviceFault` for numbers that aren't
+    finite.
+    """
+    prompt = tokenizer(
+        prompt_of(tokenizer, params), return_tensors="pt", add_special_tokens=False
+    ).to(model.device)
+    length = prompt["input_ids"].shape[1]
+    if length == 0:
+        raise TaskUnsupported("messages: an empty prompt")
+    watch = _Watch(length, params.generation_config.max_new_tokens, on_step)
+    seed_everything(params.seed)
+    try:
+        made = model.generate(
+            **prompt,
+            generation_config=_settings(model, tokenizer, params),
+            stopping_criteria=StoppingCriteriaList([watch]),
+            logits_processor=LogitsProcessorList([_Numbers()]),
+        )
+    except ValueError as error:
+        line = " ".join(str(error).split())[:200]
+        raise TaskUnsupported(f"generation_config: refused: {line}") from error
+    sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
+    return prompt["input_ids"][0].tolist(), sequences
+
+
+def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
+    """A copy of the model's own, with the task's on top. Raises `ValueError` where they clash."""
+    own = copy.deepcopy(model.generation_config)
+    own.update(**params.generation_config.settings())
+    own.max_length = None
+    if own.pad_token_id is None:
+        end = own.eos_token_id
+        first_end = end[0] if isinstance(end, list) else end
+        own.pad_token_id = first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return own
+
+
+class _Watch(StoppingCriteria):
+    """Looks on after each token; never asks to stop, but what it calls may raise."""
+
+    def __init__(self, length: int, most: int, on_step: OnStep) -> None:
+        self._length = length
+        self._most = most
+        self._on_step = on_step
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self._on_step(input_ids.shape[1] - self._length, self._most)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _Numbers(LogitsProcessor):
+    """Lets the model's scores pass as they are, if they are numbers."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if bool(torch.isnan(scores).any()):
+            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not numbers")
+        return scores
+
+
+def response(
+    tokenizer: Any, params: LLMParameters, prompt: Sequence[int], made: Sequence[Generated]
+) -> dict[str, Any]:
+    """The response, its keys in the order that is hashed."""
+    read = _prompt_length(prompt, made[0].tokens)
+    choices = [
+        {
+            "finish_reason": "stop" if each.tokens[-1] == tokenizer.eos_token_id else "length",
+            "message": {"role": "assistant", "content": _text(tokenizer, each.tokens[read:])},
+            "index": index,
+        }
+        for index, each in enumerate(made)
+    ]
+    completion = sum(len(each.tokens) - read for each in made)
+    return {
+        "model": params.model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": read,
+            "completion_tokens": completion,
+            "total_tokens": read + completion,
+        },
+    }
+
+
+def _prompt_length(prompt: Sequence[int], sequence: Sequence[int]) -> int:
+    """Where the network's runner sees the prompt end: behind the first occurrence of its last token
+    that leaves room for it all, counted from the first occurrence of its first; 0 without one."""
+    try:
+        start = sequence.index(prompt[0])
+        return sequence.index(prompt[-1], start + len(prompt) - 1) + 1
+    except ValueError:
+        return 0
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    written: str = tokenizer.decode(
+        list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=True
+    )
+    return written.strip()
+
+
+def result_file(answer: dict[str, Any]) -> bytes:
+    """The response as the file that is hashed: Python's JSON with its defaults."""
+    return json.dumps(answer).encode("ascii")

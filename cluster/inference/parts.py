@@ -1,0 +1,185 @@
+"""Parts: what pipelines are made of, each loaded once and shared by all that need the same.
+
+A part is one network (a UNet, a VAE, a text encoder, a whole language model) in one dtype. Its key
+is made of its class, its configuration's and its weights' contents and the dtype, never of a name:
+two models with the same text encoder share it, and a file that was changed under the same name is
+another part.
+
+Only the classes named here are ever made, from local folders, from safetensors, and with no code
+but the libraries'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NewType
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+
+PartKey = NewType("PartKey", str)
+
+LANGUAGE_MODEL: Final = "AutoModelForCausalLM"
+CLASSES: Final[Mapping[str, Any]] = {
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    "AutoencoderKL": diffusers.AutoencoderKL,
+    "ControlNetModel": diffusers.ControlNetModel,
+    "CLIPTextModel": transformers.CLIPTextModel,
+    "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
+    "StableDiffusionSafetyChecker": StableDiffusionSafetyChecker,
+    LANGUAGE_MODEL: transformers.AutoModelForCausalLM,
+}
+_DIFFUSERS: Final = frozenset({"UNet2DConditionModel", "AutoencoderKL", "ControlNetModel"})
+DTYPES: Final = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PartSource:
+    """Where a part comes from. `files` are its weights; `size` is theirs on disk, in bytes."""
+
+    key: PartKey
+    folder: Path
+    class_name: str
+    dtype: str
+    variant: str | None
+    files: tuple[Path, ...]
+    size: int
+
+
+def source(folder: Path, class_name: str, dtype: str, variant: str | None = None) -> PartSource:
+    """The part in `folder`, whose weights are read through once to make its key.
+
+    Raises `ModelUnavailable` for a class that isn't run, or files that aren't there.
+    """
+    if class_name not in CLASSES:
+        raise _refused(f"{folder.parent.name}/{folder.name} is a {class_name[:80]}, not run here")
+    files = weights(folder, variant)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelUnavailable(
+            ModelUnavailableKind.NOT_HERE, f"{folder.parent.name}/{folder.name} has no config.json"
+        )
+    digest = hashlib.sha256(f"{class_name}|{dtype}".encode())
+    for file in (config, *files):
+        digest.update(digest_of(file))
+    key = PartKey(f"{class_name}:{dtype}:{digest.hexdigest()}")
+    size = sum(file.stat().st_size for file in files)
+    return PartSource(key, folder, class_name, dtype, variant or None, files, size)
+
+
+def weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
+    """The safetensors files of that variant, or of none, shards in order."""
+    wanted = f".{variant}" if variant else ""
+    found = [file for file in folder.glob("*.safetensors") if _variant_of(file) == wanted]
+    if not found:
+        raise ModelUnavailable(
+            ModelUnavailableKind.NOT_HERE,
+            f"{folder.parent.name}/{folder.name} has no {variant or 'plain'} safetensors weights",
+        )
+    return tuple(sorted(found))
+
+
+def _variant_of(file: Path) -> str:
+    """`.fp16` of `model.fp16.safetensors` and of its shards, "" where there is none."""
+    stem = file.name.removesuffix(".safetensors")
+    head, _, tail = stem.rpartition("-of-")
+    if head and tail.split(".")[0].isdecimal():
+        stem = head.rpartition("-")[0] + tail.lstrip("0123456789")
+    return "." + stem.partition(".")[2] if "." in stem else ""
+
+
+_digests: dict[tuple[str, int, int, int], bytes] = {}
+"""By path and what `stat` says of a file: a changed file is read anew."""
+
+
+def digest_of(file: Path) -> bytes:
+    """The sha256 of a file's contents, read once for as long as the file stays as it is."""
+    stat = file.stat()
+    seen = (os.fspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if seen not in _digests:
+        with file.open("rb") as stream:
+            _digests[seen] = hashlib.file_digest(stream, "sha256").digest()
+    return _digests[seen]
+
+
+def load(part: PartSource) -> torch.nn.Module:
+    """The part in host memory. Raises `ModelUnavailable` when its files don't make one.
+
+    A language model's dtype may be `auto`: what its weights are stored in. Not for a second thread
+    while another computes: the libraries change torch's default dtype and its modules' constructors
+    while they load.
+    """
+    quiet()
+    with reading(part.folder):
+        module: torch.nn.Module = CLASSES[part.class_name].from_pretrained(
+            str(part.folder),
+            dtype=DTYPES.get(part.dtype, "auto"),
+            variant=part.variant,
+            local_files_only=True,
+            use_safetensors=True,
+            **({} if part.class_name in _DIFFUSERS else {"trust_remote_code": False}),
+        )
+    return module.eval().requires_grad_(False)
+
+
+class reading:  # noqa: N801 - used as a with-statement
+    """What the libraries raise over a folder's files becomes `ModelUnavailable`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._name = f"{folder.parent.name}/{folder.name}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(
+            error, OSError | ValueError | KeyError | TypeError | AttributeError | SafetensorError
+        ) or (type(error) is RuntimeError):
+            raise ModelUnavailable(
+                ModelUnavailableKind.DAMAGED,
+                f"{self._name} can't be loaded: {type(error).__name__}",
+            ) from error
+
+
+def quiet() -> None:
+    """No progress bars or advice from the libraries; what matters is raised."""
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def tensors(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """Everything that moves with the module: parameters and buffers, each once."""
+    return (*module.parameters(), *module.buffers())
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    """What the module's tensors take, shared storage counted once."""
+    storages = {
+        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+        for tensor in tensors(module)
+    }
+    return sum(storages.values())
+
+
+Loader = Callable[[PartSource], torch.nn.Module]
+
+
+def _refused(message: str) -> ModelUnavailable:
+    return ModelUnavailable(ModelUnavailableKind.REFUSED, message)

@@ -1,0 +1,279 @@
+"""The parts near one card, in two tiers: on the device, and waiting in host memory.
+
+    disk ──load──▶ host memory ──move──▶ device
+                      ▲  (copy kept)       │
+                      └──── sent away ─────┘
+
+Parts are immutable, so as long as there is room the host keeps its copy of a part that moves on to
+the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. Both
+tiers are bounded, and lose what is worth least (`cluster.inference.eviction`). How much a part
+takes on the device and how long it takes to bring back are measured as it moves.
+
+One thread uses a pool; any thread may look at `where`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Final, Protocol
+
+import torch
+
+from cluster.inference.eviction import Popularity, Resident, victims
+from cluster.inference.parts import Loader, PartKey, PartSource, bytes_of, tensors
+
+FIRST_LOAD_RATE: Final = 1e9
+"""Bytes a second, for what has not been loaded yet."""
+FIRST_MOVE_RATE: Final = 1e10
+
+
+class Budget(Protocol):
+    """How many bytes parts may take on the device."""
+
+    def __call__(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """A moment's view of both tiers."""
+
+    device: frozenset[PartKey] = frozenset()
+    host: frozenset[PartKey] = frozenset()
+
+
+@dataclass(slots=True)
+class _Part:
+    source: PartSource
+    module: torch.nn.Module
+    host: Sequence[torch.Tensor] | None
+    """The copies in host memory, in the order of `tensors(module)`; None while there are none."""
+    types: tuple[torch.dtype, ...]
+    on_device: bool = False
+    host_bytes: int = 0
+    device_bytes: int = 0
+    load_seconds: float = 0.0
+    move_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start: parts loaded from disk, returned from host memory, sent away by tier."""
+
+    loads: int = 0
+    returns: int = 0
+    left_device: int = 0
+    left_host: int = 0
+    load_seconds: float = 0.0
+    move_seconds: float = 0.0
+
+
+@dataclass
+class Pool:
+    """`host_bytes` bounds the copies in host memory. `kept` holds keys that are never sent away."""
+
+    load: Loader
+    device: torch.device
+    budget: Budget
+    host_bytes: int
+    clock: Callable[[], float] = monotonic
+    kept: set[PartKey] = field(default_factory=set)
+    counts: Counts = field(default_factory=Counts)
+    _parts: dict[PartKey, _Part] = field(default_factory=dict)
+    _popularity: Popularity[PartKey] = field(default_factory=Popularity)
+    _where: Whereabouts = Whereabouts()
+
+    def where(self) -> Whereabouts:
+        return self._where
+
+    def hold(self, sources: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
+        """The parts by role, all on the device. Raises `ModelUnavailable`, or out of memory.
+
+        What they hold stays theirs until the next `hold`; nobody else moves parts meanwhile.
+        """
+        wanted = {source.key: source for source in sources.values()}
+        self._popularity.note(wanted)
+        try:
+            for source in wanted.values():
+                self._bring(source, wanted.keys())
+        finally:
+            self._look()
+        return {role: self._parts[source.key].module for role, source in sources.items()}
+
+    def changed(self, sources: Mapping[str, PartSource]) -> frozenset[PartKey]:
+        """Which of these are no longer of the types that they were loaded in."""
+        return frozenset(
+            key
+            for key in {source.key for source in sources.values()}
+            if (part := self._parts.get(key)) is not None and _types(part.module) != part.types
+        )
+
+    def discard(self, keys: Collection[PartKey]) -> None:
+        """Forget parts altogether: something may have changed them."""
+        for key in keys:
+            self._parts.pop(key, None)
+        self._look()
+        release_memory()
+
+    def clear(self) -> None:
+        """Send everything away from the device, in order to begin with all of its memory."""
+        for part in self._parts.values():
+            self._leave_device(part, frozenset())
+        self._forget_homeless()
+        self._look()
+        release_memory()
+
+    # --- moving ----------------------------------------------------------------------------------
+
+    def _bring(self, source: PartSource, wanted: Collection[PartKey]) -> None:
+        part = self._parts.get(source.key)
+        if part is None:
+            part = self._load(source, wanted)
+        elif not part.on_device:
+            self.counts.returns += 1
+        if not part.on_device:
+            self._move(part, wanted)
+
+    def _load(self, source: PartSource, wanted: Collection[PartKey]) -> _Part:
+        self._make_host_room(source.size, wanted)
+        began = self.clock()
+        module = self.load(source)
+        host = [_own_copy(tensor, self.device) for tensor in tensors(module)]
+        _point(module, host)
+        part = _Part(source, module, host, _types(module))
+        part.load_seconds = self.clock() - began
+        part.host_bytes = part.device_bytes = bytes_of(module)
+        self.counts.loads += 1
+        self.counts.load_seconds += part.load_seconds
+        self._parts[source.key] = part
+        return part
+
+    def _move(self, part: _Part, wanted: Collection[PartKey]) -> None:
+        self._make_device_room(part.device_bytes, wanted)
+        assert part.host is not None, "a part that isn't on the device is in host memory"  # noqa: S101
+        before, began = _allocated(self.device), self.clock()
+        _point(part.module, [copy.to(self.device, non_blocking=True) for copy in part.host])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            part.device_bytes = _allocated(self.device) - before
+        part.on_device = True
+        part.move_seconds = self.clock() - began
+        self.counts.move_seconds += part.move_seconds
+        if self._host_used() > self.host_bytes:
+            self._make_host_room(0, wanted)
+
+    def _make_device_room(self, size: int, wanted: Collection[PartKey]) -> None:
+        residents = [
+            Resident(key, part.device_bytes, _to_device(part), self._popularity.of(key), kept)
+            for key, part in self._parts.items()
+            if part.on_device
+            for kept in [key in wanted or key in self.kept]
+        ]
+        for key in victims(residents, size, self.budget()):
+            self._leave_device(self._parts[key], wanted)
+        self._forget_homeless()
+
+    def _leave_device(self, part: _Part, wanted: Collection[PartKey]) -> None:
+        if not part.on_device:
+            return
+        if part.host is None and self._make_host_room(part.host_bytes, wanted):
+            part.host = [_own_copy(tensor.cpu(), self.device) for tensor in tensors(part.module)]
+        if part.host is not None:
+            _point(part.module, part.host)
+        part.on_device = False
+        self.counts.left_device += 1
+
+    def _make_host_room(self, size: int, wanted: Collection[PartKey]) -> bool:
+        """Whether `size` more bytes fit now. Copies of what is on the device leave for free, and so
+        first; what waits there alone is lost with its copy."""
+        residents = [
+            Resident(key, part.host_bytes, _from_disk(part), self._popularity.of(key), kept)
+            for key, part in self._parts.items()
+            if part.host is not None
+            for kept in [not part.on_device and (key in wanted or key in self.kept)]
+        ]
+        for key in victims(residents, size, self.host_bytes):
+            self._parts[key].host = None
+            self.counts.left_host += 1
+        self._forget_homeless()
+        return self._host_used() + size <= self.host_bytes
+
+    def _forget_homeless(self) -> None:
+        for key in [key for key, part in self._parts.items() if _homeless(part)]:
+            del self._parts[key]
+
+    def _host_used(self) -> int:
+        return sum(part.host_bytes for part in self._parts.values() if part.host is not None)
+
+    def _look(self) -> None:
+        self._where = Whereabouts(
+            frozenset(key for key, part in self._parts.items() if part.on_device),
+            frozenset(key for key, part in self._parts.items() if part.host is not None),
+        )
+
+
+def _homeless(part: _Part) -> bool:
+    return part.host is None and not part.on_device
+
+
+def _from_disk(part: _Part) -> float:
+    """Seconds lost with the copy in host memory: nothing to speak of while it is on the device."""
+    seconds = part.load_seconds or part.host_bytes / FIRST_LOAD_RATE
+    return seconds * (0.01 if part.on_device else 1.0)
+
+
+def _to_device(part: _Part) -> float:
+    back = part.move_seconds or part.device_bytes / FIRST_MOVE_RATE
+    return back + (part.load_seconds if part.host is None else 0.0)
+
+
+def _point(module: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
+    """Make the module's tensors these, without a copy."""
+    for tensor, value in zip(tensors(module), values, strict=True):
+        tensor.data = value
+
+
+def _own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """In memory of our own: what was just read may be a view into the mapped file."""
+    data = tensor.detach()
+    return data.pin_memory() if device.type == "cuda" and data.numel() else data.clone()
+
+
+def _types(module: torch.nn.Module) -> tuple[torch.dtype, ...]:
+    return tuple(tensor.dtype for tensor in tensors(module))
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fixed(limit: int) -> Budget:
+    """A budget that was set, for devices whose memory can't be measured."""
+    return lambda: limit
+
+
+class MeasuredBudget:
+    """What the card has left for parts, as measured: all of it but what others take, and but the
+    most that computing has needed so far (before that is known, a quarter of the card)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._workspace: int | None = None
+
+    def computed(self, peak: int) -> None:
+        """`peak`: the most bytes that a run needed besides the parts."""
+        self._workspace = max(self._workspace or 0, peak)
+
+    def __call__(self) -> int:
+        free, total = torch.cuda.mem_get_info(self._device)
+        ours = torch.cuda.memory_reserved(self._device)
+        workspace = total // 4 if self._workspace is None else int(self._workspace * 1.1)
+        return free + ours - workspace

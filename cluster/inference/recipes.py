@@ -1,0 +1,154 @@
+"""From parameters to what must be near the card: model folders, their parts, and adapters' files.
+
+Everything here is looked up on this machine's disk, so every failure is `ModelUnavailable` or
+`TaskUnsupported`; the one verdict on the task is the LoRA's family, and it is left to
+`cluster.inference.lora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cluster.core.errors import TaskUnsupported
+from cluster.inference.llm_parameters import LLMParameters
+from cluster.inference.parameters import SDParameters, base_key, pipeline_key
+from cluster.inference.parts import LANGUAGE_MODEL, PartKey, PartSource, source
+from cluster.models.store import ModelStore, read_index, read_json
+
+SD: Final = "StableDiffusionPipeline"
+SDXL: Final = "StableDiffusionXLPipeline"
+SDXL_REFINER: Final = "StableDiffusionXLImg2ImgPipeline"
+_ROLES: Final = {
+    SD: ("unet", "vae", "text_encoder", "safety_checker"),
+    SDXL: ("unet", "vae", "text_encoder", "text_encoder_2"),
+}
+_BASE_ROLES: Final = frozenset({"unet", "vae", "text_encoder", "text_encoder_2"})
+REFINER_UNET: Final = "refiner"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One task's models. `parts` are by role; `refiner` is the refiner's own UNet.
+
+    `base_width` is how wide the text embeddings are that the base's UNet reads.
+    """
+
+    key: str
+    base_key: str
+    base: Path
+    pipeline: str
+    refiner: Path | None
+    parts: Mapping[str, PartSource]
+    lora: Path | None
+    inversion: Path | None
+    base_width: object
+
+    @property
+    def is_xl(self) -> bool:
+        return self.pipeline == SDXL
+
+    def part_keys(self) -> frozenset[PartKey]:
+        return frozenset(part.key for part in self.parts.values())
+
+    def base_part_keys(self) -> frozenset[PartKey]:
+        """Those that every task on this base needs."""
+        return frozenset(part.key for role, part in self.parts.items() if role in _BASE_ROLES)
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageRecipe:
+    """A language task's one model."""
+
+    key: str
+    base_key: str
+    model: PartSource
+
+    def part_keys(self) -> frozenset[PartKey]:
+        return frozenset({self.model.key})
+
+    base_part_keys = part_keys
+
+
+def language_recipe_for(params: LLMParameters, store: ModelStore) -> LanguageRecipe:
+    """Raises `ModelUnavailable`, or `TaskUnsupported` for what isn't run."""
+    if params.quantize_bits is not None:
+        raise TaskUnsupported("quantize_bits: not run by this version")
+    model = source(store.language_folder(params.model), LANGUAGE_MODEL, params.dtype)
+    return LanguageRecipe(pipeline_key(params), base_key(params), model)
+
+
+def dtype_of(params: SDParameters) -> str:
+    """The network's rule: the fp16 variant is run in float16, `auto` means float32 otherwise."""
+    if params.base_model.variant == "fp16":
+        return "float16"
+    return "float32" if params.dtype == "auto" else params.dtype
+
+
+def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
+    """Raises `ModelUnavailable`, or `TaskUnsupported` for models that can't go together."""
+    base = store.resolve("base", params.base_model.name, params.base_model.variant)
+    pipeline = read_index(base).pipeline
+    if pipeline not in _ROLES:
+        raise TaskUnsupported(f"base_model: a {pipeline} makes no image from text alone")
+    parts = _base_parts(base, pipeline, params)
+    dtype = dtype_of(params)
+    if params.unet:
+        parts["unet"] = source(store.resolve("unet", params.unet), "UNet2DConditionModel", dtype)
+    if params.vae:
+        parts["vae"] = source(store.resolve("vae", params.vae), "AutoencoderKL", dtype)
+    width = read_json(parts["unet"].folder / "config.json").get("cross_attention_dim")
+    if params.controlnet is not None:
+        parts["controlnet"] = _controlnet(params, store, width)
+    refiner = _refiner(params, store, pipeline)
+    if refiner is not None:
+        variant = None if params.refiner is None else params.refiner.variant
+        parts[REFINER_UNET] = source(refiner / "unet", "UNet2DConditionModel", dtype, variant)
+    lora = params.lora
+    return Recipe(
+        pipeline_key(params),
+        base_key(params),
+        base,
+        pipeline,
+        refiner,
+        parts,
+        None if lora is None else store.lora_file(lora.model, lora.weight_file_name),
+        store.inversion_file(params.textual_inversion) if params.textual_inversion else None,
+        width,
+    )
+
+
+def _base_parts(base: Path, pipeline: str, params: SDParameters) -> dict[str, PartSource]:
+    replaced = {"unet": bool(params.unet), "vae": bool(params.vae)}
+    unwanted = {"safety_checker": not params.task_config.safety_checker}
+    return {
+        role: source(base / role, class_name, dtype_of(params), params.base_model.variant)
+        for role, (_, class_name) in read_index(base).parts.items()
+        if role in _ROLES[pipeline] and not replaced.get(role) and not unwanted.get(role)
+    }
+
+
+def _controlnet(params: SDParameters, store: ModelStore, width: object) -> PartSource:
+    asked = params.controlnet
+    assert asked is not None, "asked for by a task with a ControlNet"  # noqa: S101
+    folder = store.resolve("controlnet", asked.model)
+    theirs = read_json(folder / "config.json").get("cross_attention_dim")
+    if theirs != width:
+        raise TaskUnsupported(
+            f"controlnet: made for text embeddings {theirs} wide, the base model's are {width}"
+        )
+    return source(folder, "ControlNetModel", dtype_of(params), asked.variant)
+
+
+def _refiner(params: SDParameters, store: ModelStore, pipeline: str) -> Path | None:
+    asked = params.refiner
+    if asked is None:
+        return None
+    if pipeline != SDXL:
+        raise TaskUnsupported("refiner: only an SDXL base model can be refined")
+    folder = store.resolve("base", asked.model, asked.variant)
+    if read_index(folder).pipeline != SDXL_REFINER:
+        raise TaskUnsupported(f"refiner: {asked.model} is not an SDXL refiner")
+    return folder

@@ -1,0 +1,70 @@
+"""The events of a task's history as JSON, by names that stay when a class is renamed."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from cluster.core.record import (
+    AttemptFailed,
+    AttemptStarted,
+    Claim,
+    Claimed,
+    Closed,
+    Event,
+    Fault,
+    FaultFound,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+    ResultUploaded,
+    Seen,
+)
+from cluster.core.types import FileRef, Score, TaskType
+
+KINDS: dict[str, type[Event]] = {
+    "seen": Seen,
+    "parameters_fetched": ParametersFetched,
+    "attempt_started": AttemptStarted,
+    "attempt_failed": AttemptFailed,
+    "result_stored": ResultStored,
+    "fault_found": FaultFound,
+    "claimed": Claimed,
+    "result_uploaded": ResultUploaded,
+    "closed": Closed,
+}
+_NAMES: dict[type[Event], str] = {kind: name for name, kind in KINDS.items()}
+
+_READERS: Mapping[str, Any] = {
+    "task_type": TaskType,
+    "claim": Claim,
+    "fault": Fault,
+    "outcome": Outcome,
+    "model_ids": tuple,
+    "score": lambda text: Score(bytes.fromhex(text)),
+    "files": lambda files: tuple(FileRef(**each) for each in files),
+}
+"""How a field comes back where JSON has no such type."""
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, enum.Enum):
+        return value.value
+    raise TypeError(f"no JSON form for a {type(value).__name__}")
+
+
+def encode_event(event: Event) -> tuple[str, str]:
+    """The event's kind and JSON body."""
+    return _NAMES[type(event)], json.dumps(asdict(event), default=_plain, sort_keys=True)
+
+
+def decode_event(kind: str, body: str) -> Event:
+    fields: dict[str, Any] = json.loads(body)
+    return KINDS[kind](
+        **{name: _READERS.get(name, lambda x: x)(value) for name, value in fields.items()}
+    )

@@ -1,0 +1,325 @@
+"""Language tasks on a tiny model: the response to the byte, and the same bits always."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from cluster.core.errors import (
+    Cancelled,
+    ClusterError,
+    DeviceFault,
+    DeviceFaultKind,
+    ModelUnavailable,
+    ModelUnavailableKind,
+    TaskUnsupported,
+)
+from cluster.core.ports import Computed, Order
+from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
+from cluster.inference import language
+from cluster.inference.devices import simulated
+from cluster.inference.engine import Engine, Limits
+from cluster.models.store import ModelStore
+from devnet.models import LLM, SD15
+
+DEVICE = simulated(0, "NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
+CHAT = [{"role": "system", "content": "you tell"}, {"role": "user", "content": "what is a cat?"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 40, "max_new_tokens": 12}
+LONG = SAMPLED | {"max_new_tokens": 80}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_models: Path) -> Engine:
+    return new_engine(tiny_models)
+
+
+def new_engine(root: Path) -> Engine:
+    return Engine(DEVICE, ModelStore(root), time.time, Limits(2**30, 2**30, threads=1))
+
+
+def order(**fields: Any) -> Order:
+    task = {"model": LLM, "messages": CHAT, "generation_config": {"max_new_tokens": 12}} | fields
+    return Order(AttemptId("a"), Commitment("0x01"), TaskType.LLM, json.dumps(task), None)
+
+
+def run(engine: Engine, **fields: Any) -> Computed:
+    return engine.run(order(**fields), lambda: False, lambda _step, _steps: None)
+
+
+def answer(engine: Engine, **fields: Any) -> dict[str, Any]:
+    ((name, content),) = run(engine, **fields).files
+    assert name == "0.json"
+    read: dict[str, Any] = json.loads(content)
+    return read
+
+
+def fault(engine: Engine, **fields: Any) -> ClusterError:
+    with pytest.raises(ClusterError) as caught:
+        run(engine, **fields)
+    return caught.value
+
+
+# --- the response -----------------------------------------------------------------------------
+
+
+def test_the_file_is_the_response_to_the_byte(engine: Engine) -> None:
+    made = run(engine)
+    content = made.files[0][1]
+    read = json.loads(content)
+    assert content == json.dumps(read).encode()
+    assert list(read) == ["model", "choices", "usage"]
+    assert list(read["choices"][0]) == ["finish_reason", "message", "index"]
+    assert list(read["choices"][0]["message"]) == ["role", "content"]
+    assert list(read["usage"]) == ["prompt_tokens", "completion_tokens", "total_tokens"]
+    assert read["model"] == LLM
+    assert read["choices"][0]["message"]["role"] == "assistant"
+    assert read["choices"][0]["message"]["content"]
+    assert made.score == hashlib.sha256(content).digest()
+    usage = read["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens"] == 12
+
+
+def test_non_ascii_text_is_escaped() -> None:
+    assert language.result_file({"model": "é"}) == b'{"model": "\\u00e9"}'
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_new_tokens": 20},
+        {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2},
+        {"max_new_tokens": 8, "repetition_penalty": 1.5},
+        SAMPLED | {"num_return_sequences": 3},
+        SAMPLED | {"top_p": 0.8, "typical_p": 0.9},
+    ],
+    ids=str,
+)
+def test_it_is_what_the_librarys_own_pipeline_makes(
+    engine: Engine, tiny_models: Path, config: dict[str, Any]
+) -> None:
+    read = answer(engine, generation_config=config, seed=11)
+    theirs = _by_the_pipeline(tiny_models / LLM, config, seed=11)
+    assert [choice["message"]["content"] for choice in read["choices"]] == theirs
+    assert [choice["index"] for choice in read["choices"]] == list(range(len(theirs)))
+
+
+def _by_the_pipeline(folder: Path, config: dict[str, Any], seed: int) -> Sequence[str]:
+    """The text-generation pipeline on the same prompt, greedy unless told to sample."""
+    make: Any = transformers.pipeline
+    pipe = make("text-generation", model=str(folder), device="cpu")
+    prompt = pipe.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    transformers.set_seed(seed)
+    made = pipe(
+        prompt,
+        return_tensors=True,
+        add_special_tokens=False,
+        **({"do_sample": False} | config),
+    )
+    length = len(pipe.tokenizer.encode(prompt, add_special_tokens=False))
+    return [
+        pipe.tokenizer.decode(
+            each["generated_token_ids"][length:], skip_special_tokens=True
+        ).strip()
+        for each in made
+    ]
+
+
+def test_the_end_of_the_text_is_told_from_the_end_of_the_room(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert answer(engine)["choices"][0]["finish_reason"] == "length"
+    folder = engine.store.language_folder(LLM)
+    tokenizer = language.load_tokenizer(folder)
+    params = engine_parameters()
+    prompt = [5, 6, 7]
+    ended = language.Generated((*prompt, 9, tokenizer.eos_token_id))
+    cut = language.Generated((*prompt, 9, 9))
+    read = language.response(tokenizer, params, prompt, [ended, cut])
+    assert [choice["finish_reason"] for choice in read["choices"]] == ["stop", "length"]
+    assert read["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+
+
+def engine_parameters() -> Any:
+    from cluster.inference.parameters import parse
+
+    return parse(TaskType.LLM, order().parameters)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"messages": [{"role": "user", "content": "tell the name of the sea"}]},
+        {"messages": [*CHAT, {"role": "assistant", "content": "a dog"}]},
+        {"tools": [TOOL]},
+        {"seed": 4, "generation_config": SAMPLED},
+        {"generation_config": {"max_new_tokens": 13}},
+        {"dtype": "bfloat16", "generation_config": LONG},
+    ],
+    ids=lambda changes: str(changes)[:50],
+)
+def test_every_parameter_counts(engine: Engine, changes: dict[str, Any]) -> None:
+    config = LONG if changes.get("generation_config") is LONG else {"max_new_tokens": 12}
+    plain = run(engine, generation_config=config)
+    assert run(engine, **changes).score != plain.score
+    assert run(engine, generation_config=config).score == plain.score
+
+
+def test_tool_calls_and_answers_reach_the_template(engine: Engine) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [TOOL]}
+    result = {"role": "tool", "tool_call_id": "7", "content": "rain"}
+    asked = answer(engine, messages=[*CHAT, call, result], tools=[TOOL])
+    plain = answer(engine, messages=[*CHAT, call], tools=[TOOL])
+    assert asked["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+
+
+def test_a_model_without_a_template_reads_the_contents(tiny_models: Path, tmp_path: Path) -> None:
+    store = _copy(tiny_models, tmp_path)
+    (store / "org" / "model" / "chat_template.jinja").unlink()
+    fresh = new_engine(store)
+    read = answer(fresh, model="org/model")
+    tokenizer = language.load_tokenizer(store / "org" / "model")
+    expected = tokenizer.encode("you tell\nwhat is a cat?", add_special_tokens=False)
+    assert read["usage"]["prompt_tokens"] == len(expected)
+
+
+def _copy(root: Path, to: Path) -> Path:
+    shutil.copytree(root / LLM, to / "org" / "model")
+    return to
+
+
+# --- the same bits ----------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.integration.test_language import SAMPLED, new_engine, run
+print(run(new_engine(Path(sys.argv[1])), generation_config=SAMPLED, seed=3).score.hex())
+"""
+
+
+def test_same_bits_warm_cold_after_others_and_in_another_process(
+    engine: Engine, tiny_models: Path
+) -> None:
+    first = run(engine, generation_config=SAMPLED, seed=3)
+    run(engine, generation_config=SAMPLED, seed=4)
+    picture = {"image_width": 64, "image_height": 64, "steps": 1, "num_images": 1}
+    sd = {"base_model": SD15[0], "prompt": "a cat", "task_config": picture}
+    engine.run(
+        Order(AttemptId("b"), Commitment("0x02"), TaskType.SD, json.dumps(sd), None),
+        lambda: False,
+        lambda _step, _steps: None,
+    )
+    assert run(engine, generation_config=SAMPLED, seed=3).files == first.files
+    assert run(new_engine(tiny_models), generation_config=SAMPLED, seed=3).files == first.files
+    made = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny_models)],
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert made.stdout.strip() == first.score.hex()
+
+
+def test_the_model_is_loaded_once_and_shown_as_warm(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    assert LLM in fresh.state().on_disk
+    run(fresh)
+    run(fresh, seed=2)
+    assert fresh.counts.loads == 1
+    assert fresh.state().in_host_memory == {LLM}
+    assert [key.split("|")[0] for key in fresh.state().warm] == [LLM]
+
+
+# --- stopping and failing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cancelled_between_tokens(engine: Engine, beams: int) -> None:
+    steps: list[tuple[int, int]] = []
+    what = order(generation_config={"max_new_tokens": 50, "num_beams": beams})
+    with pytest.raises(Cancelled):
+        engine.run(what, lambda: len(steps) >= 2, lambda *step: steps.append(step))
+    assert steps == [(1, 50), (2, 50)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"generation_config": {"do_sample": True, "temperature": -1.0}},
+        {"generation_config": {"num_return_sequences": 4}},
+        {"quantize_bits": 4},
+        {"messages": [{"content": "no role"}]},
+    ],
+    ids=str,
+)
+def test_what_the_library_refuses_is_never_reported(engine: Engine, fields: dict[str, Any]) -> None:
+    assert isinstance(fault(engine, **fields), TaskUnsupported)
+
+
+def test_code_in_a_models_folder_is_never_run(tiny_models: Path, tmp_path: Path) -> None:
+    store = _copy(tiny_models, tmp_path)
+    config = store / "org" / "model" / "config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"auto_map": {"AutoConfig": "theirs.Config"}}))
+    refused = fault(new_engine(store), model="org/model")
+    assert isinstance(refused, ModelUnavailable)
+    assert refused.kind is ModelUnavailableKind.REFUSED
+    (store / "org" / "model" / "theirs.py").write_text("raise SystemExit\n")
+    refused = fault(new_engine(store), model="org/model")
+    assert isinstance(refused, ModelUnavailable)
+    assert refused.kind is ModelUnavailableKind.REFUSED
+
+
+def test_missing_and_damaged_models(tiny_models: Path, tmp_path: Path) -> None:
+    store = _copy(tiny_models, tmp_path)
+    missing = fault(new_engine(store), model="org/none")
+    assert isinstance(missing, ModelUnavailable)
+    assert missing.kind is ModelUnavailableKind.NOT_HERE
+    weights = store / "org" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    damaged = fault(new_engine(store), model="org/model")
+    assert isinstance(damaged, ModelUnavailable)
+    assert damaged.kind is ModelUnavailableKind.DAMAGED
+
+
+def test_scores_that_are_not_numbers_are_the_devices_fault(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    store = _copy(tiny_models, tmp_path)
+    file = store / "org" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, file, metadata={"format": "pt"})
+    broken = fault(new_engine(store), model="org/model")
+    assert isinstance(broken, DeviceFault)
+    assert broken.kind is DeviceFaultKind.BAD_RESULT
+
+
+def test_auto_is_what_the_weights_are_stored_in(tiny_models: Path, tmp_path: Path) -> None:
+    store = _copy(tiny_models, tmp_path)
+    make: Any = transformers.AutoModelForCausalLM
+    made = make.from_pretrained(store / "org" / "model", dtype=torch.bfloat16)
+    made.save_pretrained(store / "org" / "model")
+    fresh = new_engine(store)
+    auto, half, full = (
+        run(fresh, model="org/model", dtype=dtype, generation_config=LONG).score
+        for dtype in ("auto", "bfloat16", "float32")
+    )
+    assert auto == half != full
