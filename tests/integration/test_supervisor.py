@@ -26,7 +26,7 @@ async def serving(operator: OperatorWorld) -> None:
 
 async def test_a_killed_coordinator_is_brought_back(operator: OperatorWorld) -> None:
     before = await operator.until_status(lambda status: status.epoch, "a coordinator acts")
-    supervisor = runtime.Supervisor(operator.config, serve_app.build)
+    supervisor = runtime.Supervisor(operator.config, operator.devnet.config_file, serve_app.build)
     killed = operator.coordinator()
     # Its lease is given back first, only so that nobody has to wait for the end of it.
     await answer_of(killed.stop.remote(), 60.0)

@@ -81,10 +81,16 @@ class FakeCluster:
 
     def create(self, options: dict[str, Any], assemble: Callable[[], object]) -> FakeActor:
         assert isinstance(assemble, functools.partial)
+        # What is an argument, Ray keeps: where the configuration is, and not what is in it.
+        file, digest = assemble.args
+        assert (file, len(digest)) == (FILE, 12)
         self.did.append("create")
         self.options.append(options)
         self.coordinator = FakeActor(self, self.release)
         return self.coordinator
+
+
+FILE = Path("/etc/operator.yaml")
 
 
 @dataclass
@@ -123,7 +129,8 @@ class Post:
     serve: FakeServe
 
     def supervisor(self) -> Supervisor:
-        return Supervisor(self.config, cast(Any, lambda namespace: f"API of {namespace}"))
+        build = cast(Any, lambda namespace: f"API of {namespace}")
+        return Supervisor(self.config, FILE, build)
 
 
 @pytest.fixture
