@@ -53,6 +53,8 @@ NAME = "coordinator"
 IDLE_LOOK_SECONDS = 5.0
 """How often an account without a task is looked at when nothing wakes it."""
 BUSY_LOOK_SECONDS = 2.0
+RAY_ADDRESS = "ray_address"
+"""The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
 SLASHED = "NodeSlashed"
 MOST_MODELS = 16
@@ -90,6 +92,7 @@ class World:
     clock: Callable[[], float]
     new_attempt_id: Callable[[], AttemptId]
     safeguards: SafeguardSettings = SafeguardSettings()
+    ray_address: str = ""
 
 
 class Coordinator:
@@ -139,6 +142,7 @@ class Coordinator:
         try:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
+            world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
             async with world.open_network(lambda: ledger.lease) as network:
                 self._term = Term(world, ledger, network)
                 if self._stopping.is_set():

@@ -201,9 +201,10 @@ def gpus_clear(gpu_id: str, config_file: Path) -> None:
     Run this on a machine of the operator's Ray cluster. The card computes the canary again before
     it gets a task, and is quarantined again if its answer is still another one.
     """
-    from cluster import config, runtime
+    from actors import client
+    from cluster import config
 
-    click.echo(runtime.clear_quarantine(config.load(config_file), gpu_id))
+    click.echo(client.clear_quarantine(config.load(config_file), gpu_id))
 
 
 @cli.group(short_help="Run a whole network on this machine.")

@@ -44,7 +44,7 @@ from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc
 from cluster.config import Config
-from cluster.core.errors import ChainError, ClusterError, ConfigError
+from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
 from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp, Wei
 from cluster.identity import TREASURY, Identity
@@ -127,6 +127,7 @@ def assemble(config: Config) -> World:
             CanarySettings(config.canary.interval_seconds, config.canary.model),
             config.verify.fraction,
         ),
+        ray_address=ray.get_runtime_context().gcs_address if ray.is_initialized() else "",
     )
 
 
@@ -328,47 +329,6 @@ def connect(config: Config) -> bool:
         where = "can't start one here" if own else f"can't join the one at {address}"
         raise ConfigError(f"ray.address: no Ray cluster: {where}: {error}") from error
     return own
-
-
-def clear_quarantine(config: Config, card: str) -> str:
-    """Have the running coordinator let a card out of quarantine; what it did, in one line.
-
-    Raises `ConfigError` for a card that it doesn't know, `ClusterError` when it can't be asked.
-    """
-    address = config.ray.address or "auto"
-    try:
-        ray.init(
-            address=address,
-            namespace=config.ray.namespace,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    except (ConnectionError, RayError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {_cause(error)}") from error
-    try:
-        coordinator: ActorHandle[Any] = ray.get_actor(NAME, config.ray.namespace)
-        done = cast(Any, ray.get(coordinator.clear_quarantine.remote(card), timeout=ANSWER_SECONDS))
-    except ValueError:
-        raise ClusterError("no coordinator is there; is the operator up?") from None
-    except RayError as error:
-        raise ClusterError(f"the coordinator doesn't answer: {_cause(error)}") from error
-    finally:
-        ray.shutdown()
-    return _cleared(card, done)
-
-
-def _cleared(card: str, done: str) -> str:
-    match done:
-        case "cleared":
-            return f"{card} is out of quarantine; it computes the canary before it gets a task"
-        case "free":
-            return f"{card} is in no quarantine"
-        case "unknown":
-            raise ConfigError(
-                f"no card is known as {card}; crynux-cluster status --json shows them"
-            )
-        case _:
-            raise ClusterError("the coordinator is not acting now; try again")
 
 
 class Supervisor:

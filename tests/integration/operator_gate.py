@@ -1,5 +1,5 @@
-"""A gate in front of every GPU: while it is closed, none comes up, and no attempt goes beyond its
-first step.
+"""A gate in front of every GPU: while it is closed, none comes up, and no attempt at a task goes
+beyond its first step. Canaries pass.
 
 So "starting" and "in the middle of a task" are states that tests can wait for, and not moments that
 they may miss. The gate is a file, because the GPUs' processes see nothing else of the test.
@@ -17,6 +17,7 @@ from actors.inference import Engine, EngineState
 from cluster import runtime
 from cluster.core.ports import Computed, Order
 from cluster.core.types import CardUuid, GpuClass
+from cluster.inference import canary
 
 POLL_SECONDS = 0.05
 
@@ -68,7 +69,7 @@ class GatedEngine:
     ) -> Computed:
         def step(done: int, steps: int) -> None:
             on_step(done, steps)
-            if done == 1:
+            if done == 1 and order.task != canary.TASK:
                 self.gate.pass_through(cancelled)
 
         return self.engine.run(order, cancelled, step)

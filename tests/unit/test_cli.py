@@ -11,6 +11,7 @@ import httpx
 import pytest
 from rich.console import Console
 
+import actors  # noqa: F401 (its modules are planted)
 import cluster
 import devnet  # noqa: F401 (its modules are planted)
 import serve_app
@@ -418,7 +419,7 @@ def test_clear_passes_what_was_typed(
             raise ConfigError("no card is known as nobody")
         return f"{card} is out"
 
-    plant(monkeypatch, "cluster.runtime", clear_quarantine=clear)
+    plant(monkeypatch, "actors.client", clear_quarantine=clear)
     file = tmp_path / "c.yaml"
     file.write_text(
         CONFIG.replace('"0x01"', ADDRESS).replace('"0x02"', ADDRESS).replace('"0x03"', ADDRESS)

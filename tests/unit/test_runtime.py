@@ -1,21 +1,18 @@
-"""What the supervisor finds wrong before anything runs, and what the coordinator is asked. No ray
-is started here."""
+"""What the supervisor finds wrong before anything runs. No ray is started here."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import GetTimeoutError, RayActorError
 from structlog.testing import capture_logs
 
 from cluster import runtime
 from cluster.config import Config, digest, load
-from cluster.core.errors import ChainError, ClusterError, ConfigError
+from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
 from cluster.journal import Assignment
 
@@ -193,88 +190,3 @@ def test_a_ray_cluster_that_cannot_be_had_is_one_line(
     monkeypatch.setattr("cluster.runtime.ray.init", init)
     with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
         runtime.connect(config(tmp_path, address=address))
-
-
-# --- asking the coordinator -----------------------------------------------------------------------
-
-
-class Method:
-    def __init__(self, answer: object) -> None:
-        self._answer = answer
-
-    def remote(self, *_: object) -> object:
-        return self._answer
-
-
-class FakeRay:
-    """As much of ray as `clear_quarantine` uses; an answer that is an error is raised."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: object) -> None:
-        self.answers = answers
-        self.joined: list[dict[str, object]] = []
-        self.left = 0
-        monkeypatch.setattr(runtime, "ray", self)
-
-    def init(self, **options: object) -> None:
-        self.joined.append(options)
-        self._raise(self.answers.get("init"))
-
-    def get_actor(self, name: str, namespace: str) -> object:
-        self._raise(self.answers.get("actor"))
-        return SimpleNamespace(**{each: Method(answer) for each, answer in self.answers.items()})
-
-    def get(self, answer: object, timeout: float) -> object:
-        self._raise(answer)
-        return answer
-
-    def shutdown(self) -> None:
-        self.left += 1
-
-    def _raise(self, answer: object) -> None:
-        if isinstance(answer, Exception):
-            raise answer
-
-
-@pytest.mark.parametrize(("address", "joins"), [(None, "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])
-@pytest.mark.parametrize(
-    ("done", "said"), [("cleared", "x is out of quarantine"), ("free", "x is in no quarantine")]
-)
-def test_a_card_is_cleared_by_the_coordinator(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    address: str | None,
-    joins: str,
-    done: str,
-    said: str,
-) -> None:
-    here = config(tmp_path, address=address)
-    fake = FakeRay(monkeypatch, clear_quarantine=done)
-    assert runtime.clear_quarantine(here, "x").startswith(said)
-    assert [options["address"] for options in fake.joined] == [joins]
-    assert fake.left == 1
-
-
-@pytest.mark.parametrize(
-    ("answers", "kind", "said"),
-    [
-        ({"init": ConnectionError("none")}, ClusterError, "no Ray cluster answers at auto"),
-        ({"actor": ValueError("none")}, ClusterError, "is the operator up"),
-        ({"clear_quarantine": RayActorError()}, ClusterError, "doesn't answer"),
-        ({"clear_quarantine": GetTimeoutError("late")}, ClusterError, "doesn't answer"),
-        ({"clear_quarantine": "not acting"}, ClusterError, "not acting"),
-        ({"clear_quarantine": "unknown"}, ConfigError, "no card is known as x"),
-    ],
-)
-def test_a_card_that_cant_be_cleared_is_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answers: dict[str, object],
-    kind: type[ClusterError],
-    said: str,
-) -> None:
-    here = config(tmp_path)
-    FakeRay(monkeypatch, **({"clear_quarantine": "cleared"} | answers))
-    with pytest.raises(ClusterError, match=said) as caught:
-        runtime.clear_quarantine(here, "x")
-    assert type(caught.value) is kind
-    assert "\n" not in str(caught.value)
