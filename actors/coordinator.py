@@ -5,8 +5,8 @@ gives each of its tasks a turn; wake-ups and due times only say "look now". Ever
 from the journal at the start of a term, so ending one (a lost lease, a crash, a bug) costs only
 the time to come back.
 
-    acquire lease ─▶ term: renew · watch GPUs · wake-ups · fleet · one loop an account ─▶ (lost) ─┐
-         ▲────────────────────────────────────────────────────────────────────────────────────────┘
+    acquire lease ─▶ term: renew · watch GPUs · wake-ups · fleet · canaries · a loop each account ─┐
+         ▲──────────────────────────────────────────────────────────────────────────────── (lost) ◀┘
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from actors.ledger import Ledger
 from actors.overview import Sight, describe, totals_of
 from actors.pool import RayGpuPool
 from actors.reconciler import Reconciler
+from actors.safeguards import Safeguards, SafeguardSettings
 from cluster.chain import outbox_rows
 from cluster.core import fleet
 from cluster.core.errors import LeaseLost, NetworkUnavailable
@@ -52,6 +53,8 @@ NAME = "coordinator"
 IDLE_LOOK_SECONDS = 5.0
 """How often an account without a task is looked at when nothing wakes it."""
 BUSY_LOOK_SECONDS = 2.0
+RAY_ADDRESS = "ray_address"
+"""The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
 SLASHED = "NodeSlashed"
 MOST_MODELS = 16
@@ -88,6 +91,8 @@ class World:
     lease_seconds: float
     clock: Callable[[], float]
     new_attempt_id: Callable[[], AttemptId]
+    safeguards: SafeguardSettings = SafeguardSettings()
+    ray_address: str = ""
 
 
 class Coordinator:
@@ -137,6 +142,7 @@ class Coordinator:
         try:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
+            world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
             async with world.open_network(lambda: ledger.lease) as network:
                 self._term = Term(world, ledger, network)
                 if self._stopping.is_set():
@@ -178,6 +184,10 @@ class Coordinator:
             metrics.outbox(outbox_rows.states(connection))
         return metrics.render()
 
+    def clear_quarantine(self, card: str) -> str:
+        """`cleared`, `free` (it is in none), `unknown`, or `not acting`."""
+        return "not acting" if self._term is None else self._term.clear_quarantine(card)
+
     def release(self) -> str:
         """What the supervisor compares with what it wants; one that has ended passes for none."""
         if self._stopping.is_set() or self._ended.is_set():
@@ -207,6 +217,15 @@ class Term:
         self._network = network
         self._end = asyncio.Event()
         self._broken: BaseException | None = None
+        self._safeguards = Safeguards(
+            self._ledger,
+            world.pool,
+            world.safeguards,
+            world.metrics,
+            world.clock,
+            world.new_attempt_id,
+            self._dispatch,
+        )
         self._dispatcher = Dispatcher(
             self._ledger,
             world.pool,
@@ -215,7 +234,9 @@ class Term:
             world.new_attempt_id,
             self._settled,
             self._break,
+            self._safeguards,
         )
+        self._safeguards.attach(self._dispatcher)
         self._reconciler = Reconciler(
             self._ledger,
             self._network,
@@ -236,7 +257,7 @@ class Term:
 
     async def run(self) -> None:
         world = self._world
-        world.pool.on_change(self._dispatch)
+        world.pool.on_change(self._cards_changed)
         await world.pool.refresh()
         try:
             async with asyncio.TaskGroup() as group:
@@ -246,6 +267,7 @@ class Term:
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
                     self._tend_fleet(),
+                    self._safeguards.run(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
                 tasks = [group.create_task(loop) for loop in loops]
@@ -275,7 +297,11 @@ class Term:
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),
             relay_error=self._reconciler.relay_error,
+            alerts=self._safeguards.alerts(),
         )
+
+    def clear_quarantine(self, card: str) -> str:
+        return self._safeguards.clear(card)
 
     def _chain_error(self) -> str | None:
         """Why the chain isn't reached; None as long as any account can be read."""
@@ -414,6 +440,10 @@ class Term:
 
     def _dispatch(self) -> None:
         self._dispatcher.dispatch(Timestamp(self._network_clock()))
+
+    def _cards_changed(self) -> None:
+        self._safeguards.wake()
+        self._dispatch()
 
     def _settled(self, task: Commitment) -> None:
         record = self._ledger.open.get(task)

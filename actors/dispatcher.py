@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import structlog
 
@@ -22,6 +23,7 @@ from cluster.core.errors import (
     DeadlinePassed,
     DeviceFault,
     DeviceFaultKind,
+    LeaseLost,
     ModelUnavailable,
     TaskInvalid,
     TaskUnsupported,
@@ -77,6 +79,37 @@ def event_for(attempt: AttemptId, error: ClusterError) -> Event:
     return AttemptFailed(attempt, Fault.DEVICE, f"{type(error).__name__}: {error}")
 
 
+class Guard(Protocol):
+    """What watches over the cards, as far as tasks are concerned."""
+
+    def free(self, gpu: Gpu) -> bool:
+        """Whether a task may start on a card that no task is on."""
+        ...
+
+    def suspect(self, gpu: GpuId) -> None:
+        """The card has just been at fault."""
+        ...
+
+    async def vetted(self, gpu: GpuId, order: Order, computed: Computed) -> Computed:
+        """The result to be stored. Raises `DeviceFault` when this one can't be trusted."""
+        ...
+
+
+class Unguarded:
+    """Every card is free, every result stands."""
+
+    def free(self, gpu: Gpu) -> bool:
+        return True
+
+    def suspect(self, gpu: GpuId) -> None:
+        pass
+
+    async def vetted(  # noqa: RUF029 - others await
+        self, gpu: GpuId, order: Order, computed: Computed
+    ) -> Computed:
+        return computed
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     task: Commitment
@@ -98,9 +131,11 @@ class Dispatcher:
         new_attempt_id: Callable[[], AttemptId],
         settled: Callable[[Commitment], None],
         failed: Callable[[BaseException], None],
+        guard: Guard = Unguarded(),  # noqa: B008 - has no state
     ) -> None:
         self._ledger = ledger
         self._pool = pool
+        self._guard = guard
         self._artifacts = artifacts
         self._metrics = metrics
         self._pace = dict(FIRST_PACE)
@@ -126,6 +161,15 @@ class Dispatcher:
 
     def waiting(self) -> tuple[Commitment, ...]:
         return tuple(self._wants)
+
+    def idle(self) -> tuple[Gpu, ...]:
+        """Cards that are ready and have nothing to do with any task."""
+        taken = self._held() | self._running.keys()
+        return tuple(
+            gpu
+            for gpu in self._pool.gpus()
+            if gpu.state is GpuState.READY and gpu.gpu_id not in taken
+        )
 
     def follows(self, attempt: AttemptId) -> bool:
         return any(running.attempt == attempt for running in self._running.values())
@@ -206,8 +250,12 @@ class Dispatcher:
             await self._pool.start(gpu, order)
             computed = await self._pool.result(gpu, order.attempt_id)
             self._learn(gpu, computed.seconds)
-            return await self._keep(order, computed)
+            return await self._keep(order, await self._guard.vetted(gpu, order, computed))
+        except LeaseLost:
+            raise
         except ClusterError as error:
+            if isinstance(error, DeviceFault):
+                self._guard.suspect(gpu)
             return event_for(order.attempt_id, error)
         except OSError as error:
             # Our own disk: the files couldn't be kept, so there is no result.
@@ -247,7 +295,7 @@ class Dispatcher:
         if running is not None:
             busy = replace(gpu, state=GpuState.BUSY) if gpu.state is GpuState.READY else gpu
             return Card(busy, running.free_at, gpu.warm | {running.pipeline})
-        if gpu.gpu_id in held and gpu.state is GpuState.READY:
+        if gpu.state is GpuState.READY and (gpu.gpu_id in held or not self._guard.free(gpu)):
             gpu = replace(gpu, state=GpuState.BUSY)
         if gpu.state is GpuState.BUSY:
             return Card(gpu, Timestamp(now + UNKNOWN_BUSY_SECONDS), gpu.warm)

@@ -14,6 +14,7 @@ import contextlib
 import enum
 import os
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ import ray
 
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, Commitment, GpuClass
+from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
+from cluster.inference import canary
 
 Outcome = Computed | ClusterError
 """What an attempt came to. Errors travel as values, so that their types survive the actor call."""
@@ -39,10 +41,17 @@ class EngineState(Protocol):
 
 
 class Engine(Protocol):
-    """What the actor needs of `cluster.inference.engine.Engine`."""
+    """What the actor needs of `cluster.inference.mounted.MountedEngine`."""
 
     @property
     def gpu_class(self) -> GpuClass: ...
+
+    @property
+    def uuid(self) -> CardUuid: ...
+
+    def smallest(self) -> str | None:
+        """The base key of the smallest base model on its machine."""
+        ...
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
@@ -62,7 +71,11 @@ class Health(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the actor answers to a ping; `gpu_class` is None until the engine is up."""
+    """What the actor answers to a ping; `gpu_class` is None, `uuid` empty until the engine is up.
+
+    `incarnation` is another one for each process; `software` is what results depend on there, and
+    `smallest` a base key on that machine's disk (`cluster.inference.canary`).
+    """
 
     release: str
     pid: int
@@ -79,6 +92,10 @@ class Report:
     on_disk: frozenset[str]
     quiet_seconds: float = 0.0
     """How long ago the attempt that runs last made progress: its start, or a step."""
+    uuid: CardUuid = CardUuid("")
+    incarnation: str = ""
+    software: str = ""
+    smallest: str | None = None
 
 
 @dataclass(slots=True)
@@ -96,6 +113,8 @@ class InferenceWorker:
 
     def __init__(self, make_engine: Callable[[], Engine], release: str) -> None:
         self._release = release
+        self._incarnation = uuid.uuid4().hex[:12]
+        self._software = canary.software()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: Order | None = None
@@ -147,7 +166,7 @@ class InferenceWorker:
             return DeviceFault(DeviceFaultKind.OTHER, f"{type(error).__name__}: {error}")
 
     def _settle(self, attempt: _Attempt, future: asyncio.Future[Outcome]) -> None:
-        self._finished += 1
+        self._finished += attempt.order.task != canary.TASK
         attempt.done.set_result(future.result())
 
     async def result(self, attempt_id: AttemptId) -> Outcome:
@@ -199,6 +218,10 @@ class InferenceWorker:
             in_host_memory=frozenset() if state is None else state.in_host_memory,
             on_disk=frozenset() if state is None else state.on_disk,
             quiet_seconds=self._clock() - attempt.progress_at if attempt and running else 0.0,
+            uuid=CardUuid("") if engine is None else engine.uuid,
+            incarnation=self._incarnation,
+            software=self._software,
+            smallest=None if engine is None else engine.smallest(),
         )
 
 

@@ -63,6 +63,8 @@ class Sight:
     slashed: frozenset[Address] = frozenset()
     chain_error: str | None = None
     relay_error: str | None = None
+    alerts: tuple[str, ...] = ()
+    """What the safeguards found, in words."""
 
 
 def describe(sight: Sight) -> Status:
@@ -102,7 +104,7 @@ def describe(sight: Sight) -> Status:
             for record in (*sight.open, *sight.closed)
         ),
         totals=sight.totals,
-        problems=(*errors, *slashed, *broken),
+        problems=(*errors, *slashed, *broken, *sight.alerts),
     )
 
 
@@ -181,6 +183,7 @@ def _gpu(gpu: Gpu, report: Report | None) -> GpuStatus:
     busy = report is not None and report.attempt is not None
     return GpuStatus(
         gpu_id=gpu.gpu_id,
+        uuid=gpu.uuid,
         ray_node=gpu.ray_node,
         name=gpu.gpu_class.name,
         vram=gpu.gpu_class.vram,

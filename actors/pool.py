@@ -24,6 +24,7 @@ from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFa
 from cluster.core.ports import Computed, Order
 from cluster.core.types import (
     AttemptId,
+    CardUuid,
     GigaBytes,
     Gpu,
     GpuClass,
@@ -63,12 +64,14 @@ def parse_simulated(resource: str) -> GpuClass | None:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a card sits. `simulated` is the card's class if it is one; a real one tells its own."""
+    """Where a card sits. `simulated` is the card's class if it is one, `uuid` its id then; a real
+    one tells its own."""
 
     gpu_id: GpuId
     node: RayNodeId
     resource: str
     simulated: GpuClass | None
+    uuid: CardUuid = CardUuid("")
 
 
 def slots_of(nodes: Iterable[Mapping[str, Any]], allow_simulated: bool) -> tuple[Slot, ...]:
@@ -87,8 +90,11 @@ def slots_of(nodes: Iterable[Mapping[str, Any]], allow_simulated: bool) -> tuple
             simulated = parse_simulated(resource)
             if resource != "GPU" and (simulated is None or not allow_simulated):
                 continue
-            for _ in range(int(count)):
-                slots.append(Slot(GpuId(f"{node_id[:8]}-{number}"), node_id, resource, simulated))
+            host = node.get("NodeManagerHostname", "")
+            for place in range(int(count)):
+                gpu_id = GpuId(f"{node_id[:8]}-{number}")
+                uuid = "" if simulated is None else f"{resource}|{host}|{place}"
+                slots.append(Slot(gpu_id, node_id, resource, simulated, CardUuid(uuid)))
                 number += 1
     return tuple(slots)
 
@@ -100,6 +106,7 @@ class _Member:
     report: Report | None = None
     answering: bool = False
     gpu_class: GpuClass | None = None
+    uuid: CardUuid = CardUuid("")
     broken_since: float | None = None
     silent_since: float | None = None
     cancelled: tuple[AttemptId, float] | None = None
@@ -125,6 +132,7 @@ class RayGpuPool:
         self._stall_seconds = stall_seconds
         self._changed: Callable[[], None] = lambda: None
         self._members: dict[GpuId, _Member] = {}
+        self._quarantined: frozenset[CardUuid] = frozenset()
         self._log = structlog.get_logger("pool")
 
     # --- ports.GpuPool ---------------------------------------------------------------------------
@@ -133,8 +141,12 @@ class RayGpuPool:
         return tuple(
             gpu
             for gpu_id in sorted(self._members)
-            if (gpu := _gpu(self._members[gpu_id])) is not None
+            if (gpu := _gpu(self._members[gpu_id], self._quarantined)) is not None
         )
+
+    def quarantine(self, cards: frozenset[CardUuid]) -> None:
+        """From now on exactly these cards are in quarantine."""
+        self._quarantined = cards
 
     def report(self, gpu: GpuId) -> Report | None:
         member = self._members.get(gpu)
@@ -239,6 +251,7 @@ class RayGpuPool:
         member.report = report
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
+        member.uuid = report.uuid or member.uuid
 
     async def _end_silence(self, member: _Member, error: Exception) -> None:
         """Begin a process anew that hasn't answered for long: its attempt would never end."""
@@ -311,7 +324,7 @@ class RayGpuPool:
         ray.kill(member.actor, no_restart=not restart)
 
 
-def _gpu(member: _Member) -> Gpu | None:
+def _gpu(member: _Member, quarantined: frozenset[CardUuid]) -> Gpu | None:
     """The card as matching sees it; None until a real card has said what it is."""
     gpu_class = member.slot.simulated or member.gpu_class
     if gpu_class is None:
@@ -321,6 +334,9 @@ def _gpu(member: _Member) -> Gpu | None:
         state = GpuState.STARTING
     else:
         state = _STATES[report.health] if member.answering else GpuState.UNREACHABLE
+    uuid = member.slot.uuid or member.uuid
+    if uuid in quarantined:
+        state = GpuState.QUARANTINED
     return Gpu(
         gpu_id=member.slot.gpu_id,
         ray_node=member.slot.node,
@@ -330,6 +346,7 @@ def _gpu(member: _Member) -> Gpu | None:
         warm=report.warm if report else frozenset(),
         in_host_memory=report.in_host_memory if report else frozenset(),
         on_disk=report.on_disk if report else frozenset(),
+        uuid=uuid,
     )
 
 

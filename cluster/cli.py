@@ -138,7 +138,7 @@ def fetch_status(url: str, transport: httpx.BaseTransport | None = None) -> Stat
 
 
 @cli.group(
-    short_help="List this machine's cards.",
+    short_help="List this machine's cards; let one out of quarantine.",
     invoke_without_command=True,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -183,6 +183,28 @@ def show_gpus(as_json: bool, with_cpu: bool, platform: str) -> str:
         if not cards:
             console.print(none, soft_wrap=True, markup=False)
     return shown.get()
+
+
+@gpus.command("clear", short_help="Let a card out of quarantine.")
+@click.argument("gpu_id")
+@click.option(
+    "--config",
+    "-c",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The configuration of the running operator.",
+)
+def gpus_clear(gpu_id: str, config_file: Path) -> None:
+    """Let a card out of quarantine, by its id or UUID as `crynux-cluster status` shows them.
+
+    Run this on a machine of the operator's Ray cluster. The card computes the canary again before
+    it gets a task, and is quarantined again if its answer is still another one.
+    """
+    from actors import client
+    from cluster import config
+
+    click.echo(client.clear_quarantine(config.load(config_file), gpu_id))
 
 
 @cli.group(short_help="Run a whole network on this machine.")

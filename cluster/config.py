@@ -254,6 +254,17 @@ class LeaseConfig(Section):
     ttl_seconds: Seconds = 15.0
 
 
+class CanaryConfig(Section):
+    """`model` is a base model as `name[+variant]`, null for the smallest on each card's disk."""
+
+    interval_seconds: float = Field(default=3600.0, ge=0, allow_inf_nan=False)
+    model: str | None = Field(default=None, min_length=1)
+
+
+class VerifyConfig(Section):
+    fraction: float = Field(default=0.0, ge=0, le=1)
+
+
 class Config(Section):
     identity: IdentityConfig = IdentityConfig()
     network: NetworkConfig
@@ -266,6 +277,8 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     logs: LogsConfig = LogsConfig()
     lease: LeaseConfig = LeaseConfig()
+    canary: CanaryConfig = CanaryConfig()
+    verify: VerifyConfig = VerifyConfig()
 
     @model_validator(mode="after")
     def _simulate_on_devnets_only(self) -> Config:

@@ -41,6 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 
+from cluster import quarantine_rows
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.record import (
@@ -232,6 +233,7 @@ class SqlJournal:
     def _prepare(self) -> None:
         with self._transaction() as connection:
             metadata.create_all(connection)
+            quarantine_rows.metadata.create_all(connection)
         try:
             with self._transaction() as connection:
                 if connection.execute(select(lease_table.c.id)).first() is None:

@@ -37,6 +37,14 @@ Stage = Literal[
 RelayCall = Literal["now", "parameters", "checkpoint", "results"]
 RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
 
+CanaryResult = Literal[
+    "passed", "provisional", "recorded", "disputed", "quarantined", "failed", "impossible"
+]
+"""What became of a card's canary (`cluster.inference.canary.Verdict`), or why there was none."""
+VerifyResult = Literal["equal", "odd", "differ", "alone"]
+"""Of a task that was to be computed twice: all agreed, one was outvoted, nobody knows, or no second
+card was to be had."""
+
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _NO_CLASS = GpuClassView(name="", vram=0)
@@ -104,6 +112,12 @@ class Metrics:
 
     def kicked_out(self) -> None:
         self._kick_outs.inc()
+
+    def canary(self, result: CanaryResult) -> None:
+        self._canaries.labels(result).inc()
+
+    def verified(self, result: VerifyResult) -> None:
+        self._verifications.labels(result).inc()
 
     def relay_called(self, call: RelayCall, result: RelayResult) -> None:
         self._relay_calls.labels(call, result).inc()
@@ -221,6 +235,14 @@ class Metrics:
             (*_CLASS_LABELS, "status"),
         )
         self._stake = self._gauge("stake_cnx", "Stake of the accounts of a class.", _CLASS_LABELS)
+        self._canaries = self._counter(
+            "canaries", "Canaries of cards, by what became of them.", result=get_args(CanaryResult)
+        )
+        self._verifications = self._counter(
+            "verifications",
+            "Tasks that were to be computed twice, by what came of it.",
+            result=get_args(VerifyResult),
+        )
         self._ready = self._gauge("ready", "1 when tasks can be taken.")
         self._problems = self._gauge("problems", "Problems that the status names now.")
         self._lease_held = self._gauge("lease_held", "1 when this coordinator may act.")

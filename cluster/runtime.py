@@ -32,9 +32,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 import cluster
+from actors.canary import CanarySettings
 from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
+from actors.safeguards import SafeguardSettings
 from cluster import config as configuration
 from cluster import logs
 from cluster.artifacts import FolderArtifacts
@@ -44,7 +46,7 @@ from cluster.chain.rpc import Rpc
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import AttemptId, GigaBytes, GpuClass, Timestamp, Wei
+from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp, Wei
 from cluster.identity import TREASURY, Identity
 from cluster.journal import Owner, SqlJournal
 from cluster.metrics import Metrics
@@ -121,6 +123,11 @@ def assemble(config: Config) -> World:
         lease_seconds=config.lease.ttl_seconds,
         clock=time.time,
         new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
+        safeguards=SafeguardSettings(
+            CanarySettings(config.canary.interval_seconds, config.canary.model),
+            config.verify.fraction,
+        ),
+        ray_address=ray.get_runtime_context().gcs_address if ray.is_initialized() else "",
     )
 
 
@@ -194,11 +201,12 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
+    from cluster.inference.mounted import MountedEngine
     from cluster.models.store import ModelStore
 
     if simulated is not None:
-        # One thread: simulated cards share the machine's cores, and results depend on the number.
         device = devices.simulated(0, simulated.name, simulated.vram)
+        # One thread: simulated cards share the machine's cores, and results depend on the number.
         limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
     else:
         device = devices.claim(settings.platform, os.environ)
@@ -206,7 +214,7 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
     for problem in made.preload(settings.preload):
         structlog.get_logger("gpu").warning("not_preloaded", problem=problem)
-    return made
+    return MountedEngine(made, CardUuid(device.uuid), settings.models)
 
 
 # --- the supervisor ------------------------------------------------------------------------------

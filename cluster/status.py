@@ -63,6 +63,8 @@ class AccountStatus(View):
 
 class GpuStatus(View):
     gpu_id: str
+    uuid: str = ""
+    """The physical card's; empty until it has said so."""
     ray_node: str
     name: str
     vram: int

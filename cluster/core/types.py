@@ -7,7 +7,7 @@ never remembered. What this operator has done for a task is the *record* (`clust
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NewType
 
 Commitment = NewType("Commitment", str)
@@ -16,6 +16,8 @@ Address = NewType("Address", str)
 """An account, EIP-55 checksummed."""
 GpuId = NewType("GpuId", str)
 """One physical or simulated card, unique in the cluster and stable over restarts of its actor."""
+CardUuid = NewType("CardUuid", str)
+"""The physical card, whichever session and slot it is in; for a simulated one its configured id."""
 RayNodeId = NewType("RayNodeId", str)
 AttemptId = NewType("AttemptId", str)
 ModelId = NewType("ModelId", str)
@@ -211,7 +213,8 @@ class GpuState(enum.Enum):
 class Gpu:
     """A card and what is near it. `warm` holds pipeline keys, the others base models' keys.
 
-    A pipeline key (`cluster.inference.parameters`) names what must be loaded for a task.
+    A pipeline key (`cluster.inference.parameters`) names what must be loaded for a task. `uuid` is
+    empty until the card has said it.
     """
 
     gpu_id: GpuId
@@ -222,3 +225,4 @@ class Gpu:
     warm: frozenset[str] = frozenset()
     in_host_memory: frozenset[str] = frozenset()
     on_disk: frozenset[str] = frozenset()
+    uuid: CardUuid = field(default=CardUuid(""), kw_only=True)

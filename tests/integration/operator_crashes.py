@@ -39,9 +39,11 @@ from cluster.core.record import (
 )
 from cluster.core.types import AttemptId, Commitment, FileRef, GpuId, Timestamp
 from cluster.identity import Identity
+from cluster.inference import canary
 from cluster.journal import SqlJournal
-from tests.integration import operator_gate
+from tests.integration import operator_gate, operator_odd
 from tests.integration.operator_gate import Gate
+from tests.integration.operator_odd import Oddity
 
 
 class Point(enum.Enum):
@@ -172,7 +174,7 @@ class CrashingPool(RayGpuPool):
     async def result(self, gpu: GpuId, attempt: AttemptId) -> Computed:
         while Point.COMPUTING in self._fuse.armed():
             report = await self._members[gpu].actor.report.remote()
-            if report.attempt != attempt:
+            if report.attempt != attempt or report.task == canary.TASK:
                 break
             if report.step > 0:
                 self._gate.open()
@@ -192,9 +194,8 @@ def assemble(config: Config, folder: Path) -> World:
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
     gate = Gate(folder)
-    make_engine = functools.partial(
-        operator_gate.engine_factory, gate, runtime.EngineSettings.of(config)
-    )
+    gated = functools.partial(operator_gate.engine_factory, gate, runtime.EngineSettings.of(config))
+    make_engine = functools.partial(operator_odd.engine_factory, Oddity(folder), gated)
     return replace(
         world,
         journal=journal,

@@ -1,5 +1,5 @@
-"""A gate in front of every GPU: while it is closed, none comes up, and no attempt goes beyond its
-first step.
+"""A gate in front of every GPU: while it is closed, none comes up, and no attempt at a task goes
+beyond its first step. Canaries pass.
 
 So "starting" and "in the middle of a task" are states that tests can wait for, and not moments that
 they may miss. The gate is a file, because the GPUs' processes see nothing else of the test.
@@ -16,7 +16,8 @@ from pathlib import Path
 from actors.inference import Engine, EngineState
 from cluster import runtime
 from cluster.core.ports import Computed, Order
-from cluster.core.types import GpuClass
+from cluster.core.types import CardUuid, GpuClass
+from cluster.inference import canary
 
 POLL_SECONDS = 0.05
 
@@ -56,12 +57,19 @@ class GatedEngine:
     def gpu_class(self) -> GpuClass:
         return self.engine.gpu_class
 
+    @property
+    def uuid(self) -> CardUuid:
+        return self.engine.uuid
+
+    def smallest(self) -> str | None:
+        return self.engine.smallest()
+
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
         def step(done: int, steps: int) -> None:
             on_step(done, steps)
-            if done == 1:
+            if done == 1 and order.task != canary.TASK:
                 self.gate.pass_through(cancelled)
 
         return self.engine.run(order, cancelled, step)

@@ -54,6 +54,7 @@ from devnet.network import FUNDS, Devnet, SimulatedCards
 from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
 from tests.integration.operator_gate import Gate
+from tests.integration.operator_odd import Oddity
 
 MODELS = Path(".devnet/models")
 BLOCK_SECONDS = 0.5
@@ -131,6 +132,10 @@ class OperatorWorld:
     def gate(self) -> Gate:
         return Gate(self.folder)
 
+    @property
+    def oddity(self) -> Oddity:
+        return Oddity(self.folder)
+
     # --- the operator's parts --------------------------------------------------------------------
 
     def start_coordinator(self, name: str = NAME) -> ActorHandle[Any]:
@@ -152,6 +157,10 @@ class OperatorWorld:
 
     def coordinator(self, name: str = NAME) -> ActorHandle[Any]:
         return ray.get_actor(name, self.config.ray.namespace)
+
+    def kill_coordinator(self) -> None:
+        """Its process dies; Ray begins it anew."""
+        ray.kill(self.coordinator(), no_restart=False)
 
     async def status(self, name: str = NAME) -> Status | None:
         """None while the coordinator doesn't answer."""

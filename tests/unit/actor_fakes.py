@@ -21,6 +21,7 @@ from actors.dispatcher import Dispatcher
 from actors.inference import Report
 from actors.ledger import Ledger
 from actors.reconciler import LONGEST_PAUSE, Reconciler
+from actors.safeguards import Safeguards, SafeguardSettings
 from cluster.artifacts import FolderArtifacts
 from cluster.core.errors import AttemptLost, NetworkUnavailable, ParametersNotReady
 from cluster.core.lifecycle import Policy, WriteState
@@ -32,6 +33,7 @@ from cluster.core.types import (
     AccountView,
     Address,
     AttemptId,
+    CardUuid,
     Commitment,
     FileRef,
     GigaBytes,
@@ -256,12 +258,20 @@ class FakePool(Faulty):
         self.attempts: dict[AttemptId, asyncio.Future[Computed]] = {}
         self.orders: list[tuple[GpuId, Order]] = []
         self.changed: Callable[[], None] = lambda: None
+        self.reports: dict[GpuId, Report] = {}
+        self.quarantined: frozenset[CardUuid] = frozenset()
 
     def gpus(self) -> tuple[Gpu, ...]:
-        return tuple(self.cards)
+        return tuple(
+            replace(gpu, state=GpuState.QUARANTINED) if gpu.uuid in self.quarantined else gpu
+            for gpu in self.cards
+        )
 
     def report(self, gpu: GpuId) -> Report | None:
-        return None
+        return self.reports.get(gpu)
+
+    def quarantine(self, cards: frozenset[CardUuid]) -> None:
+        self.quarantined = cards
 
     def finish(self, attempt: AttemptId, outcome: Computed | Exception) -> None:
         future = self.attempts[attempt]
@@ -342,6 +352,7 @@ class House:
     path: Path
     gpus: tuple[Gpu, ...] = (gpu_of(),)
     policy: Policy = Policy(retry_backoff=0.0)
+    settings: SafeguardSettings = SafeguardSettings()
     clock: Clock = field(default_factory=Clock)
     settled: list[Commitment] = field(default_factory=list)
     failed: list[BaseException] = field(default_factory=list)
@@ -360,15 +371,26 @@ class House:
         lease = self.journal.acquire("me", Timestamp(self.clock()), 15.0)
         assert lease is not None
         self.ledger = Ledger.load(self.journal, lease, self.clock)
+        self.safeguards = Safeguards(
+            self.ledger,
+            self.pool,
+            self.settings,
+            self.metrics,
+            self.clock,
+            self.new_attempt_id,
+            lambda: self.dispatcher.dispatch(Timestamp(self.clock())),
+        )
         self.dispatcher = Dispatcher(
             self.ledger,
             self.pool,
             self.artifacts,
             self.metrics,
-            lambda: AttemptId(f"a{next(self.ids)}"),
+            self.new_attempt_id,
             self.settled.append,
             self.failed.append,
+            self.safeguards,
         )
+        self.safeguards.attach(self.dispatcher)
         self.reconciler = Reconciler(
             self.ledger,
             self.network,
@@ -378,6 +400,9 @@ class House:
             self.metrics,
             self.clock,
         )
+
+    def new_attempt_id(self) -> AttemptId:
+        return AttemptId(f"a{next(self.ids)}")
 
     def open(self, task: Commitment, *events: Event, account: Address = ALICE) -> None:
         """Put a task with this history into the journal."""

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from rich.console import Console
 
+import actors  # noqa: F401 (its modules are planted)
 import cluster
 import devnet  # noqa: F401 (its modules are planted)
 import serve_app
@@ -40,6 +41,7 @@ network:
   contracts: {task: "0x01", node: "0x02", qos: "0x03"}
   relay_url: http://127.0.0.1:9000
 """
+ADDRESS = '"0x5FbDB2315678afecb367f032d93F642f64180aa3"'
 STATUS = Status(
     version="1",
     config_digest="d",
@@ -119,6 +121,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
         ("up",),
         ("status",),
         ("gpus",),
+        ("gpus", "clear"),
         ("devnet",),
         ("devnet", "up"),
         ("devnet", "down"),
@@ -403,6 +406,31 @@ def test_a_driver_that_fails_is_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert err.startswith("crynux-cluster: NVML doesn't start")
+
+
+def test_clear_passes_what_was_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def clear(config: Config, card: str) -> str:
+        calls.append((config.ray.namespace, card))
+        if card == "nobody":
+            raise ConfigError("no card is known as nobody")
+        return f"{card} is out"
+
+    plant(monkeypatch, "actors.client", clear_quarantine=clear)
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        CONFIG.replace('"0x01"', ADDRESS).replace('"0x02"', ADDRESS).replace('"0x03"', ADDRESS)
+    )
+    assert run("gpus", "clear", "node-1", "--config", str(file)) == 0
+    assert capsys.readouterr().out == "node-1 is out\n"
+    assert run("gpus", "clear", "nobody", "-c", str(file)) == 2
+    assert capsys.readouterr().err == "crynux-cluster: no card is known as nobody\n"
+    assert calls == [("crynux", "node-1"), ("crynux", "nobody")]
+    assert run("gpus", "clear", "node-1") == 2
+    assert run("gpus", "clear", "-c", str(file)) == 2
 
 
 @pytest.mark.parametrize(

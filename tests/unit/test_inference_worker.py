@@ -23,7 +23,8 @@ from cluster.core.errors import (
     TaskInvalid,
 )
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, Commitment, GpuClass
+from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
+from cluster.inference import canary
 from tests.unit.actor_fakes import DONE, KIND, PATIENCE, TASK, until
 
 A, B, C = AttemptId("a"), AttemptId("b"), AttemptId("c")
@@ -49,6 +50,10 @@ class FakeEngine:
     gpu_class: GpuClass = KIND
     ahead: list[tuple[Commitment, Callable[[], bool]]] = field(default_factory=list)
     ahead_fails: Exception | None = None
+    uuid: CardUuid = CardUuid("GPU-1")
+
+    def smallest(self) -> str | None:
+        return "acme/tiny"
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
@@ -120,6 +125,19 @@ async def test_answers_pings_while_it_computes(engine: FakeEngine) -> None:
     assert (report.health, report.attempt, report.task) == (Health.READY, None, None)
     assert (report.step, report.steps, report.finished) == (0, 0, 1)
     assert pickle.loads(pickle.dumps(report)) == report  # noqa: S301
+
+
+async def test_says_what_canaries_are_judged_by(engine: FakeEngine) -> None:
+    engine.go.set()
+    first, second = worker_of(engine), worker_of(engine)
+    await first.start(Order(A, canary.TASK, 0, "{}", None))
+    assert await first.result(A) == DONE
+    report = await first.report()
+    assert (report.uuid, report.smallest) == ("GPU-1", "acme/tiny")
+    assert report.software == canary.software()
+    assert report.finished == 0, "a canary is no task"
+    assert report.incarnation == (await first.report()).incarnation
+    assert report.incarnation != (await second.report()).incarnation
 
 
 async def test_says_that_it_is_starting_until_the_engine_is_up(engine: FakeEngine) -> None:

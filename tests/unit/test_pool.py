@@ -35,7 +35,15 @@ from cluster.core.errors import (
     TaskUnsupported,
 )
 from cluster.core.ports import Order
-from cluster.core.types import AttemptId, GigaBytes, GpuClass, GpuId, GpuState, RayNodeId
+from cluster.core.types import (
+    AttemptId,
+    CardUuid,
+    GigaBytes,
+    GpuClass,
+    GpuId,
+    GpuState,
+    RayNodeId,
+)
 from tests.unit.actor_fakes import DONE, KIND, TASK
 
 A = AttemptId("a")
@@ -191,7 +199,7 @@ def test_every_card_of_every_living_node_is_a_slot() -> None:
     assert found == (
         Slot(GpuId("aaaaaaaa-0"), RayNodeId("aaaaaaaa1111"), "GPU", None),
         Slot(GpuId("aaaaaaaa-1"), RayNodeId("aaaaaaaa1111"), "GPU", None),
-        Slot(GpuId("aaaaaaaa-2"), RayNodeId("aaaaaaaa1111"), sim, KIND),
+        Slot(GpuId("aaaaaaaa-2"), RayNodeId("aaaaaaaa1111"), sim, KIND, CardUuid(f"{sim}||0")),
     )
 
 
@@ -262,6 +270,35 @@ async def test_a_card_that_stops_answering_is_unreachable_and_the_look_goes_on(
     pool.first_report = silence
     await pool.refresh()
     assert [gpu.state for gpu in pool.gpus()] == [GpuState.UNREACHABLE, GpuState.READY]
+
+
+def test_a_simulated_card_is_the_same_one_in_every_session() -> None:
+    kinds = {simulated_resource(KIND): 2.0}
+    first = slots_of([node(kinds, "aaaaaaaa") | {"NodeManagerHostname": "one"}], True)
+    later = slots_of([node(kinds, "bbbbbbbb") | {"NodeManagerHostname": "one"}], True)
+    other = slots_of([node(kinds, "bbbbbbbb") | {"NodeManagerHostname": "two"}], True)
+    assert [slot.uuid for slot in first] == [slot.uuid for slot in later]
+    assert len({slot.uuid for slot in (*first, *other)}) == 4
+
+
+async def test_a_card_in_quarantine_is_seen_as_such_and_by_its_uuid(
+    nodes: list[dict[str, Any]],
+) -> None:
+    uuid = CardUuid("GPU-1")
+    pool, actor, _ = await pool_of(replace(READY, uuid=uuid))
+    assert [(gpu.uuid, gpu.state) for gpu in pool.gpus()] == [(uuid, GpuState.READY)]
+    pool.quarantine(frozenset({uuid}))
+    assert [gpu.state for gpu in pool.gpus()] == [GpuState.QUARANTINED]
+    # A process that begins anew doesn't say which card it has until its engine is up.
+    actor.answers["report"] = [replace(READY, health=Health.STARTING, uuid=CardUuid(""))]
+    await pool.refresh()
+    assert [(gpu.uuid, gpu.state) for gpu in pool.gpus()] == [(uuid, GpuState.QUARANTINED)]
+    pool.quarantine(frozenset({CardUuid("GPU-2")}))
+    assert [gpu.state for gpu in pool.gpus()] == [GpuState.STARTING]
+    # Another card may sit there now.
+    actor.answers["report"] = [replace(READY, uuid=CardUuid("GPU-2"))]
+    await pool.refresh()
+    assert [gpu.state for gpu in pool.gpus()] == [GpuState.QUARANTINED]
 
 
 async def test_an_actor_dead_for_good_is_made_again(nodes: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from actors import coordinator as module
 from actors.coordinator import Coordinator, RunningNetwork, World
+from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
@@ -25,20 +26,27 @@ from cluster.core.record import Closed, Outcome
 from cluster.core.types import (
     Address,
     AttemptId,
+    CardUuid,
+    GpuId,
+    GpuState,
     NodeStatus,
+    Score,
     Stage,
     TaskStatus,
     Timestamp,
     Wei,
 )
+from cluster.inference import canary
 from cluster.journal import SqlJournal, lease_table
 from cluster.metrics import Metrics
 from cluster.status import Status
 from tests.unit.actor_fakes import (
     ALICE,
     BOB,
+    CARD,
     CARD_2,
     DONE,
+    KIND,
     SCORE,
     START,
     TASK,
@@ -559,3 +567,103 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
         await until(lambda: office.network.called("join").count((BOB,)) >= before + 3)
         assert "Closed" not in office.kinds()
         assert (ALICE,) not in office.network.called("join")
+
+
+# --- cards in quarantine --------------------------------------------------------------------------
+
+
+def ward(office: Office, *cards: GpuId) -> None:
+    """These cards, all of them able to compute a canary."""
+    office.pool.cards = [
+        replace(gpu_of(each), uuid=CardUuid(f"GPU-{each}"), on_disk=frozenset({"acme/tiny"}))
+        for each in cards
+    ]
+    office.pool.reports = {
+        gpu.gpu_id: Report(
+            "1", 1, Health.READY, KIND, "", None, None, 0, 0, 0,
+            frozenset(), frozenset(), gpu.on_disk,
+            uuid=gpu.uuid, incarnation="p1", software="torch=1", smallest="acme/tiny",
+        )
+        for gpu in office.pool.cards
+    }  # fmt: skip
+
+
+def canaries(office: Office) -> dict[GpuId, AttemptId]:
+    """The canaries that wait for their answer."""
+    return {
+        gpu: order.attempt_id
+        for gpu, order in office.pool.orders
+        if order.task == canary.TASK and not office.pool.attempts[order.attempt_id].done()
+    }
+
+
+async def quarantine(office: Office, card: GpuId, *others: GpuId) -> None:
+    """Have the first differ from what the others, two at least, agree on."""
+    await until(lambda: canaries(office).keys() >= {card, *others})
+    for each in others:
+        office.pool.finish(canaries(office)[each], DONE)
+    await until(lambda: not canaries(office).keys() & set(others))
+    office.pool.finish(canaries(office)[card], replace(DONE, score=Score(b"another!")))
+    await until(lambda: bool(office.pool.quarantined))
+
+
+async def test_a_card_in_quarantine_is_shown_and_counted_as_such(office: Office) -> None:
+    third = GpuId("node-2")
+    ward(office, CARD, CARD_2, third)
+    async with serving(office):
+        await office.acting()
+        await quarantine(office, third, CARD, CARD_2)
+        states = {gpu.gpu_id: (gpu.state, gpu.uuid) for gpu in office.status.gpus}
+        assert states[third] == (GpuState.QUARANTINED, f"GPU-{third}")
+        assert states[CARD] == (GpuState.READY, f"GPU-{CARD}")
+        (problem,) = office.status.problems
+        assert f"card GPU-{third} (Card+docker) is in quarantine" in problem
+        text = office.coordinator.metrics_text().decode()
+        line = 'crynux_gpus{gpu_name="Card+docker",state="quarantined",vram_gb="8"} 1.0'
+        assert line in text
+
+
+async def test_a_card_in_quarantine_wants_no_account(office: Office) -> None:
+    third = GpuId("node-2")
+    ward(office, CARD, CARD_2, third)
+    office.accounts |= {3: Address("0x" + "cc" * 20)}
+    office.network.node_status = NodeStatus.PAUSED
+    async with serving(office):
+        await office.acting()
+        await quarantine(office, third, CARD, CARD_2)
+        before = len(office.network.called("resume"))
+        await until(lambda: len(office.network.called("resume")) >= before + 6)
+        # Two cards, two accounts: the third one's stays paused, and none is paused by us.
+        later = office.network.called("resume")[before + 2 :]
+        assert {account for (account,) in later} == {ALICE, BOB}
+        assert office.network.called("pause") == []
+
+
+async def test_an_operator_clears_a_card(office: Office) -> None:
+    third = GpuId("node-2")
+    ward(office, CARD, CARD_2, third)
+    async with serving(office):
+        await office.acting()
+        await quarantine(office, third, CARD, CARD_2)
+        assert office.coordinator.clear_quarantine("nobody") == "unknown"
+        assert office.coordinator.clear_quarantine(str(third)) == "cleared"
+        assert office.coordinator.clear_quarantine(f"GPU-{third}") == "free"
+        assert office.status.problems == ()
+        await until(lambda: third in canaries(office))
+        office.pool.finish(canaries(office)[third], DONE)
+        await until(lambda: not canaries(office))
+        assert office.pool.quarantined == frozenset()
+        await office.coordinator.stop()
+        assert office.coordinator.clear_quarantine(str(third)) == "not acting"
+
+
+async def test_a_task_waits_for_the_canary_of_a_new_card(office: Office) -> None:
+    ward(office, CARD)
+    office.network.add(facts_of())
+    async with serving(office):
+        await until(lambda: CARD in canaries(office))
+        await until(lambda: "ParametersFetched" in office.kinds())
+        assert "AttemptStarted" not in office.kinds()
+        office.pool.outcomes = [DONE]
+        office.pool.finish(canaries(office)[CARD], DONE)
+        await until(lambda: office.network.tasks[TASK].score == SCORE)

@@ -1,0 +1,301 @@
+"""Asks idle cards the canary's question and has the answers judged (`cluster.inference.canary`).
+
+A card is asked when its process is new, after a fault on it, when its answer is in dispute, and by
+schedule. But for the last it gets no task before it has answered (`trusted`); a scheduled question
+waits until no task does, and only some cards are asked at once. A card that can't be asked (no
+model, too little memory) is left as it is; one that fails on the question is asked again later,
+and gets no task until it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from actors.health import CardHealth
+from actors.holds import Holds
+from actors.inference import Report
+from cluster.core.errors import (
+    ClusterError,
+    DeviceFault,
+    DeviceFaultKind,
+    ModelUnavailable,
+    TaskInvalid,
+    TaskUnsupported,
+)
+from cluster.core.ports import GpuPool, Order
+from cluster.core.types import (
+    AttemptId,
+    CardUuid,
+    Gpu,
+    GpuClass,
+    GpuId,
+    Score,
+    TaskType,
+    Timestamp,
+)
+from cluster.inference import canary
+from cluster.inference.canary import Due, Question, Verdict
+from cluster.metrics import CanaryResult, Metrics
+
+LOOK_SECONDS = 1.0
+ANSWER_SECONDS = 300.0
+"""How long a card may take, a cold start of the model included."""
+FIRST_PAUSE = 5.0
+LONGEST_PAUSE = 600.0
+"""Before a card that failed is asked again; doubled each time."""
+SHARE_AT_ONCE = 0.1
+"""Of all cards, how many a schedule may keep from tasks at the same time; one in any case."""
+
+
+_RESULTS: dict[Verdict, CanaryResult] = {
+    Verdict.PASSED: "passed",
+    Verdict.PROVISIONAL: "provisional",
+    Verdict.RECORDED: "recorded",
+    Verdict.DISPUTED: "disputed",
+    Verdict.QUARANTINED: "quarantined",
+}
+
+
+class Cards(GpuPool, Protocol):
+    """The pool, as far as canaries need it."""
+
+    def report(self, gpu: GpuId) -> Report | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CanarySettings:
+    """`interval`: seconds between scheduled canaries, 0 for none at all. `model`: a base key, None
+    for the smallest on disk."""
+
+    interval: float = 3600.0
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A card that can be asked."""
+
+    gpu: Gpu
+    question: Question
+    incarnation: str
+
+    @property
+    def mark(self) -> tuple[CardUuid, str, str]:
+        return self.gpu.uuid, self.incarnation, self.question.model
+
+
+@dataclass(slots=True)
+class _Trouble:
+    gpu_id: GpuId
+    problem: str
+    pause: float
+    until: float
+
+
+class Canaries:
+    """`idle` are the cards that no task's attempt is on, `waiting` the tasks that want one;
+    `changed` is called when a card is free again."""
+
+    def __init__(
+        self,
+        health: CardHealth,
+        pool: Cards,
+        holds: Holds,
+        settings: CanarySettings,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        new_attempt_id: Callable[[], AttemptId],
+        idle: Callable[[], Sequence[Gpu]],
+        waiting: Callable[[], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self._health = health
+        self._pool = pool
+        self._holds = holds
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._new_attempt_id = new_attempt_id
+        self._idle = idle
+        self._waiting = waiting
+        self._changed = changed
+        self._models: dict[tuple[GpuClass, str], str | None] = {}
+        self._unable: set[tuple[CardUuid, str, str]] = set()
+        self._missing: set[tuple[CardUuid, str | None]] = set()
+        self._troubles: dict[CardUuid, _Trouble] = {}
+        self._scheduled = 0
+        self._awake = asyncio.Event()
+        self._log = structlog.get_logger("canary")
+
+    async def run(self) -> None:
+        """Look for cards to ask, for ever; a bug or a lost lease ends it."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._awake.clear()
+                for subject, why in self._begin():
+                    group.create_task(self._ask(subject, why))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._awake.wait()
+
+    def wake(self) -> None:
+        """Look now: cards came, or something failed on one."""
+        self._awake.set()
+
+    def trusted(self, gpu: Gpu) -> bool:
+        """Whether the card may get a task before it is asked anything."""
+        subject = self._subject(gpu)
+        if subject is None or subject.mark in self._unable:
+            return True
+        why = self._due(subject)
+        return why is None or not why.urgent
+
+    def alerts(self) -> tuple[str, ...]:
+        return tuple(
+            f"GPU {trouble.gpu_id} fails on the canary and gets no task: {trouble.problem}"
+            for trouble in self._troubles.values()
+        )
+
+    # --- whom to ask -----------------------------------------------------------------------------
+
+    def _begin(self) -> list[tuple[_Subject, Due]]:
+        """Take the cards that are to be asked now."""
+        self._models.clear()
+        chosen: list[tuple[_Subject, Due]] = []
+        for gpu in self._idle():
+            subject = self._subject(gpu)
+            if subject is None or gpu.gpu_id in self._holds or subject.mark in self._unable:
+                continue
+            trouble = self._troubles.get(gpu.uuid)
+            if trouble is not None and self._clock() < trouble.until:
+                continue
+            why = self._due(subject)
+            if why is None or (why is Due.SCHEDULE and not self._may_schedule()):
+                continue
+            self._holds.take(gpu.gpu_id)
+            self._scheduled += why is Due.SCHEDULE
+            chosen.append((subject, why))
+        return chosen
+
+    def _may_schedule(self) -> bool:
+        most = max(1, int(len(self._pool.gpus()) * SHARE_AT_ONCE))
+        return self._scheduled < most and not self._waiting()
+
+    def _due(self, subject: _Subject) -> Due | None:
+        question, card = subject.question, subject.gpu.uuid
+        return canary.due(
+            self._health.answer(question, card),
+            subject.incarnation,
+            card in self._health.again(question),
+            Timestamp(self._clock()),
+            self._settings.interval,
+        )
+
+    def _subject(self, gpu: Gpu) -> _Subject | None:
+        """None for a card that can't be asked, or is to be left alone."""
+        report = self._pool.report(gpu.gpu_id)
+        if self._settings.interval <= 0 or report is None or not (gpu.uuid and report.incarnation):
+            return None
+        model = self._settings.model or self._model_for(gpu, report)
+        if model is None or model not in gpu.on_disk:
+            if (gpu.uuid, model) not in self._missing:
+                self._missing.add((gpu.uuid, model))
+                self._log.warning("no_model_for_a_canary", gpu=gpu.gpu_id, model=model)
+            return None
+        question = Question(gpu.gpu_class, report.software, model)
+        return _Subject(gpu, question, report.incarnation)
+
+    def _model_for(self, gpu: Gpu, report: Report) -> str | None:
+        """What most cards of the class have as their smallest model, if this one has it too: only
+        answers to the same question can be compared."""
+        kind = (gpu.gpu_class, report.software)
+        if kind not in self._models:
+            self._models[kind] = self._most_have(*kind)
+        common = self._models[kind]
+        return common if common in gpu.on_disk else report.smallest
+
+    def _most_have(self, gpu_class: GpuClass, software: str) -> str | None:
+        votes: Counter[str] = Counter()
+        for gpu in self._pool.gpus():
+            report = self._pool.report(gpu.gpu_id)
+            if gpu.gpu_class != gpu_class or report is None or report.software != software:
+                continue
+            if report.smallest is not None:
+                votes[report.smallest] += 1
+        return min(votes, key=lambda model: (-votes[model], model), default=None)
+
+    # --- asking ----------------------------------------------------------------------------------
+
+    async def _ask(self, subject: _Subject, why: Due) -> None:
+        gpu_id = subject.gpu.gpu_id
+        self._log.info("canary_asked", gpu=gpu_id, why=why.value, model=subject.question.model)
+        try:
+            score = await self._score(subject)
+        except (ModelUnavailable, TaskUnsupported, TaskInvalid) as error:
+            self._cannot(subject, error)
+        except DeviceFault as error:
+            if error.kind is DeviceFaultKind.OUT_OF_MEMORY:
+                self._cannot(subject, error)
+            else:
+                self._failed(subject, str(error))
+        except ClusterError as error:
+            self._failed(subject, str(error) or type(error).__name__)
+        except TimeoutError:
+            self._failed(subject, f"no answer within {ANSWER_SECONDS:.0f} s")
+        else:
+            self._answered(subject, score)
+        finally:
+            self._holds.give_back(gpu_id)
+            self._scheduled -= why is Due.SCHEDULE
+            self._changed()
+
+    async def _score(self, subject: _Subject) -> Score:
+        gpu_id = subject.gpu.gpu_id
+        order = Order(
+            self._new_attempt_id(),
+            canary.TASK,
+            int(TaskType.SD),
+            canary.parameters(subject.question.model),
+            Timestamp(self._clock() + ANSWER_SECONDS),
+        )
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._pool.start(gpu_id, order)
+                return (await self._pool.result(gpu_id, order.attempt_id)).score
+        except TimeoutError:
+            await self._pool.cancel(gpu_id, order.attempt_id)
+            raise
+
+    def _answered(self, subject: _Subject, score: Score) -> None:
+        self._troubles.pop(subject.gpu.uuid, None)
+        judgement = self._health.answered(
+            subject.question, subject.gpu.uuid, score, subject.incarnation
+        )
+        self._metrics.canary(_RESULTS[judgement.verdict])
+        calm = judgement.verdict not in {Verdict.DISPUTED, Verdict.QUARANTINED}
+        log = self._log.info if calm else self._log.error
+        log("canary_answered", gpu=subject.gpu.gpu_id, verdict=judgement.verdict.value)
+
+    def _cannot(self, subject: _Subject, error: ClusterError) -> None:
+        """Not the card's fault, or none that keeps it from smaller tasks: go on without."""
+        self._unable.add(subject.mark)
+        self._troubles.pop(subject.gpu.uuid, None)
+        self._metrics.canary("impossible")
+        self._log.warning("canary_impossible", gpu=subject.gpu.gpu_id, problem=str(error))
+
+    def _failed(self, subject: _Subject, problem: str) -> None:
+        card = subject.gpu.uuid
+        before = self._troubles.get(card)
+        pause = FIRST_PAUSE if before is None else min(before.pause * 2, LONGEST_PAUSE)
+        self._troubles[card] = _Trouble(subject.gpu.gpu_id, problem, pause, self._clock() + pause)
+        # From now on it has to answer before any task, whatever the reason that it was asked for.
+        self._health.suspect(card)
+        self._metrics.canary("failed")
+        self._log.error("canary_failed", gpu=subject.gpu.gpu_id, problem=problem)

@@ -1,0 +1,206 @@
+"""What is known of each card beyond its actor's word: quarantines, canary answers, disputes.
+
+Written to the journal under the lease first, then believed. A new term reads it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from actors.ledger import Ledger
+from cluster import quarantine_rows as rows
+from cluster.core.types import CardUuid, Commitment, GpuClass, Score, Timestamp
+from cluster.inference import canary
+from cluster.inference.canary import SHIPPED, Answer, Judgement, Question, Verdict
+from cluster.quarantine_rows import Quarantine
+
+
+@dataclass(slots=True)
+class _Book:
+    """One question: what is expected, what each card answered, who is to be asked again."""
+
+    expected: Score | None
+    answers: dict[CardUuid, Answer]
+    again: frozenset[CardUuid] = field(default_factory=frozenset)
+    stuck: tuple[CardUuid, ...] = ()
+    """Cards that differ, with nothing left to tell who is right."""
+
+
+class CardHealth:
+    """`changed` hears which cards are in quarantine, at once and whenever that changes.
+
+    Every write raises `LeaseLost` when another coordinator acts.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Callable[[], float],
+        changed: Callable[[frozenset[CardUuid]], None],
+    ) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._changed = changed
+        self._books: dict[Question, _Book] = {}
+        self._log = structlog.get_logger("health")
+        with ledger.journal.read() as connection:
+            self._quarantines = {each.uuid: each for each in rows.standing(connection)}
+        changed(frozenset(self._quarantines))
+
+    # --- quarantines -----------------------------------------------------------------------------
+
+    def in_quarantine(self, card: CardUuid) -> bool:
+        return card in self._quarantines
+
+    def is_known(self, card: CardUuid) -> bool:
+        """Whether the card is in quarantine, or ever was."""
+        with self._ledger.journal.read() as connection:
+            return rows.is_known(connection, card)
+
+    def quarantine(self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str) -> None:
+        """No task goes to these cards until an operator clears them."""
+        new = self._new(cards, gpu_class, reason)
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            for each in new:
+                rows.begin(connection, each)
+        self._enter(new)
+
+    def clear(self, card: CardUuid) -> bool:
+        """Let the card out; False when it is in no quarantine. It is to be asked anew."""
+        if card not in self._quarantines:
+            return False
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            rows.clear(connection, card, self._now())
+        del self._quarantines[card]
+        for book in self._books.values():
+            book.answers.pop(card, None)
+        self._log.info("quarantine_cleared", card=card)
+        self._end_of_change()
+        return True
+
+    # --- canary ----------------------------------------------------------------------------------
+
+    def answer(self, question: Question, card: CardUuid) -> Answer | None:
+        return self._book(question).answers.get(card)
+
+    def again(self, question: Question) -> frozenset[CardUuid]:
+        """The cards whose answers are in dispute and that are to be asked once more."""
+        return self._book(question).again
+
+    def answered(
+        self, question: Question, card: CardUuid, score: Score, incarnation: str
+    ) -> Judgement:
+        """Store a card's answer and all that follows from it, at once."""
+        if card in self._quarantines:
+            # It came there while it computed: what it says counts no more.
+            return Judgement(Verdict.QUARANTINED)
+        book = self._book(question)
+        answer = canary.next_answer(book.answers.get(card), score, self._now(), incarnation)
+        judgement = canary.judge(card, book.expected, self._trusted(book) | {card: answer})
+        reason = "its answer to the canary is not what its class computes"
+        new = self._new(judgement.odd, question.gpu_class, reason)
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            rows.put_answer(connection, question.key, card, answer)
+            if judgement.record is not None:
+                rows.expect(connection, question.key, judgement.record, self._now())
+            for each in new:
+                rows.begin(connection, each)
+        book.answers[card] = answer
+        book.expected = book.expected if judgement.record is None else judgement.record
+        self._enter(new)
+        self._review(question)
+        return judgement
+
+    def suspect(self, card: CardUuid) -> None:
+        """Something failed on this card: it has to answer again before it gets a task."""
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            rows.suspect(connection, card)
+        for book in self._books.values():
+            if card in book.answers:
+                book.answers[card] = canary.doubted(book.answers[card])
+
+    # --- disputes --------------------------------------------------------------------------------
+
+    def disputed(self, task: Commitment) -> dict[CardUuid, Score]:
+        """The scores that cards gave a task when they last differed; not of those in quarantine."""
+        with self._ledger.journal.read() as connection:
+            found = rows.disputed(connection, task)
+        return {card: score for card, score in found.items() if card not in self._quarantines}
+
+    def dispute(self, task: Commitment, scores: Mapping[CardUuid, Score]) -> None:
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            rows.dispute(connection, task, scores)
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator should know, in words."""
+        quarantines = [
+            f"card {each.uuid} ({each.gpu_class.name}) is in quarantine: {each.reason}"
+            for each in self._quarantines.values()
+        ]
+        disputes = [
+            f"the canary's answers differ on {question.gpu_class.name}, and nothing tells which "
+            f"card is at fault: {', '.join(book.stuck)}"
+            for question, book in self._books.items()
+            if book.stuck
+        ]
+        return (*quarantines, *disputes)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _now(self) -> Timestamp:
+        return Timestamp(self._clock())
+
+    def _book(self, question: Question) -> _Book:
+        book = self._books.get(question)
+        if book is None:
+            with self._ledger.journal.read() as connection:
+                expected = rows.expected(connection, question.key)
+                answers = rows.answers(connection, question.key)
+            expected = SHIPPED.get(question.key, expected)
+            book = self._books[question] = _Book(expected, answers)
+            self._review(question)
+        return book
+
+    def _trusted(self, book: _Book) -> dict[CardUuid, Answer]:
+        return {
+            card: answer for card, answer in book.answers.items() if card not in self._quarantines
+        }
+
+    def _review(self, question: Question) -> None:
+        book = self._books[question]
+        answers = self._trusted(book)
+        before, book.again, book.stuck = book.stuck, frozenset(), ()
+        if book.expected is not None or not answers:
+            return
+        judgement = canary.judge(min(answers), None, answers)
+        book.again = judgement.again
+        if judgement.verdict is Verdict.DISPUTED and not judgement.again:
+            book.stuck = tuple(sorted(answers))
+        if book.stuck and book.stuck != before:
+            self._log.error("canaries_differ", gpu=question.gpu_class.name, cards=book.stuck)
+
+    def _new(
+        self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str
+    ) -> tuple[Quarantine, ...]:
+        return tuple(
+            Quarantine(card, gpu_class, reason, self._now())
+            for card in sorted(cards)
+            if card not in self._quarantines
+        )
+
+    def _enter(self, new: tuple[Quarantine, ...]) -> None:
+        for each in new:
+            self._quarantines[each.uuid] = each
+            self._log.error(
+                "card_quarantined", card=each.uuid, gpu=each.gpu_class.name, reason=each.reason
+            )
+        if new:
+            self._end_of_change()
+
+    def _end_of_change(self) -> None:
+        for question in self._books:
+            self._review(question)
+        self._changed(frozenset(self._quarantines))

@@ -1,0 +1,110 @@
+"""What keeps a faulty card from earning a slash: canaries, second opinions, quarantine, in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from actors.canary import Canaries, CanarySettings, Cards
+from actors.dispatcher import Dispatcher
+from actors.health import CardHealth
+from actors.holds import Holds
+from actors.ledger import Ledger
+from actors.verifier import Verifier
+from cluster.core.ports import Computed, Order
+from cluster.core.types import AttemptId, CardUuid, Gpu, GpuId
+from cluster.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class SafeguardSettings:
+    """`fraction` of tasks, 0 to 1, are computed twice."""
+
+    canary: CanarySettings = CanarySettings()
+    fraction: float = 0.0
+
+
+class GuardedCards(Cards, Protocol):
+    def quarantine(self, cards: frozenset[CardUuid]) -> None: ...
+
+
+class Safeguards:
+    """`actors.dispatcher.Guard`; `attach` the dispatcher before anything else."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        pool: GuardedCards,
+        settings: SafeguardSettings,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        new_attempt_id: Callable[[], AttemptId],
+        changed: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._holds = Holds()
+        self._health = CardHealth(ledger, clock, pool.quarantine)
+        self._canaries = Canaries(
+            self._health,
+            pool,
+            self._holds,
+            settings.canary,
+            metrics,
+            clock,
+            new_attempt_id,
+            lambda: self._dispatcher.idle(),
+            lambda: bool(self._dispatcher.waiting()),
+            changed,
+        )
+        self._verifier = Verifier(
+            self._health,
+            pool,
+            self._holds,
+            settings.fraction,
+            metrics,
+            lambda: ledger.clock(),
+            lambda: tuple(filter(self.free, self._dispatcher.idle())),
+            self._suspect,
+            changed,
+        )
+
+    def attach(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def run(self) -> None:
+        await self._canaries.run()
+
+    def wake(self) -> None:
+        """The cards have changed."""
+        self._canaries.wake()
+
+    def alerts(self) -> tuple[str, ...]:
+        return (*self._health.alerts(), *self._canaries.alerts())
+
+    def clear(self, card: str) -> str:
+        """Let a card out of quarantine, by its id or UUID: `cleared`, `free` or `unknown`."""
+        named = [gpu.uuid for gpu in self._pool.gpus() if card in {gpu.gpu_id, gpu.uuid}]
+        uuid = named[0] if named else CardUuid(card)
+        if self._health.clear(uuid):
+            self._canaries.wake()
+            return "cleared"
+        return "free" if named or self._health.is_known(uuid) else "unknown"
+
+    # --- actors.dispatcher.Guard -----------------------------------------------------------------
+
+    def free(self, gpu: Gpu) -> bool:
+        return gpu.gpu_id not in self._holds and self._canaries.trusted(gpu)
+
+    def suspect(self, gpu: GpuId) -> None:
+        for card in (each.uuid for each in self._pool.gpus() if each.gpu_id == gpu):
+            self._suspect(card)
+
+    async def vetted(self, gpu: GpuId, order: Order, computed: Computed) -> Computed:
+        return await self._verifier.vetted(gpu, order, computed)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _suspect(self, card: CardUuid) -> None:
+        self._health.suspect(card)
+        self._canaries.wake()

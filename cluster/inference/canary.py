@@ -1,0 +1,209 @@
+"""The canary: a small fixed task, by which a card shows that it computes what its class computes.
+
+Results are the same to the bit on every card of a class with the same software, so a card whose
+score differs is at fault. What is expected is shipped, or recorded when the answers of two cards
+agree for the first time. Until then nobody knows who is right:
+
+    one card            provisional: it works on, and waits for a second
+    two that agree      recorded: from here on, whoever differs is quarantined
+    two that differ     both are asked again. Who contradicts itself while another card doesn't is
+                        quarantined; if neither does, a third card's answer decides, and until
+                        there is one both work on, with an alert
+    all contradict themselves: that is the software's doing, so none is quarantined, with an alert
+
+So a card is only ever quarantined on the evidence of other cards, and the only card of its class
+only by an answer recorded before. Nothing here reads a clock or does anything.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+import cluster
+from cluster.core.types import CardUuid, Commitment, GpuClass, Score, Timestamp
+
+TASK: Final = Commitment("canary")
+"""Stands where an order has its task; no commitment is spelt so."""
+REVISION: Final = 1
+"""Goes up with any change of `parameters`, so that old answers aren't held against new ones."""
+SIDE, STEPS, SEED = 256, 4, 20_240_229
+RUNS: Final = 2
+"""How often a card is asked before its answer counts as its last word in a dispute."""
+_PACKAGES: Final = ("torch", "diffusers", "transformers", "compel", "xformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an expected answer belongs to. `model` is a base key, `name[+variant]`."""
+
+    gpu_class: GpuClass
+    software: str
+    model: str
+
+    @property
+    def key(self) -> str:
+        """The question's identity in the journal."""
+        kind = self.gpu_class
+        return f"{REVISION}|{kind.name}|{kind.vram}|{self.model}|{self.software}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A card's newest score, and which process of its actor gave it.
+
+    `runs`: how often that process has answered. `wavered`: the card has given another score to the
+    same question before.
+    """
+
+    score: Score
+    at: Timestamp
+    incarnation: str
+    runs: int = 1
+    wavered: bool = False
+
+
+SHIPPED: Final[Mapping[str, Score]] = {}
+"""Expected answers by `Question.key`: of classes on which this version was tried."""
+
+
+class Verdict(enum.Enum):
+    """What became of one answer."""
+
+    PASSED = "passed"
+    PROVISIONAL = "provisional"
+    RECORDED = "recorded"
+    DISPUTED = "disputed"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """`record` is what is expected from now on, `odd` go to quarantine, `again` are asked again."""
+
+    verdict: Verdict
+    record: Score | None = None
+    odd: frozenset[CardUuid] = field(default_factory=frozenset)
+    again: frozenset[CardUuid] = field(default_factory=frozenset)
+
+
+class Due(enum.Enum):
+    """Why a card is to be asked."""
+
+    START = "start"
+    """Its process hasn't answered yet, or not since a fault."""
+    AGAIN = "again"
+    SCHEDULE = "schedule"
+
+    @property
+    def urgent(self) -> bool:
+        """Whether it comes before any task."""
+        return self is not Due.SCHEDULE
+
+
+def parameters(model: str) -> str:
+    """The canary's parameters for a base model, as a task's would come."""
+    name, _, variant = model.partition("+")
+    return json.dumps(
+        {
+            "version": "2.5.0",
+            "base_model": {"name": name, "variant": variant or None},
+            "prompt": "a yellow canary++ on a lamp post, a lake behind it, morning light",
+            "negative_prompt": "blurred",
+            "task_config": {
+                "image_width": SIDE,
+                "image_height": SIDE,
+                "steps": STEPS,
+                "seed": SEED,
+                "num_images": 1,
+                "cfg": 5,
+                "safety_checker": False,
+            },
+        }
+    )
+
+
+def software() -> str:
+    """What results depend on beside the card and the model, as installed here."""
+    found = [f"crynux-cluster={cluster.__version__}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package}={version(package)}")
+        except PackageNotFoundError:
+            continue
+    return " ".join(found)
+
+
+def next_answer(before: Answer | None, score: Score, at: Timestamp, incarnation: str) -> Answer:
+    if before is None:
+        return Answer(score, at, incarnation)
+    runs = before.runs + 1 if before.incarnation == incarnation else 1
+    return Answer(score, at, incarnation, runs, before.wavered or before.score != score)
+
+
+def doubted(answer: Answer) -> Answer:
+    """The answer after something failed on the card: as if from a process before this one."""
+    return replace(answer, incarnation="")
+
+
+def due(
+    answer: Answer | None, incarnation: str, again: bool, now: Timestamp, interval: float
+) -> Due | None:
+    """Why a card is to be asked now; `interval` is in seconds."""
+    if answer is None or answer.incarnation != incarnation:
+        return Due.START
+    if again:
+        return Due.AGAIN
+    return Due.SCHEDULE if now - answer.at >= interval else None
+
+
+def judge(card: CardUuid, expected: Score | None, answers: Mapping[CardUuid, Answer]) -> Judgement:
+    """What the answer of `card` means, which is in `answers` already.
+
+    `answers` are those of the cards of one class to one question, none of them in quarantine.
+    """
+    if expected is not None:
+        if answers[card].score == expected:
+            return Judgement(Verdict.PASSED)
+        return Judgement(Verdict.QUARANTINED, odd=frozenset({card}))
+    steady = {uuid: answer for uuid, answer in answers.items() if not answer.wavered}
+    if not steady:
+        return Judgement(Verdict.DISPUTED)
+    agreed = _agreed(answers, steady)
+    if len(agreed) == 1:
+        (record,) = agreed
+        holders = [answer for answer in steady.values() if answer.score == record]
+        if len(holders) == 1 and holders[0].runs < RUNS:
+            # The other one has contradicted itself: would this one, too?
+            return Judgement(Verdict.DISPUTED, again=_unsettled(answers))
+        odd = {uuid for uuid in answers if uuid not in steady or steady[uuid].score != record}
+        verdict = Verdict.QUARANTINED if card in odd else Verdict.RECORDED
+        return Judgement(verdict, record, frozenset(odd))
+    if len(answers) == 1:
+        return Judgement(Verdict.PROVISIONAL)
+    again = _unsettled(answers)
+    if again or agreed:
+        return Judgement(Verdict.DISPUTED, again=again)
+    odd = answers.keys() - steady.keys()
+    if card in odd:
+        return Judgement(Verdict.QUARANTINED, odd=frozenset(odd))
+    alone = len(steady) == 1
+    return Judgement(Verdict.PROVISIONAL if alone else Verdict.DISPUTED, odd=frozenset(odd))
+
+
+def _unsettled(answers: Mapping[CardUuid, Answer]) -> frozenset[CardUuid]:
+    return frozenset(uuid for uuid, answer in answers.items() if answer.runs < RUNS)
+
+
+def _agreed(
+    answers: Mapping[CardUuid, Answer], steady: Mapping[CardUuid, Answer]
+) -> frozenset[Score]:
+    """Scores that two cards gave, one of them without ever having said anything else."""
+    votes = Counter(answer.score for answer in answers.values())
+    vouched = {answer.score for answer in steady.values()}
+    return frozenset(score for score, count in votes.items() if count >= 2 and score in vouched)

@@ -1,0 +1,189 @@
+"""What the journal keeps of cards: who is in quarantine, what each answered to the canary, what is
+expected, and which scores of a task were in dispute.
+
+Every function works within a transaction of the caller's: one under the lease where it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Double,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Row,
+    Table,
+    Text,
+    and_,
+    delete,
+    insert,
+    select,
+    update,
+)
+
+from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, Score, Timestamp
+from cluster.inference.canary import Answer
+
+metadata = MetaData()
+
+quarantines_table = Table(
+    "quarantines",
+    metadata,
+    Column("uuid", Text, primary_key=True),
+    Column("gpu_name", Text, nullable=False),
+    Column("gpu_vram", Integer, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("since", Double, nullable=False),
+    Column("cleared_at", Double),
+)
+"""A card's last quarantine; it stands until it is cleared, and is known from then on."""
+answers_table = Table(
+    "canary_answers",
+    metadata,
+    Column("question", Text, primary_key=True),
+    Column("uuid", Text, primary_key=True, index=True),
+    Column("score", LargeBinary, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("incarnation", Text, nullable=False),
+    Column("runs", Integer, nullable=False),
+    Column("wavered", Boolean, nullable=False),
+)
+expected_table = Table(
+    "canary_expected",
+    metadata,
+    Column("question", Text, primary_key=True),
+    Column("score", LargeBinary, nullable=False),
+    Column("at", Double, nullable=False),
+)
+disputes_table = Table(
+    "disputed_scores",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("uuid", Text, primary_key=True),
+    Column("score", LargeBinary, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    uuid: CardUuid
+    gpu_class: GpuClass
+    reason: str
+    since: Timestamp
+
+
+# --- quarantines ----------------------------------------------------------------------------------
+
+
+def standing(connection: Connection) -> tuple[Quarantine, ...]:
+    table = quarantines_table
+    query = select(table).where(table.c.cleared_at.is_(None)).order_by(table.c.since)
+    return tuple(_quarantine(row) for row in connection.execute(query))
+
+
+def is_known(connection: Connection, uuid: CardUuid) -> bool:
+    """Whether the card is in quarantine, or was."""
+    query = select(quarantines_table.c.uuid).where(quarantines_table.c.uuid == uuid)
+    return connection.execute(query).first() is not None
+
+
+def begin(connection: Connection, quarantine: Quarantine) -> None:
+    """Put a card in quarantine that isn't in one."""
+    values = {
+        "gpu_name": quarantine.gpu_class.name,
+        "gpu_vram": quarantine.gpu_class.vram,
+        "reason": quarantine.reason,
+        "since": quarantine.since,
+        "cleared_at": None,
+    }
+    _put(connection, quarantines_table, {"uuid": quarantine.uuid}, values)
+
+
+def clear(connection: Connection, uuid: CardUuid, now: Timestamp) -> None:
+    """End the card's quarantine. Its answers are forgotten: it is to be asked anew."""
+    table = quarantines_table
+    connection.execute(
+        update(table)
+        .where(table.c.uuid == uuid, table.c.cleared_at.is_(None))
+        .values(cleared_at=now)
+    )
+    connection.execute(delete(answers_table).where(answers_table.c.uuid == uuid))
+
+
+# --- canary ---------------------------------------------------------------------------------------
+
+
+def answers(connection: Connection, question: str) -> dict[CardUuid, Answer]:
+    query = select(answers_table).where(answers_table.c.question == question)
+    return {CardUuid(row.uuid): _answer(row) for row in connection.execute(query)}
+
+
+def put_answer(connection: Connection, question: str, uuid: CardUuid, answer: Answer) -> None:
+    values = {
+        "score": bytes(answer.score),
+        "at": answer.at,
+        "incarnation": answer.incarnation,
+        "runs": answer.runs,
+        "wavered": answer.wavered,
+    }
+    _put(connection, answers_table, {"question": question, "uuid": uuid}, values)
+
+
+def suspect(connection: Connection, uuid: CardUuid) -> None:
+    """The card has yet to answer again, as if its process were a new one."""
+    connection.execute(
+        update(answers_table).where(answers_table.c.uuid == uuid).values(incarnation="")
+    )
+
+
+def expected(connection: Connection, question: str) -> Score | None:
+    query = select(expected_table.c.score).where(expected_table.c.question == question)
+    found = connection.execute(query).scalar()
+    return None if found is None else Score(found)
+
+
+def expect(connection: Connection, question: str, score: Score, now: Timestamp) -> None:
+    values = {"score": bytes(score), "at": now}
+    _put(connection, expected_table, {"question": question}, values)
+
+
+# --- disputed scores of tasks ---------------------------------------------------------------------
+
+
+def disputed(connection: Connection, task: Commitment) -> dict[CardUuid, Score]:
+    query = select(disputes_table).where(disputes_table.c.task == task)
+    return {CardUuid(row.uuid): Score(row.score) for row in connection.execute(query)}
+
+
+def dispute(connection: Connection, task: Commitment, scores: Mapping[CardUuid, Score]) -> None:
+    for uuid, score in scores.items():
+        values = {"score": bytes(score)}
+        _put(connection, disputes_table, {"task": task, "uuid": uuid}, values)
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+def _put(
+    connection: Connection, table: Table, key: Mapping[str, str], values: Mapping[str, Any]
+) -> None:
+    same = and_(*(table.c[name] == value for name, value in key.items()))
+    if connection.execute(update(table).where(same).values(**values)).rowcount == 0:
+        connection.execute(insert(table).values(**key, **values))
+
+
+def _quarantine(row: Row[Any]) -> Quarantine:
+    kind = GpuClass(row.gpu_name, GigaBytes(row.gpu_vram))
+    return Quarantine(CardUuid(row.uuid), kind, row.reason, Timestamp(row.since))
+
+
+def _answer(row: Row[Any]) -> Answer:
+    score, at = Score(row.score), Timestamp(row.at)
+    return Answer(score, at, row.incarnation, row.runs, row.wavered)

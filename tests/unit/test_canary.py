@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.core.types import CardUuid, GigaBytes, GpuClass, Score, TaskType, Timestamp
+from cluster.inference import canary
+from cluster.inference import parameters as task_parameters
+from cluster.inference.canary import (
+    Answer,
+    Due,
+    Judgement,
+    Question,
+    Verdict,
+    due,
+    judge,
+    next_answer,
+)
+from cluster.inference.mounted import MountedEngine
+
+A, B, C, D = (CardUuid(f"GPU-{name}") for name in "ABCD")
+X, Y, Z = Score(b"x" * 8), Score(b"y" * 8), Score(b"z" * 8)
+KIND = GpuClass("Card+docker", GigaBytes(8))
+NOW = Timestamp(1_000.0)
+
+
+def once(score: Score) -> Answer:
+    return Answer(score, NOW, "p1")
+
+
+def twice(score: Score) -> Answer:
+    return Answer(score, NOW, "p1", runs=2)
+
+
+def wavering(score: Score, runs: int = 2) -> Answer:
+    return Answer(score, NOW, "p1", runs, wavered=True)
+
+
+def odd(*cards: CardUuid) -> frozenset[CardUuid]:
+    return frozenset(cards)
+
+
+# --- with something recorded ----------------------------------------------------------------------
+
+
+def test_who_answers_as_recorded_passes() -> None:
+    assert judge(A, X, {A: once(X)}) == Judgement(Verdict.PASSED)
+
+
+def test_who_differs_from_the_record_is_quarantined_even_if_he_is_alone() -> None:
+    assert judge(A, X, {A: once(Y)}) == Judgement(Verdict.QUARANTINED, odd=odd(A))
+
+
+def test_a_record_stands_whatever_others_say_later() -> None:
+    found = judge(C, X, {A: once(X), B: twice(Y), C: twice(Y)})
+    assert found == Judgement(Verdict.QUARANTINED, odd=odd(C))
+
+
+def test_one_answer_judges_nobody_else() -> None:
+    assert judge(A, X, {A: once(X), B: once(Y)}) == Judgement(Verdict.PASSED)
+
+
+# --- with nothing recorded ------------------------------------------------------------------------
+
+
+def test_one_card_is_believed_for_the_time_being() -> None:
+    assert judge(A, None, {A: once(X)}) == Judgement(Verdict.PROVISIONAL)
+    assert judge(A, None, {A: twice(X)}) == Judgement(Verdict.PROVISIONAL)
+
+
+def test_two_that_agree_are_the_record() -> None:
+    assert judge(B, None, {A: once(X), B: once(X)}) == Judgement(Verdict.RECORDED, X)
+
+
+def test_two_that_differ_are_both_asked_again() -> None:
+    found = judge(B, None, {A: once(X), B: once(Y)})
+    assert found == Judgement(Verdict.DISPUTED, again=odd(A, B))
+    found = judge(A, None, {A: twice(X), B: once(Y)})
+    assert found == Judgement(Verdict.DISPUTED, again=odd(B))
+
+
+def test_two_that_insist_both_work_on() -> None:
+    assert judge(B, None, {A: twice(X), B: twice(Y)}) == Judgement(Verdict.DISPUTED)
+
+
+@pytest.mark.parametrize(("third", "faulty"), [(X, B), (Y, A)])
+def test_a_third_card_decides(third: Score, faulty: CardUuid) -> None:
+    found = judge(C, None, {A: twice(X), B: twice(Y), C: once(third)})
+    assert found == Judgement(Verdict.RECORDED, third, odd(faulty))
+
+
+def test_three_that_all_differ_all_work_on() -> None:
+    answers = {A: twice(X), B: twice(Y), C: once(Z)}
+    assert judge(C, None, answers) == Judgement(Verdict.DISPUTED, again=odd(C))
+    assert judge(C, None, answers | {C: twice(Z)}) == Judgement(Verdict.DISPUTED)
+
+
+def test_two_pairs_decide_nothing() -> None:
+    answers = {A: twice(X), B: twice(X), C: twice(Y), D: twice(Y)}
+    assert judge(D, None, answers) == Judgement(Verdict.DISPUTED)
+
+
+def test_who_contradicts_himself_is_at_fault_if_another_does_not() -> None:
+    answers = {A: twice(X), B: wavering(Z)}
+    assert judge(B, None, answers) == Judgement(Verdict.QUARANTINED, odd=odd(B))
+    assert judge(A, None, answers) == Judgement(Verdict.PROVISIONAL, odd=odd(B))
+
+
+def test_who_came_round_is_at_fault_all_the_same() -> None:
+    found = judge(B, None, {A: twice(X), B: wavering(X)})
+    assert found == Judgement(Verdict.QUARANTINED, X, odd(B))
+
+
+def test_before_one_is_blamed_the_other_is_asked_again() -> None:
+    for last in (X, Y):
+        found = judge(B, None, {A: once(X), B: wavering(last)})
+        assert found == Judgement(Verdict.DISPUTED, again=odd(A))
+
+
+def test_if_all_contradict_themselves_it_is_not_the_cards_doing() -> None:
+    assert judge(A, None, {A: wavering(X)}) == Judgement(Verdict.DISPUTED)
+    assert judge(B, None, {A: wavering(X), B: wavering(X)}) == Judgement(Verdict.DISPUTED)
+    assert judge(B, None, {A: wavering(X), B: wavering(Y)}) == Judgement(Verdict.DISPUTED)
+
+
+ANSWERS = st.dictionaries(
+    st.sampled_from([A, B, C, D]),
+    st.builds(
+        Answer,
+        st.sampled_from([X, Y, Z]),
+        st.just(NOW),
+        st.sampled_from(["p1", "p2"]),
+        st.integers(1, 3),
+        st.booleans(),
+    ),
+    min_size=1,
+)
+
+
+@given(ANSWERS, st.sampled_from([None, X]), st.data())
+def test_what_no_judgement_ever_does(
+    answers: dict[CardUuid, Answer], expected: Score | None, data: st.DataObject
+) -> None:
+    card = data.draw(st.sampled_from(sorted(answers)))
+    found = judge(card, expected, answers)
+    assert (card in found.odd) == (found.verdict is Verdict.QUARANTINED)
+    assert not found.odd & found.again
+    if expected is not None:
+        assert found.record is None
+        assert found.odd <= {card}
+        return
+    # Without a record nobody is blamed but on another card's evidence.
+    assert found.odd < answers.keys()
+    blameless = answers.keys() - found.odd
+    if found.odd:
+        assert any(not answers[each].wavered for each in blameless)
+    if found.record is not None:
+        assert sum(answer.score == found.record for answer in answers.values()) >= 2
+        assert all(answers[each].score == found.record for each in blameless)
+
+
+@given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.sampled_from([X, Y])), max_size=30))
+def test_asking_again_comes_to_an_end(said: list[tuple[CardUuid, Score]]) -> None:
+    """However the cards answer, one process of a card is asked again a bounded number of times."""
+    answers: dict[CardUuid, Answer] = {}
+    asked = dict.fromkeys((A, B, C), 0)
+    for card, score in said:
+        again = judge(min(answers), None, answers).again if answers else frozenset()
+        if card in answers and card not in again:
+            continue
+        asked[card] += 1
+        answers[card] = next_answer(answers.get(card), score, NOW, "p1")
+    assert max(asked.values()) <= canary.RUNS
+
+
+# --- answers and when they are due ----------------------------------------------------------------
+
+
+def test_answers_are_counted_by_process() -> None:
+    first = next_answer(None, X, NOW, "p1")
+    assert first == once(X)
+    second = next_answer(first, X, Timestamp(NOW + 1), "p1")
+    assert (second.runs, second.wavered, second.at) == (2, False, NOW + 1)
+    assert next_answer(second, X, NOW, "p2") == Answer(X, NOW, "p2")
+
+
+def test_a_contradiction_is_remembered() -> None:
+    changed = next_answer(once(X), Y, NOW, "p2")
+    assert changed.wavered
+    assert next_answer(changed, Y, NOW, "p3").wavered
+
+
+def test_when_a_card_is_asked() -> None:
+    answer = once(X)
+    assert due(None, "p1", False, NOW, 60.0) is Due.START
+    assert due(answer, "p2", False, NOW, 60.0) is Due.START
+    assert due(canary.doubted(answer), "p1", False, NOW, 60.0) is Due.START
+    assert due(answer, "p1", True, NOW, 60.0) is Due.AGAIN
+    assert due(answer, "p1", False, Timestamp(NOW + 59), 60.0) is None
+    assert due(answer, "p1", False, Timestamp(NOW + 60), 60.0) is Due.SCHEDULE
+    assert [each for each in Due if not each.urgent] == [Due.SCHEDULE]
+
+
+# --- the question ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["acme/tiny", "acme/tiny+fp16"])
+def test_the_canary_is_a_task_like_others(model: str) -> None:
+    parsed = task_parameters.parse(TaskType.SD, canary.parameters(model))
+    assert isinstance(parsed, task_parameters.SDParameters)
+    assert task_parameters.base_key(parsed) == model
+    assert canary.parameters(model) == canary.parameters(model)
+    assert parsed.task_config.num_images == 1
+
+
+def test_no_commitment_is_spelt_like_the_canarys_task() -> None:
+    assert not re.fullmatch("0x[0-9a-f]{64}", canary.TASK)
+
+
+def test_an_answer_belongs_to_class_software_and_model() -> None:
+    questions = {
+        Question(kind, software, model)
+        for kind in (KIND, GpuClass("Card+docker", GigaBytes(16)), GpuClass("X", GigaBytes(8)))
+        for software in ("torch=1", "torch=2")
+        for model in ("a/b", "a/b+fp16")
+    }
+    assert len({question.key for question in questions}) == len(questions) == 12
+
+
+def test_the_software_is_named_with_its_versions() -> None:
+    named = dict(each.split("=") for each in canary.software().split())
+    assert {"crynux-cluster", "torch", "diffusers", "transformers", "compel"} <= named.keys()
+    assert all(re.match(r"\d", version) for version in named.values())
+
+
+SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+REFINER = "StableDiffusionXLImg2ImgPipeline"
+
+
+def plant(root: Path, name: str, size: int, pipeline: str | None = SD) -> None:
+    folder = root / name
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights.safetensors").write_bytes(bytes(size))
+    if pipeline is not None:
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+
+
+class FakeEngine:
+    def __init__(self, *on_disk: str) -> None:
+        self.on_disk = frozenset(on_disk)
+
+    def state(self) -> FakeEngine:
+        return self
+
+
+def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> None:
+    plant(tmp_path, "acme/large", 30)
+    plant(tmp_path, "acme/small", 10, XL)
+    plant(tmp_path, "acme/refiner", 5, REFINER)
+    plant(tmp_path, "acme/chat", 3, None)
+    fake = FakeEngine(
+        "acme/large", "acme/small", "acme/small+fp16", "acme/refiner", "acme/chat", "acme/gone"
+    )
+    engine = MountedEngine(fake, A, tmp_path)  # type: ignore[arg-type]
+    assert engine.smallest() == "acme/small"
+    fake.on_disk = frozenset({"acme/chat", "acme/refiner"})
+    assert engine.smallest() is None

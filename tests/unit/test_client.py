@@ -1,0 +1,152 @@
+"""What an operator asks of the coordinator. No Ray is started here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from actors import client
+from actors.coordinator import RAY_ADDRESS
+from cluster.config import Config
+from cluster.core.errors import ClusterError, ConfigError
+from cluster.core.types import Timestamp
+from cluster.journal import SqlJournal
+
+ADDRESS = "0x" + "11" * 20
+
+
+def config(tmp_path: Path, address: str | None = None) -> Config:
+    return Config.model_validate(
+        {
+            "network": {
+                "rpc_url": "http://127.0.0.1:1",
+                "chain_id": 31337,
+                "contracts": {"task": ADDRESS, "node": ADDRESS, "qos": ADDRESS},
+                "relay_url": "http://127.0.0.1:1",
+            },
+            "ray": {"address": address},
+        },
+        context={"base": tmp_path},
+    )
+
+
+class Method:
+    def __init__(self, answer: object) -> None:
+        self._answer = answer
+
+    def remote(self, *_: object) -> object:
+        return self._answer
+
+
+class FakeRay:
+    """As much of ray as `clear_quarantine` uses; an answer that is an error is raised."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: object) -> None:
+        self.answers = answers
+        self.joined: list[dict[str, object]] = []
+        self.left = 0
+        monkeypatch.setattr(client, "ray", self)
+
+    def init(self, **options: object) -> None:
+        self.joined.append(options)
+        self._raise(self.answers.get("init"))
+
+    def get_actor(self, name: str, namespace: str) -> object:
+        self._raise(self.answers.get("actor"))
+        return SimpleNamespace(**{each: Method(answer) for each, answer in self.answers.items()})
+
+    def get(self, answer: object, timeout: float) -> object:
+        self._raise(answer)
+        return answer
+
+    def shutdown(self) -> None:
+        self.left += 1
+
+    def _raise(self, answer: object) -> None:
+        if isinstance(answer, Exception):
+            raise answer
+
+
+@pytest.mark.parametrize(("address", "joins"), [(None, "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+@pytest.mark.parametrize(
+    ("done", "said"), [("cleared", "x is out of quarantine"), ("free", "x is in no quarantine")]
+)
+def test_a_card_is_cleared_by_the_coordinator(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    joins: str,
+    done: str,
+    said: str,
+) -> None:
+    here = config(tmp_path, address=address)
+    reached: list[str] = []
+    monkeypatch.setattr(client, "_reach", reached.append)
+    fake = FakeRay(monkeypatch, clear_quarantine=done)
+    assert client.clear_quarantine(here, "x").startswith(said)
+    assert [options["address"] for options in fake.joined] == [joins]
+    assert reached == [joins for joins in [joins] if joins != "auto"]
+    assert fake.left == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "said"),
+    [
+        ({"init": ConnectionError("none")}, ClusterError, "no Ray cluster answers at auto"),
+        ({"actor": ValueError("none")}, ClusterError, "is the operator up"),
+        ({"clear_quarantine": RayActorError()}, ClusterError, "doesn't answer"),
+        ({"clear_quarantine": GetTimeoutError("late")}, ClusterError, "doesn't answer"),
+        ({"clear_quarantine": "not acting"}, ClusterError, "not acting"),
+        ({"clear_quarantine": "unknown"}, ConfigError, "no card is known as x"),
+    ],
+)
+def test_a_card_that_cant_be_cleared_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: dict[str, object],
+    kind: type[ClusterError],
+    said: str,
+) -> None:
+    here = config(tmp_path)
+    FakeRay(monkeypatch, **({"clear_quarantine": "cleared"} | answers))
+    with pytest.raises(ClusterError, match=said) as caught:
+        client.clear_quarantine(here, "x")
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("configured", "written", "found"),
+    [
+        (None, "", "auto"),
+        (None, "10.0.0.9:6379", "10.0.0.9:6379"),
+        ("auto", "10.0.0.9:6379", "10.0.0.9:6379"),
+        ("10.0.0.1:6379", "10.0.0.9:6379", "10.0.0.1:6379"),
+    ],
+)
+def test_it_asks_the_cluster_that_the_coordinator_is_in(
+    tmp_path: Path, configured: str | None, written: str, found: str
+) -> None:
+    here = config(tmp_path, address=configured)
+    journal = SqlJournal(here.journal.url)
+    lease = journal.acquire("me", Timestamp(0), 10.0)
+    assert lease is not None
+    journal.set_cursor(lease, RAY_ADDRESS, written)
+    journal.close()
+    assert client.address_of(here) == found
+
+
+def test_a_cluster_that_is_gone_is_one_line_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_where: object, _timeout: float) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("actors.client.socket.create_connection", refuse)
+    FakeRay(monkeypatch, clear_quarantine="cleared")
+    with pytest.raises(ClusterError, match="nothing answers at") as caught:
+        client.clear_quarantine(config(tmp_path, address="10.0.0.1:6379"), "x")
+    assert "\n" not in str(caught.value)
