@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import httpx
+import pytest
 import ray
 from ray import serve
 from ray.actor import ActorHandle
@@ -73,6 +74,11 @@ CARDS = (
 LATE_CARD = GpuClass("NVIDIA L4+docker", GigaBytes(8))
 """A card that no node has at first, smaller than the others; an account is there for it."""
 ACCOUNTS = sum(cards.count for cards in CARDS) + 1
+SERVE_PATIENCE = (
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S",
+)
+"""Serve replaces a proxy that is slower to start or to answer (5 and 10 s by itself)."""
 AWAY = "the coordinator is away: "
 BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
 """What a coordinator's log never says while everything goes as it should."""
@@ -399,7 +405,10 @@ def operator_world(folder: Path) -> Iterator[OperatorWorld]:
         late = Identity.load(config.identity.seed_file).address(ACCOUNTS)
         fund(devnet.deployment.rpc_url, late, FUNDS)
         world = OperatorWorld(devnet, config, SqlJournal(config.journal.url))
-        runtime.connect(config)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in SERVE_PATIENCE:
+                patch.setenv(name, "120")
+            runtime.connect(config)
         try:
             _serve(config)
             world.gate.close()
@@ -415,17 +424,28 @@ def operator_world(folder: Path) -> Iterator[OperatorWorld]:
 
 
 def _serve(config: Config) -> None:
-    where = config.serve
-    serve.start(proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port})
-    application = serve_app.build(config.ray.namespace)
-    serve.run(application, name=runtime.APPLICATION, route_prefix="/")
+    """Tried again when it fails for want of time, as the supervisor does it."""
+    options = {"host": config.serve.host, "port": config.serve.port}
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            serve.start(proxy_location="HeadOnly", http_options=options)
+            application = serve_app.build(config.ray.namespace)
+            serve.run(application, name=runtime.APPLICATION, route_prefix="/")
+        except (RayError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+        else:
+            return
 
 
 def _stop(world: OperatorWorld) -> None:
     try:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        with contextlib.suppress(ValueError, RayError, GetTimeoutError):
-            ray.get(world.coordinator().stop.remote(), timeout=10)
+        # Only for the sake of order: what is too slow for it is killed with Ray.
+        with contextlib.suppress(RayError, TimeoutError):
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(ValueError, RayError):
+            ray.get(world.coordinator().stop.remote(), timeout=30)
     finally:
         ray.shutdown()
         world.journal.close()
