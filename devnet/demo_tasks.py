@@ -97,7 +97,7 @@ def _richer_tasks() -> tuple[TaskSpec, ...]:
             model_ids=(f"base:{SD15[0]}", f"controlnet:{SD15_CONTROLNET}"),
         ),
         _task(
-            "sdxl-refined",
+            "refined",
             SDXL,
             parameters(SDXL, _PROMPTS[2], 600, side=128, refiner=refiner),
             model_ids=(f"base:{SDXL}", f"base:{SDXL_REFINER}"),

@@ -30,6 +30,9 @@ FIRST_LOAD_RATE: Final = 1e9
 FIRST_MOVE_RATE: Final = 1e10
 
 
+Forms = tuple[tuple[torch.dtype, torch.Size], ...]
+
+
 class Budget(Protocol):
     """How many bytes parts may take on the device."""
 
@@ -50,7 +53,7 @@ class _Part:
     module: torch.nn.Module
     host: Sequence[torch.Tensor] | None
     """The copies in host memory, in the order of `tensors(module)`; None while there are none."""
-    types: tuple[torch.dtype, ...]
+    forms: Forms
     on_device: bool = False
     host_bytes: int = 0
     device_bytes: int = 0
@@ -103,11 +106,11 @@ class Pool:
         return {role: self._parts[source.key].module for role, source in sources.items()}
 
     def changed(self, sources: Mapping[str, PartSource]) -> frozenset[PartKey]:
-        """Which of these are no longer of the types that they were loaded in."""
+        """Which of these are no longer of the types and sizes that they were loaded in."""
         return frozenset(
             key
             for key in {source.key for source in sources.values()}
-            if (part := self._parts.get(key)) is not None and _types(part.module) != part.types
+            if (part := self._parts.get(key)) is not None and _forms(part.module) != part.forms
         )
 
     def discard(self, keys: Collection[PartKey]) -> None:
@@ -142,7 +145,7 @@ class Pool:
         module = self.load(source)
         host = [_own_copy(tensor, self.device) for tensor in tensors(module)]
         _point(module, host)
-        part = _Part(source, module, host, _types(module))
+        part = _Part(source, module, host, _forms(module))
         part.load_seconds = self.clock() - began
         part.host_bytes = part.device_bytes = bytes_of(module)
         self.counts.loads += 1
@@ -241,8 +244,8 @@ def _own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return data.pin_memory() if device.type == "cuda" and data.numel() else data.clone()
 
 
-def _types(module: torch.nn.Module) -> tuple[torch.dtype, ...]:
-    return tuple(tensor.dtype for tensor in tensors(module))
+def _forms(module: torch.nn.Module) -> Forms:
+    return tuple((tensor.dtype, tensor.shape) for tensor in tensors(module))
 
 
 def _allocated(device: torch.device) -> int:

@@ -12,6 +12,11 @@ into something merely equal in real numbers.
 
 How an image reaches the hash depends on its PNG colour type, as it does in Go: grey and true colour
 are resized on 8-bit values, palette and 16-bit grey images on 16-bit ones.
+
+The limit is what Pillow gives of a file: it drops the low byte of 16-bit colours, and takes the
+transparent shade of a grey image as it stands, where Go scales it with the depth (2 and 4 bits) or
+keeps it at 16. So no PNG file of these kinds is scored. Our own results are none of them: they are
+8-bit RGB without transparency.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from cluster.core.types import Score
 from cluster.inference.dct_constants import DIVISORS
 
 SIZE: Final = 64
+_GREY: Final = 0
+"""Its colour type in a PNG file's header."""
 KEPT: Final = 8
 _EXACT_IN_FLOAT32: Final = 2**24
 _CHUNK_VALUES: Final = 1 << 20
@@ -39,10 +46,15 @@ _Pixels = npt.NDArray[np.int64] | npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float64]
 
 
+class UnsupportedPng(ValueError):
+    """A whole PNG image, of a kind that the network would score and that can't be scored here."""
+
+
 def score_images(pngs: Sequence[bytes]) -> Score:
     """The score of an SD or SD_FT result: 8 bytes for each PNG file, in index order.
 
-    Raises `ValueError` for a file that isn't a whole PNG image.
+    Raises `ValueError` for a file that isn't a whole PNG image, `UnsupportedPng` for one whose kind
+    is beyond the limit above.
     """
     return Score(b"".join(perceptual_hash(_open(png)) for png in pngs))
 
@@ -72,7 +84,19 @@ def _open(png: bytes) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a PNG image: {error}") from error
+    _check_kind(png, "transparency" in image.info)
     return image
+
+
+def _check_kind(png: bytes, has_transparent_colour: bool) -> None:
+    """By the header, which is the first chunk (after 8 bytes of signature and 4 of its length)."""
+    if png[12:16] != b"IHDR":
+        raise ValueError("not a PNG image: it doesn't begin with its header")
+    depth, colour = png[24], png[25]
+    if depth == 16 and colour != _GREY:
+        raise UnsupportedPng("16-bit colours aren't scored here")
+    if colour == _GREY and depth != 8 and has_transparent_colour:
+        raise UnsupportedPng(f"{depth}-bit grey with a transparent shade isn't scored here")
 
 
 def _as_go_decodes(image: Image.Image) -> tuple[_Pixels, bool]:

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.core.errors import ClusterError, DeadlinePassed, TaskInvalid, TaskUnsupported
+from cluster.core.errors import (
+    ClusterError,
+    DeadlinePassed,
+    ModelUnavailable,
+    TaskInvalid,
+    TaskUnsupported,
+)
 from cluster.core.ports import Computed, Order
 from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType, Timestamp
 from cluster.inference.devices import simulated
@@ -239,3 +245,46 @@ def test_what_cant_go_together_is_unsupported(engine: Engine) -> None:
 def test_an_image_that_none_can_read(engine: Engine) -> None:
     bad = {"model": models.SD15_CONTROLNET, "image_dataurl": "not a data URL"}
     assert isinstance(fault(engine, controlnet=bad), TaskInvalid | TaskUnsupported)
+
+
+# --- kept and read ahead ----------------------------------------------------------------------
+
+
+def test_preloaded_models_never_leave(tiny_models: Path) -> None:
+    small = Engine(DEVICE, ModelStore(tiny_models), time.time, Limits(7 * 2**20, 0, threads=1))
+    problems = small.preload([SD15, models.LLM, "org/none"])
+    assert len(problems) == 1
+    assert problems[0].startswith("org/none: ")
+    loaded = small.counts.loads
+    for base in (models.SD15[1], models.SDXL, models.SD2):
+        run(small, base_model=base)
+    between = small.counts.loads
+    run(small, base_model=SD15)
+    assert small.counts.loads == between > loaded
+    assert any(key.startswith(f"{SD15}|") for key in small.state().warm)
+
+
+def read_so_far() -> int:
+    """Bytes that this process has asked files for."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what is read by /proc")
+def test_reading_ahead_reads_what_isnt_near_and_nothing_else(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    what = order(base_model=models.SD2)
+    size = sum(file.stat().st_size for file in (tiny_models / models.SD2).glob("*/*.safetensors"))
+    fresh.prefetch(what, lambda: True)
+    before = read_so_far()
+    fresh.prefetch(what, lambda: True)
+    assert size <= read_so_far() - before < 1.2 * size
+    before = read_so_far()
+    fresh.prefetch(what, lambda: False)
+    assert read_so_far() - before < size / 10
+    fresh.run(what, lambda: False, lambda _step, _steps: None)
+    before = read_so_far()
+    fresh.prefetch(what, lambda: True)
+    assert read_so_far() - before < size / 10
+    with pytest.raises(ModelUnavailable):
+        fresh.prefetch(order(base_model="org/none"), lambda: True)

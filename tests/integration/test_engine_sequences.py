@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cluster.core.errors import ClusterError
 from cluster.core.ports import Order
@@ -17,11 +20,29 @@ from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
 from cluster.inference.devices import simulated
 from cluster.inference.engine import Engine, Limits
 from cluster.models.store import ModelStore
-from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
+from devnet.models import (
+    INVERSION_TOKEN,
+    LLM,
+    SD2,
+    SD15,
+    SD15_CONTROLNET,
+    SD15_FLAGS_ALL,
+    SD15_INVERSION,
+    SD15_LORA,
+    SD15_LORA_KOHYA,
+    SD15_VAE,
+    SDXL,
+    SDXL_LORA,
+    SDXL_REFINER,
+)
 
 DEVICE = simulated(0, "NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
-SMALLEST, LARGEST = 3 * 2**20, 24 * 2**20
+SMALLEST, LARGEST = 3 * 2**20, 40 * 2**20
 """Bytes for a tier: from less than one tiny pipeline to all of them."""
+
+_FILE = io.BytesIO()
+Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(_FILE, "PNG")
+PICTURE = "data:image/png;base64," + base64.b64encode(_FILE.getvalue()).decode()
 
 TASKS: dict[str, dict[str, Any]] = {
     "a": {"base_model": SD15[0]},
@@ -37,23 +58,43 @@ TASKS: dict[str, dict[str, Any]] = {
     "b, lcm": {"base_model": SD15[1], "scheduler": {"method": "LCMScheduler"}},
     "xl": {"base_model": SDXL},
     "xl, lora": {"base_model": SDXL, "lora": {"model": SDXL_LORA}},
+    "a, kohya": {"base_model": SD15[0], "lora": {"model": SD15_LORA_KOHYA}},
+    "a, inversion": {
+        "base_model": SD15[0],
+        "textual_inversion": SD15_INVERSION,
+        "prompt": f"a {INVERSION_TOKEN} cat",
+    },
+    "a, controlnet": {
+        "base_model": SD15[0],
+        "controlnet": {
+            "model": SD15_CONTROLNET,
+            "image_dataurl": PICTURE,
+            "preprocess": {"method": "shuffle"},
+        },
+    },
+    "b, vae": {"base_model": SD15[1], "vae": SD15_VAE},
+    "blanked": {"base_model": SD15_FLAGS_ALL},
+    "sd 2": {"base_model": SD2},
+    "xl, refined": {"base_model": SDXL, "refiner": {"model": SDXL_REFINER, "steps": 3}},
+    "chat": {"model": LLM, "generation_config": {"max_new_tokens": 8, "do_sample": True}},
     "wrong lora": {"base_model": SD15[0], "lora": {"model": SDXL_LORA}},
     "not here": {"base_model": "org/none"},
 }
-STOPPED = "stopped after its first step"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    make_models(path)
-    return path
+def root(tiny_models: Path) -> Path:
+    return tiny_models
 
 
 def order(name: str) -> Order:
-    config = {"image_width": 64, "image_height": 64, "steps": 2, "num_images": 2, "seed": 3}
-    fields = {"prompt": "a photo of a cat", "task_config": config} | TASKS[name]
-    return Order(AttemptId("a"), Commitment("0x01"), TaskType.SD, json.dumps(fields), None)
+    fields, kind = TASKS[name], TaskType.LLM
+    if "model" in fields:
+        fields = {"messages": [{"role": "user", "content": "what is a cat?"}]} | fields
+    else:
+        config = {"image_width": 64, "image_height": 64, "steps": 2, "num_images": 2, "seed": 3}
+        fields, kind = {"prompt": "a photo of a cat", "task_config": config} | fields, TaskType.SD
+    return Order(AttemptId("a"), Commitment("0x01"), kind, json.dumps(fields), None)
 
 
 def outcome(engine: Engine, name: str, stopped: bool = False) -> object:
@@ -85,7 +126,7 @@ def test_the_tasks_differ(expected: dict[str, object]) -> None:
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
-import time
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.inference.dct_constants import DIVISORS
-from cluster.inference.scoring import perceptual_hash, score_images, score_llm
+from cluster.inference.scoring import UnsupportedPng, perceptual_hash, score_images, score_llm
+from tests.unit.phash_reference import reference, wide_reference
 
 PHASH = Path(__file__).parent.parent / "data" / "phash"
 VECTORS: dict[str, str] = json.loads((PHASH / "vectors.json").read_text())
-
-Pixel = tuple[int, ...]
-Grid = list[list[Pixel]]
 
 
 @pytest.mark.parametrize("name", sorted(VECTORS))
@@ -59,107 +57,7 @@ def test_divisors_are_the_shared_ones() -> None:
     assert {int(size): tuple(values) for size, values in shared.items()} == DIVISORS
 
 
-def test_a_megapixel_takes_under_50_ms() -> None:
-    image = Image.open(PHASH / "grad_1024x1024.png").convert("RGB")
-    perceptual_hash(image)
-
-    def seconds() -> float:
-        began = time.process_time()
-        perceptual_hash(image)
-        return time.process_time() - began
-
-    assert min(seconds() for _ in range(5)) < 0.05
-
-
-# --- the sheet, step by step, in plain Python -------------------------------------------------
-
-
-def reference(image: Image.Image) -> bytes:
-    """Steps 1 to 5 of protocol.md section 4 for 8-bit grey, RGB and RGBA."""
-    grid: Grid = [
-        [_as_pixel(image.getpixel((x, y))) for x in range(image.width)] for y in range(image.height)
-    ]
-    grey = [[_luminance(p) for p in row] for row in _shrink(grid)]
-    rows = [_lee(row) for row in grey]
-    columns = [_lee([row[x] for row in rows]) for x in range(8)]
-    values = [columns[x][y] for y in range(8) for x in range(8)]
-    median = _median(list(values))
-    return sum(1 << (63 - i) for i, v in enumerate(values) if v > median).to_bytes(8, "big")
-
-
-def _as_pixel(value: object) -> Pixel:
-    return tuple(value) if isinstance(value, tuple) else (value, value, value)  # type: ignore[return-value]
-
-
-def _shrink(grid: Grid) -> Grid:
-    if len(grid) == 64 and len(grid[0]) == 64:
-        return [[_premultiplied(p) for p in row] for row in grid]
-    narrow = [_shrink_line([_premultiplied(p) for p in row]) for row in grid]
-    turned = [_shrink_line([row[x] for row in narrow]) for x in range(64)]
-    return [[turned[x][y] for x in range(64)] for y in range(64)]
-
-
-def _premultiplied(pixel: Pixel) -> Pixel:
-    if len(pixel) == 3:
-        return pixel
-    red, green, blue, alpha = pixel
-    return red * alpha // 255, green * alpha // 255, blue * alpha // 255
-
-
-def _shrink_line(line: list[Pixel]) -> list[Pixel]:
-    scale = len(line) / 64
-    taps = 2 * max(math.ceil(scale), 1)
-    out: list[Pixel] = []
-    for y in range(64):
-        c = scale * (y + 0.5) - 0.5
-        start = int(c) - taps // 2 + 1
-        sums, total = [0, 0, 0], 0
-        for i in range(taps):
-            weight = int(256 * max(0.0, 1 - abs(((c - start) - i) * min(1 / scale, 1.0))))
-            if weight == 0:
-                continue
-            pixel = line[min(max(start + i, 0), len(line) - 1)]
-            total += weight
-            sums = [s + weight * v for s, v in zip(sums, pixel, strict=True)]
-        out.append(tuple(s // total for s in sums))
-    return out
-
-
-def _luminance(pixel: Pixel) -> float:
-    return 0.299 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]
-
-
-def _lee(values: list[float]) -> list[float]:
-    n = len(values)
-    if n == 1:
-        return values
-    h = n // 2
-    even = _lee([values[i] + values[n - 1 - i] for i in range(h)])
-    odd = _lee([(values[i] - values[n - 1 - i]) / DIVISORS[n][i] for i in range(h)])
-    out: list[float] = []
-    for i in range(h):
-        out.append(even[i])
-        out.append(odd[i] + odd[i + 1] if i < h - 1 else odd[i])
-    return out
-
-
-def _median(seq: list[float]) -> float:
-    low, hi, k = 0, 63, 32
-    while low < hi:
-        pivot_index = low // 2 + hi // 2
-        pivot = seq[pivot_index]
-        seq[pivot_index], seq[hi] = seq[hi], seq[pivot_index]
-        store = low
-        for i in range(low, hi):
-            if seq[i] < pivot:
-                seq[store], seq[i] = seq[i], seq[store]
-                store += 1
-        seq[hi], seq[store] = seq[store], seq[hi]
-        if k <= store:
-            hi = store
-        else:
-            low = store + 1
-    return seq[31] / 2 + seq[32] / 2
+# --- against the sheet, read literally -------------------------------------------------------
 
 
 def _picture(width: int, height: int, mode: str, seed: int, smooth: bool) -> Image.Image:
@@ -239,23 +137,122 @@ def test_a_transparent_colour_is_alpha() -> None:
     assert perceptual_hash(read) == reference(read.convert("RGBA"))
 
 
-def test_palette_is_resized_on_16_bits() -> None:
-    """Close to the 8-bit hash, by the finer rounding not always equal to it."""
-    image = _picture(200, 120, "RGB", 9, smooth=True).quantize(64)
-    got, near = perceptual_hash(_reread(image)), reference(image.convert("RGB"))
-    assert (int.from_bytes(got) ^ int.from_bytes(near)).bit_count() <= 8
+WIDE_SIZES = [(200, 120), (64, 100), (30, 70), (1, 90), (150, 64), (65, 63)]
+SEEDS = range(3)
+
+
+def _pale(width: int, height: int, seed: int) -> Image.Image:
+    """RGB in few shades, so that the rounding of a resize decides bits of the hash."""
+    return _picture(width, height, "RGB", seed, smooth=False).point(lambda v: 100 + v // 16)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", WIDE_SIZES, ids=str)
+def test_palettes_are_resized_on_16_bits(size: tuple[int, int], seed: int) -> None:
+    read = _reread(_pale(*size, seed).quantize(64))
+    assert read.mode == "P"
+    assert perceptual_hash(read) == wide_reference(read.convert("RGB"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", [*WIDE_SIZES, (64, 64)], ids=str)
+def test_palettes_may_have_transparent_colours(size: tuple[int, int], seed: int) -> None:
+    read = _reread(_pale(*size, seed).quantize(16), transparency=bytes(range(240, 256)))
+    assert (read.mode, "transparency" in read.info) == ("P", True)
+    assert perceptual_hash(read) == wide_reference(read.convert("RGBA"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", [*WIDE_SIZES, (64, 64)], ids=str)
+def test_16_bit_grey_is_resized_on_16_bits(size: tuple[int, int], seed: int) -> None:
+    values = np.random.default_rng(seed).integers(30000, 30600, size[::-1]).astype(np.uint16)
+    read = _reread(Image.fromarray(values))
+    assert read.mode == "I;16"
+    assert perceptual_hash(read) == wide_reference(read)
+
+
+def test_8_bits_would_show() -> None:
+    """In the tests above: the two readings of their pictures differ."""
+    palettes = [_pale(*size, seed).quantize(64) for size in WIDE_SIZES for seed in SEEDS]
+    pictures = [palette.convert("RGB") for palette in palettes]
+    assert any(wide_reference(picture) != reference(picture) for picture in pictures)
 
 
 def test_transparency_at_64x64() -> None:
     """Not resized, so Go's 16-bit premultiplied colours are read; blue is divided by 256 there."""
     image = _picture(64, 64, "RGBA", 4, smooth=True)
-    values = np.asarray(image).astype(np.int64)
-    wide = values[..., :3] * 257 * values[..., 3:] // 255
-    grey = 0.299 * (wide[..., 0] // 257) + 0.587 * (wide[..., 1] // 257)
-    grey = grey + 0.114 * (wide[..., 2] // 256)
-    rows = [_lee([float(v) for v in row]) for row in grey]
-    columns = [_lee([row[x] for row in rows]) for x in range(8)]
-    flat = [columns[x][y] for y in range(8) for x in range(8)]
-    median = _median(list(flat))
-    want = sum(1 << (63 - i) for i, v in enumerate(flat) if v > median)
-    assert int.from_bytes(perceptual_hash(image)) == want
+    assert perceptual_hash(image) == wide_reference(image)
+
+
+# --- what Pillow doesn't read as Go does ------------------------------------------------------
+
+
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def _png(depth: int, colour: int, transparent: bytes = b"") -> bytes:
+    """A whole PNG image of 8x8 pixels: 64 bits of them a row for every bit of depth and channel."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    rows = (b"\0" + bytes([17]) * (depth * channels)) * 8
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            _chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, colour, 0, 0, 0)),
+            _chunk(b"PLTE", bytes(range(96))) if colour == 3 else b"",
+            _chunk(b"tRNS", transparent) if transparent else b"",
+            _chunk(b"IDAT", zlib.compress(rows)),
+            _chunk(b"IEND", b""),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "transparent"),
+    [
+        (16, 2, b""),
+        (16, 2, bytes(6)),
+        (16, 4, b""),
+        (16, 6, b""),
+        (1, 0, b"\0\1"),
+        (2, 0, b"\0\1"),
+        (4, 0, b"\0\1"),
+        (16, 0, b"\0\1"),
+    ],
+)
+def test_what_would_be_scored_wrong_is_refused(depth: int, colour: int, transparent: bytes) -> None:
+    with pytest.raises(UnsupportedPng):
+        score_images([_png(depth, colour, transparent)])
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "transparent"),
+    [
+        *((depth, 0, b"") for depth in (1, 2, 4, 8, 16)),
+        (8, 0, b"\0\1"),
+        (8, 2, b""),
+        (8, 2, bytes(6)),
+        *((depth, 3, transparent) for depth in (1, 2, 4, 8) for transparent in (b"", b"\1")),
+        (8, 4, b""),
+        (8, 6, b""),
+    ],
+)
+def test_every_other_kind_is_scored(depth: int, colour: int, transparent: bytes) -> None:
+    assert len(score_images([_png(depth, colour, transparent)])) == 8
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_shallow_grey_is_scaled_to_8_bits(depth: int) -> None:
+    """As Go does it: the lowest shade is black, the highest white."""
+    read = Image.open(io.BytesIO(_png(depth, 0)))
+    read.load()
+    shades = [17 >> (8 - depth - shift) & (1 << depth) - 1 for shift in range(0, 8, depth)]
+    line = [shade * 255 // ((1 << depth) - 1) for shade in shades]
+    want = Image.fromarray(np.array([(line * depth)[:8]] * 8, dtype=np.uint8))
+    assert score_images([_png(depth, 0)]) == reference(want)
+
+
+def test_the_header_comes_first() -> None:
+    png = _png(8, 2)
+    with pytest.raises(ValueError, match="not a PNG"):
+        score_images([png[:8] + _chunk(b"tEXt", b"a\0b") + png[8:]])
