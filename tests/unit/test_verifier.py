@@ -224,6 +224,18 @@ async def test_once_one_of_them_is_in_quarantine_the_other_is_believed(tmp_path:
     assert house.stored() == Y
 
 
+async def test_what_a_card_in_quarantine_said_before_agrees_with_nobody(tmp_path: Path) -> None:
+    house = Bench.of(tmp_path, A, B)
+    await house.start()
+    await house.says(A, X)
+    await house.says(B, Y)
+    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary")
+    house.pool.cards.append(card(C))
+    await house.start(avoid=frozenset({A, C}))
+    await house.says(B, X)
+    assert (house.stored(), set(house.busy())) == (None, {C})
+
+
 async def test_after_a_dispute_both_have_to_show_what_they_can(tmp_path: Path) -> None:
     house = Bench.of(tmp_path, A, B)
     asked: list[CardUuid] = []
