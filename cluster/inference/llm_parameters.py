@@ -22,6 +22,10 @@ MAX_SEQUENCES: Final = 16
 MAX_BEAMS: Final = 16
 MAX_SEED: Final = 2**32 - 1
 """The largest that numpy's generator takes."""
+SMALLEST: Final = 1e-9
+LARGEST: Final = 1e9
+"""Scores are multiplied and divided by the fractional settings: within these they stay finite, and
+beyond them a card would be blamed for what the task asks."""
 _NEWER_KEYS: Final = frozenset({"template_args"})
 _NEWER_SETTINGS: Final = frozenset({"stop_strings", "min_p"})
 
@@ -78,8 +82,8 @@ class LLMParameters(_Schema):
         """To be generated at most, and to be read, at four characters each and a fiftieth of the
         effort."""
         config = self.generation_config
-        made = config.max_new_tokens * config.num_return_sequences * (config.num_beams or 1)
-        return made + self.characters / 200
+        rows = max(config.num_return_sequences, config.num_beams or 1)
+        return config.max_new_tokens * rows + self.characters / 200
 
 
 def parse(data: dict[str, Any]) -> LLMParameters:
@@ -101,6 +105,8 @@ def _refuse_what_readers_differ_on(data: dict[str, Any]) -> None:
     for key in ("messages", "seed", "dtype"):
         if key in data and data[key] is None:
             raise TaskUnsupported(f"{key}: null, which nodes differ on")
+    if isinstance(data.get("quantize_bits"), float):
+        raise TaskUnsupported("quantize_bits: a fraction, which only some versions take")
     settings = data.get("generation_config")
     for key, value in settings.items() if isinstance(settings, dict) else ():
         if value is None or key in _NEWER_SETTINGS:
@@ -132,3 +138,8 @@ def _check_bounds(params: LLMParameters) -> None:
     for name, (value, least, most) in bounds.items():
         if not least <= value <= most:
             raise TaskUnsupported(f"{name}: {value} is not within {least} to {most}")
+    for name in ("temperature", "typical_p", "top_p", "repetition_penalty"):
+        fraction: float | None = getattr(config, name)
+        # Zero is left to the library, which knows where it may stand.
+        if fraction and not SMALLEST <= abs(fraction) <= LARGEST:
+            raise TaskUnsupported(f"{name}: {fraction:g} is not within {SMALLEST:g} to {LARGEST:g}")

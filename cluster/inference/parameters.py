@@ -171,18 +171,15 @@ def parse(task_type: TaskType, text: str) -> Parameters:
 
     Raises `TaskInvalid` or `TaskUnsupported`, as this file's head tells them apart.
     """
-    match task_type:
-        case TaskType.SD:
-            return _parse_sd(read_object(text))
-        case TaskType.LLM:
-            return llm_parameters.parse(read_object(text))
-        case _:
-            raise TaskUnsupported(f"{task_type.name} tasks are not run by this version")
+    if task_type not in {TaskType.SD, TaskType.LLM}:
+        raise TaskUnsupported(f"{task_type.name} tasks are not run by this version")
+    data = read_object(text)
+    # First: what another version's schema takes and refuses isn't known here.
+    _check_version(data)
+    return llm_parameters.parse(data) if task_type is TaskType.LLM else _parse_sd(data)
 
 
 def _parse_sd(data: dict[str, Any]) -> SDParameters:
-    # First: what another version's schema takes and refuses isn't known here.
-    _check_version(data)
     try:
         params = SDParameters.model_validate(data)
     except ValidationError as error:

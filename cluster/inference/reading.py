@@ -8,6 +8,7 @@ what we have may be cut off, or an envelope of a kind that we don't know. So all
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, Final
 
@@ -22,7 +23,12 @@ MAX_BRACKETS: Final = 100_000
 _TOKENS: Final = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
 """A string, unended ones too (else each of its quotes would be tried), or a bracket."""
 _STEPS: Final = {"[": 1, "{": 1, "]": -1, "}": -1}
+MAX_DIGITS: Final = 300
+"""Of a whole number; longer ones are beyond a float's range."""
 _ENVELOPE: Final = frozenset({"epk", "ct", "ciphertext", "encrypted_key", "protected"})
+_PERHAPS_ENVELOPE: Final = frozenset({"alg", "nonce"})
+"""Fields of an envelope that may be ignored beside parameters, but not in their place."""
+_MODEL_KEYS: Final = frozenset({"base_model", "model"})
 
 
 def read_object(text: str) -> dict[str, Any]:
@@ -31,14 +37,19 @@ def read_object(text: str) -> dict[str, Any]:
         raise TaskUnsupported(f"the parameters are longer than {MAX_TEXT} characters")
     _check_nesting(text)
     try:
-        data = json.loads(text, parse_constant=_not_in_the_standard)
+        data = json.loads(
+            text, parse_constant=_not_in_the_standard, parse_float=_float, parse_int=_int
+        )
+        json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise TaskUnsupported(f"the parameters are not JSON: {error.msg} at {error.pos}") from None
-    except ValueError as error:  # a number too long
-        raise TaskUnsupported(f"JSON that readers disagree on: {type(error).__name__}") from None
+    except UnicodeEncodeError:
+        raise TaskUnsupported("JSON that readers disagree on: half a surrogate pair") from None
     if not isinstance(data, dict):
         raise TaskUnsupported("the parameters are not a JSON object")
-    if _ENVELOPE & data.keys():
+    if _ENVELOPE & data.keys() or (
+        _PERHAPS_ENVELOPE & data.keys() and not _MODEL_KEYS & data.keys()
+    ):
         raise TaskUnsupported("the parameters look like an envelope of an unknown kind")
     return data
 
@@ -60,6 +71,19 @@ def _check_nesting(text: str) -> None:
 
 def _not_in_the_standard(constant: str) -> object:
     raise TaskUnsupported(f"JSON that readers disagree on: {constant}")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise TaskUnsupported("JSON that readers disagree on: a number beyond a float's range")
+    return value
+
+
+def _int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise TaskUnsupported(f"JSON that readers disagree on: more than {MAX_DIGITS} digits")
+    return int(digits)
 
 
 _UNCERTAIN: Final = frozenset({"string_unicode", "int_parsing_size", "recursion_loop"})

@@ -173,6 +173,9 @@ class RelayClient:
                 raise ParametersNotReady(f"relay: {answer.message}")
             raise answer.error("task")
         text = _at_most(_MAX_ENVELOPE, answer.task_args)
+        if not text.strip():
+            # A column that isn't filled yet says nothing of the task.
+            raise ParametersNotReady("relay: empty parameters")
         if is_envelope(text):
             text = self._keys.open(account, task, text)
         return _at_most(MAX_PARAMETERS, text)

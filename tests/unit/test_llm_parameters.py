@@ -98,6 +98,7 @@ def test_a_missing_key_is_the_tasks_fault() -> None:
         {"messages": [{"role": "user", "content": "a" * llm_parameters.MAX_CONTENT}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
         {"messages": [{"role": None, "content": "hello"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
         {"template_args": {"enable_thinking": False}},
         {"generation_config": {"max_new_tokens": 0}},
         {"generation_config": {"max_new_tokens": 10**9}},
@@ -106,6 +107,13 @@ def test_a_missing_key_is_the_tasks_fault() -> None:
         {"generation_config": {"top_p": None}},
         {"generation_config": {"stop_strings": ["x"]}},
         {"generation_config": {"min_p": 0.1}},
+        {"generation_config": {"temperature": 1e-12}},
+        {"generation_config": {"temperature": "nan"}},
+        {"generation_config": {"temperature": "1e999"}},
+        {"generation_config": {"repetition_penalty": 1e12}},
+        {"generation_config": {"temperature": 10**400}},
+        {"seed": 10**400},
+        {"quantize_bits": 4.0},
     ],
     ids=lambda changes: str(changes)[:60],
 )
@@ -126,6 +134,8 @@ def test_keys_and_work() -> None:
     assert model_ids(plain) == ("base:o/m",)
     assert pipeline_key(llm(seed=3, generation_config={"top_k": 1})) == pipeline_key(plain)
     assert len({pipeline_key(p) for p in (plain, llm(dtype="float16"), llm(quantize_bits=4))}) == 3
+    beams = work_of(llm(generation_config={"num_beams": 4, "num_return_sequences": 2}))
+    assert beams.amount - work_of(plain).amount == pytest.approx(3 * 256)
     more = work_of(llm(generation_config={"max_new_tokens": 512}))
     assert more.kind == work_of(plain).kind == "llm"
     assert more.amount - work_of(plain).amount == pytest.approx(256)
@@ -149,6 +159,38 @@ def test_any_object_gets_one_of_the_verdicts(fields: dict[str, Any]) -> None:
     except (TaskInvalid, TaskUnsupported):
         return
     assert params.messages
+
+
+FAILURES: list[dict[str, Any]] = [
+    {"dtype": "fp8"},
+    {"model": ""},
+    {"messages": "hello"},
+    {"generation_config": {"max_new_tokens": "many"}},
+    {"quantize_bits": 2},
+]
+
+
+@pytest.mark.parametrize("version", ["9.0.0", "2.5", "", None, 3, ["3.0.0"]], ids=str)
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+def test_another_versions_schema_is_not_ours_to_judge(version: Any, failure: Any) -> None:
+    with pytest.raises(TaskInvalid):
+        llm(**failure)
+    with pytest.raises(TaskUnsupported):
+        llm(version=version, **failure)
+
+
+@given(st.sampled_from(range(len(text()))), st.text(max_size=3), st.integers(0, 3))
+def test_a_garbled_text_is_read_as_an_object_or_never_reported(
+    place: int, noise: str, lost: int
+) -> None:
+    whole = text()
+    garbled = whole[:place] + noise + whole[place + lost :]
+    try:
+        parse(TaskType.LLM, garbled)
+    except TaskInvalid:
+        assert isinstance(json.loads(garbled), dict)
+    except TaskUnsupported:
+        pass
 
 
 @given(st.integers(0, len(text()) - 1))

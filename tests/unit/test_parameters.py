@@ -106,6 +106,14 @@ def test_an_envelope_of_an_unknown_kind_is_met_with_silence(key: str) -> None:
         parse(TaskType.SD, json.dumps({"v": 2, key: "AAAA"}))
 
 
+@pytest.mark.parametrize("key", ["alg", "nonce"])
+def test_what_stands_in_the_parameters_place_may_be_an_envelope(key: str) -> None:
+    for task_type in (TaskType.SD, TaskType.LLM):
+        with pytest.raises(TaskUnsupported):
+            parse(task_type, json.dumps({"v": 2, key: "AAAA", "data": "AAAA"}))
+    assert sd(**{key: "AAAA"}) == sd()
+
+
 FAILURES: list[dict[str, Any]] = [
     {"dtype": "fp8"},
     {"prompt": ""},
@@ -139,6 +147,8 @@ def test_another_versions_schema_is_not_ours_to_judge(version: Any, failure: Any
         text(prompt="\ud800"),
         text().replace("{}", "[" * 100_000 + "]" * 100_000),
         text()[:-1] + ',"x":' + "9" * 5000 + "}",
+        text()[:-1] + ',"x":1e999}',
+        text(task_config={"cfg": 10**400}),
         " " * (reading.MAX_TEXT + 1),
     ],
     ids=lambda value: value[:40],

@@ -155,6 +155,13 @@ async def test_not_ready_is_normal(message: str) -> None:
         await relay.client().fetch_parameters(ACCOUNT, TASK)
 
 
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+async def test_no_text_is_not_there_yet(text: str) -> None:
+    relay = FakeRelay(lambda _: success({"task_args": text}))
+    with pytest.raises(ParametersNotReady):
+        await relay.client().fetch_parameters(ACCOUNT, TASK)
+
+
 @pytest.mark.parametrize("skew", [-3_000.0, 0.0, 45_000.5])
 async def test_signatures_carry_the_relays_time(skew: float) -> None:
     relay = FakeRelay(lambda _: success({"task_args": "{}"}), now=100_000.0 + skew)
