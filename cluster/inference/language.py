@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +36,15 @@ from cluster.models.store import read_json
 
 FILE: Final = "0.json"
 OnStep = Callable[[int, int], None]
-_TEMPLATE_FAULTS: Final = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
+_TEMPLATE_FAULTS: Final = (
+    TemplateError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +105,57 @@ def generate(
         prompt_of(tokenizer, params), return_tensors="pt", add_special_tokens=False
     ).to(model.device)
     length = prompt["input_ids"].shape[1]
+    room = _room(model)
+    _check_prompt(model, prompt["input_ids"], room)
+    watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
+    seed_everything(params.seed)
+    with _as_deterministic_as_can_be():
+        try:
+            made = model.generate(
+                **prompt,
+                generation_config=_settings(model, tokenizer, params),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                logits_processor=LogitsProcessorList([_Numbers()]),
+            )
+        except ValueError as error:
+            if watch.made:
+                raise
+            line = " ".join(str(error).split())[:200]
+            raise TaskUnsupported(f"generation_config: refused: {line}") from error
+    sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
+    if any(len(each.tokens) <= length for each in sequences):
+        raise DeviceFault(DeviceFaultKind.BAD_RESULT, "a sequence without a new token")
+    return prompt["input_ids"][0].tolist(), sequences
+
+
+def _room(model: Any) -> int | None:
+    """How many positions the model was made for: to look up one beyond costs a card its context."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return room if isinstance(room, int) and room > 0 else None
+
+
+def _check_prompt(model: Any, tokens: torch.Tensor, room: int | None) -> None:
+    """What the model couldn't look up, before a card tries."""
+    length = tokens.shape[1]
     if length == 0:
         raise TaskUnsupported("messages: an empty prompt")
-    watch = _Watch(length, params.generation_config.max_new_tokens, on_step)
-    seed_everything(params.seed)
+    if room is not None and length > room:
+        raise TaskUnsupported(f"messages: {length} tokens, and the model has room for {room}")
+    if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:
+        raise TaskUnsupported("messages: a token that the model doesn't have")
+
+
+@contextmanager
+def _as_deterministic_as_can_be() -> Iterator[None]:
+    """Deterministic algorithms, and no error where a card has none, as in the network's runner:
+    `top_p` needs a running sum, which CUDA has in one form only."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
     try:
-        made = model.generate(
-            **prompt,
-            generation_config=_settings(model, tokenizer, params),
-            stopping_criteria=StoppingCriteriaList([watch]),
-            logits_processor=LogitsProcessorList([_Numbers()]),
-        )
-    except ValueError as error:
-        line = " ".join(str(error).split())[:200]
-        raise TaskUnsupported(f"generation_config: refused: {line}") from error
-    sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
-    return prompt["input_ids"][0].tolist(), sequences
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=lenient)
 
 
 def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
@@ -129,22 +173,31 @@ def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
 class _Watch(StoppingCriteria):
     """Looks on after each token; never asks to stop, but what it calls may raise."""
 
-    def __init__(self, length: int, most: int, on_step: OnStep) -> None:
+    def __init__(self, length: int, most: int, room: int | None, on_step: OnStep) -> None:
+        self.made = 0
         self._length = length
         self._most = most
+        self._room = room
         self._on_step = on_step
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        self._on_step(input_ids.shape[1] - self._length, self._most)
+        length = input_ids.shape[1]
+        self.made = length - self._length
+        self._on_step(self.made, self._most)
+        if self._room is not None and length > self._room and self.made < self._most:
+            raise TaskUnsupported(f"max_new_tokens: the model has room for {self._room} tokens")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class _Numbers(LogitsProcessor):
-    """Lets the model's scores pass as they are, if they are numbers."""
+    """Lets the model's scores pass as they are, if one can be chosen by them.
+
+    Some may be minus infinity, which rules a token out; the largest must be finite.
+    """
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if bool(torch.isnan(scores).any()):
-            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not numbers")
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
+            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not finite numbers")
         return scores
 
 

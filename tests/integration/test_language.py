@@ -264,8 +264,9 @@ def test_cancelled_between_tokens(engine: Engine, beams: int) -> None:
         {"generation_config": {"num_return_sequences": 4}},
         {"quantize_bits": 4},
         {"messages": [{"content": "no role"}]},
+        {"messages": [{"role": "user", "content": "cat " * 4000}]},
     ],
-    ids=str,
+    ids=lambda fields: str(fields)[:60],
 )
 def test_what_the_library_refuses_is_never_reported(engine: Engine, fields: dict[str, Any]) -> None:
     assert isinstance(fault(engine, **fields), TaskUnsupported)
@@ -323,3 +324,31 @@ def test_auto_is_what_the_weights_are_stored_in(tiny_models: Path, tmp_path: Pat
         for dtype in ("auto", "bfloat16", "float32")
     )
     assert auto == half != full
+
+
+def test_sampling_leaves_torchs_settings_as_they_were(engine: Engine) -> None:
+    run(engine, generation_config=SAMPLED | {"top_p": 0.5})
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_a_token_beyond_the_models_table_never_reaches_a_card(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    store = _copy(tiny_models, tmp_path)
+    tokenizer = language.load_tokenizer(store / "org" / "model")
+    tokenizer.add_tokens(["<beyond>"])
+    tokenizer.save_pretrained(store / "org" / "model")
+    chat = [{"role": "user", "content": "<beyond>"}]
+    assert isinstance(fault(new_engine(store), model="org/model", messages=chat), TaskUnsupported)
+
+
+def test_a_text_that_outgrows_the_model_is_never_reported() -> None:
+    seen: list[tuple[int, int]] = []
+    watch = language._Watch(10, 100, 12, lambda *step: seen.append(step))
+    watch(torch.zeros((1, 12), dtype=torch.long), None)
+    with pytest.raises(TaskUnsupported):
+        watch(torch.zeros((1, 13), dtype=torch.long), None)
+    assert seen == [(2, 100), (3, 100)]
+    # The last token is never looked up again.
+    language._Watch(10, 3, 12, lambda *_: None)(torch.zeros((1, 13), dtype=torch.long), None)
