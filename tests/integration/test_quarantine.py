@@ -70,9 +70,12 @@ async def test_a_card_that_turns_odd(operator: OperatorWorld) -> None:
         # It is named, counted, and gets nothing.
         status = await operator.until_status(lambda s: s, "it answers")
         assert any(card.uuid in problem for problem in status.problems)
-        text = (await operator.get("/metrics")).text
         line = f'crynux_gpus{{gpu_name="{kind}",state="quarantined",vram_gb="{card.vram}"}} 1.0'
-        assert line in text
+
+        async def counted() -> bool:
+            return line in (await operator.get("/metrics")).text
+
+        await operator.until(counted, "the metrics count it")
         named: dict[str, Any] = {"required_gpu": kind, "required_gpu_vram": card.vram}
         reports = await operator.send(
             *(task(f"around-it-{number}", seed=number, **named) for number in range(2))
