@@ -118,6 +118,20 @@ def test_a_wrong_chain_stops_and_an_absent_one_does_not(
         runtime.check(config(tmp_path))
 
 
+async def test_the_check_asks_more_than_whether_there_is_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contracts at each other's addresses all have code."""
+
+    async def swapped(_contracts: object, _rpc: object, chain_id: int) -> None:  # noqa: RUF029
+        raise ConfigError(f"swapped on {chain_id}")
+
+    monkeypatch.setattr("cluster.chain.network.Contracts.check", swapped)
+    mine = config(tmp_path)
+    with pytest.raises(ConfigError, match=f"^swapped on {mine.network.chain_id}$"):
+        await runtime._check_chain(mine)
+
+
 SECRETIVE = f"""\
 identity: {{seed_file: seed}}
 network:
