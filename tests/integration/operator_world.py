@@ -20,7 +20,7 @@ import pytest
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from web3 import HTTPProvider, Web3
 
 import serve_app
@@ -101,7 +101,8 @@ def task(name: str, *, steps: int = 6, seed: int = 1, base: str = SD15[0], **mor
 
 
 async def answer_of(call: Any, seconds: float = 10.0) -> Any:
-    """What an actor answers; raises `RayError` when it is gone, or doesn't within the time."""
+    """What an actor answers; raises `RayError` when it is gone, or doesn't within the time. The ten
+    seconds are for what is asked again."""
     return await asyncio.to_thread(functools.partial(ray.get, call, timeout=seconds))
 
 
@@ -173,7 +174,7 @@ class OperatorWorld:
         try:
             handle = self.coordinator(name)
             answer = await answer_of(handle.status.remote())
-        except (RayError, GetTimeoutError, ValueError):
+        except (RayError, ValueError):
             return None
         return Status.model_validate(answer)
 
@@ -181,7 +182,15 @@ class OperatorWorld:
         return ray.get_actor(f"gpu:{gpu_id}", self.config.ray.namespace)
 
     async def gpu_report(self, gpu_id: str) -> Report:
-        return cast(Report, await answer_of(self.gpu_actor(gpu_id).report.remote()))
+        """Asked until it answers: importing torch, it may be too busy for some seconds."""
+
+        async def look() -> Report | None:
+            try:
+                return cast(Report, await answer_of(self.gpu_actor(gpu_id).report.remote()))
+            except (RayError, ValueError):
+                return None
+
+        return await self.until(look, f"the actor of {gpu_id} answers")
 
     async def get(self, path: str) -> httpx.Response:
         async with httpx.AsyncClient(timeout=60) as http:

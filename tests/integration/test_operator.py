@@ -30,6 +30,7 @@ from devnet.models import SD15, SD15_LORA, SDXL_LORA
 from tests.integration.operator_crashes import Point
 from tests.integration.operator_world import (
     LATE_CARD,
+    PATIENCE,
     TASK_TIMEOUT,
     TEST_SECONDS,
     OperatorWorld,
@@ -130,7 +131,7 @@ async def test_second_coordinator_takes_over(operator: OperatorWorld) -> None:
         (report,) = await sent.ended()
         events = await operator.assert_paid_once(report)
         assert len(operator.gpus_of(events)) == 1
-        await answer_of(second.stop.remote(), 60.0)
+        await answer_of(second.stop.remote(), PATIENCE)
     finally:
         ray.kill(second, no_restart=True)
         operator.start_coordinator()

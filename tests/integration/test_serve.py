@@ -13,6 +13,7 @@ from tests.integration.operator_world import (
     ACCOUNTS,
     AWAY,
     CARDS,
+    PATIENCE,
     TEST_SECONDS,
     OperatorWorld,
     answer_of,
@@ -100,7 +101,7 @@ async def test_openapi_names_every_path(operator: OperatorWorld) -> None:
 async def test_coordinator_stops_and_comes_back(operator: OperatorWorld) -> None:
     coordinator = operator.coordinator()
     try:
-        await answer_of(coordinator.stop.remote(), 60.0)
+        await answer_of(coordinator.stop.remote(), PATIENCE)
         await operator.hear("the coordinator is not acting: it doesn't hold the lease")
         ray.kill(coordinator, no_restart=True)
         await until_missing(operator, AWAY)

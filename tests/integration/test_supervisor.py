@@ -14,7 +14,7 @@ import yaml
 
 import serve_app
 from cluster import runtime
-from tests.integration.operator_world import TEST_SECONDS, OperatorWorld, answer_of
+from tests.integration.operator_world import PATIENCE, TEST_SECONDS, OperatorWorld, answer_of
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -29,7 +29,7 @@ async def test_a_killed_coordinator_is_brought_back(operator: OperatorWorld) -> 
     supervisor = runtime.Supervisor(operator.config, operator.devnet.config_file, serve_app.build)
     killed = operator.coordinator()
     # Its lease is given back first, only so that nobody has to wait for the end of it.
-    await answer_of(killed.stop.remote(), 60.0)
+    await answer_of(killed.stop.remote(), PATIENCE)
     ray.kill(killed, no_restart=True)
     try:
 
@@ -42,7 +42,7 @@ async def test_a_killed_coordinator_is_brought_back(operator: OperatorWorld) -> 
         await operator.until(look, "another coordinator acts")
         await operator.until_serving()
         await operator.hear_nothing_missing()
-        await answer_of(operator.coordinator().stop.remote(), 60.0)
+        await answer_of(operator.coordinator().stop.remote(), PATIENCE)
     finally:
         ray.kill(operator.coordinator(), no_restart=True)
         operator.start_coordinator()
