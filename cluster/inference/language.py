@@ -1,9 +1,10 @@
 """One language task on a loaded model: the chat as a prompt, tokens, and the response to the byte.
 
 As the network's own runner does it (protocol.md sections 4 and 5): the chat template makes the
-prompt, which is read without further special tokens; the model's own generation settings stand
-where the task sets none; everything is seeded right before. The response's key order and JSON form
-are hashed, so they are part of the protocol.
+prompt, which is read with the tokenizer's special tokens, those of the template notwithstanding,
+and counted without; the model's own generation settings stand where the task sets none; everything
+is seeded right before. The response's key order and JSON form are hashed, so they are part of the
+protocol.
 """
 
 from __future__ import annotations
@@ -95,16 +96,18 @@ def prompt_of(tokenizer: Any, params: LLMParameters) -> str:
 def generate(
     model: Any, tokenizer: Any, params: LLMParameters, on_step: OnStep
 ) -> tuple[Sequence[int], Sequence[Generated]]:
-    """The prompt's tokens and the sequences made of them.
+    """The prompt's tokens without special ones, as they are counted, and the sequences made.
 
     `on_step` gets (tokens made, most tokens) after each, and may raise to stop between tokens.
     Raises `TaskUnsupported` where the settings are refused, `DeviceFault` for numbers that aren't
     finite.
     """
-    prompt = tokenizer(
-        prompt_of(tokenizer, params), return_tensors="pt", add_special_tokens=False
-    ).to(model.device)
+    text = prompt_of(tokenizer, params)
+    counted: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    prompt = tokenizer(text, return_tensors="pt").to(model.device)
     length = prompt["input_ids"].shape[1]
+    if not counted:
+        raise TaskUnsupported("messages: an empty prompt")
     room = _room(model)
     _check_prompt(model, prompt["input_ids"], room)
     watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
@@ -112,7 +115,8 @@ def generate(
     with _as_deterministic_as_can_be():
         try:
             made = model.generate(
-                **prompt,
+                input_ids=prompt["input_ids"],
+                attention_mask=prompt["attention_mask"],
                 generation_config=_settings(model, tokenizer, params),
                 stopping_criteria=StoppingCriteriaList([watch]),
                 logits_processor=LogitsProcessorList([_Numbers()]),
@@ -125,7 +129,7 @@ def generate(
     sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
     if any(len(each.tokens) <= length for each in sequences):
         raise DeviceFault(DeviceFaultKind.BAD_RESULT, "a sequence without a new token")
-    return prompt["input_ids"][0].tolist(), sequences
+    return counted, sequences
 
 
 def _room(model: Any) -> int | None:
@@ -137,8 +141,6 @@ def _room(model: Any) -> int | None:
 def _check_prompt(model: Any, tokens: torch.Tensor, room: int | None) -> None:
     """What the model couldn't look up, before a card tries."""
     length = tokens.shape[1]
-    if length == 0:
-        raise TaskUnsupported("messages: an empty prompt")
     if room is not None and length > room:
         raise TaskUnsupported(f"messages: {length} tokens, and the model has room for {room}")
     if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:

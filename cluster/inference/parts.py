@@ -31,6 +31,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 PartKey = NewType("PartKey", str)
 
 LANGUAGE_MODEL: Final = "AutoModelForCausalLM"
+SETTINGS: Final = "generation_config.json"
 CLASSES: Final[Mapping[str, Any]] = {
     "UNet2DConditionModel": diffusers.UNet2DConditionModel,
     "AutoencoderKL": diffusers.AutoencoderKL,
@@ -75,7 +76,9 @@ def source(folder: Path, class_name: str, dtype: str, variant: str | None = None
             ModelUnavailableKind.NOT_HERE, f"{folder.parent.name}/{folder.name} has no config.json"
         )
     digest = hashlib.sha256(f"{class_name}|{dtype}".encode())
-    for file in (config, *files):
+    # A language model carries its settings with it: two of the same weights may differ in them.
+    settings = folder / SETTINGS
+    for file in (config, *((settings,) if settings.is_file() else ()), *files):
         digest.update(digest_of(file))
     key = PartKey(f"{class_name}:{dtype}:{digest.hexdigest()}")
     size = sum(file.stat().st_size for file in files)
@@ -125,14 +128,22 @@ def load(part: PartSource) -> torch.nn.Module:
     while they load.
     """
     quiet()
+    module: torch.nn.Module
     with reading(part.folder):
-        module: torch.nn.Module = CLASSES[part.class_name].from_pretrained(
+        module, report = CLASSES[part.class_name].from_pretrained(
             str(part.folder),
             dtype=DTYPES.get(part.dtype, "auto"),
             variant=part.variant,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
             **({} if part.class_name in _DIFFUSERS else {"trust_remote_code": False}),
+        )
+    if part.class_name == LANGUAGE_MODEL and report["missing_keys"]:
+        # The library makes up what is missing, and differently each time.
+        raise ModelUnavailable(
+            ModelUnavailableKind.DAMAGED,
+            f"{part.folder.parent.name}/{part.folder.name} lacks some of its weights",
         )
     return module.eval().requires_grad_(False)
 
@@ -147,6 +158,8 @@ class reading:  # noqa: N801 - used as a with-statement
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, ImportError):
+            raise _refused(f"{self._name} needs a library that isn't here") from error
         if isinstance(
             error, OSError | ValueError | KeyError | TypeError | AttributeError | SafetensorError
         ) or (type(error) is RuntimeError):

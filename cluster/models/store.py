@@ -17,6 +17,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 
 INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
+ADAPTER: Final = "adapter_config.json"
 LORA_FILE: Final = "pytorch_lora_weights.safetensors"
 INVERSION_FILE: Final = "learned_embeds.safetensors"
 KINDS: Final = frozenset(
@@ -86,6 +87,9 @@ class ModelStore:
         folder = self.resolve("language", name)
         if not (folder / CONFIG).is_file():
             raise _not_here(f"{name} has no {CONFIG}")
+        if (folder / ADAPTER).exists():
+            # Transformers would load the model that it names, from wherever that is.
+            raise _refused(f"{name} is an adapter to another model")
         _check_weights(folder, None)
         return folder
 

@@ -126,7 +126,6 @@ def _by_the_pipeline(folder: Path, config: dict[str, Any], seed: int) -> Sequenc
     made = pipe(
         prompt,
         return_tensors=True,
-        add_special_tokens=False,
         **({"do_sample": False} | config),
     )
     length = len(pipe.tokenizer.encode(prompt, add_special_tokens=False))
@@ -352,3 +351,47 @@ def test_a_text_that_outgrows_the_model_is_never_reported() -> None:
     assert seen == [(2, 100), (3, 100)]
     # The last token is never looked up again.
     language._Watch(10, 3, 12, lambda *_: None)(torch.zeros((1, 13), dtype=torch.long), None)
+
+
+def test_missing_weights_are_never_made_up(tiny_models: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    store = _copy(tiny_models, tmp_path)
+    file = store / "org" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    lacking = fault(new_engine(store), model="org/model")
+    assert isinstance(lacking, ModelUnavailable)
+    assert lacking.kind is ModelUnavailableKind.DAMAGED
+
+
+def test_a_models_own_settings_are_part_of_it(tiny_models: Path, tmp_path: Path) -> None:
+    store = _copy(tiny_models, tmp_path)
+    shutil.copytree(store / "org" / "model", store / "org" / "twin")
+    settings = store / "org" / "twin" / "generation_config.json"
+    said = json.loads(settings.read_text())
+    settings.write_text(json.dumps(said | {"do_sample": True, "temperature": 9.0}))
+    fresh = new_engine(store)
+    first = answer(fresh, model="org/model")["choices"]
+    assert answer(fresh, model="org/twin")["choices"] != first
+    assert fresh.counts.loads == 2
+
+
+def test_the_prompt_is_read_with_special_tokens_and_counted_without(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    """As by the library's pipeline: a tokenizer that begins each text does so here, too."""
+    from tokenizers.processors import TemplateProcessing
+
+    store = _copy(tiny_models, tmp_path)
+    folder = store / "org" / "model"
+    tokenizer = language.load_tokenizer(folder)
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin[0]} $A", special_tokens=[begin]
+    )
+    tokenizer.save_pretrained(folder)
+    read = answer(new_engine(store), model="org/model")
+    text = read["choices"][0]["message"]["content"]
+    assert [text] == _by_the_pipeline(folder, {"max_new_tokens": 12}, seed=0)

@@ -161,3 +161,62 @@ def test_a_damaged_index(store: ModelStore) -> None:
     assert kind_of(store, "base", "org/base") is DAMAGED
     (store.root / "org" / "base" / "model_index.json").write_text("{")
     assert kind_of(store, "base", "org/base") is DAMAGED
+
+
+# --- language models --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat(store: ModelStore) -> Path:
+    folder = store.root / "org" / "chat"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "model-00001-of-00002.safetensors").touch()
+    (folder / "model-00002-of-00002.safetensors").touch()
+    return folder
+
+
+def language_fault(store: ModelStore, name: str = "org/chat") -> object:
+    with pytest.raises(ModelUnavailable) as caught:
+        store.language_folder(name)
+    assert "\n" not in str(caught.value)
+    return caught.value.kind
+
+
+def test_a_language_model_is_a_folder_of_its_own(store: ModelStore, chat: Path) -> None:
+    assert store.language_folder("org/chat") == chat
+    assert store.on_disk() == {"org/base", "org/base+fp16", "org/chat"}
+    assert store.is_language_model("org/chat")
+    assert not store.is_language_model("org/base")
+    assert not store.is_language_model("org/none")
+
+
+def test_what_is_no_language_model_is_not_listed_as_one(store: ModelStore, chat: Path) -> None:
+    (chat / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    assert "org/chat" not in store.on_disk()
+    (chat / "config.json").write_text("{")
+    assert "org/chat" not in store.on_disk()
+
+
+def test_language_models_that_arent_here(store: ModelStore, chat: Path) -> None:
+    assert language_fault(store, "org/none") is NOT_HERE
+    assert language_fault(store, "org/base") is NOT_HERE
+    for weights in chat.glob("*.safetensors"):
+        weights.unlink()
+    assert language_fault(store) is NOT_HERE
+    assert "org/chat" not in store.on_disk()
+
+
+def test_language_models_that_are_refused(store: ModelStore, chat: Path, tmp_path: Path) -> None:
+    for name in ("../chat", "org/chat/..", "https://host/org/chat", "/etc"):
+        assert language_fault(store, name) is REFUSED
+    for name in ("adapter_config.json", "modeling.py"):
+        (chat / name).write_text("{}")
+        assert language_fault(store) is REFUSED
+        (chat / name).unlink()
+    (chat / "tokenizer.json").symlink_to(tmp_path / "outside")
+    assert language_fault(store) is REFUSED
+    (chat / "tokenizer.json").unlink()
+    for weights in chat.glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    assert language_fault(store) is REFUSED
