@@ -124,7 +124,7 @@ class RayGpuPool:
         make_engine: EngineFactory,
         release: str,
         allow_simulated: bool,
-        stall_seconds: float = 300.0,
+        stall_seconds: float,
     ) -> None:
         self._make_engine = make_engine
         self._release = release

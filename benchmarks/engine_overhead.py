@@ -4,6 +4,9 @@ The bare loop is what the work can't do without: prompts read by Compel, the pip
 image written as a PNG file and hashed as the network does. The engine does that as it does for a
 task, with its checks and its progress. Rounds of both alternate, and each is counted by its median.
 
+Besides: what a change of model costs when it comes from disk (`seconds_load`) and from host memory
+(`seconds_host_return`), and a LoRA that is put on (`seconds_lora_switch`), each beyond a warm run.
+
     python -m benchmarks.engine_overhead --device auto --json
 """
 
@@ -29,7 +32,7 @@ from cluster.inference.diffusion import PNG_COMPRESSION
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.scoring import score_images
 from cluster.models.store import ModelStore
-from devnet.models import SD15, make_models
+from devnet.models import SD15, SD15_LORA, make_models
 
 PROMPT, NEGATIVE = "a photo++ of a cat in the forest", "bad, blurry"
 
@@ -78,10 +81,27 @@ def bare(folder: Path, what: dict[str, Any], device: str) -> Callable[[], bytes]
     return run
 
 
-def engine_of(device: Device, root: Path, what: dict[str, Any]) -> Callable[[], Computed]:
-    engine = Engine(device, ModelStore(root), time.time, Limits(threads=None))
+def run(engine: Engine, what: dict[str, Any]) -> Computed:
     order = Order(AttemptId("a"), Commitment("0x01"), TaskType.SD, json.dumps(what), None)
-    return lambda: engine.run(order, lambda: False, lambda _step, _steps: None)
+    return engine.run(order, lambda: False, lambda _step, _steps: None)
+
+
+def changes(device: Device, root: Path, what: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Medians of what each kind of change costs beyond a warm run, in seconds."""
+    what = what | {"task_config": what["task_config"] | {"num_images": 1, "steps": 1}}
+    other, with_lora = what | {"base_model": SD15[1]}, what | {"lora": {"model": SD15_LORA}}
+    store, one_model = ModelStore(root), Limits(device_bytes=1, threads=None)
+    seconds: dict[str, list[float]] = {"load": [], "host_return": [], "lora_switch": []}
+    for _ in range(rounds):
+        engine = Engine(device, store, time.time, one_model)
+        cold = timed(lambda: run(engine, what))  # noqa: B023 - called at once
+        warm = timed(lambda: run(engine, what))  # noqa: B023
+        lora = timed(lambda: run(engine, with_lora))  # noqa: B023
+        run(engine, other)
+        back = timed(lambda: run(engine, what))  # noqa: B023
+        for name, took in (("load", cold), ("host_return", back), ("lora_switch", lora)):
+            seconds[name].append(took - warm)
+    return {f"seconds_{name}": round(statistics.median(s), 4) for name, s in seconds.items()}
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -111,7 +131,11 @@ def main() -> None:
     make_models(asked.models)
     device = card(chosen_device(asked.device))
     what = task(asked.side, asked.steps, asked.images)
-    ours = engine_of(device, asked.models, what)
+    engine = Engine(device, ModelStore(asked.models), time.time, Limits(threads=None))
+
+    def ours() -> Computed:
+        return run(engine, what)
+
     theirs = bare(asked.models / SD15[0], what, device.torch_device)
     cold = timed(ours)
     same = ours().score == theirs()
@@ -121,6 +145,8 @@ def main() -> None:
         seconds["bare"].append(timed(theirs))
         progress(f"round {number + 1} of {asked.rounds}")
     medians = {name: statistics.median(each) for name, each in seconds.items()}
+    progress("changes of model")
+    changed = changes(device, asked.models, what, asked.rounds)
     publish(
         "engine_overhead",
         {
@@ -129,6 +155,7 @@ def main() -> None:
             "seconds_bare": round(medians["bare"], 4),
             "images_per_second": round(asked.images / medians["engine"], 3),
             "seconds_first": round(cold, 4),
+            **changed,
             "same_score": same,
             "rounds": asked.rounds,
         },

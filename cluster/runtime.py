@@ -114,6 +114,7 @@ def assemble(config: Config) -> World:
             functools.partial(engine_factory, EngineSettings.of(config)),
             release(config),
             allow_simulated=config.network.devnet,
+            stall_seconds=config.gpu.stall_seconds,
         ),
         open_network=functools.partial(open_network, config, identity, journal),
         metrics=Metrics(cluster.__version__, digest),

@@ -13,6 +13,7 @@ Exception` stands only here, at the top.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections import OrderedDict
@@ -106,7 +107,8 @@ class Engine:
         budget = fixed(limits.device_bytes or int(device.gpu_class.vram * 2**30 * 0.7))
         if limits.device_bytes is None and self._torch_device.type == "cuda":
             budget = self._measured = MeasuredBudget(self._torch_device)
-        self._pool = Pool(parts.load, self._torch_device, budget, limits.host_bytes)
+        load = functools.partial(parts.load, device=self._torch_device)
+        self._pool = Pool(load, self._torch_device, budget, limits.host_bytes)
         self._shelf = FittingsShelf()
         self._recipes: OrderedDict[str, Recipe | LanguageRecipe] = OrderedDict()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")

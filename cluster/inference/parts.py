@@ -12,6 +12,7 @@ but the libraries'.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,10 @@ DTYPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class PartSource:
-    """Where a part comes from. `files` are its weights; `size` is theirs on disk, in bytes."""
+    """Where a part comes from. `files` are its weights; `size` is theirs on disk, in bytes.
+
+    `bits`: what a language model's weights are quantized to as they arrive on the card, 4 or 8.
+    """
 
     key: PartKey
     folder: Path
@@ -60,9 +64,21 @@ class PartSource:
     variant: str | None
     files: tuple[Path, ...]
     size: int
+    bits: int | None = None
+
+    @property
+    def device_size(self) -> int:
+        """About what it takes on the card, in bytes, until it was measured."""
+        return self.size if self.bits is None else self.size * self.bits // 16
 
 
-def source(folder: Path, class_name: str, dtype: str, variant: str | None = None) -> PartSource:
+def source(
+    folder: Path,
+    class_name: str,
+    dtype: str,
+    variant: str | None = None,
+    bits: int | None = None,
+) -> PartSource:
     """The part in `folder`, whose weights are read through once to make its key.
 
     Raises `ModelUnavailable` for a class that isn't run, or files that aren't there.
@@ -75,14 +91,14 @@ def source(folder: Path, class_name: str, dtype: str, variant: str | None = None
         raise ModelUnavailable(
             ModelUnavailableKind.NOT_HERE, f"{folder.parent.name}/{folder.name} has no config.json"
         )
-    digest = hashlib.sha256(f"{class_name}|{dtype}".encode())
+    digest = hashlib.sha256(f"{class_name}|{dtype}|{bits or ''}".encode())
     # A language model carries its settings with it: two of the same weights may differ in them.
     settings = folder / SETTINGS
     for file in (config, *((settings,) if settings.is_file() else ()), *files):
         digest.update(digest_of(file))
     key = PartKey(f"{class_name}:{dtype}:{digest.hexdigest()}")
     size = sum(file.stat().st_size for file in files)
-    return PartSource(key, folder, class_name, dtype, variant or None, files, size)
+    return PartSource(key, folder, class_name, dtype, variant or None, files, size, bits)
 
 
 def weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
@@ -120,8 +136,11 @@ def digest_of(file: Path) -> bytes:
     return _digests[seen]
 
 
-def load(part: PartSource) -> torch.nn.Module:
-    """The part in host memory. Raises `ModelUnavailable` when its files don't make one.
+def load(part: PartSource, device: torch.device) -> torch.nn.Module:
+    """The part in host memory, a quantized one on `device`: its weights are made there, and carry
+    what they are unpacked with beside them, so it can't be moved.
+
+    Raises `ModelUnavailable` when its files don't make one.
 
     A language model's dtype may be `auto`: what its weights are stored in. Not for a second thread
     while another computes: the libraries change torch's default dtype and its modules' constructors
@@ -138,6 +157,7 @@ def load(part: PartSource) -> torch.nn.Module:
             use_safetensors=True,
             output_loading_info=True,
             **({} if part.class_name in _DIFFUSERS else {"trust_remote_code": False}),
+            **({} if part.bits is None else _quantized(part.bits, device)),
         )
     if part.class_name == LANGUAGE_MODEL and report["missing_keys"]:
         # The library makes up what is missing, and differently each time.
@@ -146,6 +166,14 @@ def load(part: PartSource) -> torch.nn.Module:
             f"{part.folder.parent.name}/{part.folder.name} lacks some of its weights",
         )
     return module.eval().requires_grad_(False)
+
+
+def _quantized(bits: int, device: torch.device) -> dict[str, Any]:
+    """The library's defaults for so many bits, as the network's runner asks for them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every layer
+    make: Any = transformers.BitsAndBytesConfig
+    settings = make(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 class reading:  # noqa: N801 - used as a with-statement

@@ -5,9 +5,10 @@
                       └──── sent away ─────┘
 
 Parts are immutable, so as long as there is room the host keeps its copy of a part that moves on to
-the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. Both
-tiers are bounded, and lose what is worth least (`cluster.inference.eviction`). How much a part
-takes on the device and how long it takes to bring back are measured as it moves.
+the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. A
+quantized part is made on the device and is lost when it leaves. Both tiers are bounded, and lose
+what is worth least (`cluster.inference.eviction`). How much a part takes on the device and how long
+it takes to bring back are measured as it moves.
 
 One thread uses a pool; any thread may look at `where`.
 """
@@ -140,14 +141,21 @@ class Pool:
             self._move(part, wanted)
 
     def _load(self, source: PartSource, wanted: Collection[PartKey]) -> _Part:
-        self._make_host_room(source.size, wanted)
-        began = self.clock()
+        stays = source.bits is not None
+        if stays:
+            self._make_device_room(source.device_size, wanted)
+        else:
+            self._make_host_room(source.size, wanted)
+        before, began = _allocated(self.device), self.clock()
         module = self.load(source)
-        host = [_own_copy(tensor, self.device) for tensor in tensors(module)]
-        _point(module, host)
-        part = _Part(source, module, host, _forms(module))
+        host = None if stays else [_own_copy(tensor, self.device) for tensor in tensors(module)]
+        if host is not None:
+            _point(module, host)
+        part = _Part(source, module, host, _forms(module), on_device=stays)
         part.load_seconds = self.clock() - began
         part.host_bytes = part.device_bytes = bytes_of(module)
+        if stays and self.device.type == "cuda":
+            part.device_bytes = _allocated(self.device) - before
         self.counts.loads += 1
         self.counts.load_seconds += part.load_seconds
         self._parts[source.key] = part
@@ -181,7 +189,8 @@ class Pool:
     def _leave_device(self, part: _Part, wanted: Collection[PartKey]) -> None:
         if not part.on_device:
             return
-        if part.host is None and self._make_host_room(part.host_bytes, wanted):
+        moves = part.source.bits is None
+        if part.host is None and moves and self._make_host_room(part.host_bytes, wanted):
             part.host = [_own_copy(tensor.cpu(), self.device) for tensor in tensors(part.module)]
         if part.host is not None:
             _point(part.module, part.host)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -74,9 +75,10 @@ class LanguageRecipe:
 
 def language_recipe_for(params: LLMParameters, store: ModelStore) -> LanguageRecipe:
     """Raises `ModelUnavailable`, or `TaskUnsupported` for what isn't run."""
-    if params.quantize_bits is not None:
-        raise TaskUnsupported("quantize_bits: not run by this version")
-    model = source(store.language_folder(params.model), LANGUAGE_MODEL, params.dtype)
+    bits = params.quantize_bits
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise TaskUnsupported("quantize_bits: bitsandbytes isn't installed here")
+    model = source(store.language_folder(params.model), LANGUAGE_MODEL, params.dtype, bits=bits)
     return LanguageRecipe(pipeline_key(params), base_key(params), model)
 
 

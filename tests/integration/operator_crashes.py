@@ -167,7 +167,7 @@ class CrashingPool(RayGpuPool):
     """Whoever arms `COMPUTING` closes the gate too; it is opened just before the kill."""
 
     def __init__(self, fuse: Fuse, gate: Gate, make_engine: EngineFactory, release: str) -> None:
-        super().__init__(make_engine, release, allow_simulated=True)
+        super().__init__(make_engine, release, allow_simulated=True, stall_seconds=300.0)
         self._fuse = fuse
         self._gate = gate
 

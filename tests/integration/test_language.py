@@ -261,7 +261,6 @@ def test_cancelled_between_tokens(engine: Engine, beams: int) -> None:
     [
         {"generation_config": {"do_sample": True, "temperature": -1.0}},
         {"generation_config": {"num_return_sequences": 4}},
-        {"quantize_bits": 4},
         {"messages": [{"content": "no role"}]},
         {"messages": [{"role": "user", "content": "cat " * 4000}]},
     ],

@@ -110,7 +110,7 @@ class Pool(RayGpuPool):
         def no_engine(_: GpuClass | None) -> Callable[[], Engine]:
             raise AssertionError
 
-        super().__init__(no_engine, RELEASE, allow_simulated)
+        super().__init__(no_engine, RELEASE, allow_simulated, stall_seconds=300.0)
         self.made: list[FakeActor] = []
         self.killed: list[tuple[FakeActor, bool]] = []
         self.first_report: object = READY

@@ -1,0 +1,160 @@
+"""On the devices that this machine has: the CPU always, an NVIDIA card where there is one.
+
+What can only be seen on a card is skipped without one, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.core.errors import DeviceFault, DeviceFaultKind
+from cluster.core.ports import Order
+from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
+from cluster.inference import devices
+from cluster.inference.devices import Device
+from cluster.inference.engine import Engine, Limits
+from cluster.inference.pool import MeasuredBudget
+from cluster.models.store import ModelStore
+from devnet.models import LLM, SD15, SD15_LORA, SDXL, SDXL_REFINER
+
+needs_card = pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("pynvml") is None,
+    reason="no NVIDIA card on this machine, or the package's extra gpu isn't installed",
+)
+SMALL = Limits(device_bytes=3 * 2**20, threads=1)
+"""Room for less than one tiny pipeline: every change of model is a round trip."""
+
+TASKS: dict[str, dict[str, Any]] = {
+    "plain": {"base_model": SD15[0]},
+    "lora": {"base_model": SD15[0], "lora": {"model": SD15_LORA, "weight": 60}},
+    "half": {"base_model": SD15[1], "dtype": "float16"},
+    "brain": {"base_model": SD15[1], "dtype": "bfloat16"},
+    "refined": {"base_model": SDXL, "refiner": {"model": SDXL_REFINER, "steps": 3}},
+    "text": {"model": LLM, "generation_config": {"max_new_tokens": 12, "do_sample": True}},
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=needs_card)])
+def device(request: pytest.FixtureRequest) -> Device:
+    if request.param == "cpu":
+        return devices.simulated(0, "CPU+test", GigaBytes(8))
+    return devices.list_gpus("test")[0]
+
+
+@pytest.fixture
+def card() -> Device:
+    return devices.list_gpus("test")[0]
+
+
+def order(name: str) -> Order:
+    task = dict(TASKS[name])
+    if "model" in task:
+        kind, task = TaskType.LLM, task | {"messages": [{"role": "user", "content": "a cat?"}]}
+    else:
+        config = {"image_width": 64, "image_height": 64, "steps": 3, "num_images": 2, "seed": 9}
+        kind, task = TaskType.SD, task | {"prompt": "a cat", "task_config": config}
+    return Order(AttemptId(name), Commitment("0x01"), kind, json.dumps(task), None)
+
+
+def score(engine: Engine, name: str) -> str:
+    made = engine.run(order(name), lambda: False, lambda _step, _steps: None)
+    return made.score.hex() + "".join(content.hex() for _, content in made.files)
+
+
+def engine_on(device: Device, root: Path, limits: Limits = Limits(threads=1)) -> Engine:  # noqa: B008
+    return Engine(device, ModelStore(root), time.time, limits)
+
+
+def test_the_same_bits_cold_warm_and_after_every_other_task(
+    device: Device, tiny_models: Path
+) -> None:
+    cold = {name: score(engine_on(device, tiny_models), name) for name in TASKS}
+    warm, small = engine_on(device, tiny_models), engine_on(device, tiny_models, SMALL)
+    for names in (tuple(TASKS), tuple(reversed(TASKS))):
+        assert {name: score(warm, name) for name in names} == cold
+        assert {name: score(small, name) for name in names} == cold
+    assert small.counts.left_device > 0
+
+
+def test_the_same_bits_in_another_process(device: Device, tiny_models: Path) -> None:
+    program = f"from {__name__} import elsewhere; elsewhere(*__import__('sys').argv[1:])"
+    said = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, device.torch_device, str(tiny_models)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = engine_on(device, tiny_models)
+    assert json.loads(said.stdout) == {name: score(here, name) for name in ("plain", "text")}
+
+
+def elsewhere(torch_device: str, root: str) -> None:
+    """What the other process does."""
+    there = devices.simulated(0, "CPU+test", GigaBytes(8))
+    if torch_device != "cpu":
+        there = devices.list_gpus("test")[0]
+    engine = engine_on(there, Path(root))
+    print(json.dumps({name: score(engine, name) for name in ("plain", "text")}))
+
+
+@needs_card
+def test_the_card_is_the_one_that_cuda_means(card: Device) -> None:
+    properties = torch.cuda.get_device_properties(torch.device(card.torch_device))
+    assert card.uuid.removeprefix("GPU-") == str(properties.uuid)
+    assert card.gpu_class.name == f"{properties.name}+test"
+    memory = devices.vitals(card.uuid).total_memory
+    assert memory is not None
+    assert abs(memory - properties.total_memory) < 2**30
+
+
+@needs_card
+def test_the_budget_is_measured_and_shrinks_with_what_others_take(
+    card: Device, tiny_models: Path
+) -> None:
+    score(engine_on(card, tiny_models, Limits(threads=1)), "plain")
+    budget = MeasuredBudget(torch.device(card.torch_device))
+    unknown = budget()
+    budget.computed(2**20)
+    known = budget()
+    hog = torch.empty(2**28, dtype=torch.uint8, device=card.torch_device)
+    assert unknown < known <= torch.cuda.mem_get_info(0)[1]
+    assert budget() <= known + 2**21, "what our own process holds is still ours to give"
+    del hog
+
+
+@needs_card
+def test_out_of_memory_is_typed_and_the_card_goes_on(card: Device, tiny_models: Path) -> None:
+    engine = engine_on(card, tiny_models)
+    before = score(engine, "plain")
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(0)
+    hog = torch.empty(max(free - 2**24, 1), dtype=torch.uint8, device=card.torch_device)
+    large = order("plain")
+    task = json.loads(large.parameters)
+    task["task_config"] |= {"image_width": 2048, "image_height": 2048}
+    large = Order(large.attempt_id, large.task, large.task_type, json.dumps(task), None)
+    with pytest.raises(DeviceFault) as caught:
+        engine.run(large, lambda: False, lambda _step, _steps: None)
+    assert caught.value.kind is DeviceFaultKind.OUT_OF_MEMORY
+    del hog
+    torch.cuda.empty_cache()
+    assert score(engine, "plain") == before
+
+
+@needs_card
+def test_copies_that_wait_in_host_memory_are_pinned(card: Device, tiny_models: Path) -> None:
+    engine = engine_on(card, tiny_models, SMALL)
+    for name in ("plain", "half"):
+        score(engine, name)
+    copies = [copy for part in engine._pool._parts.values() for copy in part.host or ()]
+    assert copies
+    assert all(copy.is_pinned() for copy in copies if copy.numel())
