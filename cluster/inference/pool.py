@@ -7,7 +7,7 @@
 Parts are immutable, so as long as there is room the host keeps its copy of a part that moves on to
 the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. A
 quantized part is made on the device and is lost when it leaves. Both tiers are bounded, and lose
-what is worth least (`cluster.inference.eviction`). How much a part takes on the device and how long
+what is worth least (`cluster.core.eviction`). How much a part takes on the device and how long
 it takes to bring back are measured as it moves.
 
 One thread uses a pool; any thread may look at `where`.
@@ -23,7 +23,7 @@ from typing import Final, Protocol
 
 import torch
 
-from cluster.inference.eviction import Popularity, Resident, victims
+from cluster.core.eviction import Popularity, Resident, victims
 from cluster.inference.parts import Loader, PartKey, PartSource, bytes_of, tensors
 
 FIRST_LOAD_RATE: Final = 1e9

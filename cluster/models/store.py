@@ -1,4 +1,5 @@
-"""The models on this machine's disk: `root/<org>/<name>/`, as diffusers lays them out.
+"""The models on this machine's disk, to be read: laid there as `root/<org>/<name>/`, in the form
+that diffusers and transformers save, or fetched (`cluster.models.disk`). What was laid goes first.
 
 A local folder can never prove that a model doesn't exist, so nothing here is ever the task's
 fault: every failure is `ModelUnavailable`. What comes from a task (names, variants, file names) is
@@ -9,11 +10,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.models.disk import Disk, Manifest, Stored
+from cluster.models.refs import ModelRef
+from cluster.models.transfer import sha256_of
 
 INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
@@ -28,6 +33,8 @@ KINDS: Final = frozenset(
 _WORD: Final = r"(?!\.)[\w.-]{1,100}"
 _NAME: Final = re.compile(rf"({_WORD})/({_WORD})", re.ASCII)
 _VARIANT: Final = re.compile(_WORD, re.ASCII)
+_MAY_BE_FETCHED_ONLY: Final = re.compile(rf"{_WORD}|https?://.*", re.ASCII | re.DOTALL)
+"""Old names of the hub, of one word, and URLs."""
 _LIBRARIES: Final = frozenset({"diffusers", "transformers", "stable_diffusion"})
 _PIPELINES: Final = frozenset(
     {
@@ -39,69 +46,97 @@ _PIPELINES: Final = frozenset(
 _WITHOUT_WEIGHTS: Final = frozenset(
     {"scheduler", "tokenizer", "tokenizer_2", "feature_extractor", "image_processor"}
 )
+_NETWORKS: Final = frozenset({"unet", "vae", "controlnet"})
 _MAX_INDEX: Final = 2**20
+_listings: dict[tuple[str, int], tuple[Manifest, ...]] = {}
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStore:
     root: Path
 
+    @property
+    def disk(self) -> Disk:
+        return Disk(self.root)
+
     def resolve(self, kind: str, name: str, variant: str | None = None) -> Path:
         """The model's folder, with nothing in it that leads out of the store or runs code.
 
         A base model's parts all have safetensors weights, of that variant if one is asked for.
         """
-        folder = self._folder(kind, name)
         if variant and not _VARIANT.fullmatch(variant):
             raise _refused(f"{variant!r} is not a variant's name")
-        if not folder.is_dir():
-            raise _not_here(f"{kind} model {name} is not on this machine")
-        self._check_contents(folder)
-        if kind == "base":
-            self._check_base(folder, variant or None)
-        return folder
+
+        def checked(folder: Path) -> Path:
+            if kind == "base":
+                self._check_base(folder, variant or None)
+            elif kind in _NETWORKS and variant:
+                _check_weights(folder, variant)
+            return folder
+
+        return self._first(kind, name, ModelRef(_stored_as(kind), name, variant or ""), checked)
 
     def lora_file(self, name: str, weight_file_name: str = "") -> Path:
         """The LoRA's one weights file; of several without a name the conventional one is taken."""
-        folder = self.resolve("lora", name)
-        if weight_file_name:
-            if not _VARIANT.fullmatch(weight_file_name):
-                raise _refused(f"{weight_file_name!r} is not a file's name")
-            return self._lora_weights(folder / weight_file_name)
-        files = sorted(folder.glob("*.safetensors"))
-        if (folder / LORA_FILE) in files:
-            return self._lora_weights(folder / LORA_FILE)
-        if len(files) > 1:
-            raise _refused(f"lora model {name} has {len(files)} weights files and none was named")
-        return self._lora_weights(files[0] if files else folder / LORA_FILE)
+        if weight_file_name and not _VARIANT.fullmatch(weight_file_name):
+            raise _refused(f"{weight_file_name!r} is not a file's name")
+        ref = ModelRef("lora", name, "", weight_file_name)
+        return self._first("lora", name, ref, lambda folder: _lora_in(folder, weight_file_name))
 
     def inversion_file(self, name: str) -> Path:
-        """An inversion's embeddings, under the one name that the network's runner looks for."""
-        file = self.resolve("textual_inversion", name) / INVERSION_FILE
-        if not file.is_file():
-            raise _not_here(f"textual inversion {name} has no {INVERSION_FILE}")
-        return file
+        """An inversion's embeddings, under the one name that the network's runner looks for, or
+        whatever name they have where they come by URL."""
+
+        def found(folder: Path) -> Path:
+            if "://" in name:
+                return _lora_in(folder, "")
+            if not (folder / INVERSION_FILE).is_file():
+                raise _not_here(f"textual inversion {name} has no {INVERSION_FILE}")
+            return folder / INVERSION_FILE
+
+        return self._first("textual_inversion", name, ModelRef("textual_inversion", name), found)
 
     def language_folder(self, name: str) -> Path:
         """A language model's folder: configuration, tokenizer and safetensors weights, no code."""
-        folder = self.resolve("language", name)
-        if not (folder / CONFIG).is_file():
-            raise _not_here(f"{name} has no {CONFIG}")
-        if (folder / ADAPTER).exists():
-            # Transformers would load the model that it names, from wherever that is.
-            raise _refused(f"{name} is an adapter to another model")
-        _check_weights(folder, None)
-        return folder
+
+        def checked(folder: Path) -> Path:
+            if not (folder / CONFIG).is_file():
+                raise _not_here(f"{name} has no {CONFIG}")
+            if (folder / ADAPTER).exists():
+                # Transformers would load the model that it names, from wherever that is.
+                raise _refused(f"{name} is an adapter to another model")
+            _check_weights(folder, None)
+            return folder
+
+        return self._first("language", name, ModelRef("base", name), checked)
+
+    def find(self, ref: ModelRef) -> Path:
+        """Where the model is, as the methods above look for it. Raises as they do."""
+        if ref.kind == "lora":
+            return self.lora_file(ref.name, ref.file).parent
+        if ref.kind == "textual_inversion":
+            return self.inversion_file(ref.name).parent
+        if ref.kind == "base" and self.is_language_model(ref.name):
+            return self.language_folder(ref.name)
+        return self.resolve(ref.kind, ref.name, ref.variant)
 
     def is_language_model(self, name: str) -> bool:
-        return _is_language_model(self._folder("language", name) / CONFIG)
+        """Whether what is here under the name is one."""
+        places = [self.disk.model(ModelRef("base", name).key)]
+        if _NAME.fullmatch(name):
+            places.insert(0, self.root / name)
+        there = next((folder for folder in places if folder.is_dir()), None)
+        return there is not None and _is_language_model(there / CONFIG)
 
     def on_disk(self) -> frozenset[str]:
         """Base models here, as `name` and, for each variant of its UNet, `name+variant`.
 
         A language model is a folder with weights of its own, beside its configuration.
         """
-        keys: set[str] = set()
+        keys = {each.ref.base_key for each in self._fetched() if each.ref.kind == "base"}
         for config in self.root.glob(f"*/*/{CONFIG}"):
             if _is_language_model(config):
                 keys.add("/".join(config.parent.relative_to(self.root).parts))
@@ -113,11 +148,51 @@ class ModelStore:
                     keys.add(f"{name}+{variant}" if variant else name)
         return frozenset(keys)
 
+    def _fetched(self) -> tuple[Manifest, ...]:
+        """All manifests, read again only when something was published or removed."""
+        folder = self.disk.base / "models"
+        try:
+            seen = (str(folder), folder.stat().st_mtime_ns)
+        except FileNotFoundError:
+            return ()
+        if seen not in _listings:
+            _listings.clear()
+            _listings[seen] = tuple(self.disk.manifests().values())
+        return _listings[seen]
+
+    def _first(self, kind: str, name: str, ref: ModelRef, look: Callable[[Path], Found]) -> Found:
+        """What `look` finds in the folder laid here, or else in the one that was fetched."""
+        laid, problem = None, _not_here(f"{kind} model {name[:200]} is not on this machine")
+        if not _MAY_BE_FETCHED_ONLY.fullmatch(name) or kind not in KINDS:
+            laid = self._folder(kind, name)
+        for folder in (laid, self.disk.model(ref.key)):
+            if folder is None or not folder.is_dir():
+                continue
+            try:
+                if folder is not laid:
+                    self._check_unchanged(ref)
+                self._check_contents(folder)
+                return look(folder)
+            except ModelUnavailable as error:
+                problem = error
+                if error.kind is not ModelUnavailableKind.NOT_HERE:
+                    break
+        raise problem
+
+    def _check_unchanged(self, ref: ModelRef) -> None:
+        """What was fetched is as it was when its hashes were taken; read through only where size or
+        time say that it may not be."""
+        manifest = self.disk.manifest(ref.key)
+        if manifest is None or manifest.ref != ref:
+            raise _damaged(f"{ref} has lost its manifest")
+        folder = self.disk.model(ref.key)
+        for file in manifest.files:
+            if not _is_as_stored(folder, file):
+                raise _damaged(f"{ref}: {file.path} isn't what was fetched")
+
     def _folder(self, kind: str, name: str) -> Path:
         if kind not in KINDS:
             raise _refused(f"{kind!r} is not a kind of model")
-        if "://" in name:
-            raise _refused("models are not fetched by URL")
         match = _NAME.fullmatch(name)
         if match is None:
             raise _refused(f"{name[:200]!r} is not a model's name (org/name)")
@@ -141,12 +216,37 @@ class ModelStore:
             if part not in _WITHOUT_WEIGHTS:
                 _check_weights(folder / part, variant)
 
-    def _lora_weights(self, file: Path) -> Path:
-        if file.suffix != ".safetensors":
-            raise _refused(f"{file.name} is not a safetensors file")
-        if not file.is_file():
-            raise _not_here(f"{file.parent.name} has no {file.name}")
-        return file
+
+def _stored_as(kind: str) -> str:
+    return "base" if kind == "language" else kind
+
+
+def _is_as_stored(folder: Path, file: Stored) -> bool:
+    try:
+        stat = (folder / file.path).stat()
+        if stat.st_size != file.size:
+            return False
+        return stat.st_mtime_ns == file.mtime_ns or sha256_of(folder / file.path) == file.sha256
+    except OSError:
+        return False
+
+
+def _lora_in(folder: Path, weight_file_name: str) -> Path:
+    """That file, or the one there is; of several the one with the conventional name."""
+    files = sorted(folder.glob("*.safetensors"))
+    if weight_file_name:
+        wanted = folder / weight_file_name
+    elif (folder / LORA_FILE) in files or not files:
+        wanted = folder / LORA_FILE
+    elif len(files) > 1:
+        raise _refused(f"{folder.name} has {len(files)} weights files and none was named")
+    else:
+        wanted = files[0]
+    if wanted.suffix != ".safetensors":
+        raise _refused(f"{wanted.name} is not a safetensors file")
+    if not wanted.is_file():
+        raise _not_here(f"{folder.name} has no {wanted.name}")
+    return wanted
 
 
 @dataclass(frozen=True, slots=True)

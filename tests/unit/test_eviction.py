@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.inference.eviction import HALF_LIFE, MOST_REMEMBERED, Popularity, Resident, victims
+from cluster.core.eviction import HALF_LIFE, MOST_REMEMBERED, Popularity, Resident, victims
 
 
 def resident(key: str, size: int = 10, seconds: float = 1.0, need: float = 1.0) -> Resident[str]:

@@ -72,7 +72,6 @@ def test_what_is_not_here(store: ModelStore) -> None:
     "name",
     [
         "",
-        "base",
         "/etc/passwd",
         "../org/base",
         "org/../../etc",
@@ -85,8 +84,8 @@ def test_what_is_not_here(store: ModelStore) -> None:
         "org/base\n",
         "org\\base",
         "org/b\0",
-        "https://host/org/base",
         "file:///etc/passwd",
+        "ftp://host/org/base",
         "org/" + "x" * 1000,
         "örg/base",
     ],
@@ -94,6 +93,14 @@ def test_what_is_not_here(store: ModelStore) -> None:
 def test_tricky_names_are_refused(store: ModelStore, name: str) -> None:
     assert kind_of(store, "base", name) is REFUSED
     assert kind_of(store, "lora", name) is REFUSED
+
+
+@pytest.mark.parametrize("name", ["base", "https://host/org/base", "https://host/../../base"])
+def test_what_is_only_ever_fetched_is_not_looked_for_among_the_folders(
+    store: ModelStore, name: str
+) -> None:
+    for kind in ("base", "lora"):
+        assert kind_of(store, kind, name) is NOT_HERE
 
 
 def test_tricky_variants_and_kinds_are_refused(store: ModelStore) -> None:
@@ -208,7 +215,7 @@ def test_language_models_that_arent_here(store: ModelStore, chat: Path) -> None:
 
 
 def test_language_models_that_are_refused(store: ModelStore, chat: Path, tmp_path: Path) -> None:
-    for name in ("../chat", "org/chat/..", "https://host/org/chat", "/etc"):
+    for name in ("../chat", "org/chat/..", "file://host/org/chat", "/etc"):
         assert language_fault(store, name) is REFUSED
     for name in ("adapter_config.json", "modeling.py"):
         (chat / name).write_text("{}")

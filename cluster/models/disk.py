@@ -1,0 +1,218 @@
+"""The store's own folder, shared by all processes of a machine: what is published, and in use.
+
+    <root>/<org>/<name>/          laid there by the operator, never touched
+    <root>/.store/models/<key>/   fetched: the model's files and the manifest, published by a rename
+    <root>/.store/partial/<key>/  being fetched, by whoever holds the lock `<key>`
+    <root>/.store/locks/          `<key>` for who fetches, `<key>.wait` and `<key>.use` shared by
+                                  all who wait for it and who read it
+    <root>/.store/uses/<key>      how often it was needed of late, for choosing what leaves
+    <root>/.store/progress/<key>  how far a download is, for those who watch
+
+Locks are the kernel's (flock), so a killed process leaves none behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from cluster.models.refs import ModelRef
+
+MANIFEST: Final = ".manifest.json"
+HALF_LIFE: Final = 7 * 86400.0
+"""Seconds after which a use counts half."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One file as it was when its hash was taken."""
+
+    path: str
+    size: int
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a published model is and where it came from. `seconds`: what fetching it took."""
+
+    ref: ModelRef
+    source: str
+    revision: str
+    files: tuple[Stored, ...]
+    fetched_at: float
+    seconds: float
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of one download; bytes, `total` 0 where it isn't known, `rate` in bytes a second."""
+
+    ref: ModelRef
+    source: str
+    done: int
+    total: int
+    rate: float
+    started_at: float
+    background: bool
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.rate <= 0 or self.total <= 0:
+            return None
+        return max(self.total - self.done, 0) / self.rate
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Paths and small files; every method may be called by any process at any time."""
+
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        return self.root / ".store"
+
+    def model(self, key: str) -> Path:
+        return self.base / "models" / key
+
+    def partial(self, key: str) -> Path:
+        return self.base / "partial" / key
+
+    def prepare(self) -> None:
+        """Raises `OSError` where the store can't be written."""
+        for name in ("models", "partial", "locks", "uses", "progress", "trash"):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+
+    # --- what is published -----------------------------------------------------------------------
+
+    def keys(self) -> tuple[str, ...]:
+        with contextlib.suppress(FileNotFoundError):
+            return tuple(sorted(os.listdir(self.base / "models")))
+        return ()
+
+    def manifest(self, key: str) -> Manifest | None:
+        """None where nothing (or nothing whole) is published under the key."""
+        try:
+            data = json.loads((self.model(key) / MANIFEST).read_bytes())
+            files = tuple(Stored(**file) for file in data.pop("files"))
+            return Manifest(ref=ModelRef(**data.pop("ref")), files=files, **data)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def manifests(self) -> dict[str, Manifest]:
+        found = {key: self.manifest(key) for key in self.keys()}
+        return {key: manifest for key, manifest in found.items() if manifest is not None}
+
+    def publish(self, key: str, manifest: Manifest) -> None:
+        """Make the partial folder the model, at once and for all. The caller holds the lock."""
+        folder = self.partial(key)
+        _write(folder / MANIFEST, json.dumps(asdict(manifest)))
+        for path in (*(folder / file.path for file in manifest.files), folder):
+            _sync(path)
+        self.remove(key)
+        folder.rename(self.model(key))
+        _sync(self.model(key).parent)
+
+    def remove(self, key: str) -> None:
+        """Unpublish at once, then delete: nobody sees half of it."""
+        trash = self.base / "trash" / f"{key}.{os.getpid()}.{id(key)}"
+        with contextlib.suppress(FileNotFoundError):
+            self.model(key).rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    # --- locks -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def try_lock(self, name: str, shared: bool = False) -> Iterator[bool]:
+        """Whether the lock was free; held until the end."""
+        file = os.open(self.base / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            try:
+                fcntl.flock(file, how | fcntl.LOCK_NB)
+                got = True
+            except BlockingIOError:
+                got = False
+            yield got
+        finally:
+            os.close(file)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, shared: bool = False) -> Iterator[None]:
+        """Waits for the lock: for those that nobody holds for long."""
+        file = os.open(self.base / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
+
+    def is_locked(self, name: str) -> bool:
+        with self.try_lock(name) as got:
+            return not got
+
+    # --- use, for choosing what leaves -----------------------------------------------------------
+
+    def used(self, key: str, now: float) -> None:
+        count, _ = self.need(key, now)
+        _write(self.base / "uses" / key, json.dumps([count + 1.0, now]))
+
+    def need(self, key: str, now: float) -> tuple[float, float]:
+        """The decayed count of uses, and when it was last used."""
+        try:
+            count, at = json.loads((self.base / "uses" / key).read_bytes())
+            return float(count) * 0.5 ** (max(now - at, 0.0) / HALF_LIFE), float(at)
+        except (OSError, ValueError, TypeError):
+            return 0.0, 0.0
+
+    # --- progress --------------------------------------------------------------------------------
+
+    def tell(self, key: str, progress: Progress | None) -> None:
+        file = self.base / "progress" / key
+        if progress is None:
+            file.unlink(missing_ok=True)
+        else:
+            _write(file, json.dumps(asdict(progress)))
+
+    def progress(self, key: str) -> Progress | None:
+        """None when nobody fetches it."""
+        try:
+            data = json.loads((self.base / "progress" / key).read_bytes())
+            told = Progress(ref=ModelRef(**data.pop("ref")), **data)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return told if self.is_locked(key) else None
+
+    def downloads(self) -> tuple[Progress, ...]:
+        with contextlib.suppress(FileNotFoundError):
+            told = [self.progress(key) for key in sorted(os.listdir(self.base / "progress"))]
+            return tuple(progress for progress in told if progress is not None)
+        return ()
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    new = file.with_name(f"{file.name}.{os.getpid()}.{id(text)}~")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,109 @@
+"""The Hugging Face hub as a source: listed by its own client, read by plain ranged requests.
+
+The revision is pinned as it is listed: every file is then read at that commit, so a model that is
+changed meanwhile is never put together from two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_url, set_client_factory
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
+
+from cluster.core.errors import ModelUnavailable
+from cluster.models.http_read import answer_error, opened, retry_after
+from cluster.models.refs import ModelRef
+from cluster.models.selection import needed
+from cluster.models.sources import Absent, Denied, Listing, Opened, RemoteFile, SourceDown
+
+ENDPOINT: Final = "https://huggingface.co"
+LIST_SECONDS: Final = 30.0
+
+
+class Hub:
+    """`token` is asked for anew each time, so a changed secret is taken up; None without one.
+
+    `certain`: the endpoint is the hub itself, not a copy that may lack what the hub has.
+    """
+
+    name = "hub"
+
+    def __init__(
+        self,
+        make_client: Callable[[], httpx2.Client],
+        endpoint: str = ENDPOINT,
+        token: Callable[[], str | None] = lambda: None,
+        certain: bool | None = None,
+    ) -> None:
+        self._endpoint = endpoint.rstrip("/")
+        self._token = token
+        self._certain = self._endpoint == ENDPOINT if certain is None else certain
+        self._client = make_client()
+        # Its own client too goes through what guards addresses.
+        set_client_factory(make_client)
+
+    def serves(self, ref: ModelRef) -> bool:
+        return not ref.is_url
+
+    def list(self, ref: ModelRef) -> Listing:
+        api = HfApi(endpoint=self._endpoint, token=self._token() or False)
+        try:
+            info = api.model_info(ref.name, files_metadata=True, timeout=LIST_SECONDS)
+        except GatedRepoError as error:
+            raise Denied(f"{ref} is gated on the hub") from error
+        except DisabledRepoError as error:
+            raise Denied(f"{ref} is disabled on the hub") from error
+        except RepositoryNotFoundError as error:
+            raise self._not_found(ref, error) from error
+        except HfHubHTTPError as error:
+            response = error.response
+            raise answer_error(str(ref), response.status_code, retry_after(response)) from error
+        except HFValidationError as error:
+            raise Absent(f"{ref}: not a hub's id") from error
+        except ModelUnavailable:  # refused by what guards addresses
+            raise
+        except (
+            httpx2.HTTPError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            OSError,
+        ) as error:
+            raise SourceDown(f"the hub doesn't answer for {ref}: {type(error).__name__}") from error
+        siblings = {file.rfilename: file for file in info.siblings or ()}
+        revision = info.sha or ""
+        files = []
+        for path in needed(ref, siblings.keys()):
+            file = siblings[path]
+            sha256 = file.lfs.sha256 if file.lfs is not None else None
+            size = file.size if file.lfs is None else file.lfs.size
+            where = hf_hub_url(info.id, path, revision=revision, endpoint=self._endpoint)
+            git_sha1 = file.blob_id if file.lfs is None else None
+            files.append(RemoteFile(path, size, sha256, git_sha1, where))
+        return Listing(self.name, revision, tuple(files))
+
+    @contextmanager
+    def open(
+        self, listing: Listing, file: RemoteFile, start: int, stop: int | None
+    ) -> Iterator[Opened]:
+        token = self._token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        with opened(self._client, file, headers, start, stop) as found:
+            yield found
+
+    def _not_found(self, ref: ModelRef, error: RepositoryNotFoundError) -> Absent | Denied:
+        """Without a token the hub says 401 both of what doesn't exist and of what is private."""
+        if error.response.status_code in {404, 410}:
+            return Absent(f"{ref} is not on the hub", certain=self._certain)
+        return Denied(f"{ref}: the hub says {error.response.status_code}")

@@ -1,0 +1,119 @@
+"""Room on the disk for what is fetched: a quota, some space that stays free, what leaves for it.
+
+What leaves is worth the least for its bytes: what it took to fetch, times how often it was needed
+of late. What is in use or pinned stays. One process at a time makes room, and what it promised to
+a download counts as taken until that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cluster.core.eviction import Resident, victims
+from cluster.models.diary import Diary
+from cluster.models.disk import Disk, Manifest
+from cluster.models.refs import ModelRef
+from cluster.models.refusals import Refused, Rule
+
+_LOCK: Final = ".room"
+STALE: Final = 86400.0
+"""Seconds after which what a broken download left behind isn't kept for the next try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes: `quota` for all that was fetched (None: what the disk has), `spare` stays free."""
+
+    disk: Disk
+    diary: Diary
+    quota: int | None
+    spare: int
+    pinned: frozenset[ModelRef]
+    clock: Callable[[], float]
+
+    def make(self, size: int, ref: ModelRef, promise: Callable[[], None] = lambda: None) -> None:
+        """So many bytes in all may be written for `ref`; others leave for it where they must.
+
+        `promise` is called before anyone else may count. Raises `Refused` (QUOTA) when even that
+        isn't enough.
+        """
+        with self.disk.lock(_LOCK):
+            limit, used = self._limit_and_used(ref)
+            if used + size > limit:
+                self._drop_leftovers(ref, age=0.0)
+                self._evict(size, ref)
+                limit, used = self._limit_and_used(ref)
+            if used + size > limit:
+                raise Refused(
+                    Rule.QUOTA,
+                    f"{ref} needs {size} bytes; fetched models may take {max(limit, 0)} "
+                    f"(models.quota_gb, the disk) and {used} of that can't be given up",
+                )
+            promise()
+
+    def tidy(self) -> None:
+        """Remove what nobody will come back for. For the start of a process."""
+        shutil.rmtree(self.disk.base / "trash", ignore_errors=True)
+        self.disk.prepare()
+        self._drop_leftovers(None, STALE)
+
+    def _evict(self, size: int, ref: ModelRef) -> None:
+        now = self.clock()
+        manifests = self.disk.manifests()
+        limit, used = self._limit_and_used(ref)
+        residents = [
+            Resident(key, each.size, max(each.seconds, 0.001), self._need(key, now), stays)
+            for key, each in manifests.items()
+            for stays in [self._stays(key, each)]
+        ]
+        others = used - sum(each.size for each in manifests.values())
+        for key in victims(residents, size, limit - others):
+            with self.disk.try_lock(f"{key}.use") as free:
+                if free:
+                    self.disk.remove(key)
+                    self.diary.write("evicted", manifests[key].ref, bytes=manifests[key].size)
+
+    def _need(self, key: str, now: float) -> float:
+        count, at = self.disk.need(key, now)
+        return count + 1e-12 * at  # of two that nobody needs, the one that was used last stays
+
+    def _stays(self, key: str, manifest: Manifest) -> bool:
+        return manifest.ref in self.pinned or self.disk.is_locked(f"{key}.use")
+
+    def _drop_leftovers(self, ref: ModelRef | None, age: float) -> None:
+        for folder in _folders(self.disk.base / "partial"):
+            if ref is not None and folder.name == ref.key:
+                continue
+            with self.disk.try_lock(folder.name) as free, contextlib.suppress(OSError):
+                if free and self.clock() - folder.stat().st_mtime >= age:
+                    shutil.rmtree(folder)
+
+    def _limit_and_used(self, ref: ModelRef) -> tuple[int, int]:
+        """What fetched models may take, and take now, with what other downloads were promised."""
+        here = sum(manifest.size for manifest in self.disk.manifests().values())
+        others = [progress for progress in self.disk.downloads() if progress.ref != ref]
+        promised = sum(max(each.total, each.done) for each in others)
+        arrived = _bytes_in(self.disk.partial(ref.key))
+        arrived += sum(_bytes_in(self.disk.partial(each.ref.key)) for each in others)
+        free = shutil.disk_usage(self.disk.base).free
+        by_disk = here + arrived + free - self.spare
+        return (by_disk if self.quota is None else min(self.quota, by_disk)), here + promised
+
+
+def _folders(folder: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    return []
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total

@@ -1,0 +1,308 @@
+"""One file from a source to the disk: in parallel parts, resumed where it broke, checked by hash.
+
+While a file is under way it is `<path>.part`, and `<path>.parts` says which of its parts are whole,
+for the next one who tries. A file is only ever under its own name when it is what it claims to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.models.refusals import Refused, Rule
+from cluster.models.sources import Changed, Listing, RemoteFile, Source, SourceDown
+
+PART: Final = 16 * 2**20
+CONNECTIONS: Final = 4
+
+
+class Gate(Protocol):
+    def __call__(self, size: int) -> None:
+        """Before so many bytes are taken on: waits for its turn, or raises to stop."""
+        ...
+
+
+class Damaged(ModelUnavailable):
+    """What came isn't what its source says it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ModelUnavailableKind.DAMAGED, message)
+
+    def __reduce__(self) -> tuple[type[Damaged], tuple[str]]:  # type: ignore[override]
+        return type(self), (str(self),)
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """`gain` hears of bytes that arrived (less when some are dropped again)."""
+
+    source: Source
+    listing: Listing
+    most: int
+    """Bytes of one file."""
+    gate: Gate
+    gain: Callable[[int], None]
+    part: int = PART
+    connections: int = CONNECTIONS
+
+    def fetch(self, file: RemoteFile, folder: Path) -> Path:
+        """The file in `folder`, whole and checked.
+
+        Raises the source's errors, `Damaged`, `Refused`, what `gate` raises, or `OSError` for our
+        own disk. What has arrived stays for the next try, unless it can't be trusted.
+        """
+        target = folder / file.path
+        if target.is_file():
+            self.gain(target.stat().st_size)
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._check_size(file, file.size)
+        under_way = _UnderWay.resume(target, _identity(self.listing, file), file.size, self.part)
+        self.gain(under_way.arrived)
+        try:
+            self._fill(file, under_way)
+            _check(file, under_way.path)
+        except (Changed, Damaged, Refused):
+            self.gain(-under_way.arrived)
+            under_way.drop()
+            raise
+        finally:
+            under_way.close()
+        under_way.path.rename(target)
+        under_way.forget()
+        return target
+
+    def _fill(self, file: RemoteFile, under_way: _UnderWay) -> None:
+        if file.size is not None and file.size > self.part and self.connections > 1:
+            missing = under_way.missing()
+            if missing and self._takes_ranges(file, under_way, missing.pop(0)):
+                self._in_parts(file, under_way, missing)
+                return
+            if not missing:
+                return
+        self._in_one(file, under_way)
+
+    def _takes_ranges(self, file: RemoteFile, under_way: _UnderWay, first: int) -> bool:
+        """Fetch the first missing part; whether the server gives parts at all."""
+        start, stop = under_way.bounds(first)
+        with self.source.open(self.listing, file, start, stop) as opened:
+            if opened.start != start or (start == 0 and opened.size not in {None, file.size}):
+                return False
+            under_way.same(opened.etag, file)
+            self._write(under_way, start, stop, opened.chunks)
+        under_way.mark(first)
+        return True
+
+    def _in_parts(self, file: RemoteFile, under_way: _UnderWay, missing: list[int]) -> None:
+        """Each connection takes the next part; the first error stops them all."""
+        failed = threading.Event()
+        lock = threading.Lock()
+
+        def work() -> None:
+            while not failed.is_set():
+                with lock:
+                    if not missing:
+                        return
+                    part = missing.pop(0)
+                start, stop = under_way.bounds(part)
+                try:
+                    with self.source.open(self.listing, file, start, stop) as opened:
+                        if opened.start != start:
+                            raise SourceDown(f"{file.path}: the range was ignored")
+                        under_way.same(opened.etag, file)
+                        self._write(under_way, start, stop, opened.chunks)
+                    under_way.mark(part)
+                except BaseException:
+                    failed.set()
+                    raise
+
+        count = min(self.connections, len(missing))
+        if not count:
+            return
+        with ThreadPoolExecutor(count, thread_name_prefix="fetch") as pool:
+            futures = [pool.submit(work) for _ in range(count)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            # One that isn't about the connection says more.
+            raise min(errors, key=lambda error: isinstance(error, SourceDown))
+
+    def _in_one(self, file: RemoteFile, under_way: _UnderWay) -> None:
+        start = 0 if under_way.whole else under_way.arrived
+        if file.size is not None and start >= file.size > 0:
+            return
+        with self.source.open(self.listing, file, start, None) as opened:
+            if opened.start not in {0, start}:
+                raise SourceDown(f"{file.path}: another range than was asked for")
+            self._check_size(file, opened.size)
+            under_way.same(opened.etag, file)
+            self.gain(opened.start - under_way.arrived)
+            under_way.begin_stream(opened.start)
+            self._write(under_way, opened.start, opened.size or file.size, opened.chunks)
+
+    def _write(
+        self, under_way: _UnderWay, start: int, stop: int | None, chunks: Iterator[bytes]
+    ) -> None:
+        at = start
+        for chunk in chunks:
+            self.gate(len(chunk))
+            if stop is not None and at + len(chunk) > stop:
+                raise Changed(f"{under_way.name}: more bytes than were announced")
+            if at + len(chunk) > self.most:
+                raise self._too_large(under_way.name)
+            under_way.write(chunk, at)
+            at += len(chunk)
+            self.gain(len(chunk))
+        if stop is not None and at != stop:
+            raise SourceDown(f"{under_way.name}: cut off at byte {at}")
+
+    def _check_size(self, file: RemoteFile, size: int | None) -> None:
+        if size is not None and size > self.most:
+            raise self._too_large(file.path)
+
+    def _too_large(self, name: str) -> Refused:
+        return Refused(Rule.FILE_SIZE, f"{name} is larger than {self.most} bytes")
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A file that isn't whole yet: a stream from its beginning, or parts in any order.
+
+    The sidecar's first line says what it is of; then come the numbers of the parts that are whole,
+    four bytes each. As long as there are none, the file is a stream.
+    """
+
+    name: str
+    path: Path
+    sidecar: Path
+    head: bytes
+    size: int | None
+    part: int
+    descriptor: int
+    whole: set[int]
+    lock: threading.Lock
+
+    @classmethod
+    def resume(cls, target: Path, identity: str, size: int | None, part: int) -> _UnderWay:
+        path = target.with_name(f"{target.name}.part")
+        sidecar = target.with_name(f"{target.name}.parts")
+        head = json.dumps([identity, size, part]).encode() + b"\n"
+        noted = _noted(sidecar, head)
+        if noted is None:
+            path.unlink(missing_ok=True)
+            sidecar.with_suffix(".etag").unlink(missing_ok=True)
+            sidecar.write_bytes(head)
+        numbers = noted or b""
+        whole = {int.from_bytes(numbers[i : i + 4], "big") for i in range(0, len(numbers) - 3, 4)}
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        here = os.fstat(descriptor).st_size
+        known = cls(
+            target.name, path, sidecar, head, size, part, descriptor, whole, threading.Lock()
+        )
+        if any(known.bounds(number)[1] > here for number in whole):
+            known.begin_stream(0)
+        return known
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that needn't be asked for again."""
+        if self.whole:
+            return sum(stop - start for start, stop in map(self.bounds, self.whole))
+        return os.fstat(self.descriptor).st_size
+
+    def bounds(self, part: int) -> tuple[int, int]:
+        return part * self.part, min((part + 1) * self.part, self.size or 0)
+
+    def missing(self) -> list[int]:
+        count = -(-(self.size or 0) // self.part)
+        return [part for part in range(count) if part not in self.whole]
+
+    def mark(self, part: int) -> None:
+        with self.lock, self.sidecar.open("ab") as file:
+            file.write(part.to_bytes(4, "big"))
+            self.whole.add(part)
+
+    def write(self, chunk: bytes, at: int) -> None:
+        view = memoryview(chunk)
+        while view:
+            written = os.pwrite(self.descriptor, view, at)
+            view, at = view[written:], at + written
+
+    def begin_stream(self, start: int) -> None:
+        self.sidecar.write_bytes(self.head)
+        self.whole.clear()
+        os.ftruncate(self.descriptor, start)
+
+    def same(self, etag: str, file: RemoteFile) -> None:
+        """Where no hash will tell, the server's tags must: parts of two contents never mix."""
+        if file.sha256 is not None or not etag:
+            return
+        note = self.sidecar.with_suffix(".etag")
+        with self.lock:
+            noted = _read(note)
+            if noted is None:
+                note.write_text(etag, encoding="utf-8")
+            elif noted != etag:
+                raise Changed(f"{file.path}: changed while it was fetched")
+
+    def drop(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.forget()
+
+    def forget(self) -> None:
+        for file in (self.sidecar, self.sidecar.with_suffix(".etag")):
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def _read(file: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        return file.read_text(encoding="utf-8")
+    return None
+
+
+def _noted(sidecar: Path, head: bytes) -> bytes | None:
+    with contextlib.suppress(OSError):
+        content = sidecar.read_bytes()
+        if content.startswith(head):
+            return content[len(head) :]
+    return None
+
+
+def _identity(listing: Listing, file: RemoteFile) -> str:
+    """What a file under way is of: by its hash, whoever it comes from."""
+    return file.sha256 or file.git_sha1 or f"{listing.source} {listing.revision} {file.where}"
+
+
+def _check(file: RemoteFile, path: Path) -> None:
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        raise Changed(f"{file.path}: {size} bytes arrived, {file.size} were announced")
+    if file.sha256 is not None and sha256_of(path) != file.sha256:
+        raise Damaged(f"{file.path}: its sha256 is not what the source says")
+    if file.git_sha1 is not None and _git_sha1(path, size) != file.git_sha1:
+        raise Damaged(f"{file.path}: its hash is not what the source says")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _git_sha1(path: Path, size: int) -> str:
+    # What git names a file by; not ours to choose.
+    digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""Links as a source: one file, or an archive, from wherever the URL leads (Civitai's among them).
+
+The URL has passed the rules of `cluster.models.urls`, and so does every redirect on the way. The
+file's name and size are the answer's.
+"""
+
+from __future__ import annotations
+
+import email.message
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+import httpx2
+
+from cluster.models.http_read import answer_error, opened, retry_after
+from cluster.models.refs import ModelRef
+from cluster.models.refusals import Refused, Rule
+from cluster.models.sources import Absent, Listing, Opened, RemoteFile, SourceDown
+from cluster.models.store import INVERSION_FILE, LORA_FILE
+from cluster.models.urls import UrlRules, check
+
+CIVITAI: Final = ("civitai.com", "civitai.green")
+ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz")
+_ONE_FILE: Final = {"lora": LORA_FILE, "textual_inversion": INVERSION_FILE}
+_NAME: Final = re.compile(r"(?!\.)[\w.-]{1,150}", re.ASCII)
+
+
+class Web:
+    """`civitai_token` is asked for anew each time; None without one."""
+
+    name = "web"
+
+    def __init__(
+        self,
+        client: httpx2.Client,
+        rules: UrlRules,
+        civitai_token: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._client = client
+        self._rules = rules
+        self._civitai_token = civitai_token
+
+    def serves(self, ref: ModelRef) -> bool:
+        return ref.is_url
+
+    def list(self, ref: ModelRef) -> Listing:
+        """Asks for the first byte, because not every host answers HEAD as it answers GET."""
+        url = check(ref.name, self._rules)
+        headers = self._headers(url) | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+        try:
+            with self._client.stream("GET", url, headers=headers) as response:
+                return self._listing(ref, url, response)
+        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
+            raise SourceDown(f"{ref}: {type(error).__name__}") from error
+
+    @contextmanager
+    def open(
+        self, listing: Listing, file: RemoteFile, start: int, stop: int | None
+    ) -> Iterator[Opened]:
+        with opened(self._client, file, self._headers(file.where), start, stop) as found:
+            yield found
+
+    def _headers(self, url: str) -> dict[str, str]:
+        host = urlsplit(url).hostname or ""
+        token = self._civitai_token() if host.removeprefix("www.") in CIVITAI else None
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def _listing(self, ref: ModelRef, url: str, response: httpx2.Response) -> Listing:
+        status = response.status_code
+        if status in {404, 410}:
+            # Only the host that the link names speaks for itself; one it leads on to may expire.
+            same = response.url.host == httpx2.URL(url).host
+            raise Absent(f"{ref}: {status}", certain=same)
+        if status not in {200, 206}:
+            raise answer_error(str(ref), status, retry_after(response))
+        name = _file_name(response)
+        size = _size(response)
+        etag = response.headers.get("ETag", "")
+        modified = response.headers.get("Last-Modified", "")
+        revision = hashlib.sha256(f"{etag}|{modified}|{size}".encode()).hexdigest()[:40]
+        if name.lower().endswith(ARCHIVES):
+            return Listing(self.name, revision, (RemoteFile("archive", size, where=url),), True)
+        if ref.kind not in _ONE_FILE:
+            raise Refused(Rule.FILE_KIND, f"{ref}: a {ref.kind} model by link has to be an archive")
+        if not name.endswith(".safetensors"):
+            raise Refused(Rule.FILE_KIND, f"{ref}: {name[:100]!r} is not a safetensors file")
+        if ref.file and ref.file != name:
+            # Named by the task: whoever looks for that name finds it.
+            name = ref.file
+        return Listing(self.name, revision, (RemoteFile(name, size, where=url),))
+
+
+def _file_name(response: httpx2.Response) -> str:
+    """As the answer says it, or as the last URL ends. Raises `Refused` for one that could be a
+    path."""
+    header = email.message.Message()
+    header["Content-Disposition"] = response.headers.get("Content-Disposition", "")[:4096]
+    said = header.get_filename() or unquote(response.url.path.rpartition("/")[2])
+    plain = re.sub(r"[ ()\[\]+&,']", "_", said)
+    if not _NAME.fullmatch(plain):
+        raise Refused(Rule.NAME, f"{ascii(said[:100])} is not a plain file's name")
+    return plain
+
+
+def _size(response: httpx2.Response) -> int | None:
+    said = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if response.status_code == 200:
+        said = response.headers.get("Content-Length", "")
+    return int(said) if re.fullmatch(r"\d{1,18}", said, re.ASCII) else None
