@@ -49,13 +49,14 @@ class Changed(ClusterError):
 class RemoteFile:
     """`path` is in the model's folder, with `/`. `size` in bytes, None where it isn't known before
     the file is read to its end; `sha256` and `git_sha1` (of git's blob) in lower-case hex where the
-    source says them. `where` is the source's own."""
+    source says them. `where` is the source's own, and so is `etag`, of what has one when listed."""
 
     path: str
     size: int | None
     sha256: str | None = None
     git_sha1: str | None = None
     where: str = ""
+    etag: str = ""
 
 
 @dataclass(frozen=True, slots=True)
