@@ -36,6 +36,8 @@ from cluster.models.sources import Absent, Changed, Listing, Opened, RemoteFile,
 
 MODELS: Final = "models"
 MOST_MANIFEST: Final = 2 * 2**20
+MOST_BRACKETS: Final = 2 * MOST_FILES
+"""Of a manifest, which has one for each file and three more."""
 MOST_KEYS: Final = 10_000
 """Of one tree laid by hand."""
 MOST_PAGES: Final = 50
@@ -276,12 +278,15 @@ def _listing(ref: ModelRef, manifest: bytes, folder: str) -> Listing:
     """
     if len(manifest) > MOST_MANIFEST:
         raise SourceDown(f"{ref}: its manifest in the mirror has more than {MOST_MANIFEST} bytes")
+    if manifest.count(b"[") + manifest.count(b"{") > MOST_BRACKETS:
+        # web3 raises the recursion limit so far that the reader would run out of its stack.
+        raise SourceDown(f"{ref}: its manifest in the mirror is nested too deep, or too long")
     try:
         said = json.loads(manifest)
         of = ModelRef(**said["ref"])
         revision = said["revision"]
         files = [(file["path"], file["size"], file["sha256"]) for file in said["files"]]
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         kind = type(error).__name__
         raise SourceDown(f"{ref}: its manifest in the mirror can't be read ({kind})") from error
     if of != ref:

@@ -98,3 +98,12 @@ def test_an_exception_shows_its_place_but_no_secret(form: logs.Format) -> None:
 def test_redaction(name: str, value: object, shown: object) -> None:
     expected = value if shown is None else shown
     assert logs.clean(value, name) == expected
+
+
+def test_what_boto_would_say_of_a_request_is_not_logged() -> None:
+    """Its debug lines repeat the signed headers, a session's token among them."""
+    stream = io.StringIO()
+    logs.setup("debug", "json", stream)
+    logging.getLogger("botocore.auth").debug("x-amz-security-token:%s", "hunter2")
+    logging.getLogger("cluster").debug("ours")
+    assert [line["event"] for line in lines(stream)] == ["ours"]
