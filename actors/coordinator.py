@@ -26,8 +26,9 @@ from actors.overview import Sight, describe, totals_of
 from actors.pool import RayGpuPool
 from actors.reconciler import Reconciler
 from actors.safeguards import Safeguards, SafeguardSettings
+from actors.stores import FETCHED_BYTES, RayStores, of_class
 from cluster.chain import outbox_rows
-from cluster.core import fleet
+from cluster.core import declaring, fleet
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Artifacts, Lease, Network
@@ -61,6 +62,7 @@ MOST_MODELS = 16
 BETWEEN_TERMS_SECONDS = 0.5
 POOL_SECONDS = 1.0
 FLEET_SECONDS = 2.0
+STORES_SECONDS = 3.0
 
 
 class RunningNetwork(Network, Protocol):
@@ -81,6 +83,7 @@ class World:
     journal: SqlJournal
     artifacts: Artifacts
     pool: RayGpuPool
+    stores: RayStores
     open_network: Callable[
         [Callable[[], Lease]], contextlib.AbstractAsyncContextManager[RunningNetwork]
     ]
@@ -204,6 +207,7 @@ class Coordinator:
             chain_id=world.chain_id,
             accounts=world.accounts,
             gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in pool.gpus()),
+            stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))
 
@@ -267,6 +271,7 @@ class Term:
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
                     self._tend_fleet(),
+                    self._tend_stores(),
                     self._safeguards.run(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
@@ -325,6 +330,8 @@ class Term:
                 self._world.metrics.kicked_out()
             elif wakeup.reason == SLASHED and wakeup.account is not None:
                 self._slashed(wakeup.account)
+            if wakeup.models and wakeup.account is not None:
+                self._want(wakeup.account, wakeup.models)
             for address, event in self._wake.items():
                 if wakeup.account in (None, address):
                     self._stale.add(address)
@@ -385,6 +392,38 @@ class Term:
                 self._log.warning("fleet_action_failed", error=str(error))
             await asyncio.sleep(FLEET_SECONDS)
 
+    async def _tend_stores(self) -> None:
+        """Watch the machines' model stores, and tell the network what has come."""
+        declared: set[tuple[Address, ModelId]] = set()
+        while True:
+            stores, gpus = self._world.stores, self._world.pool.gpus()
+            await stores.refresh({gpu.ray_node for gpu in gpus})
+            self._count_store_events()
+            here = {kind: stores.here(of_class(gpus, kind)) for kind in {g.gpu_class for g in gpus}}
+            for account, model in declaring.reports(self._views.values(), here, declared):
+                try:
+                    await self._network.report_model(account, model)
+                except NetworkUnavailable as error:
+                    self._log.warning("model_not_reported", model=model, error=str(error))
+                else:
+                    self._log.info("model_reported", account=account, model=model)
+                    declared.add((account, model))
+            await asyncio.sleep(STORES_SECONDS)
+
+    def _count_store_events(self) -> None:
+        for (event, label), count in self._world.stores.news().items():
+            if event == FETCHED_BYTES:
+                self._world.metrics.store_fetched(label, count)
+            else:
+                self._world.metrics.store_happened(event, label, count)
+
+    def _want(self, account: Address, models: Sequence[ModelId]) -> None:
+        """The network may give the account tasks for these: its class's machines fetch them."""
+        view = self._views.get(account)
+        if view is not None:
+            cards = of_class(self._world.pool.gpus(), view.account.gpu_class)
+            self._world.stores.want(cards, models)
+
     def _plan(self) -> Sequence[fleet.FleetAction]:
         world = self._world
         pool: dict[GpuClass, int] = {}
@@ -420,17 +459,22 @@ class Term:
                 assignment = Assignment(index, address, gpu_class)
                 self._world.journal.assign(self._ledger.lease, assignment)
             case fleet.Join(address, gpu_class):
+                if not self._world.stores.settled(of_class(self._world.pool.gpus(), gpu_class)):
+                    # A join says which models are there, and the first ones are still to come.
+                    return
                 models = self._models_on_disk(gpu_class)
                 await self._network.join(address, gpu_class, self._world.stake, models)
             case fleet.Resume(address):
                 await self._network.resume(address)
 
     def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
-        """The base models that every card of the class has: what a join may declare. Some at
-        most, because each costs the join gas."""
-        cards = [gpu for gpu in self._world.pool.gpus() if gpu.gpu_class == gpu_class]
+        """The models that every card of the class has: what a join may declare. Some at most,
+        those first that were configured or asked for, because each costs the join gas."""
+        cards = of_class(self._world.pool.gpus(), gpu_class)
         common = frozenset[str].intersection(*(gpu.on_disk for gpu in cards)) if cards else ()
-        return tuple(ModelId(f"base:{name}") for name in sorted(common)[:MOST_MODELS])
+        fetched = self._world.stores.here(cards)
+        others = {ModelId(f"base:{name}") for name in common} - fetched
+        return (*sorted(fetched), *sorted(others))[:MOST_MODELS]
 
     def _network_clock(self) -> float:
         """The network's time, carried on from the last look by the wall clock."""

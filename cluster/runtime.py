@@ -37,6 +37,7 @@ from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
 from actors.safeguards import SafeguardSettings
+from actors.stores import RayStores
 from cluster import config as configuration
 from cluster import logs
 from cluster.artifacts import FolderArtifacts
@@ -50,6 +51,8 @@ from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timesta
 from cluster.identity import TREASURY, Identity
 from cluster.journal import Owner, SqlJournal
 from cluster.metrics import Metrics
+from cluster.models.keeper import Keeper
+from cluster.models.settings import StoreSettings
 from cluster.relay.client import RelayClient
 
 LOOK_SECONDS = 2.0
@@ -115,6 +118,13 @@ def assemble(config: Config) -> World:
             release(config),
             allow_simulated=config.network.devnet,
             stall_seconds=config.gpu.stall_seconds,
+        ),
+        stores=RayStores(
+            functools.partial(make_keeper, config.models.store())
+            if config.models.sources
+            else None,
+            release(config),
+            tuple(sorted({*config.models.preload_ids, *config.models.pin})),
         ),
         open_network=functools.partial(open_network, config, identity, journal),
         metrics=Metrics(cluster.__version__, digest),
@@ -182,7 +192,7 @@ def wall_clock() -> Timestamp:
 class EngineSettings:
     """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
 
-    models: Path
+    models: StoreSettings
     platform: str
     host_bytes: int
     preload: tuple[str, ...]
@@ -190,7 +200,15 @@ class EngineSettings:
     @classmethod
     def of(cls, config: Config) -> EngineSettings:
         host_bytes = int(config.gpu.host_memory_gb * 2**30)
-        return cls(config.models.root, config.ray.platform, host_bytes, config.models.preload)
+        models = config.models
+        return cls(models.store(), config.ray.platform, host_bytes, models.preload)
+
+
+def make_keeper(settings: StoreSettings) -> Keeper:
+    """The keeper of a machine's store, in a process of its own."""
+    from cluster.models.assembly import open_keeper
+
+    return open_keeper(settings)
 
 
 def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
@@ -203,7 +221,7 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
     from cluster.inference.mounted import MountedEngine
-    from cluster.models.store import ModelStore
+    from cluster.models.assembly import open_keeper
 
     if simulated is not None:
         device = devices.simulated(0, simulated.name, simulated.vram)
@@ -212,10 +230,9 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     else:
         device = devices.claim(settings.platform, os.environ)
         limits = engine.Limits(host_bytes=settings.host_bytes)
-    made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
-    for problem in made.preload(settings.preload):
-        structlog.get_logger("gpu").warning("not_preloaded", problem=problem)
-    return MountedEngine(made, CardUuid(device.uuid), settings.models)
+    keeper = open_keeper(settings.models)
+    made = engine.Engine(device, keeper.store, time.time, limits)
+    return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload)
 
 
 # --- the supervisor ------------------------------------------------------------------------------

@@ -78,6 +78,31 @@ class GpuStatus(View):
     tasks_done: int = 0
 
 
+class DownloadView(View):
+    model: str
+    source: str
+    done_bytes: int
+    total_bytes: int
+    """0 where the source doesn't say."""
+    bytes_per_second: float
+    seconds_left: float | None = None
+    background: bool
+
+
+class StoreStatus(View):
+    """One machine's model store."""
+
+    ray_node: str
+    models: int
+    """That were fetched and are there."""
+    used_bytes: int
+    quota_bytes: int | None = None
+    queued: int = 0
+    downloads: tuple[DownloadView, ...] = ()
+    failed: Mapping[str, str] = Field(default_factory=dict)
+    """Models that were configured or asked for and couldn't be had, with the reason."""
+
+
 class TaskView(View):
     commitment: str
     account: str
@@ -122,6 +147,7 @@ class Status(View):
     relay: RelayView
     accounts: tuple[AccountStatus, ...] = ()
     gpus: tuple[GpuStatus, ...] = ()
+    stores: tuple[StoreStatus, ...] = ()
     tasks: tuple[TaskView, ...] = ()
     totals: Totals = Totals()
     problems: tuple[str, ...] = ()

@@ -183,7 +183,9 @@ class ChainNetwork:
         return AccountView(
             at,
             now,
-            AccountFacts(account, info.status, info.gpu_class, stake, balance, qos, current),
+            AccountFacts(
+                account, info.status, info.gpu_class, stake, balance, qos, current, info.models
+            ),
             tasks,
         )
 

@@ -34,6 +34,7 @@ from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.room import Room
 from cluster.models.selection import needed
+from cluster.models.settings import Limits
 from cluster.models.sources import Absent, Changed, Denied, Listing, Source, SourceDown
 from cluster.models.store import ModelStore
 from cluster.models.throttle import Throttle
@@ -50,20 +51,6 @@ FOREGROUND: Final = ".foreground"
 CHECK_ROOM: Final = 16 * 2**20
 """Bytes of a file of unknown size, after which it is looked whether there is room for more."""
 MOST_DAMAGED: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bytes, and bytes a second. `quota` is for all that was fetched; `spare` stays free on the
-    disk. `rounds`: how often all sources are tried for who has no deadline."""
-
-    quota: int | None = None
-    largest_file: int = 64 * 2**30
-    spare: int = 2 * 2**30
-    rate: float | None = None
-    rounds: int = 6
-    part: int = 16 * 2**20
-    connections: int = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ a download counts as taken until that ends.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Room:
         with self.disk.lock(_LOCK):
             limit, used = self._limit_and_used(ref)
             if used + size > limit:
-                self._drop_leftovers(ref, age=0.0)
+                self._drop_leftovers(ref, age=-math.inf)
                 self._evict(size, ref)
                 limit, used = self._limit_and_used(ref)
             if used + size > limit:

@@ -49,7 +49,7 @@ def needed(ref: ModelRef, paths: Collection[str]) -> tuple[str, ...]:
     Raises `ModelUnavailable` (NOT_HERE) where the repository lacks what the model needs, and
     `Refused` where it has it only in a form that could run code.
     """
-    plain = sorted(path for path in paths if _is_plain(path))
+    plain = sorted(path for path in paths if is_plain(path))
     chosen = _CHOICES[ref.kind](ref, plain)
     if len(chosen) > MOST_FILES:
         raise Refused(Rule.FILE_KIND, f"{ref} has {len(chosen)} files, {MOST_FILES} at most")
@@ -151,7 +151,7 @@ def _has_weights(paths: Sequence[str]) -> bool:
     return any(path.endswith((".safetensors", *_LOADABLE_BY_CODE)) for path in paths)
 
 
-def _is_plain(path: str) -> bool:
+def is_plain(path: str) -> bool:
     """Nothing that could lead elsewhere: a listing is hostile."""
     words = path.split("/")
     return len(words) <= 2 and all(re.fullmatch(r"(?!\.)[\w.-]{1,150}", w, re.ASCII) for w in words)

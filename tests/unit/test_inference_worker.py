@@ -51,6 +51,17 @@ class FakeEngine:
     ahead: list[tuple[Commitment, Callable[[], bool]]] = field(default_factory=list)
     ahead_fails: Exception | None = None
     uuid: CardUuid = CardUuid("GPU-1")
+    chores: list[tuple[str, ...]] = field(default_factory=list)
+    """What each `tend` is still to answer."""
+    tended: int = 0
+
+    def has_to_tend(self) -> bool:
+        return bool(self.chores)
+
+    def tend(self) -> tuple[str, ...]:
+        self.threads.add(threading.get_ident())
+        self.tended += 1
+        return self.chores.pop(0)
 
     def smallest(self) -> str | None:
         return "acme/tiny"

@@ -19,6 +19,7 @@ from actors import coordinator as module
 from actors.coordinator import Coordinator, RunningNetwork, World
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
+from actors.stores import RayStores
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Lease, Wakeup
@@ -102,6 +103,7 @@ class Office:
             journal=self.journal,
             artifacts=WatchedArtifacts(self.path / "artifacts"),
             pool=cast(RayGpuPool, self.pool),
+            stores=RayStores(None, "1+abc", ()),
             open_network=self._open_network,
             metrics=Metrics("1", "abc"),
             policy=Policy(retry_backoff=0.0),
