@@ -160,6 +160,8 @@ class Disk:
             os.close(file)
 
     def is_locked(self, name: str) -> bool:
+        if not (self.base / "locks" / name).exists():
+            return False
         with self.try_lock(name) as got:
             return not got
 

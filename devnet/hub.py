@@ -15,7 +15,7 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tests.integration.faults import Answer, FaultyServer
+from devnet.faulty_http import Answer, FaultyServer
 
 LEGACY = "legacy"
 
@@ -42,6 +42,11 @@ class Hub(FaultyServer):
         self.token = token
         self._repos: dict[str, _Repo] = {}
         self._aliases: dict[str, str] = {}
+
+    @property
+    def cdn(self) -> str:
+        """Another origin, as the real hub's is."""
+        return f"http://localhost:{self.port}"
 
     def add(
         self,
@@ -124,7 +129,7 @@ class Hub(FaultyServer):
             return Answer(200, content, said | {"ETag": f'"{_git_sha1(content)}"'})
         sha256 = hashlib.sha256(content).hexdigest()
         said |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content))}
-        return Answer(302, headers=said | {"Location": f"/cdn/{repo}/{commit}/{name}"})
+        return Answer(302, headers=said | {"Location": f"{self.cdn}/cdn/{repo}/{commit}/{name}"})
 
     def _cdn(self, path: str) -> Answer:
         for repo, known in self._repos.items():
