@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from cluster.models.settings import StoreSettings
 from cluster.models.store import ModelStore
 
 POLL_SECONDS = 0.2
+LINE_SECONDS = 5.0
 
 
 def ref_of(text: str) -> ModelRef:
@@ -63,7 +65,7 @@ def fetch(settings: StoreSettings, names: Sequence[str], console: Console) -> No
     refs = [ref_of(name) for name in names]
     keeper = _writable(settings)
     for each in refs:
-        with _shown(keeper, each, console):
+        with _shown(keeper, each):
             _ensure(keeper, each)
         console.print(f"{each} is here", markup=False, highlight=False)
 
@@ -78,7 +80,7 @@ def mirror(settings: StoreSettings, names: Sequence[str], console: Console) -> N
     if target is None:
         raise ConfigError("models.sources: add mirror, or nothing is ever read from it")
     for each in refs:
-        with _shown(keeper, each, console):
+        with _shown(keeper, each):
             _ensure(keeper, each)
         manifest = keeper.disk.manifest(each.key)
         if manifest is None:
@@ -86,7 +88,7 @@ def mirror(settings: StoreSettings, names: Sequence[str], console: Console) -> N
                 f"{each} was laid into models.root by hand; copy its folder to "
                 f"{settings.mirror_url}/{each.name}/ as it is"
             )
-        with Progress(*_COLUMNS, console=console, transient=True) as bars:
+        with _bars() as bars:
             bar = bars.add_task(f"to the mirror: {each}", total=manifest.size)
             folder = keeper.disk.model(each.key)
             target.upload(each, folder, manifest, partial(bars.advance, bar))
@@ -216,18 +218,36 @@ _COLUMNS = (
 
 
 @contextmanager
-def _shown(keeper: Keeper, wanted: ModelRef, console: Console) -> Iterator[None]:
-    """A bar for the download, whichever process makes it."""
+def _bars() -> Iterator[Progress]:
+    """On a terminal, and nothing elsewhere; to standard error, so that it spoils no output."""
+    console = Console(stderr=True)
+    with Progress(
+        *_COLUMNS, console=console, transient=True, disable=not console.is_terminal
+    ) as bars:
+        yield bars
+
+
+@contextmanager
+def _shown(keeper: Keeper, wanted: ModelRef) -> Iterator[None]:
+    """How far the download is, whichever process makes it: a bar, or a line now and then."""
     ended = threading.Event()
 
     def watch(bars: Progress) -> None:
         bar = bars.add_task(str(wanted), total=None)
+        said_at = time.monotonic()
         while not ended.wait(POLL_SECONDS):
             told = keeper.disk.progress(wanted.key)
-            if told is not None:
-                bars.update(bar, completed=told.done, total=told.total or None)
+            if told is None:
+                continue
+            bars.update(bar, completed=told.done, total=told.total or None)
+            if bars.disable and time.monotonic() - said_at > LINE_SECONDS:
+                said_at = time.monotonic()
+                left = "" if told.seconds_left is None else f", {told.seconds_left:.0f} s left"
+                of = f" of {_size(told.total)}" if told.total else ""
+                rate = _size(told.rate)
+                print(f"{wanted}: {_size(told.done)}{of}, {rate}/s{left}", file=sys.stderr)
 
-    with Progress(*_COLUMNS, console=console, transient=True) as bars:
+    with _bars() as bars:
         watcher = threading.Thread(target=watch, args=(bars,), daemon=True)
         watcher.start()
         try:

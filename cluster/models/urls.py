@@ -88,7 +88,7 @@ def check_address(host: str, address: str, rules: UrlRules) -> None:
 def _host_and_port(authority: str) -> tuple[str, int | None]:
     """In lower case and without the root's dot; an IPv6 address without its brackets."""
     match = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::(\d{0,5}))?", authority, re.ASCII)
-    if match is None:
+    if match is None or "%" in authority:
         raise Refused(Rule.URL, "not a plain host and port")
     name, port = match[1].lower(), int(match[2]) if match[2] else None
     if port is not None and not 0 < port < 2**16:
@@ -114,9 +114,10 @@ def _host_and_port(authority: str) -> tuple[str, int | None]:
 
 
 def _check_host(host: str) -> None:
-    if ":" in host or host[-1].isdigit():
+    try:
         kind = not_public(ip_address(host))
-        if kind is not None:
-            raise Refused(Rule.ADDRESS, f"{host}: a {kind} address")
-    elif "." not in host or host.rpartition(".")[2] in _INSIDE:
-        raise Refused(Rule.ADDRESS, f"{host}: a name inside a network")
+    except ValueError:
+        inside = "." not in host or host.rpartition(".")[2] in _INSIDE
+        kind = "name inside a network" if inside else None
+    if kind is not None:
+        raise Refused(Rule.ADDRESS, f"{host}: not public ({kind})")
