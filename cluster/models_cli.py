@@ -33,6 +33,7 @@ from cluster.models.mirror import Mirror
 from cluster.models.refs import ModelRef, of_model_id, ref
 from cluster.models.settings import StoreSettings
 from cluster.models.store import ModelStore
+from cluster.status_view import size
 
 POLL_SECONDS = 0.2
 LINE_SECONDS = 5.0
@@ -166,13 +167,13 @@ def render(settings: StoreSettings) -> RenderableType:
         table.add_row(
             escape(str(row.manifest.ref)),
             row.manifest.source,
-            _size(row.manifest.size),
+            size(row.manifest.size),
             used if row.used_at else "-",
             marks,
         )
     quota = settings.limits.quota
-    total = _size(sum(row.manifest.size for row in found))
-    of = f" of {_size(quota)} (models.quota_gb)" if quota is not None else ""
+    total = size(sum(row.manifest.size for row in found))
+    of = f" of {size(quota)} (models.quota_gb)" if quota is not None else ""
     lines = [Text(f"{len(found)} models fetched into {settings.root}: {total}{of}")]
     if laid := sorted(_laid(settings, found)):
         lines.append(Text(f"laid there by hand: {', '.join(laid)}"))
@@ -182,14 +183,6 @@ def render(settings: StoreSettings) -> RenderableType:
 def _laid(settings: StoreSettings, found: Sequence[Row]) -> frozenset[str]:
     fetched = {row.manifest.ref.base_key for row in found if row.manifest.ref.kind == "base"}
     return ModelStore(settings.root).on_disk() - fetched
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def _writable(settings: StoreSettings) -> Keeper:
@@ -243,9 +236,9 @@ def _shown(keeper: Keeper, wanted: ModelRef) -> Iterator[None]:
             if bars.disable and time.monotonic() - said_at > LINE_SECONDS:
                 said_at = time.monotonic()
                 left = "" if told.seconds_left is None else f", {told.seconds_left:.0f} s left"
-                of = f" of {_size(told.total)}" if told.total else ""
-                rate = _size(told.rate)
-                print(f"{wanted}: {_size(told.done)}{of}, {rate}/s{left}", file=sys.stderr)
+                of = f" of {size(told.total)}" if told.total else ""
+                rate = size(told.rate)
+                print(f"{wanted}: {size(told.done)}{of}, {rate}/s{left}", file=sys.stderr)
 
     with _bars() as bars:
         watcher = threading.Thread(target=watch, args=(bars,), daemon=True)
