@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import ssl
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -90,6 +91,10 @@ class FaultyServer:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+    def wrap(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from now on."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def stop(self) -> None:
         if not self.closing.is_set():

@@ -9,6 +9,7 @@ in a URL is checked, and where names lead is the proxy's to guard.
 from __future__ import annotations
 
 import socket
+import ssl
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
@@ -116,13 +117,14 @@ def guarded_client(
     timeout: httpx2.Timeout = TIMEOUT,
     max_redirects: int = 8,
     resolve: Resolve = resolve,
+    verify: ssl.SSLContext | bool = True,
 ) -> httpx2.Client:
     """A client that follows redirects, each of which is checked; heeds no environment variable and
     keeps no cookies. Requests raise `Refused` beside the library's own errors."""
 
     def inner() -> httpx2.BaseTransport:
         limits = httpx2.Limits(max_connections=32, max_keepalive_connections=8)
-        return httpx2.HTTPTransport(proxy=proxy, limits=limits, trust_env=False)
+        return httpx2.HTTPTransport(verify=verify, proxy=proxy, limits=limits, trust_env=False)
 
     return _GuardedClient(
         transport=GuardedTransport(rules, inner, None if proxy else resolve),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 import httpx2
-from huggingface_hub import HfApi, ModelInfo, hf_hub_url, set_client_factory
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -53,8 +53,10 @@ class Hub:
         self._token = token
         self._certain = self._endpoint == HUB if certain is None else certain
         self._client = make_client()
-        # Its own client too goes through what guards addresses.
+        # Its own client too goes through what guards addresses, and asks nobody but the endpoint:
+        # with its telemetry it would also ask the default one what kinds of agents there are.
         set_client_factory(make_client)
+        constants.HF_HUB_DISABLE_TELEMETRY = True
 
     def serves(self, ref: ModelRef) -> bool:
         return not ref.is_url

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from huggingface_hub import constants, snapshot_download
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskInvalid
 from cluster.models.guarded_http import guarded_client
@@ -105,6 +106,24 @@ def test_a_base_model_comes_whole_and_nothing_else_with_it(
     }
     assert store.store.on_disk() == {name}
     assert all("main" not in seen.path for seen in hub.requests("/resolve/"))
+
+
+def test_nobody_but_the_endpoint_is_asked(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FileServer() as default:
+        monkeypatch.setattr(constants, "ENDPOINT", default.url)
+        hub.add("acme/style", {FILE: LARGE})
+        keeper(tmp_path, hub_source(hub)).ensure(LORA, NOBODY)
+        assert default.seen == []
+
+
+def test_the_local_hub_is_one_to_the_real_client(hub: Hub, tmp_path: Path) -> None:
+    content = {"config.json": b"{}", FILE: LARGE}
+    commit = hub.add("acme/style", content)
+    got = snapshot_download("acme/style", endpoint=hub.url, cache_dir=tmp_path, token=False)
+    assert Path(got).name == commit
+    assert {path.name: path.read_bytes() for path in Path(got).iterdir()} == content
 
 
 def test_the_revision_is_pinned_while_the_repository_moves_on(hub: Hub, tmp_path: Path) -> None:
