@@ -10,6 +10,7 @@ import contextlib
 import re
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 CHUNK = 64 * 1024
+SETTLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class FaultyServer:
     """A context manager; `url` is where it listens."""
 
     def __init__(self) -> None:
-        self.seen: list[Seen] = []
+        self._seen: list[Seen] = []
         self.most_at_once = 0
         self.bytes_per_second: float | None = None
         self._at_once = 0
@@ -107,6 +109,14 @@ class FaultyServer:
         with self._lock:
             self._faults.append((match, fault, times))
 
+    @property
+    def seen(self) -> list[Seen]:
+        """The requests that were answered; waits for those that are being answered, if they end."""
+        until = time.monotonic() + SETTLE_SECONDS
+        while self._at_once and time.monotonic() < until:
+            time.sleep(0.002)
+        return list(self._seen)
+
     def sent(self, match: str = "") -> int:
         return sum(seen.sent for seen in self.seen if match in seen.path)
 
@@ -117,6 +127,9 @@ class FaultyServer:
         raise NotImplementedError
 
     # --- for the handler -------------------------------------------------------------------------
+
+    def note(self, seen: Seen) -> None:
+        self._seen.append(seen)
 
     def fault_for(self, path: str) -> Fault:
         with self._lock:
@@ -176,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ConnectionError, TimeoutError):
                 sent = self._send(answer, fault, body)
             status = answer.status
-            self.owner.seen.append(Seen(self.command, self.path, headers, status, sent))
+            self.owner.note(Seen(self.command, self.path, headers, status, sent))
 
     def _send(self, answer: Answer, fault: Fault, body: bool) -> int:
         self.send_response(answer.status)

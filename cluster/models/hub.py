@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 import httpx2
-from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url, set_client_factory
+from huggingface_hub import HfApi, ModelInfo, constants, set_client_factory
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -106,7 +106,7 @@ class Hub:
             known = _is(_SHA256, sha256) if lfs is not None else _is(_COMMIT, git_sha1)
             if type(size) is not int or size < 0 or not known:
                 raise SourceDown(f"the hub's answer for {ref} is none: {path}")
-            where = hf_hub_url(name, path, revision=revision, endpoint=self._endpoint)
+            where = f"{self._endpoint}/{name}/resolve/{revision}/{path}"
             files.append(RemoteFile(path, size, sha256, git_sha1, where))
         return Listing(self.name, str(revision), tuple(files))
 
