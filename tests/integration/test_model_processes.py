@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.errors import ModelUnavailable
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models.guarded_http import guarded_client
 from cluster.models.hub import Hub as HubSource
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
+from cluster.models.refusals import Refused
 from cluster.models.settings import Limits
 from cluster.models.store import ModelStore
 from cluster.models.urls import UrlRules
@@ -152,3 +153,44 @@ def test_a_model_in_use_by_another_process_is_not_evicted(hub: Hub, tmp_path: Pa
     holder.communicate("")
     small.ensure(B, Wanted())
     assert store.disk.manifest(A.key) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a small disk here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(hub: Hub, small_disk: Path) -> None:
+    store = keeper(small_disk, hub.url)
+    blocker = small_disk / "blocker"
+    blocker.write_bytes(bytes(2_000_000))
+    with pytest.raises(Refused, match="quota_gb"):
+        store.ensure(A, Wanted())
+    assert hub.sent("cdn/") == 0, "it is known before a byte is asked for"
+    blocker.unlink()
+
+    def fill() -> None:
+        """Somebody else takes the space while the model is on its way."""
+        if not blocker.exists():
+            blocker.write_bytes(bytes(3_000_000))
+
+    with pytest.raises(ModelUnavailable) as caught:
+        store.ensure(A, Wanted(alive=fill))
+    assert caught.value.kind is ModelUnavailableKind.UNREACHABLE
+    assert "No space left" in str(caught.value)
+    assert store.disk.manifests() == {}
+    blocker.unlink()
+    store.ensure(A, Wanted())
+    assert content_of(store, A) == {FILE: LARGE}
+    # The first is worth no less than the second, which doesn't fit beside it.
+    store.ensure(B, Wanted())
+    assert set(store.disk.manifests()) == {B.key}
