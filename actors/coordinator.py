@@ -28,6 +28,7 @@ from actors.reconciler import Reconciler
 from actors.safeguards import Safeguards, SafeguardSettings
 from actors.stores import FETCHED_BYTES, RayStores, of_class
 from cluster.chain import outbox_rows
+from cluster.chain.endpoints import EndpointView
 from cluster.core import declaring, fleet
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
@@ -69,6 +70,10 @@ class RunningNetwork(Network, Protocol):
     """A network with loops of its own (watcher, outbox), which run while a term lasts."""
 
     async def run(self) -> None: ...
+
+    def endpoints(self) -> tuple[EndpointView, ...]:
+        """How each endpoint that the network is reached by does now."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +307,7 @@ class Term:
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),
             relay_error=self._reconciler.relay_error,
+            endpoints=self._network.endpoints(),
             alerts=self._safeguards.alerts(),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from actors.inference import Report
 from actors.keeping import StoreReport
 from actors.reconciler import Turn
+from cluster.chain.endpoints import EndpointView
 from cluster.core.record import Claim, Outcome, TaskRecord
 from cluster.core.types import (
     AccountView,
@@ -26,6 +27,7 @@ from cluster.status import (
     AccountStatus,
     ChainView,
     DownloadView,
+    EndpointStatus,
     GpuClassView,
     GpuStatus,
     IdentityView,
@@ -68,6 +70,7 @@ class Sight:
     slashed: frozenset[Address] = frozenset()
     chain_error: str | None = None
     relay_error: str | None = None
+    endpoints: tuple[EndpointView, ...] = ()
     alerts: tuple[str, ...] = ()
     """What the safeguards found, in words."""
 
@@ -97,6 +100,12 @@ def describe(sight: Sight) -> Status:
             block=None if newest is None else newest.moment,
             block_timestamp=None if newest is None else newest.now,
             error=sight.chain_error,
+            endpoints=tuple(
+                EndpointStatus(
+                    name=each.name, problem=each.problem, seconds=each.latency, head=each.head
+                )
+                for each in sight.endpoints
+            ),
         ),
         relay=RelayView(reached=sight.relay_error is None, error=sight.relay_error),
         accounts=tuple(

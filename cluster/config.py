@@ -186,7 +186,14 @@ class Contracts(Section):
 
 
 class NetworkConfig(Section):
+    """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
+    should; transactions go to all. `rpc_calls_per_second` is for each of them."""
+
     rpc_url: HttpUrl = Field(repr=False)
+    fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
+        default=(), repr=False
+    )
+    rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     chain_id: int = Field(ge=1)
     devnet: bool = False
     contracts: Contracts
@@ -487,7 +494,11 @@ def _explain_one(error: ErrorDetails) -> str:
 
 def _got(location: tuple[int | str, ...], value: object) -> str:
     """The wrong value, unless it is long or may hold a secret."""
-    secret = location[0] in {"identity", "journal"} or location[-1] in {"rpc_url", "proxy"}
+    secret = location[0] in {"identity", "journal"} or not {
+        "rpc_url",
+        "fallback_rpc_urls",
+        "proxy",
+    }.isdisjoint(location)
     if secret or isinstance(value, Mapping | list | tuple):
         return ""
     text = "null" if value is None else json.dumps(value, default=str)

@@ -58,6 +58,24 @@ StoreEvent = Literal["fetched", "evicted", "broke", "damaged", "failed"]
 """What a model store's diary tells (`cluster.models.diary`); refusals are counted by rule."""
 SOURCES = ("mirror", "hub", "web")
 
+RpcResult = Literal["ok", "refused", "throttled", "failed"]
+RPC_METHODS = (
+    "eth_blockNumber",
+    "eth_call",
+    "eth_chainId",
+    "eth_estimateGas",
+    "eth_feeHistory",
+    "eth_gasPrice",
+    "eth_getBalance",
+    "eth_getBlockByNumber",
+    "eth_getCode",
+    "eth_getLogs",
+    "eth_getTransactionByHash",
+    "eth_getTransactionCount",
+    "eth_getTransactionReceipt",
+    "eth_sendRawTransaction",
+)
+
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _NO_CLASS = GpuClassView(name="", vram=0)
@@ -144,6 +162,11 @@ class Metrics:
         """So many bytes more of models came whole from there."""
         self._fetched.labels(source if source in SOURCES else "other").inc(size)
 
+    def rpc_called(self, method: str, result: str) -> None:
+        """A call to an RPC endpoint, by what it was and what came of it."""
+        known = method if method in RPC_METHODS else "other"
+        self._rpc_calls.labels(known, result).inc()
+
     def relay_called(self, call: RelayCall, result: RelayResult) -> None:
         self._relay_calls.labels(call, result).inc()
 
@@ -168,6 +191,8 @@ class Metrics:
             self._head_block.set(status.chain.block)
         if status.chain.block_timestamp is not None:
             self._head_time.set(status.chain.block_timestamp)
+        self._endpoints.set(len(status.chain.endpoints))
+        self._endpoints_fit.set(sum(not each.problem for each in status.chain.endpoints))
         self._relay_reached.set(status.relay.reached)
         self._problems.set(len(status.problems))
         self._observe_fleet(status.gpus, status.accounts)
@@ -272,6 +297,16 @@ class Metrics:
         self._head_block = self._gauge("chain_head_block", "Number of the newest block seen.")
         self._head_time = self._gauge(
             "chain_head_timestamp_seconds", "Unix time of the newest block seen."
+        )
+        self._endpoints = self._gauge("rpc_endpoints", "RPC endpoints configured.")
+        self._endpoints_fit = self._gauge(
+            "rpc_endpoints_fit", "RPC endpoints that are asked: they answer, and are believed."
+        )
+        self._rpc_calls = self._counter(
+            "rpc_calls",
+            "Calls to RPC endpoints, by result.",
+            method=[*RPC_METHODS, "other"],
+            result=get_args(RpcResult),
         )
         self._relay_reached = self._gauge("relay_reached", "1 when the relay answers.")
         self._relay_calls = self._counter(

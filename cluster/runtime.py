@@ -41,9 +41,10 @@ from actors.stores import RayStores
 from cluster import config as configuration
 from cluster import logs
 from cluster.artifacts import FolderArtifacts
+from cluster.chain.endpoints import Endpoints
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
-from cluster.chain.rpc import Rpc
+from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
@@ -59,6 +60,7 @@ LOOK_SECONDS = 2.0
 SILENT_LOOKS = 5
 """After so many looks without an answer the coordinator's process is begun anew."""
 ANSWER_SECONDS = 10.0
+RPC_SECONDS = 10.0
 APPLICATION = "crynux"
 GAS_RESERVE = Wei(10**16)
 """What an account must own beyond its stake before it joins: some thousand transactions' gas."""
@@ -105,6 +107,7 @@ def assemble(config: Config) -> World:
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
     digest = configuration.digest(config)
+    metrics = Metrics(cluster.__version__, digest)
     return World(
         version=cluster.__version__,
         config_digest=digest,
@@ -126,8 +129,10 @@ def assemble(config: Config) -> World:
             release(config),
             tuple(sorted({*config.models.preload_ids, *config.models.pin})),
         ),
-        open_network=functools.partial(open_network, config, identity, journal),
-        metrics=Metrics(cluster.__version__, digest),
+        open_network=functools.partial(
+            open_network, config, identity, journal, called=metrics.rpc_called
+        ),
+        metrics=metrics,
         policy=config.policy.policy,
         stake=config.network.stake,
         gas_reserve=GAS_RESERVE,
@@ -158,10 +163,12 @@ async def open_network(
     journal: SqlJournal,
     lease: Callable[[], Lease],
     make_outbox: Callable[..., Outbox] = Outbox,
+    called: Callable[[str, str], None] = lambda _method, _result: None,
 ) -> AsyncIterator[RunningNetwork]:
     """The on-chain form of the network, for one term of office."""
     network = config.network
-    rpc = Rpc.http(network.rpc_url)
+    endpoints = open_endpoints(config, called)
+    rpc = Rpc(endpoints.send, endpoints.close)
     try:
         with contextlib.suppress(ChainError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
@@ -179,9 +186,23 @@ async def open_network(
                 identity.public_key,
                 wall_clock,
                 NetworkSettings(poll=network.block_poll_seconds),
+                endpoints,
             )
     finally:
         await rpc.close()
+
+
+def open_endpoints(
+    config: Config, called: Callable[[str, str], None] = lambda _method, _result: None
+) -> Endpoints:
+    """All configured RPC endpoints, in their order."""
+    network = config.network
+    urls = (network.rpc_url, *network.fallback_rpc_urls)
+    # With others to ask, one that is slow needn't be waited for as long.
+    timeout = RPC_SECONDS if len(urls) == 1 else RPC_SECONDS / 2
+    transports = [http_transport(url, timeout) for url in urls]
+    chain_id, rate = network.chain_id, network.rpc_calls_per_second
+    return Endpoints(transports, chain_id, rate, called=called)
 
 
 def wall_clock() -> Timestamp:
@@ -307,7 +328,8 @@ def _check_port(host: str, port: int) -> None:
 
 
 async def _check_chain(config: Config) -> None:
-    rpc = Rpc.http(config.network.rpc_url)
+    endpoints = open_endpoints(config)
+    rpc = Rpc(endpoints.send, endpoints.close)
     try:
         await _check_contracts(config, rpc)
     finally:

@@ -30,12 +30,23 @@ class IdentityView(View):
     """The address of account 0; empty while no key is unlocked."""
 
 
+class EndpointStatus(View):
+    name: str
+    """The host, never the path, which may hold a key."""
+    problem: str = ""
+    """Why it isn't asked now."""
+    seconds: float | None = None
+    """How long it takes to answer, as a mean."""
+    head: int | None = None
+
+
 class ChainView(View):
     reached: bool
     chain_id: int
     block: int | None = None
     block_timestamp: float | None = None
     error: str | None = None
+    endpoints: tuple[EndpointStatus, ...] = ()
 
 
 class RelayView(View):

@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol
 
 import structlog
 
+from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.node_contract import NodeContract, Version
 from cluster.chain.outbox import Clock, Outbox
 from cluster.chain.outbox_rows import OutboxRow, task_intent
@@ -131,8 +132,10 @@ class ChainNetwork:
         public_key: Callable[[Address], bytes],
         clock: Clock,
         settings: NetworkSettings | None = None,
+        endpoints: Endpoints | None = None,
     ) -> None:
-        """`public_key` gives an account's 64 bytes, as `join` takes them."""
+        """`public_key` gives an account's 64 bytes, as `join` takes them. `endpoints` is what `rpc`
+        asks, to be watched, where that is more than one URL."""
         self._rpc = rpc
         self._contracts = contracts
         self._outbox = outbox
@@ -141,6 +144,7 @@ class ChainNetwork:
         self._public_key = public_key
         self._clock = clock
         self._settings = settings or NetworkSettings()
+        self._endpoints = endpoints
         self._chain_clock = ChainClock()
         self._newest = Block(0, Timestamp(0))
         self._newest_at = Timestamp(0)
@@ -258,6 +262,10 @@ class ChainNetwork:
     def _verb(self, account: Address, verb: str, data: bytes) -> None:
         self._outbox.ensure_verb(account, verb, self._contracts.node.address, data)
 
+    def endpoints(self) -> tuple[EndpointView, ...]:
+        """How each RPC endpoint does now."""
+        return () if self._endpoints is None else self._endpoints.views()
+
     # --- wake-ups and loops
 
     async def next_wakeup(self) -> Wakeup:
@@ -272,11 +280,13 @@ class ChainNetwork:
         self._wake(Wakeup(row.intent.account, f"outbox: {row.state.value}"))
 
     async def run(self) -> None:
-        """The watcher and the outbox, for ever; ends only by cancellation or, in an
+        """The watcher, the outbox and the endpoints, for ever; ends only by cancellation or, in an
         `ExceptionGroup`, by `LeaseLost` or a bug."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._outbox.run())
             group.create_task(self.watch())
+            if self._endpoints is not None:
+                group.create_task(self._endpoints.watch())
 
     async def watch(self) -> NoReturn:
         while True:

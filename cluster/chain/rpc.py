@@ -32,6 +32,8 @@ MAX_ANSWER = 64 * 2**20
 MAX_WORDS = 200
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _LAST_TIMESTAMP = 2**40
+MOST_PATIENCE = 300.0
+"""Seconds that an endpoint may have us wait."""
 TIP = Wei(10**9)
 """For whoever makes the block, in wei per gas."""
 
@@ -97,8 +99,25 @@ class Call:
         return fields
 
 
-def http_transport(url: str, timeout: float) -> tuple[Transport, Callable[[], Awaitable[None]]]:
-    """A transport over kept-alive connections, and the function that closes them.
+class Throttled(ChainError):
+    """The endpoint has too much to do (HTTP 429); `retry_after` in seconds, where it says so."""
+
+    def __init__(self, message: str, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class HttpTransport:
+    """`name` is the endpoint's host, which may be shown; the URL may hold a key."""
+
+    name: str
+    send: Transport
+    close: Callable[[], Awaitable[None]]
+
+
+def http_transport(url: str, timeout: float) -> HttpTransport:
+    """A transport over kept-alive connections.
 
     Redirects are not followed, and an answer of more than `MAX_ANSWER` bytes is not read.
     """
@@ -110,26 +129,34 @@ def http_transport(url: str, timeout: float) -> tuple[Transport, Callable[[], Aw
         question = {"jsonrpc": "2.0", "id": number, "method": method, "params": list(params)}
         try:
             async with asyncio.timeout(timeout):
-                status, body = await _post(client, url, question)
+                response, body = await _post(client, url, question)
         except (httpx.HTTPError, TimeoutError, OSError) as error:
             # Its text may hold the address, and the address a key.
             what = type(error).__name__
             raise ChainError(f"{method}: the endpoint doesn't answer: {what}") from None
-        return _answer(method, number, status, body)
+        if response.status_code == 429:
+            raise Throttled(f"{method}: HTTP 429", _retry_after(response))
+        return _answer(method, number, response.status_code, body)
 
-    return send, client.aclose
+    return HttpTransport(httpx.URL(url).netloc.decode("ascii"), send, client.aclose)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    said = response.headers.get("Retry-After", "")
+    within = re.fullmatch(r"\d{1,5}", said, re.ASCII)
+    return min(float(said), MOST_PATIENCE) if within else None
 
 
 async def _post(
     client: httpx.AsyncClient, url: str, question: Mapping[str, Any]
-) -> tuple[int, bytes]:
+) -> tuple[httpx.Response, bytes]:
     body = bytearray()
     async with client.stream("POST", url, json=question) as response:
         async for part in response.aiter_bytes():
             body += part
             if len(body) > MAX_ANSWER:
                 raise httpx.DecodingError("the answer is too long")
-    return response.status_code, bytes(body)
+    return response, bytes(body)
 
 
 def _answer(method: str, number: int, status: int, body: bytes) -> Mapping[str, Any]:
@@ -213,7 +240,8 @@ class Rpc:
 
     @classmethod
     def http(cls, url: str, timeout: float = 10.0) -> Rpc:
-        return cls(*http_transport(url, timeout))
+        made = http_transport(url, timeout)
+        return cls(made.send, made.close)
 
     async def close(self) -> None:
         if self._close is not None:
