@@ -36,6 +36,7 @@ from sqlalchemy import (
     event,
     insert,
     select,
+    text,
     update,
 )
 from sqlalchemy.engine import make_url
@@ -65,7 +66,14 @@ from cluster.core.types import (
 )
 from cluster.journal_events import decode_event, encode_event
 
-SCHEMA = "1"
+SCHEMA = "2"
+_UPGRADES = {
+    "1": (
+        "ALTER TABLE outbox ADD COLUMN offer TEXT",
+        "ALTER TABLE outbox ADD COLUMN block BIGINT",
+    )
+}
+"""By the schema that a journal has: what makes the next one of it."""
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
 _OWNER = "owner"
@@ -120,6 +128,8 @@ outbox_table = Table(
     Column("sent_at", Double),
     Column("updated_at", Double, nullable=False),
     Column("reason", Text, nullable=False),
+    Column("offer", Text),
+    Column("block", BigInteger),
 )
 cursors_table = Table(
     "cursors",
@@ -218,6 +228,19 @@ def _tune_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+def _upgrade(connection: Connection) -> None:
+    """One version after the other, each whole or not at all; what is newer is left alone."""
+    place = cursors_table.c.key == "schema"
+    while True:
+        found = connection.execute(select(cursors_table.c.value).where(place)).scalar() or ""
+        if found not in _UPGRADES:
+            return
+        for statement in _UPGRADES[found]:
+            connection.execute(text(statement))
+        newer = str(int(found) + 1)
+        connection.execute(update(cursors_table).where(place).values(value=newer))
+
+
 class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
@@ -243,6 +266,8 @@ class SqlJournal:
                     connection.execute(insert(cursors_table).values(key="schema", value=SCHEMA))
         except IntegrityError:
             pass  # another process made the rows at the same moment
+        with self._transaction() as connection:
+            _upgrade(connection)
         found = self.cursor("schema")
         if found != SCHEMA:
             raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")

@@ -20,6 +20,7 @@ from eth_abi.exceptions import DecodingError
 from eth_utils.address import is_address, to_checksum_address
 from pydantic_core import from_json
 
+from cluster.chain.fees import Market
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import Address, Timestamp, Wei
 
@@ -34,8 +35,6 @@ _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _LAST_TIMESTAMP = 2**40
 MOST_PATIENCE = 300.0
 """Seconds that an endpoint may have us wait."""
-TIP = Wei(10**9)
-"""For whoever makes the block, in wei per gas."""
 
 _ERROR_STRING = bytes.fromhex("08c379a0")
 _PANIC = bytes.fromhex("4e487b71")
@@ -298,17 +297,13 @@ class Rpc:
             "eth_estimateGas", await self.request("eth_estimateGas", call.fields(), _tag(block))
         )
 
-    async def gas_price(self, percent: int) -> Wei:
-        """What a legacy transaction offers for each gas.
-
-        On a chain with a base fee: twice that fee and a small tip, not a multiple of eth_gasPrice,
-        which follows what was offered and so would grow with every transaction of ours. Elsewhere
-        `percent` of eth_gasPrice.
-        """
+    async def market(self) -> Market:
+        """What the chain asks for gas. Not eth_gasPrice where there is a base fee: it follows what
+        was offered, and so would grow with every transaction of ours."""
         base_fee = (await self.head()).base_fee
         if base_fee is not None:
-            return Wei(2 * base_fee + TIP)
-        return Wei(_int("eth_gasPrice", await self.request("eth_gasPrice")) * percent // 100)
+            return Market(base_fee)
+        return Market(None, Wei(_int("eth_gasPrice", await self.request("eth_gasPrice"))))
 
     async def balance(self, address: Address, block: int | str) -> Wei:
         return Wei(
