@@ -52,9 +52,12 @@ from cluster.status import Status
 
 NAME = "coordinator"
 """The actor's name in its Ray namespace."""
-IDLE_LOOK_SECONDS = 5.0
-"""How often an account without a task is looked at when nothing wakes it."""
-BUSY_LOOK_SECONDS = 2.0
+SWEEP_SECONDS = 15.0
+"""Between two accounts of the sweep, which looks at one after the other, whatever their number."""
+BUSY_LOOK_SECONDS = 10.0
+"""How often an account with a task is looked at when nothing wakes it."""
+FIRST_LOOKS = 8
+"""Of how many accounts at one time, as a term begins."""
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
@@ -73,6 +76,10 @@ class RunningNetwork(Network, Protocol):
 
     def endpoints(self) -> tuple[EndpointView, ...]:
         """How each endpoint that the network is reached by does now."""
+        ...
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, in words."""
         ...
 
 
@@ -256,6 +263,7 @@ class Term:
             world.clock,
         )
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
+        self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
         self._stale: set[Address] = set()
         """Accounts of which something was heard since they were last looked at."""
@@ -278,6 +286,7 @@ class Term:
                     self._tend_fleet(),
                     self._tend_stores(),
                     self._safeguards.run(),
+                    self._sweep(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
                 tasks = [group.create_task(loop) for loop in loops]
@@ -308,7 +317,7 @@ class Term:
             slashed=frozenset(self._ledger.slashed),
             relay_error=self._reconciler.relay_error,
             endpoints=self._network.endpoints(),
-            alerts=self._safeguards.alerts(),
+            alerts=(*self._network.alerts(), *self._safeguards.alerts()),
         )
 
     def clear_quarantine(self, card: str) -> str:
@@ -348,8 +357,10 @@ class Term:
         patience = 0.5
         while True:
             self._wake[account].clear()
+            wait: float | None
             try:
-                wait = await self._turn(account)
+                async with self._looking:
+                    wait = await self._turn(account)
                 patience = 0.5
                 self._chain_errors.pop(account, None)
             except NetworkUnavailable as error:
@@ -358,7 +369,9 @@ class Term:
                 wait, patience = patience, min(patience * 2, 15.0)
             await self._sleep(account, wait)
 
-    async def _turn(self, account: Address) -> float:
+    async def _turn(self, account: Address) -> float | None:
+        """One look at the account and a turn for each of its tasks; seconds until the next look,
+        None when nothing is due."""
         known = [record.commitment for record in self._ledger.of_account(account)]
         heard = {account} & self._stale
         view = await self._network.look(account, known)
@@ -374,8 +387,9 @@ class Term:
         self._dispatch()
         self._world.metrics.turn_ended(Timestamp(self._world.clock()))
         busy = bool(self._ledger.of_account(account))
-        longest = BUSY_LOOK_SECONDS if busy else IDLE_LOOK_SECONDS
-        return longest if due is None else min(due, longest)
+        # One without a task waits for what wakes it, be it only the sweep.
+        longest = BUSY_LOOK_SECONDS if busy else None
+        return min((each for each in (due, longest) if each is not None), default=None)
 
     def _slashed(self, account: Address) -> None:
         """The account lost its stake: its task's record may never show it, so it is marked."""
@@ -383,7 +397,14 @@ class Term:
             self._log.error("slashed", account=account)
         self._ledger.mark_slashed(account)
 
-    async def _sleep(self, account: Address, seconds: float) -> None:
+    async def _sweep(self) -> None:
+        """Have every account looked at in turn: so every event is optional."""
+        while True:
+            for event in self._wake.values():
+                await asyncio.sleep(SWEEP_SECONDS)
+                event.set()
+
+    async def _sleep(self, account: Address, seconds: float | None) -> None:
         # Not wait_for: on Python 3.11 it can swallow a cancellation.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):

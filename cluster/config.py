@@ -92,6 +92,14 @@ def _http_url(value: object) -> str:
     return value.rstrip("/")
 
 
+def _ws_url(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.startswith(("ws://", "wss://")):
+        raise ValueError("expected a URL such as wss://host:port/path")
+    return _http_url(f"http{value.removeprefix('ws')}").replace("http", "ws", 1)
+
+
 def _s3_url(value: object) -> str | None:
     if value is None:
         return None
@@ -187,12 +195,14 @@ class Contracts(Section):
 
 class NetworkConfig(Section):
     """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
-    should; transactions go to all. `rpc_calls_per_second` is for each of them."""
+    should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
+    new blocks (eth_subscribe), where an endpoint offers that."""
 
     rpc_url: HttpUrl = Field(repr=False)
     fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
         default=(), repr=False
     )
+    ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
     rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     chain_id: int = Field(ge=1)
     devnet: bool = False

@@ -42,6 +42,7 @@ from cluster import config as configuration
 from cluster import logs
 from cluster.artifacts import FolderArtifacts
 from cluster.chain.endpoints import Endpoints
+from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc, http_transport
@@ -187,6 +188,7 @@ async def open_network(
                 wall_clock,
                 NetworkSettings(poll=network.block_poll_seconds),
                 endpoints,
+                Heads(network.ws_url),
             )
     finally:
         await rpc.close()

@@ -59,11 +59,14 @@ class Reverted(ChainError):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`base_fee` in wei per gas; None on a chain that has none (EIP-1559)."""
+    """`base_fee` in wei per gas; None on a chain that has none (EIP-1559). `hash` and `parent` are
+    empty where the endpoint doesn't say them."""
 
     number: int
     timestamp: Timestamp
     base_fee: Wei | None = None
+    hash: str = ""
+    parent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,11 @@ def _bytes(method: str, value: object) -> bytes:
         raise ChainError(f"{method}: {brief(value)} is not data") from None
 
 
+def _hash(value: object) -> str:
+    whole = isinstance(value, str) and re.fullmatch(r"0x[0-9a-fA-F]{64}", value)
+    return str(value).lower() if whole else ""
+
+
 def _log(value: object) -> Log | None:
     """The log, or None when it can't be one: a bad log must not hide those beside it."""
     if not isinstance(value, Mapping) or value.get("removed"):
@@ -287,7 +295,14 @@ class Rpc:
             _int(method, found.get("number")),
             Timestamp(timestamp),
             None if base_fee is None else Wei(_int(method, base_fee)),
+            _hash(found.get("hash")),
+            _hash(found.get("parentHash")),
         )
+
+    async def block_hash(self, number: int) -> str | None:
+        """Of the block with that number on the chain as it is now; None where there is none."""
+        found = await self.request("eth_getBlockByNumber", hex(number), False)
+        return _hash(found.get("hash")) or None if isinstance(found, Mapping) else None
 
     async def call(self, call: Call, block: int | str) -> bytes:
         return _bytes("eth_call", await self.request("eth_call", call.fields(), _tag(block)))

@@ -157,6 +157,9 @@ class FakeNetwork(Faulty):
     def endpoints(self) -> tuple[EndpointView, ...]:
         return ()
 
+    def alerts(self) -> tuple[str, ...]:
+        return ()
+
     def add(self, facts: TaskFacts, parameters: str | None = GOOD) -> None:
         self.tasks[facts.commitment] = facts
         if parameters is not None:
