@@ -178,7 +178,8 @@ class Endpoints:
     async def check(self) -> None:
         """One look at each: its chain, its head, and its block some way below the best head."""
         await asyncio.gather(*(self._check(index) for index in range(len(self._states))))
-        await self._compare_forks()
+        if len(self._states) > 1:
+            await self._compare_forks()
 
     async def _check(self, index: int) -> None:
         now = self._clock()
@@ -193,6 +194,8 @@ class Endpoints:
                 self._judge(index, replace(self._states[index], chain_id=other))
                 if other is not None:
                     return
+            if state.head is not None and now - state.head_at < CHECK_SECONDS:
+                return  # asked for just now anyway
             params = ("latest", False)
             answer = await self._ask(index, HEAD, params)
             self._learn(index, HEAD, params, answer)

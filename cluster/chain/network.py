@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
 import structlog
@@ -41,6 +41,8 @@ from cluster.core.types import (
 from cluster.journal import SqlJournal
 
 BELIEVED_SECONDS = 60.0
+HEAD_SECONDS = 5.0
+"""No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""
 _ANSWERABLE = frozenset({TaskStatus.STARTED, TaskStatus.PARAMETERS_UPLOADED})
@@ -131,6 +133,18 @@ class NetworkSettings:
     waiting: int = 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What was read at a block, and of which tasks."""
+
+    block: str
+    known: frozenset[Commitment]
+    view: AccountView
+
+    def fits(self, block: Block, known: Sequence[Commitment]) -> bool:
+        return bool(block.hash) and block.hash == self.block and self.known >= set(known)
+
+
 class ChainNetwork:
     def __init__(
         self,
@@ -161,6 +175,9 @@ class ChainNetwork:
         self._heads = heads or Heads(None)
         self._pulse = Pulse(self._settings.poll)
         self._deadlines: dict[Commitment, Timestamp] = {}
+        self._looked: dict[Address, _Looked] = {}
+        self._head_until = Timestamp(0.0)
+        """Until when the watcher's head is taken for the newest: its next look."""
         self._chain_clock = ChainClock()
         self._newest = Block(0, Timestamp(0))
         self._newest_at = Timestamp(0)
@@ -184,9 +201,13 @@ class ChainNetwork:
     # --- facts
 
     async def look(self, account: Address, known: Sequence[Commitment]) -> AccountView:
+        """Read once a block: what is asked for again until there is a new one is what was read."""
         self._accounts.add(account)
         block, now = await self._moment()
         at = block.number
+        looked = self._looked.get(account)
+        if looked is not None and looked.fits(block, known):
+            return replace(looked.view, now=now)
         contracts = self._contracts
         info, stake, balance, qos, current = await asyncio.gather(
             contracts.node.info(account, at),
@@ -204,14 +225,13 @@ class ChainNetwork:
             if facts.selected_node == account:
                 self._holders.learn(facts.commitment, account)
             self._learn_deadline(facts)
-        return AccountView(
-            at,
-            now,
-            AccountFacts(
-                account, info.status, info.gpu_class, stake, balance, qos, current, info.models
-            ),
-            tasks,
+        facts_of_account = AccountFacts(
+            account, info.status, info.gpu_class, stake, balance, qos, current, info.models
         )
+        view = AccountView(at, now, facts_of_account, tasks)
+        if block.hash:
+            self._looked[account] = _Looked(block.hash, frozenset(known), view)
+        return view
 
     def _learn_deadline(self, facts: TaskFacts) -> None:
         """Until when an answer is taken, by the network's clock."""
@@ -230,7 +250,9 @@ class ChainNetwork:
         """The block to read at: an endpoint of many machines may answer with an older head than
         before, and a later look must not see less. One that stays behind for long is believed:
         then it was the higher number that was wrong, or that block is gone."""
-        head, wall = await self._rpc.head(), self._clock()
+        head, wall = self._watcher.head, self._clock()
+        if head is None or wall >= self._head_until:
+            head, wall = await self._rpc.head(), self._clock()
         now = self._chain_clock.observe(head, wall)
         if head.number >= self._newest.number or wall - self._newest_at > BELIEVED_SECONDS:
             self._newest, self._newest_at = head, wall
@@ -313,6 +335,9 @@ class ChainNetwork:
             self._wakeups.put_nowait(wakeup)
 
     def _resolved(self, row: OutboxRow) -> None:
+        # It may be in a block that the watcher hasn't seen.
+        self._looked.pop(row.intent.account, None)
+        self._head_until = Timestamp(0.0)
         self._wake(Wakeup(row.intent.account, f"outbox: {row.state.value}"))
 
     async def run(self) -> None:
@@ -343,4 +368,6 @@ class ChainNetwork:
         head, now = self._watcher.head, self._clock()
         if head is not None:
             self._pulse.saw(head.number, head.timestamp, now)
-        return LIVE_SECONDS if self._heads.is_live else self._pulse.pause(now)
+        pause = LIVE_SECONDS if self._heads.is_live else self._pulse.pause(now)
+        self._head_until = Timestamp(now + min(pause, HEAD_SECONDS))
+        return pause

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.chain import health
-from cluster.chain.endpoints import SEND, Endpoints
+from cluster.chain.endpoints import CHECK_SECONDS, SEND, Endpoints
 from cluster.chain.health import Bucket, Endpoint
 from cluster.chain.rpc import HttpTransport, Throttled
 from cluster.core.errors import ChainError
@@ -225,6 +225,7 @@ async def test_one_that_lags_is_not_believed(rig: Rig) -> None:
     assert rig.problems() == ["10 blocks behind", "", ""]
     assert await rig.ask() == "b"
     rig.nodes[0].head = 100
+    rig.time.now += CHECK_SECONDS
     await rig.endpoints.check()
     assert await rig.ask() == "a"
 
