@@ -9,6 +9,8 @@ lease can't write anything, however late it wakes up. Epochs only grow; each acq
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -77,6 +79,9 @@ _UPGRADES = {
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
 _OWNER = "owner"
+_SWITCH_TRIES = 100
+_MAKING = 0x63727978
+"""PostgreSQL's advisory lock of whoever makes the tables; any number that is nobody else's."""
 
 metadata = MetaData()
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
@@ -191,13 +196,22 @@ _OWNED = {
 def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(
+                drivername="postgresql+psycopg"
+            )  # the driver that is ours to install
         engine = create_engine(
             parsed,
             pool_pre_ping=not url.startswith("sqlite"),
             # They are in the text of errors otherwise, and prompts among them.
             hide_parameters=True,
         )
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the journal's URL needs a package that isn't installed ({error.name}); "
+            "for PostgreSQL: pip install '.[postgres]'"
+        ) from error
+    except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(f"the journal's URL can't be used: {error}") from error
     if engine.dialect.name == "sqlite":
         _make_folder(parsed.database)
@@ -219,8 +233,9 @@ def _tune_sqlite(engine: Engine) -> None:
     def _connected(connection: Any, _record: Any) -> None:
         # The driver's own implicit BEGIN would come too late to be IMMEDIATE.
         connection.isolation_level = None
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
+        for pragma in ("busy_timeout=30000", "synchronous=FULL"):
             connection.execute(f"PRAGMA {pragma}")
+        _write_ahead(connection)
 
     @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
@@ -241,6 +256,17 @@ def _upgrade(connection: Connection) -> None:
         connection.execute(update(cursors_table).where(place).values(value=newer))
 
 
+def _write_ahead(connection: Any) -> None:
+    """The file's mode for good. The switch waits for no lock, whatever the timeout, so while
+    another process makes it, it is tried again."""
+    for _ in range(_SWITCH_TRIES):
+        with suppress(sqlite3.OperationalError):
+            if connection.execute("PRAGMA journal_mode=WAL").fetchone()[0] == "wal":
+                return
+        time.sleep(0.05)
+    connection.execute("PRAGMA journal_mode=WAL")
+
+
 class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
@@ -255,6 +281,9 @@ class SqlJournal:
 
     def _prepare(self) -> None:
         with self._transaction() as connection:
+            if connection.dialect.name == "postgresql":
+                # "If it isn't there" is no protection there from another who finds the same.
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MAKING})"))
             metadata.create_all(connection)
             quarantine_rows.metadata.create_all(connection)
         try:
