@@ -19,15 +19,18 @@ from typing import Any, cast
 from PIL import Image
 from web3 import HTTPProvider, Web3
 
-from actors.coordinator import Coordinator, World
+from actors.coordinator import Coordinator, RunningNetwork, World
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
 from cluster import config as configuration
 from cluster import runtime
-from cluster.core.ports import Computed, Order
+from cluster.core.ports import Computed, Lease, Order
 from cluster.core.types import (
+    AccountView,
+    Address,
     AttemptId,
     CardUuid,
+    Commitment,
     GigaBytes,
     Gpu,
     GpuClass,
@@ -109,6 +112,8 @@ class ChainRoom:
     coordinator: Coordinator
     accounts: int
     calls: Counter[str] = field(default_factory=Counter)
+    looks: list[tuple[float, str]] = field(default_factory=list)
+    """When the coordinator began to look at which account, by the loop's clock."""
 
     async def until_joined(self) -> None:
         while True:
@@ -127,12 +132,13 @@ class ChainRoom:
 
 
 @contextlib.asynccontextmanager
-async def chain_room(accounts: int, block_time: float, **network: Any) -> AsyncIterator[ChainRoom]:
-    """`network` are settings of the configuration's section of that name."""
+async def chain_room(
+    accounts: int, block_time: float, heads: bool = False
+) -> AsyncIterator[ChainRoom]:
+    """`heads`: new blocks are announced by WebSocket."""
     settings: dict[str, Any] = {
         "canary": {"interval_seconds": 0},
         "logs": {"level": "error"},
-        "network": network,
     }
     cards = (SimulatedCards(CARD, GigaBytes(24), accounts),)
     with (
@@ -140,28 +146,50 @@ async def chain_room(accounts: int, block_time: float, **network: Any) -> AsyncI
         Devnet(Path(folder), block_time=block_time, cards=cards, settings=settings) as devnet,
     ):
         config = configuration.load(devnet.config_file)
+        if heads:
+            url = config.network.rpc_url.replace("http", "ws", 1)
+            network = config.network.model_copy(update={"ws_url": url})
+            config = config.model_copy(update={"network": network})
         world: World = runtime.assemble(config)
         calls: Counter[str] = Counter()
         identity = Identity.load(devnet.directory / "seed")
+        looks: list[tuple[float, str]] = []
+        opened = functools.partial(
+            runtime.open_network,
+            config,
+            identity,
+            world.journal,
+            called=lambda method, _result: calls.update([method]),
+        )
         world = replace(
             world,
             pool=cast(RayGpuPool, Cards(accounts)),
             stores=RayStores(None, "bench", ()),
-            open_network=functools.partial(
-                runtime.open_network,
-                config,
-                identity,
-                world.journal,
-                called=lambda method, _result: calls.update([method]),
-            ),
+            open_network=functools.partial(_watched, opened, looks),
         )
         coordinator = Coordinator(world, "bench")
         running = asyncio.create_task(coordinator.run())
         try:
-            yield ChainRoom(devnet, coordinator, accounts, calls)
+            yield ChainRoom(devnet, coordinator, accounts, calls, looks)
         finally:
             await coordinator.stop()
             await running
+
+
+@contextlib.asynccontextmanager
+async def _watched(
+    opened: Callable[..., Any], looks: list[tuple[float, str]], lease: Callable[[], Lease]
+) -> AsyncIterator[RunningNetwork]:
+    """The network, with a note of each look."""
+    async with opened(lease) as network:
+        look = network.look
+
+        async def noted(account: Address, known: Sequence[Commitment]) -> AccountView:
+            looks.append((asyncio.get_running_loop().time(), account))
+            return cast(AccountView, await look(account, known))
+
+        network.look = noted
+        yield network
 
 
 def specs(count: int, base: str) -> list[TaskSpec]:
