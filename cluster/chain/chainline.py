@@ -79,7 +79,7 @@ class Pulse:
     """
 
     least: float
-    """Seconds between two looks at the least."""
+    """Seconds between two looks, as long as nothing is known, and for slow chains."""
     most: float = 15.0
     _number: int = -1
     _timestamp: float = 0.0
@@ -102,4 +102,6 @@ class Pulse:
         if self._gap is None or self._delay is None:
             return self.least
         expected = self._timestamp + self._gap + self._delay
-        return min(max(expected - now, self.least), self.most)
+        # Overdue, it may come at any moment.
+        least = min(self.least, self._gap / 3)
+        return min(max(expected - now, least), self.most)
