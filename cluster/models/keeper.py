@@ -39,7 +39,7 @@ from cluster.models.sources import Absent, Changed, Denied, Listing, Source, Sou
 from cluster.models.store import ModelStore
 from cluster.models.throttle import Throttle
 from cluster.models.transfer import Damaged, Gate, Transfer, sha256_of
-from cluster.models.weights_check import check_file, check_text
+from cluster.models.weights_check import check_file, check_table, check_text
 
 LOOK_SECONDS: Final = 0.1
 TELL_SECONDS: Final = 0.5
@@ -389,6 +389,8 @@ def _check_all(folder: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix == ".safetensors":
             check_file(path)
+        elif path.suffix in {".model", ".spm"}:
+            check_table(path, MOST_TEXT)
         else:
             check_text(path, MOST_TEXT)
     keep = {*paths, *(parent for path in paths for parent in path.parents)}

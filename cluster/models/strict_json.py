@@ -9,5 +9,6 @@ from pydantic_core import from_json
 
 
 def loads(raw: bytes | str) -> Any:
-    """Raises `ValueError` for what isn't JSON, or is nested too deep."""
-    return from_json(raw, allow_inf_nan=False)
+    """Raises `ValueError` for what isn't JSON, or is nested too deep. NaN and Infinity pass, which
+    some models' configurations have."""
+    return from_json(raw)

@@ -1,7 +1,10 @@
-"""Files before anything opens them: the header of safetensors, and text that goes with weights.
+"""What a weights file or its companion says of itself, checked before anything else opens it.
 
-The format: eight bytes of length, little-endian; so many bytes of JSON; the tensors' data, without
-a gap. What passes here the format's own reader takes; what it would read in another way does not.
+A safetensors file is a header's length (u64, little-endian), the header (a JSON object) and the
+tensors' data (https://github.com/huggingface/safetensors, "Format"). The header's grammar is far
+smaller than JSON's, and only that grammar is read here: no nesting, no number beyond 20 digits and
+nothing in a place where it has no business, so that a hostile header ends at its first wrong
+character and takes neither the stack nor the memory. What passes here, the package opens.
 """
 
 from __future__ import annotations
@@ -9,50 +12,46 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cluster.models import strict_json
 from cluster.models.refusals import Refused, Rule
 
-MAX_HEADER: Final = 100_000_000
-"""Bytes, as the format's own reader has it."""
+MAX_HEADER: Final = 100 * 10**6
+"""Bytes. The format's own reader takes no more."""
 MAX_TENSORS: Final = 100_000
-MAX_RANK: Final = 16
+MAX_METADATA: Final = 100_000
 MAX_NAME: Final = 1_000
+MAX_RANK: Final = 16
+MAX_DEPTH: Final = 100
+"""Of a JSON companion. Python's own reader goes to about 1,000, less what is on the stack."""
+
 BITS: Final = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
-_KEYS: Final = frozenset({"dtype", "shape", "data_offsets"})
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "I8": 8, "U8": 8,
+    "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Of one element. The names are those that safetensors 0.8 knows."""
+
+_LENGTH: Final = 8
+_METADATA: Final = "__metadata__"
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,19}")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+_DECODER: Final = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Its bytes are from `start` up to `end` in the file's data."""
+    """One entry of a header; `start` and `end` are bytes from the beginning of the data."""
 
     name: str
     dtype: str
@@ -61,131 +60,253 @@ class Tensor:
     end: int
 
 
-class _Wrong(ValueError):
-    pass
-
-
 def check_file(file: Path) -> tuple[Tensor, ...]:
-    """Reads the header only. Raises `Refused`."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        # One too long is found out below, without being read.
-        stream.seek(0)
-        head = stream.read(8 + min(length, MAX_HEADER))
-    return check_header(head, size, file.name)
+    """The file's tensors by their place in it; of the file only the header is read.
 
-
-def check_header(head: bytes, file_size: int, name: str = "file") -> tuple[Tensor, ...]:
-    """The tensors in order of their bytes; `head` begins the file and holds all of its header.
-
-    Raises `Refused` (HEADER).
+    Raises `Refused` (`HEADER`), and `OSError` where the disk fails.
     """
+    said = file.stat()
     try:
-        return _tensors(head, file_size)
-    except _Wrong as error:
-        raise Refused(Rule.HEADER, f"{name}: not safetensors: {error}") from None
+        if not stat.S_ISREG(said.st_mode):
+            raise _refused("it is not a file")
+        with file.open("rb") as source:
+            head = source.read(_LENGTH)
+            head += source.read(_header_size(head, said.st_size))
+        return check_header(head, said.st_size)
+    except Refused as refused:
+        raise Refused(refused.rule, f"{_line(file)}: {refused}") from None
+
+
+def check_header(head: bytes, file_size: int) -> tuple[Tensor, ...]:
+    """`head` begins the file and holds at least the length and the header; raises `Refused`."""
+    size = _header_size(head, file_size)
+    raw = head[_LENGTH : _LENGTH + size]
+    if len(raw) < size:
+        raise _refused("the header is cut off")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _refused("the header is not UTF-8") from None
+    tensors = sorted(_entries(text), key=lambda tensor: (tensor.start, tensor.end))
+    end = 0
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a gap"
+            raise _refused(f"tensor {tensor.name[:100]!r} {what}")
+        end = tensor.end
+    data = file_size - _LENGTH - size
+    if end != data:
+        raise _refused(f"the tensors take {end} bytes and the file has {data} for them")
+    return tuple(tensors)
 
 
 def check_text(file: Path, most: int) -> None:
-    """A configuration or a tokenizer: JSON, UTF-8 text, or sentencepiece's table as it is.
+    """A configuration, a vocabulary or a template: UTF-8 of at most `most` bytes, without NUL.
 
-    Raises `Refused`.
+    What is named `.json` parses, as Python reads JSON (the NaN and Infinity that transformers
+    writes into configurations pass). Raises `Refused` (`FILE_SIZE`, `FILE_KIND`), and `OSError`
+    where the disk fails.
     """
-    size = file.stat().st_size
-    if size > most:
-        raise Refused(Rule.FILE_SIZE, f"{file.name}: {size} bytes, {most} at most")
-    content = file.read_bytes()
-    if file.suffix in {".model", ".spm"}:
-        if content[:2] == b"PK" or content[:1] == b"\x80":
-            raise Refused(Rule.FILE_KIND, f"{file.name}: a pickle or an archive, not a tokenizer")
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is not a file")
+    with file.open("rb") as source:
+        raw = source.read(most + 1)
+    if len(raw) > most:
+        raise Refused(Rule.FILE_SIZE, f"{_line(file)}: it has more than {most} bytes")
+    if b"\0" in raw:
+        raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is not text")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is not UTF-8") from None
+    if not file.name.endswith(".json"):
         return
     try:
-        text = content.decode("utf-8")
-        if "\0" in text:
-            raise ValueError
-        if file.suffix == ".json":
-            strict_json.loads(text)
+        data: object = strict_json.loads(text)
     except ValueError:
-        raise Refused(Rule.FILE_KIND, f"{file.name}: not what its name says") from None
+        raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is not JSON") from None
+    if _deeper(data, MAX_DEPTH):
+        raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is nested too deeply")
 
 
-def _tensors(head: bytes, file_size: int) -> tuple[Tensor, ...]:
-    if len(head) < 8:
-        raise _Wrong("shorter than a header's length")
-    length = int.from_bytes(head[:8], "little")
-    if length > MAX_HEADER:
-        raise _Wrong(f"a header of {length} bytes")
-    if 8 + length > file_size or 8 + length > len(head):
-        raise _Wrong("shorter than its header")
-    entries = _entries(head[8 : 8 + length])
-    entries.pop("__metadata__", None)
-    if len(entries) > MAX_TENSORS:
-        raise _Wrong(f"{len(entries)} tensors")
-    found = [_tensor(name, said) for name, said in entries.items()]
-    found.sort(key=lambda tensor: (tensor.start, tensor.end))
-    at = 0
-    for tensor in found:
-        if tensor.start != at:
-            raise _Wrong("tensors that overlap or leave a gap")
-        at = tensor.end
-    if at != file_size - 8 - length:
-        raise _Wrong("its data isn't as long as its tensors")
-    return tuple(found)
+def check_table(file: Path, most: int) -> None:
+    """A sentencepiece table (`.model`, `.spm`), which is protobuf: bounded, neither a pickle nor
+    an archive under another name. Raises `Refused`, and `OSError` where the disk fails."""
+    if file.stat().st_size > most:
+        raise Refused(Rule.FILE_SIZE, f"{_line(file)}: it has more than {most} bytes")
+    with file.open("rb") as source:
+        head = source.read(4)
+    if head.startswith((b"\x80", b"PK")):
+        raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is not a tokenizer's table")
 
 
-def _entries(raw: bytes) -> dict[str, Any]:
-    if not raw.startswith(b"{"):
-        raise _Wrong("a header that doesn't begin with {")
-    try:
-        strict_json.loads(raw)  # not nested too deep for the next line
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_never)
-    except _Wrong:
-        raise
-    except ValueError:
-        raise _Wrong("a header that isn't JSON") from None
-    if not isinstance(entries, dict):
-        raise _Wrong("a header that isn't an object")
-    metadata = entries.get("__metadata__", {})
-    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    if not texts:
-        raise _Wrong("metadata other than text")
-    return entries
+def _header_size(head: bytes, file_size: int) -> int:
+    if len(head) < _LENGTH:
+        raise _refused("it is too short for a header's length")
+    size = int.from_bytes(head[:_LENGTH], "little")
+    if size > MAX_HEADER:
+        raise _refused(f"a header of {size} bytes is too long")
+    if size > file_size - _LENGTH:
+        raise _refused(f"a header of {size} bytes is longer than the file")
+    return size
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise _Wrong("a name that stands twice")
-    return made
+def _entries(text: str) -> list[Tensor]:
+    if not text.startswith("{"):
+        raise _refused("the header does not begin with {")
+    reader = _Reader(text)
+    tensors: list[Tensor] = []
+    for name in reader.members():
+        if name == _METADATA:
+            _skip_metadata(reader)
+            continue
+        if len(tensors) == MAX_TENSORS:
+            raise _refused(f"it has more than {MAX_TENSORS} tensors")
+        if len(name) > MAX_NAME:
+            raise _refused(f"a tensor's name has {len(name)} characters")
+        if _CONTROL.search(name):
+            raise _refused(f"a tensor's name has a control character: {name[:100]!r}")
+        tensors.append(_tensor(reader, name))
+    if text[reader.at :].strip(" "):
+        raise _refused("something follows the header's object")
+    return tensors
 
 
-def _never(_: str) -> None:
-    raise _Wrong("a number that JSON doesn't have")
+def _skip_metadata(reader: _Reader) -> None:
+    for count, _ in enumerate(reader.members()):
+        if count == MAX_METADATA:
+            raise _refused(f"{_METADATA} has more than {MAX_METADATA} entries")
+        reader.string()
 
 
-def _tensor(name: str, said: object) -> Tensor:
-    if len(name) > MAX_NAME or _CONTROL.search(name) or not _is_text(name):
-        raise _Wrong("a tensor's name that is none")
-    if not isinstance(said, dict) or said.keys() != _KEYS:
-        raise _Wrong("a tensor that isn't described by dtype, shape and data_offsets")
-    dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise _Wrong("a type of number that isn't known")
-    if not _are_sizes(shape) or len(shape) > MAX_RANK:
-        raise _Wrong("a shape that is none")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise _Wrong("offsets that are none")
-    bits = math.prod(shape) * BITS[dtype]
-    if bits % 8 or bits >= 2**63 or offsets[1] - offsets[0] != bits // 8:
-        raise _Wrong("a tensor whose bytes don't fit its shape")
-    return Tensor(name, dtype, tuple(shape), offsets[0], offsets[1])
+def _tensor(reader: _Reader, name: str) -> Tensor:
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+    shown = f"tensor {name[:100]!r}"
+    for key in reader.members():
+        if key == "dtype":
+            dtype = reader.string()
+        elif key == "shape":
+            shape = reader.numbers(MAX_RANK)
+        elif key == "data_offsets":
+            offsets = reader.numbers(2)
+        else:
+            raise _refused(f"{shown} has a foreign key {key[:100]!r}")
+    if dtype is None or shape is None or offsets is None:
+        raise _refused(f"{shown} lacks its dtype, shape or data_offsets")
+    if len(offsets) != 2:
+        raise _refused(f"{shown} has {len(offsets)} offsets")
+    size = _size(dtype, shape, shown)
+    start, end = offsets
+    if end - start != size:
+        raise _refused(f"{shown} is {size} bytes by its shape and {end - start} by its offsets")
+    return Tensor(name, dtype, shape, start, end)
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+def _size(dtype: str, shape: tuple[int, ...], shown: str) -> int:
+    """Bytes."""
+    bits = BITS.get(dtype)
+    if bits is None:
+        raise _refused(f"{shown} is of an unknown dtype {dtype[:100]!r}")
+    # Without the zeros, since numpy and torch multiply so for their strides.
+    if math.prod(length or 1 for length in shape) * bits >= 8 * 2**63:
+        raise _refused(f"{shown} has a shape too large")
+    size, left = divmod(math.prod(shape) * bits, 8)
+    if left:
+        raise _refused(f"{shown} does not end at a whole byte")
+    return size
 
 
-def _is_text(name: str) -> bool:
-    """No halves of surrogate pairs, which JSON can spell and UTF-8 can't."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+class _Reader:
+    """The header's grammar: objects with keys that differ, strings, lists of whole numbers."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def members(self) -> Iterator[str]:
+        """The keys of the object that begins here; each key's value is the caller's to read."""
+        self._take("{")
+        if self._next() == "}":
+            self.at += 1
+            return
+        seen: set[str] = set()
+        while True:
+            key = self.string()
+            if key in seen:
+                raise _refused(f"the key {key[:100]!r} is there twice")
+            seen.add(key)
+            self._take(":")
+            yield key
+            if self._take(",}") == "}":
+                return
+
+    def string(self) -> str:
+        if self._next() != '"':
+            raise _refused(f"no string at character {self.at}")
+        try:
+            value, self.at = _DECODER.raw_decode(self.text, self.at)
+        except ValueError:
+            raise _refused(f"a damaged string at character {self.at}") from None
+        # JSON can spell half a character, which no UTF-8 can hold.
+        if not isinstance(value, str) or _SURROGATE.search(value):
+            raise _refused(f"a string that is not Unicode before character {self.at}")
+        return value
+
+    def numbers(self, most: int) -> tuple[int, ...]:
+        self._take("[")
+        values: list[int] = []
+        if self._next() == "]":
+            self.at += 1
+            return ()
+        while True:
+            self._next()
+            match = _NUMBER.match(self.text, self.at)
+            if match is None:
+                raise _refused(f"no whole number at character {self.at}")
+            if len(values) == most:
+                raise _refused(f"a list of more than {most} numbers at character {self.at}")
+            values.append(int(match[0]))
+            self.at = match.end()
+            if self._take(",]") == "]":
+                return tuple(values)
+
+    def _next(self) -> str:
+        """The character that comes after white space, or nothing at the end."""
+        match = _SPACE.match(self.text, self.at)
+        if match is not None:
+            self.at = match.end()
+        return self.text[self.at : self.at + 1]
+
+    def _take(self, wanted: str) -> str:
+        found = self._next()
+        if not found or found not in wanted:
+            raise _refused(f"the header is not as the format says at character {self.at}")
+        self.at += 1
+        return found
+
+
+def _deeper(data: object, most: int) -> bool:
+    """Level by level, so that the depth costs no stack."""
+    level = [data]
+    for _ in range(most):
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += [inner for inner in value.values() if isinstance(inner, dict | list)]
+            elif isinstance(value, list):
+                below += [inner for inner in value if isinstance(inner, dict | list)]
+        if not below:
+            return False
+        level = below
+    return True
+
+
+def _refused(what: str) -> Refused:
+    return Refused(Rule.HEADER, what)
+
+
+def _line(file: Path) -> str:
+    name = file.name[:100]
+    return name if name.isprintable() else ascii(name)
