@@ -15,7 +15,7 @@ from cluster.core.errors import IllegalMove
 from cluster.core.lifecycle import WriteState
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
-from cluster.journal import outbox_table as table
+from cluster.journal_tables import outbox_table as table
 
 
 class RowState(enum.Enum):

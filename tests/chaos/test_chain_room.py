@@ -30,7 +30,8 @@ from cluster.chain.outbox_rows import RowState
 from cluster.chain.rpc import Rpc, http_transport
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.types import Address, Commitment, NodeStatus, Score, TaskStatus, Timestamp, Wei
-from cluster.journal import SqlJournal, outbox_table
+from cluster.journal import SqlJournal
+from cluster.journal_tables import outbox_table
 from devnet.anvil import Anvil
 from devnet.compile import load as contract
 from devnet.deploy import APPLICATION, RELAY, deploy, dev_account, fund, public_key, sampling_proof

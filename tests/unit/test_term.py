@@ -38,7 +38,8 @@ from cluster.core.types import (
     Wei,
 )
 from cluster.inference import canary
-from cluster.journal import SqlJournal, lease_table
+from cluster.journal import SqlJournal
+from cluster.journal_tables import lease_table
 from cluster.metrics import Metrics
 from cluster.status import Status
 from tests.unit.actor_fakes import (
