@@ -19,6 +19,8 @@ from pathlib import Path
 from random import random
 from typing import Final
 
+import structlog
+
 from cluster.core.errors import (
     Cancelled,
     ClusterError,
@@ -41,8 +43,11 @@ from cluster.models.throttle import Throttle
 from cluster.models.transfer import Damaged, Gate, Transfer, sha256_of
 from cluster.models.weights_check import check_file, check_table, check_text
 
+_log = structlog.get_logger("models")
+
 LOOK_SECONDS: Final = 0.1
 TELL_SECONDS: Final = 0.5
+LOG_SECONDS: Final = 15.0
 FIRST_PATIENCE, MOST_PATIENCE = 1.0, 60.0
 SECOND_LOOK: Final = 3.0
 """Seconds before the same host is asked again whether a model exists."""
@@ -145,8 +150,7 @@ class Keeper:
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
         if self.has(ref):
-            if self.sources:
-                self._note_use(ref)
+            self._note_use(ref, wanted)
             return
         if not any(source.serves(ref) for source in self.sources):
             raise ModelUnavailable(
@@ -156,14 +160,16 @@ class Keeper:
         try:
             self.disk.prepare()
             self._fetch_in_turn(ref, wanted)
-            self._note_use(ref)
+            self._note_use(ref, wanted)
         except OSError as error:
             reason = f"{ref}: the store can't be written: {error.strerror or error}"
             raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
 
-    def _note_use(self, ref: ModelRef) -> None:
-        with contextlib.suppress(OSError):
-            self.disk.used(ref.key, self.clock())
+    def _note_use(self, ref: ModelRef, wanted: Wanted) -> None:
+        """A task's; that the network asks for a model says little of whether it is needed."""
+        if self.sources and not wanted.background:
+            with contextlib.suppress(OSError):
+                self.disk.used(ref.key, self.clock())
 
     # --- fetching --------------------------------------------------------------------------------
 
@@ -242,7 +248,7 @@ class Keeper:
         folder = self.disk.partial(ref.key)
         teller = _Teller(self, ref, listing, wanted)
         try:
-            self.room.make(listing.size, ref, teller.tell)
+            self.room.make(listing.size, ref, teller.tell, wanted.background)
             folder.mkdir(parents=True, exist_ok=True)
             _forget_other(folder, listing)
             gate = self._gate(ref, wanted, listing, teller)
@@ -308,7 +314,7 @@ class Keeper:
                 self._check_wanted(wanted)
             fresh = teller.arrived(size)
             if unknown and fresh % CHECK_ROOM < size:
-                self.room.make(fresh + CHECK_ROOM, ref)
+                self.room.make(fresh + CHECK_ROOM, ref, gentle=wanted.background)
             if (pause := throttle.take(size)) > 0:
                 self._pause(pause, wanted)
 
@@ -348,7 +354,20 @@ class _Teller:
         )
         self.fresh = 0
         self._told_at = 0.0
+        self._logged_at = keeper.clock()
         self._lock = threading.Lock()
+
+    def _log(self) -> None:
+        told = self._progress
+        _log.info(
+            "model_arriving",
+            model=str(told.ref),
+            source=told.source,
+            done_bytes=told.done,
+            total_bytes=told.total,
+            bytes_per_second=round(told.rate),
+            seconds_left=None if told.seconds_left is None else round(told.seconds_left),
+        )
 
     def tell(self) -> None:
         self._disk.tell(self._progress.ref.key, self._progress)
@@ -370,6 +389,9 @@ class _Teller:
             rate = self.fresh / max(now - self._progress.started_at, 0.001)
             self._progress = replace(self._progress, rate=rate)
             self.tell()
+            if now - self._logged_at >= LOG_SECONDS:
+                self._logged_at = now
+                self._log()
         self._wanted.alive()
 
 

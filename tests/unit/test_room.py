@@ -64,6 +64,21 @@ def test_the_pinned_stay(tmp_path: Path) -> None:
     assert here(store) == {A, C}
 
 
+def test_what_the_network_asks_for_displaces_nothing_that_tasks_need(tmp_path: Path) -> None:
+    store = small(tmp_path, 2.5)
+    store.ensure(A, NOBODY)
+    store.ensure(B, Wanted(background=True))
+    store.ensure(C, Wanted(background=True))
+    assert here(store) == {A, C}, "the one that no task has needed made room"
+    store.ensure(C, NOBODY)
+    with pytest.raises(Refused) as caught:
+        store.ensure(D, Wanted(background=True))
+    assert caught.value.rule is Rule.QUOTA
+    assert here(store) == {A, C}
+    store.ensure(D, NOBODY)
+    assert D in here(store), "a task's may"
+
+
 def test_what_is_in_use_stays(tmp_path: Path) -> None:
     store = small(tmp_path, 2.5)
     with store.held((A,), NOBODY):
