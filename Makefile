@@ -36,7 +36,7 @@ unit: $(STAMP)  ## unit tests: no sockets, no ray
 	@$(BIN)/python -m pytest tests/unit -q
 
 integration: setup  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
-	@$(BIN)/python -m pytest tests/integration -q
+	@$(BIN)/python -m pytest tests/integration tests/chaos -q
 
 docs: $(STAMP)  ## write docs/lifecycle.md from the table
 	@$(BIN)/python docs/generate.py

@@ -26,8 +26,10 @@ from actors.overview import Sight, describe, totals_of
 from actors.pool import RayGpuPool
 from actors.reconciler import Reconciler
 from actors.safeguards import Safeguards, SafeguardSettings
+from actors.stores import FETCHED_BYTES, RayStores, of_class
 from cluster.chain import outbox_rows
-from cluster.core import fleet
+from cluster.chain.endpoints import EndpointView
+from cluster.core import declaring, fleet
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Artifacts, Lease, Network
@@ -50,9 +52,12 @@ from cluster.status import Status
 
 NAME = "coordinator"
 """The actor's name in its Ray namespace."""
-IDLE_LOOK_SECONDS = 5.0
-"""How often an account without a task is looked at when nothing wakes it."""
-BUSY_LOOK_SECONDS = 2.0
+SWEEP_SECONDS = 15.0
+"""Between two accounts of the sweep, which looks at one after the other, whatever their number."""
+BUSY_LOOK_SECONDS = 10.0
+"""How often an account with a task is looked at when nothing wakes it."""
+FIRST_LOOKS = 8
+"""Of how many accounts at one time, as a term begins."""
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
@@ -61,12 +66,21 @@ MOST_MODELS = 16
 BETWEEN_TERMS_SECONDS = 0.5
 POOL_SECONDS = 1.0
 FLEET_SECONDS = 2.0
+STORES_SECONDS = 3.0
 
 
 class RunningNetwork(Network, Protocol):
     """A network with loops of its own (watcher, outbox), which run while a term lasts."""
 
     async def run(self) -> None: ...
+
+    def endpoints(self) -> tuple[EndpointView, ...]:
+        """How each endpoint that the network is reached by does now."""
+        ...
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, in words."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,7 @@ class World:
     journal: SqlJournal
     artifacts: Artifacts
     pool: RayGpuPool
+    stores: RayStores
     open_network: Callable[
         [Callable[[], Lease]], contextlib.AbstractAsyncContextManager[RunningNetwork]
     ]
@@ -204,6 +219,7 @@ class Coordinator:
             chain_id=world.chain_id,
             accounts=world.accounts,
             gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in pool.gpus()),
+            stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))
 
@@ -247,6 +263,7 @@ class Term:
             world.clock,
         )
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
+        self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
         self._stale: set[Address] = set()
         """Accounts of which something was heard since they were last looked at."""
@@ -267,7 +284,9 @@ class Term:
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
                     self._tend_fleet(),
+                    self._tend_stores(),
                     self._safeguards.run(),
+                    self._sweep(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
                 tasks = [group.create_task(loop) for loop in loops]
@@ -297,7 +316,8 @@ class Term:
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),
             relay_error=self._reconciler.relay_error,
-            alerts=self._safeguards.alerts(),
+            endpoints=self._network.endpoints(),
+            alerts=(*self._network.alerts(), *self._safeguards.alerts()),
         )
 
     def clear_quarantine(self, card: str) -> str:
@@ -325,6 +345,8 @@ class Term:
                 self._world.metrics.kicked_out()
             elif wakeup.reason == SLASHED and wakeup.account is not None:
                 self._slashed(wakeup.account)
+            if wakeup.models and wakeup.account is not None:
+                self._want(wakeup.account, wakeup.models)
             for address, event in self._wake.items():
                 if wakeup.account in (None, address):
                     self._stale.add(address)
@@ -335,8 +357,10 @@ class Term:
         patience = 0.5
         while True:
             self._wake[account].clear()
+            wait: float | None
             try:
-                wait = await self._turn(account)
+                async with self._looking:
+                    wait = await self._turn(account)
                 patience = 0.5
                 self._chain_errors.pop(account, None)
             except NetworkUnavailable as error:
@@ -345,7 +369,9 @@ class Term:
                 wait, patience = patience, min(patience * 2, 15.0)
             await self._sleep(account, wait)
 
-    async def _turn(self, account: Address) -> float:
+    async def _turn(self, account: Address) -> float | None:
+        """One look at the account and a turn for each of its tasks; seconds until the next look,
+        None when nothing is due."""
         known = [record.commitment for record in self._ledger.of_account(account)]
         heard = {account} & self._stale
         view = await self._network.look(account, known)
@@ -361,8 +387,9 @@ class Term:
         self._dispatch()
         self._world.metrics.turn_ended(Timestamp(self._world.clock()))
         busy = bool(self._ledger.of_account(account))
-        longest = BUSY_LOOK_SECONDS if busy else IDLE_LOOK_SECONDS
-        return longest if due is None else min(due, longest)
+        # One without a task waits for what wakes it, be it only the sweep.
+        longest = BUSY_LOOK_SECONDS if busy else None
+        return min((each for each in (due, longest) if each is not None), default=None)
 
     def _slashed(self, account: Address) -> None:
         """The account lost its stake: its task's record may never show it, so it is marked."""
@@ -370,7 +397,14 @@ class Term:
             self._log.error("slashed", account=account)
         self._ledger.mark_slashed(account)
 
-    async def _sleep(self, account: Address, seconds: float) -> None:
+    async def _sweep(self) -> None:
+        """Have every account looked at in turn: so every event is optional."""
+        while True:
+            for event in self._wake.values():
+                await asyncio.sleep(SWEEP_SECONDS)
+                event.set()
+
+    async def _sleep(self, account: Address, seconds: float | None) -> None:
         # Not wait_for: on Python 3.11 it can swallow a cancellation.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -384,6 +418,38 @@ class Term:
             except NetworkUnavailable as error:
                 self._log.warning("fleet_action_failed", error=str(error))
             await asyncio.sleep(FLEET_SECONDS)
+
+    async def _tend_stores(self) -> None:
+        """Watch the machines' model stores, and tell the network what has come."""
+        declared: set[tuple[Address, ModelId]] = set()
+        while True:
+            stores, gpus = self._world.stores, self._world.pool.gpus()
+            await stores.refresh({gpu.ray_node for gpu in gpus})
+            self._count_store_events()
+            here = {kind: stores.here(of_class(gpus, kind)) for kind in {g.gpu_class for g in gpus}}
+            for account, model in declaring.reports(self._views.values(), here, declared):
+                try:
+                    await self._network.report_model(account, model)
+                except NetworkUnavailable as error:
+                    self._log.warning("model_not_reported", model=model, error=str(error))
+                else:
+                    self._log.info("model_reported", account=account, model=model)
+                    declared.add((account, model))
+            await asyncio.sleep(STORES_SECONDS)
+
+    def _count_store_events(self) -> None:
+        for (event, label), count in self._world.stores.news().items():
+            if event == FETCHED_BYTES:
+                self._world.metrics.store_fetched(label, count)
+            else:
+                self._world.metrics.store_happened(event, label, count)
+
+    def _want(self, account: Address, models: Sequence[ModelId]) -> None:
+        """The network may give the account tasks for these: its class's machines fetch them."""
+        view = self._views.get(account)
+        if view is not None:
+            cards = of_class(self._world.pool.gpus(), view.account.gpu_class)
+            self._world.stores.want(cards, models)
 
     def _plan(self) -> Sequence[fleet.FleetAction]:
         world = self._world
@@ -420,17 +486,22 @@ class Term:
                 assignment = Assignment(index, address, gpu_class)
                 self._world.journal.assign(self._ledger.lease, assignment)
             case fleet.Join(address, gpu_class):
+                if not self._world.stores.settled(of_class(self._world.pool.gpus(), gpu_class)):
+                    # A join says which models are there, and the first ones are still to come.
+                    return
                 models = self._models_on_disk(gpu_class)
                 await self._network.join(address, gpu_class, self._world.stake, models)
             case fleet.Resume(address):
                 await self._network.resume(address)
 
     def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
-        """The base models that every card of the class has: what a join may declare. Some at
-        most, because each costs the join gas."""
-        cards = [gpu for gpu in self._world.pool.gpus() if gpu.gpu_class == gpu_class]
+        """The models that every card of the class has: what a join may declare. Some at most,
+        those first that were configured or asked for, because each costs the join gas."""
+        cards = of_class(self._world.pool.gpus(), gpu_class)
         common = frozenset[str].intersection(*(gpu.on_disk for gpu in cards)) if cards else ()
-        return tuple(ModelId(f"base:{name}") for name in sorted(common)[:MOST_MODELS])
+        fetched = self._world.stores.here(cards)
+        others = {ModelId(f"base:{name}") for name in common} - fetched
+        return (*sorted(fetched), *sorted(others))[:MOST_MODELS]
 
     def _network_clock(self) -> float:
         """The network's time, carried on from the last look by the wall clock."""

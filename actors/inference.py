@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import ray
+import structlog
 
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import Computed, Order
@@ -60,6 +61,14 @@ class Engine(Protocol):
     def state(self) -> EngineState: ...
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None: ...
+
+    def has_to_tend(self) -> bool:
+        """Whether there is something to do while no attempt runs."""
+        ...
+
+    def tend(self) -> tuple[str, ...]:
+        """Do it, in the computing thread; lines for the operator on what couldn't be done."""
+        ...
 
 
 class Health(enum.Enum):
@@ -122,6 +131,8 @@ class InferenceWorker:
         self._problem = ""
         self._attempt: _Attempt | None = None
         self._finished = 0
+        self._tending: asyncio.Future[None] | None = None
+        self._log = structlog.get_logger("gpu")
         loop = asyncio.get_running_loop()
         self._clock = loop.time
         self._booting = loop.create_task(self._boot(make_engine))
@@ -194,9 +205,27 @@ class InferenceWorker:
         with contextlib.suppress(ClusterError, OSError):
             engine.prefetch(order, lambda: self._ahead is order)
 
+    def _tend(self, engine: Engine) -> None:
+        """Have the engine do what it does between attempts; the next one waits for its end."""
+        if self._tending is not None and not self._tending.done():
+            return
+        if engine.has_to_tend():
+            loop = asyncio.get_running_loop()
+            self._tending = loop.run_in_executor(self._thread, self._do_tend, engine)
+
+    def _do_tend(self, engine: Engine) -> None:
+        try:
+            problems = engine.tend()
+        except ClusterError as error:
+            problems = (str(error),)
+        for problem in problems:
+            self._log.warning("not_preloaded", problem=problem)
+
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine
         running = attempt is not None and not attempt.done.done()
+        if engine is not None and not running:
+            self._tend(engine)
         state = None if engine is None else engine.state()
         if engine is None:
             health = Health.BROKEN if self._problem else Health.STARTING

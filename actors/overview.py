@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from actors.inference import Report
+from actors.keeping import StoreReport
 from actors.reconciler import Turn
+from cluster.chain.endpoints import EndpointView
 from cluster.core.record import Claim, Outcome, TaskRecord
 from cluster.core.types import (
     AccountView,
@@ -16,6 +18,7 @@ from cluster.core.types import (
     Gpu,
     GpuClass,
     GpuId,
+    RayNodeId,
     Stage,
     TaskStatus,
     Timestamp,
@@ -23,11 +26,14 @@ from cluster.core.types import (
 from cluster.status import (
     AccountStatus,
     ChainView,
+    DownloadView,
+    EndpointStatus,
     GpuClassView,
     GpuStatus,
     IdentityView,
     RelayView,
     Status,
+    StoreStatus,
     TaskView,
     Totals,
 )
@@ -53,6 +59,7 @@ class Sight:
     chain_id: int
     accounts: Mapping[int, Address]
     gpus: tuple[tuple[Gpu, Report | None], ...]
+    stores: Mapping[RayNodeId, StoreReport] = field(default_factory=dict)
     epoch: int | None = None
     views: Mapping[Address, AccountView] = field(default_factory=dict)
     assigned: Mapping[int, GpuClass] = field(default_factory=dict)
@@ -63,6 +70,7 @@ class Sight:
     slashed: frozenset[Address] = frozenset()
     chain_error: str | None = None
     relay_error: str | None = None
+    endpoints: tuple[EndpointView, ...] = ()
     alerts: tuple[str, ...] = ()
     """What the safeguards found, in words."""
 
@@ -92,6 +100,12 @@ def describe(sight: Sight) -> Status:
             block=None if newest is None else newest.moment,
             block_timestamp=None if newest is None else newest.now,
             error=sight.chain_error,
+            endpoints=tuple(
+                EndpointStatus(
+                    name=each.name, problem=each.problem, seconds=each.latency, head=each.head
+                )
+                for each in sight.endpoints
+            ),
         ),
         relay=RelayView(reached=sight.relay_error is None, error=sight.relay_error),
         accounts=tuple(
@@ -99,6 +113,7 @@ def describe(sight: Sight) -> Status:
             for index, address in sorted(sight.accounts.items())
         ),
         gpus=tuple(_gpu(gpu, report) for gpu, report in sight.gpus),
+        stores=tuple(_store(node, report) for node, report in sorted(sight.stores.items())),
         tasks=tuple(
             task_view(record, sight.turns.get(record.commitment))
             for record in (*sight.open, *sight.closed)
@@ -195,4 +210,27 @@ def _gpu(gpu: Gpu, report: Report | None) -> GpuStatus:
         step=report.step if report is not None and busy else None,
         steps=report.steps if report is not None and busy else None,
         tasks_done=0 if report is None else report.finished,
+    )
+
+
+def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:
+    return StoreStatus(
+        ray_node=node,
+        models=report.models,
+        used_bytes=report.used_bytes,
+        quota_bytes=report.quota_bytes,
+        queued=report.queued,
+        downloads=tuple(
+            DownloadView(
+                model=str(each.ref),
+                source=each.source,
+                done_bytes=each.done,
+                total_bytes=each.total,
+                bytes_per_second=each.rate,
+                seconds_left=each.seconds_left,
+                background=each.background,
+            )
+            for each in report.downloads
+        ),
+        failed=report.failed,
     )

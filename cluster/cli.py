@@ -207,6 +207,71 @@ def gpus_clear(gpu_id: str, config_file: Path) -> None:
     click.echo(client.clear_quarantine(config.load(config_file), gpu_id))
 
 
+config_option = click.option(
+    "--config",
+    "-c",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The configuration; its section models says where from and where to.",
+)
+model_names = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+
+
+@cli.group(short_help="Fetch, mirror, list and drop models.")
+def models() -> None:
+    """Fetch models to this machine's store, fill the mirror, look at what is there.
+
+    MODEL is kind:name[+variant] as the network writes it, such as base:org/name+fp16; without a
+    kind it is a base model. Kinds: base (a language model too), lora, controlnet, unet, vae,
+    textual_inversion. A name is a hub's id or a URL; lora:org/name+file.safetensors names a file.
+    """
+
+
+@models.command("list", short_help="Show what is on this machine's disk.")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def models_list(config_file: Path, as_json: bool) -> None:
+    """Show the models on this machine's disk: where from, how large, when they were used."""
+    from cluster import config, models_cli
+
+    settings = config.load(config_file).models.store()
+    if as_json:
+        click.echo(json.dumps(models_cli.plain(settings), indent=2))
+    else:
+        Console().print(models_cli.render(settings))
+
+
+@models.command("fetch", short_help="Bring models to this machine's disk.")
+@config_option
+@model_names
+def models_fetch(config_file: Path, models: tuple[str, ...]) -> None:
+    """Bring models to this machine's disk, from the sources in their order."""
+    from cluster import config, models_cli
+
+    models_cli.fetch(config.load(config_file).models.store(), models, Console())
+
+
+@models.command("mirror", short_help="Put models into the S3 mirror.")
+@config_option
+@model_names
+def models_mirror(config_file: Path, models: tuple[str, ...]) -> None:
+    """Put models into the S3 mirror (models.mirror), fetching here first what isn't."""
+    from cluster import config, models_cli
+
+    models_cli.mirror(config.load(config_file).models.store(), models, Console())
+
+
+@models.command("drop", short_help="Remove fetched models from this machine's disk.")
+@config_option
+@model_names
+def models_drop(config_file: Path, models: tuple[str, ...]) -> None:
+    """Remove fetched models from this machine's disk; one in use stays."""
+    from cluster import config, models_cli
+
+    models_cli.drop(config.load(config_file).models.store(), models, Console())
+
+
 @cli.group(short_help="Run a whole network on this machine.")
 def devnet() -> None:
     """Run a whole network on this machine: chain, contracts, relay and an application.

@@ -31,9 +31,12 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from cluster.core.errors import ConfigError
+from cluster.core.errors import ConfigError, ModelUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.types import Address, GigaBytes, Wei
+from cluster.models.refs import ModelRef, of_model_id
+from cluster.models.settings import HUB, Limits, StoreSettings, parse_s3
+from cluster.models.urls import UrlRules
 
 WEI_PER_CNX = 10**18
 _ZERO_ADDRESS = "0x" + "00" * 20
@@ -87,6 +90,28 @@ def _http_url(value: object) -> str:
     if not valid or re.search(r"\s", value):
         raise ValueError(problem)
     return value.rstrip("/")
+
+
+def _ws_url(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.startswith(("ws://", "wss://")):
+        raise ValueError("expected a URL such as wss://host:port/path")
+    return _http_url(f"http{value.removeprefix('ws')}").replace("http", "ws", 1)
+
+
+def _s3_url(value: object) -> str | None:
+    if value is None:
+        return None
+    try:
+        parse_s3(value if isinstance(value, str) else "")
+    except ValueError:
+        raise ValueError("expected s3://bucket or s3://bucket/prefix") from None
+    return str(value)
+
+
+def _optional_path(value: object, info: ValidationInfo) -> Path | None:
+    return None if value is None else _path(value, info)
 
 
 def _ray_address(value: object) -> str | None:
@@ -169,7 +194,16 @@ class Contracts(Section):
 
 
 class NetworkConfig(Section):
+    """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
+    should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
+    new blocks (eth_subscribe), where an endpoint offers that."""
+
     rpc_url: HttpUrl = Field(repr=False)
+    fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
+        default=(), repr=False
+    )
+    ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
+    rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     chain_id: int = Field(ge=1)
     devnet: bool = False
     contracts: Contracts
@@ -214,11 +248,102 @@ class ArtifactsConfig(Section):
     path: ConfigPath = Path("data/artifacts")
 
 
+class MirrorConfig(Section):
+    """`url` is s3://bucket/prefix; credentials come by boto3's usual chain. `endpoint` is that of
+    another S3-compatible server."""
+
+    url: Annotated[str | None, BeforeValidator(_s3_url)] = None
+    endpoint: HttpUrl | None = None
+    region: str | None = Field(default=None, min_length=1)
+
+
+class HubConfig(Section):
+    endpoint: HttpUrl = HUB
+    token_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
+
+
+class LinksConfig(Section):
+    """Models by URL. `allow_hosts` may have any address and port and be asked by plain http: the
+    operator's own. `deny_hosts` are never asked, nor their subdomains."""
+
+    civitai_token_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
+    allow_http: bool = False
+    ports: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (80, 443)
+    allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    deny_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+
+
 class ModelsConfig(Section):
-    """`preload`: base models, as `name` or `name+variant`, that never leave the cards."""
+    """`preload`: base models, as `name` or `name+variant`, that never leave the cards. `pin`: model
+    ids, as `kind:name[+variant]`, that are fetched at start and never leave the disk; those to be
+    preloaded are pinned too. `sources` in the order in which they are asked; none: nothing is ever
+    fetched."""
 
     root: ConfigPath = Path("data/models")
     preload: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    pin: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    sources: Annotated[tuple[Literal["mirror", "hub", "web"], ...], BeforeValidator(_listed)] = (
+        "mirror",
+        "hub",
+        "web",
+    )
+    mirror: MirrorConfig = MirrorConfig()
+    hub: HubConfig = HubConfig()
+    web: LinksConfig = LinksConfig()
+    proxy: HttpUrl | None = Field(default=None, repr=False)
+    quota_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    largest_file_gb: float = Field(default=64.0, gt=0, allow_inf_nan=False)
+    spare_gb: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    bandwidth_mbit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _model_ids(self) -> ModelsConfig:
+        for key, ids in (("preload", self.preload_ids), ("pin", self.pin)):
+            for model_id in ids:
+                try:
+                    of_model_id(model_id)
+                except ModelUnavailable as error:
+                    raise ValueError(f"{key}: {error}") from None
+        return self
+
+    @property
+    def preload_ids(self) -> tuple[str, ...]:
+        return tuple(f"base:{name}" for name in self.preload)
+
+    @property
+    def pinned(self) -> frozenset[ModelRef]:
+        return frozenset(map(of_model_id, (*self.preload_ids, *self.pin)))
+
+    def store(self) -> StoreSettings:
+        """What the machines with cards need to know of it."""
+        hosts = frozenset(map(str.lower, self.web.allow_hosts))
+        own = urlsplit(self.hub.endpoint).hostname
+        if own is not None and self.hub.endpoint != HUB:
+            hosts |= {own}
+        return StoreSettings(
+            self.root,
+            self.sources,
+            self.mirror.url,
+            self.mirror.endpoint,
+            self.mirror.region,
+            self.hub.endpoint,
+            self.hub.token_file,
+            self.web.civitai_token_file,
+            self.proxy,
+            UrlRules(
+                self.web.allow_http,
+                frozenset(self.web.ports),
+                hosts,
+                frozenset(map(str.lower, self.web.deny_hosts)),
+            ),
+            Limits(
+                None if self.quota_gb is None else int(self.quota_gb * 2**30),
+                int(self.largest_file_gb * 2**30),
+                int(self.spare_gb * 2**30),
+                None if self.bandwidth_mbit is None else self.bandwidth_mbit * 125_000,
+            ),
+            self.pinned,
+        )
 
 
 class GpuConfig(Section):
@@ -379,7 +504,11 @@ def _explain_one(error: ErrorDetails) -> str:
 
 def _got(location: tuple[int | str, ...], value: object) -> str:
     """The wrong value, unless it is long or may hold a secret."""
-    secret = location[0] in {"identity", "journal"} or location[-1] == "rpc_url"
+    secret = location[0] in {"identity", "journal"} or not {
+        "rpc_url",
+        "fallback_rpc_urls",
+        "proxy",
+    }.isdisjoint(location)
     if secret or isinstance(value, Mapping | list | tuple):
         return ""
     text = "null" if value is None else json.dumps(value, default=str)

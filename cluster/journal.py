@@ -13,35 +13,20 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
-    Column,
     ColumnElement,
     Connection,
-    Double,
-    Engine,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
     Row,
-    Table,
-    Text,
     case,
-    create_engine,
     delete,
-    event,
     insert,
     select,
     update,
 )
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from cluster import quarantine_rows
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.record import (
@@ -63,78 +48,20 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
+from cluster.journal_engine import SCHEMA, make_tables, open_engine, upgrade
 from cluster.journal_events import decode_event, encode_event
+from cluster.journal_tables import (
+    accounts_table,
+    cursors_table,
+    events_table,
+    lease_table,
+    outbox_table,
+    tasks_table,
+)
 
-SCHEMA = "1"
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
 _OWNER = "owner"
-
-metadata = MetaData()
-_BigSerial = BigInteger().with_variant(Integer, "sqlite")
-
-lease_table = Table(
-    "lease",
-    metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("holder", Text, nullable=False),
-    Column("epoch", BigInteger, nullable=False),
-    Column("expires_at", Double, nullable=False),
-)
-tasks_table = Table(
-    "tasks",
-    metadata,
-    Column("commitment", Text, primary_key=True),
-    Column("last_seq", BigInteger, nullable=False),
-    Column("closed_seq", BigInteger, index=True),
-    Column("account", Text, nullable=False),
-    Column("outcome", Text, index=True),
-    Column("payment", Text, nullable=False),
-)
-"""One row per task, so that open ones are found without reading the history."""
-events_table = Table(
-    "task_events",
-    metadata,
-    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
-    Column("commitment", Text, nullable=False),
-    Column("at", Double, nullable=False),
-    Column("kind", Text, nullable=False),
-    Column("body", Text, nullable=False),
-    Index("task_events_by_task", "commitment", "seq"),
-)
-outbox_table = Table(
-    "outbox",
-    metadata,
-    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
-    Column("key", Text, nullable=False, unique=True),
-    Column("account", Text, nullable=False, index=True),
-    Column("task", Text, index=True),
-    Column("claim", Text),
-    Column("recipient", Text, nullable=False),
-    Column("data", LargeBinary, nullable=False),
-    Column("value", Text, nullable=False),
-    Column("state", Text, nullable=False, index=True),
-    Column("nonce", BigInteger),
-    Column("raw", LargeBinary),
-    Column("tx_hash", Text),
-    Column("sent_at", Double),
-    Column("updated_at", Double, nullable=False),
-    Column("reason", Text, nullable=False),
-)
-cursors_table = Table(
-    "cursors",
-    metadata,
-    Column("key", Text, primary_key=True),
-    Column("value", Text, nullable=False),
-)
-accounts_table = Table(
-    "accounts",
-    metadata,
-    Column("path_index", Integer, primary_key=True, autoincrement=False),
-    Column("address", Text, nullable=False, unique=True),
-    Column("gpu_name", Text, nullable=False),
-    Column("gpu_vram", Integer, nullable=False),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,55 +102,12 @@ _OWNED = {
 """What an operator calls the fields of `Owner`."""
 
 
-# --- the engine ---------------------------------------------------------------------------------
-
-
-def _engine(url: str) -> Engine:
-    try:
-        parsed = make_url(url)
-        engine = create_engine(
-            parsed,
-            pool_pre_ping=not url.startswith("sqlite"),
-            # They are in the text of errors otherwise, and prompts among them.
-            hide_parameters=True,
-        )
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        raise ConfigError(f"the journal's URL can't be used: {error}") from error
-    if engine.dialect.name == "sqlite":
-        _make_folder(parsed.database)
-        _tune_sqlite(engine)
-    return engine
-
-
-def _make_folder(database: str | None) -> None:
-    if not database or database == ":memory:":
-        return
-    try:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the journal's folder can't be made: {error}") from error
-
-
-def _tune_sqlite(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
-    def _connected(connection: Any, _record: Any) -> None:
-        # The driver's own implicit BEGIN would come too late to be IMMEDIATE.
-        connection.isolation_level = None
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def _begun(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
 class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
     def __init__(self, url: str) -> None:
         """Opens the database, and makes its tables where it is new. Raises `ConfigError`."""
-        self._database = _engine(url)
+        self._database = open_engine(url)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
         try:
             self._prepare()
@@ -232,8 +116,7 @@ class SqlJournal:
 
     def _prepare(self) -> None:
         with self._transaction() as connection:
-            metadata.create_all(connection)
-            quarantine_rows.metadata.create_all(connection)
+            make_tables(connection)
         try:
             with self._transaction() as connection:
                 if connection.execute(select(lease_table.c.id)).first() is None:
@@ -243,6 +126,8 @@ class SqlJournal:
                     connection.execute(insert(cursors_table).values(key="schema", value=SCHEMA))
         except IntegrityError:
             pass  # another process made the rows at the same moment
+        with self._transaction() as connection:
+            upgrade(connection)
         found = self.cursor("schema")
         if found != SCHEMA:
             raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")

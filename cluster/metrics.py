@@ -18,7 +18,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Claim, Fault, Outcome, Progress, TaskRecord
 from cluster.core.types import GpuState, NodeStatus, TaskType, Timestamp, Wei
-from cluster.status import AccountStatus, GpuClassView, GpuStatus, Status, TaskView, readiness
+from cluster.models.refusals import Rule
+from cluster.status import (
+    AccountStatus,
+    GpuClassView,
+    GpuStatus,
+    Status,
+    StoreStatus,
+    TaskView,
+    readiness,
+)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -44,6 +53,28 @@ CanaryResult = Literal[
 VerifyResult = Literal["equal", "odd", "differ", "alone"]
 """Of a task that was to be computed twice: all agreed, one was outvoted, nobody knows, or no second
 card was to be had."""
+
+StoreEvent = Literal["fetched", "evicted", "broke", "damaged", "failed"]
+"""What a model store's diary tells (`cluster.models.diary`); refusals are counted by rule."""
+SOURCES = ("mirror", "hub", "web")
+
+RpcResult = Literal["ok", "refused", "throttled", "failed"]
+RPC_METHODS = (
+    "eth_blockNumber",
+    "eth_call",
+    "eth_chainId",
+    "eth_estimateGas",
+    "eth_feeHistory",
+    "eth_gasPrice",
+    "eth_getBalance",
+    "eth_getBlockByNumber",
+    "eth_getCode",
+    "eth_getLogs",
+    "eth_getTransactionByHash",
+    "eth_getTransactionCount",
+    "eth_getTransactionReceipt",
+    "eth_sendRawTransaction",
+)
 
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -81,6 +112,7 @@ class Metrics:
         self._make_task_metrics()
         self._make_network_metrics()
         self._make_fleet_metrics()
+        self._make_store_metrics()
         self._build = self._gauge("build_info", "What runs here.", ("version", "config_digest"))
         self._build.labels(version, config_digest).set(1)
 
@@ -119,6 +151,22 @@ class Metrics:
     def verified(self, result: VerifyResult) -> None:
         self._verifications.labels(result).inc()
 
+    def store_happened(self, event: str, label: str, count: int) -> None:
+        """`count` more events in the machines' model stores; `label` is a rule or a source."""
+        if event == "refused":
+            self._refusals.labels(label if label in _RULES else "other").inc(count)
+        elif event in get_args(StoreEvent):
+            self._store_events.labels(event).inc(count)
+
+    def store_fetched(self, source: str, size: int) -> None:
+        """So many bytes more of models came whole from there."""
+        self._fetched.labels(source if source in SOURCES else "other").inc(size)
+
+    def rpc_called(self, method: str, result: str) -> None:
+        """A call to an RPC endpoint, by what it was and what came of it."""
+        known = method if method in RPC_METHODS else "other"
+        self._rpc_calls.labels(known, result).inc()
+
     def relay_called(self, call: RelayCall, result: RelayResult) -> None:
         self._relay_calls.labels(call, result).inc()
 
@@ -143,10 +191,13 @@ class Metrics:
             self._head_block.set(status.chain.block)
         if status.chain.block_timestamp is not None:
             self._head_time.set(status.chain.block_timestamp)
+        self._endpoints.set(len(status.chain.endpoints))
+        self._endpoints_fit.set(sum(not each.problem for each in status.chain.endpoints))
         self._relay_reached.set(status.relay.reached)
         self._problems.set(len(status.problems))
         self._observe_fleet(status.gpus, status.accounts)
         self._observe_tasks(status.tasks)
+        self._observe_stores(status.stores)
 
     def render(self) -> bytes:
         """Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
@@ -178,6 +229,38 @@ class Metrics:
             for progress in _OPEN:
                 count = standing.count((task_type.name, progress.value))
                 self._open_tasks.labels(task_type.name, progress.value).set(count)
+
+    def _observe_stores(self, stores: tuple[StoreStatus, ...]) -> None:
+        downloads = [each for store in stores for each in store.downloads]
+        self._store_models.set(sum(store.models for store in stores))
+        self._store_bytes.set(sum(store.used_bytes for store in stores))
+        self._store_queue.set(sum(store.queued for store in stores))
+        self._store_failed.set(sum(len(store.failed) for store in stores))
+        self._downloads.set(len(downloads))
+        self._download_rate.set(sum(each.bytes_per_second for each in downloads))
+
+    def _make_store_metrics(self) -> None:
+        self._store_events = self._counter(
+            "store_events",
+            "What happened in the model stores of all machines.",
+            event=get_args(StoreEvent),
+        )
+        self._refusals = self._counter(
+            "store_refusals", "Models that were refused, by the rule.", rule=[*_RULES, "other"]
+        )
+        self._fetched = self._counter(
+            "store_fetched_bytes", "Bytes of models fetched, by source.", source=[*SOURCES, "other"]
+        )
+        self._store_models = self._gauge("store_models", "Fetched models on all machines' disks.")
+        self._store_bytes = self._gauge("store_used_bytes", "Bytes that fetched models take.")
+        self._store_queue = self._gauge("store_queued_models", "Models that wait to be fetched.")
+        self._store_failed = self._gauge(
+            "store_missing_models", "Models configured or asked for that couldn't be had."
+        )
+        self._downloads = self._gauge("store_downloads", "Downloads that run now.")
+        self._download_rate = self._gauge(
+            "store_download_bytes_per_second", "Rate of the downloads that run now."
+        )
 
     def _make_task_metrics(self) -> None:
         types = [task_type.name for task_type in TaskType]
@@ -214,6 +297,16 @@ class Metrics:
         self._head_block = self._gauge("chain_head_block", "Number of the newest block seen.")
         self._head_time = self._gauge(
             "chain_head_timestamp_seconds", "Unix time of the newest block seen."
+        )
+        self._endpoints = self._gauge("rpc_endpoints", "RPC endpoints configured.")
+        self._endpoints_fit = self._gauge(
+            "rpc_endpoints_fit", "RPC endpoints that are asked: they answer, and are believed."
+        )
+        self._rpc_calls = self._counter(
+            "rpc_calls",
+            "Calls to RPC endpoints, by result.",
+            method=[*RPC_METHODS, "other"],
+            result=get_args(RpcResult),
         )
         self._relay_reached = self._gauge("relay_reached", "1 when the relay answers.")
         self._relay_calls = self._counter(
@@ -262,4 +355,5 @@ class Metrics:
         return counter
 
 
+_RULES = frozenset(rule.value for rule in Rule)
 _OPEN = tuple(progress for progress in Progress if progress is not Progress.CLOSED)

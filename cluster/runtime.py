@@ -37,12 +37,15 @@ from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
 from actors.safeguards import SafeguardSettings
+from actors.stores import RayStores
 from cluster import config as configuration
 from cluster import logs
 from cluster.artifacts import FolderArtifacts
+from cluster.chain.endpoints import Endpoints
+from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
-from cluster.chain.rpc import Rpc
+from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
@@ -50,12 +53,15 @@ from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timesta
 from cluster.identity import TREASURY, Identity
 from cluster.journal import Owner, SqlJournal
 from cluster.metrics import Metrics
+from cluster.models.keeper import Keeper
+from cluster.models.settings import StoreSettings
 from cluster.relay.client import RelayClient
 
 LOOK_SECONDS = 2.0
 SILENT_LOOKS = 5
 """After so many looks without an answer the coordinator's process is begun anew."""
 ANSWER_SECONDS = 10.0
+RPC_SECONDS = 10.0
 APPLICATION = "crynux"
 GAS_RESERVE = Wei(10**16)
 """What an account must own beyond its stake before it joins: some thousand transactions' gas."""
@@ -102,6 +108,7 @@ def assemble(config: Config) -> World:
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
     digest = configuration.digest(config)
+    metrics = Metrics(cluster.__version__, digest)
     return World(
         version=cluster.__version__,
         config_digest=digest,
@@ -116,8 +123,17 @@ def assemble(config: Config) -> World:
             allow_simulated=config.network.devnet,
             stall_seconds=config.gpu.stall_seconds,
         ),
-        open_network=functools.partial(open_network, config, identity, journal),
-        metrics=Metrics(cluster.__version__, digest),
+        stores=RayStores(
+            functools.partial(make_keeper, config.models.store())
+            if config.models.sources
+            else None,
+            release(config),
+            tuple(sorted({*config.models.preload_ids, *config.models.pin})),
+        ),
+        open_network=functools.partial(
+            open_network, config, identity, journal, called=metrics.rpc_called
+        ),
+        metrics=metrics,
         policy=config.policy.policy,
         stake=config.network.stake,
         gas_reserve=GAS_RESERVE,
@@ -148,10 +164,12 @@ async def open_network(
     journal: SqlJournal,
     lease: Callable[[], Lease],
     make_outbox: Callable[..., Outbox] = Outbox,
+    called: Callable[[str, str], None] = lambda _method, _result: None,
 ) -> AsyncIterator[RunningNetwork]:
     """The on-chain form of the network, for one term of office."""
     network = config.network
-    rpc = Rpc.http(network.rpc_url)
+    endpoints = open_endpoints(config, called)
+    rpc = Rpc(endpoints.send, endpoints.close)
     try:
         with contextlib.suppress(ChainError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
@@ -169,9 +187,24 @@ async def open_network(
                 identity.public_key,
                 wall_clock,
                 NetworkSettings(poll=network.block_poll_seconds),
+                endpoints,
+                Heads(network.ws_url),
             )
     finally:
         await rpc.close()
+
+
+def open_endpoints(
+    config: Config, called: Callable[[str, str], None] = lambda _method, _result: None
+) -> Endpoints:
+    """All configured RPC endpoints, in their order."""
+    network = config.network
+    urls = (network.rpc_url, *network.fallback_rpc_urls)
+    # With others to ask, one that is slow needn't be waited for as long.
+    timeout = RPC_SECONDS if len(urls) == 1 else RPC_SECONDS / 2
+    transports = [http_transport(url, timeout) for url in urls]
+    chain_id, rate = network.chain_id, network.rpc_calls_per_second
+    return Endpoints(transports, chain_id, rate, called=called)
 
 
 def wall_clock() -> Timestamp:
@@ -182,7 +215,7 @@ def wall_clock() -> Timestamp:
 class EngineSettings:
     """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
 
-    models: Path
+    models: StoreSettings
     platform: str
     host_bytes: int
     preload: tuple[str, ...]
@@ -190,7 +223,15 @@ class EngineSettings:
     @classmethod
     def of(cls, config: Config) -> EngineSettings:
         host_bytes = int(config.gpu.host_memory_gb * 2**30)
-        return cls(config.models.root, config.ray.platform, host_bytes, config.models.preload)
+        models = config.models
+        return cls(models.store(), config.ray.platform, host_bytes, models.preload)
+
+
+def make_keeper(settings: StoreSettings) -> Keeper:
+    """The keeper of a machine's store, in a process of its own."""
+    from cluster.models.assembly import open_keeper
+
+    return open_keeper(settings)
 
 
 def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
@@ -203,7 +244,7 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine
     from cluster.inference.mounted import MountedEngine
-    from cluster.models.store import ModelStore
+    from cluster.models.assembly import open_keeper
 
     if simulated is not None:
         device = devices.simulated(0, simulated.name, simulated.vram)
@@ -212,10 +253,9 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
     else:
         device = devices.claim(settings.platform, os.environ)
         limits = engine.Limits(host_bytes=settings.host_bytes)
-    made = engine.Engine(device, ModelStore(settings.models), time.time, limits)
-    for problem in made.preload(settings.preload):
-        structlog.get_logger("gpu").warning("not_preloaded", problem=problem)
-    return MountedEngine(made, CardUuid(device.uuid), settings.models)
+    keeper = open_keeper(settings.models)
+    made = engine.Engine(device, keeper.store, time.time, limits)
+    return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload)
 
 
 # --- the supervisor ------------------------------------------------------------------------------
@@ -290,7 +330,8 @@ def _check_port(host: str, port: int) -> None:
 
 
 async def _check_chain(config: Config) -> None:
-    rpc = Rpc.http(config.network.rpc_url)
+    endpoints = open_endpoints(config)
+    rpc = Rpc(endpoints.send, endpoints.close)
     try:
         await _check_contracts(config, rpc)
     finally:

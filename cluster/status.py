@@ -30,12 +30,23 @@ class IdentityView(View):
     """The address of account 0; empty while no key is unlocked."""
 
 
+class EndpointStatus(View):
+    name: str
+    """The host, never the path, which may hold a key."""
+    problem: str = ""
+    """Why it isn't asked now."""
+    seconds: float | None = None
+    """How long it takes to answer, as a mean."""
+    head: int | None = None
+
+
 class ChainView(View):
     reached: bool
     chain_id: int
     block: int | None = None
     block_timestamp: float | None = None
     error: str | None = None
+    endpoints: tuple[EndpointStatus, ...] = ()
 
 
 class RelayView(View):
@@ -76,6 +87,31 @@ class GpuStatus(View):
     step: int | None = None
     steps: int | None = None
     tasks_done: int = 0
+
+
+class DownloadView(View):
+    model: str
+    source: str
+    done_bytes: int
+    total_bytes: int
+    """0 where the source doesn't say."""
+    bytes_per_second: float
+    seconds_left: float | None = None
+    background: bool
+
+
+class StoreStatus(View):
+    """One machine's model store."""
+
+    ray_node: str
+    models: int
+    """That were fetched and are there."""
+    used_bytes: int
+    quota_bytes: int | None = None
+    queued: int = 0
+    downloads: tuple[DownloadView, ...] = ()
+    failed: Mapping[str, str] = Field(default_factory=dict)
+    """Models that were configured or asked for and couldn't be had, with the reason."""
 
 
 class TaskView(View):
@@ -122,6 +158,7 @@ class Status(View):
     relay: RelayView
     accounts: tuple[AccountStatus, ...] = ()
     gpus: tuple[GpuStatus, ...] = ()
+    stores: tuple[StoreStatus, ...] = ()
     tasks: tuple[TaskView, ...] = ()
     totals: Totals = Totals()
     problems: tuple[str, ...] = ()

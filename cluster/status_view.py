@@ -11,7 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cluster.status import AccountStatus, GpuStatus, Status, TaskView, readiness
+from cluster.status import (
+    AccountStatus,
+    GpuStatus,
+    Status,
+    StoreStatus,
+    TaskView,
+    readiness,
+)
 
 TASKS_SHOWN = 20
 _WEI_PER_CNX = 10**18
@@ -23,6 +30,7 @@ def render(status: Status) -> RenderableType:
         _headline(status),
         _accounts(status.accounts),
         _gpus(status.gpus),
+        *_stores(status.stores),
         _tasks(status.tasks, status.now),
         _totals(status),
         *(Text(f"problem: {problem}", style="yellow") for problem in status.problems),
@@ -81,6 +89,29 @@ def _gpus(gpus: Iterable[GpuStatus]) -> Table:
             escape(", ".join(gpu.warm)) or "-",
         )
     return table
+
+
+def _stores(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
+    """Downloads that run and models that can't be had; nothing when there are none."""
+    table = _table("Models", "machine", "model", "from", "done", "left")
+    for store in stores:
+        for each in store.downloads:
+            of = f" of {size(each.total_bytes)}" if each.total_bytes else ""
+            left = "-" if each.seconds_left is None else f"{each.seconds_left:.0f} s"
+            done = f"{size(each.done_bytes)}{of}, {size(each.bytes_per_second)}/s"
+            table.add_row(store.ray_node[:8], escape(each.model), each.source, done, left)
+        for model, reason in store.failed.items():
+            table.add_row(store.ray_node[:8], escape(model), "-", escape(reason), "-")
+    return (table,) if table.row_count else ()
+
+
+def size(count: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 def _tasks(tasks: Iterable[TaskView], now: float) -> Table:

@@ -178,7 +178,7 @@ class Devnet:
             "ray": {"simulated_gpus": [asdict(cards) for cards in self._cards]},
             "journal": {"url": "sqlite:///operator/journal.db"},
             "artifacts": {"path": "operator/artifacts"},
-            "models": {"root": str(self.models)},
+            "models": {"root": str(self.models), "sources": []},
             "serve": {"host": "127.0.0.1", "port": self.operator_port},
             "logs": {"format": "console"},
         }

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
 import structlog
 
+from cluster.chain.chainline import Pulse
+from cluster.chain.endpoints import Endpoints, EndpointView
+from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
 from cluster.chain.outbox import Clock, Outbox
-from cluster.chain.outbox_rows import OutboxRow, task_intent
+from cluster.chain.outbox_rows import Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import Block, Reverted, Rpc
 from cluster.chain.task_contract import TaskContract
@@ -30,12 +33,19 @@ from cluster.core.types import (
     ModelId,
     Score,
     TaskError,
+    TaskFacts,
+    TaskStatus,
     Timestamp,
     Wei,
 )
 from cluster.journal import SqlJournal
 
 BELIEVED_SECONDS = 60.0
+HEAD_SECONDS = 5.0
+"""No head is taken for the newest for longer."""
+LIVE_SECONDS = 15.0
+"""Between two looks while new heads are announced."""
+_ANSWERABLE = frozenset({TaskStatus.STARTED, TaskStatus.PARAMETERS_UPLOADED})
 """How long a head is held on to that the endpoint no longer reaches."""
 _log = structlog.get_logger(__name__)
 
@@ -109,6 +119,11 @@ class ChainClock:
             self._last = (block.number, wall)
         return Timestamp(max(block.timestamp, wall - self._ahead))
 
+    def now(self, wall: Timestamp) -> Timestamp:
+        """The network's time at `wall`, by what was observed last."""
+        newest = 0.0 if self._last is None else self._last[1]
+        return Timestamp(max(newest, wall - self._ahead))
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkSettings:
@@ -116,6 +131,18 @@ class NetworkSettings:
 
     poll: float = 1.0
     waiting: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What was read at a block, and of which tasks."""
+
+    block: str
+    known: frozenset[Commitment]
+    view: AccountView
+
+    def fits(self, block: Block, known: Sequence[Commitment]) -> bool:
+        return bool(block.hash) and block.hash == self.block and self.known >= set(known)
 
 
 class ChainNetwork:
@@ -131,8 +158,11 @@ class ChainNetwork:
         public_key: Callable[[Address], bytes],
         clock: Clock,
         settings: NetworkSettings | None = None,
+        endpoints: Endpoints | None = None,
+        heads: Heads | None = None,
     ) -> None:
-        """`public_key` gives an account's 64 bytes, as `join` takes them."""
+        """`public_key` gives an account's 64 bytes, as `join` takes them. `endpoints` is what `rpc`
+        asks, to be watched; `heads` wakes the watcher."""
         self._rpc = rpc
         self._contracts = contracts
         self._outbox = outbox
@@ -141,6 +171,13 @@ class ChainNetwork:
         self._public_key = public_key
         self._clock = clock
         self._settings = settings or NetworkSettings()
+        self._endpoints = endpoints
+        self._heads = heads or Heads(None)
+        self._pulse = Pulse(self._settings.poll)
+        self._deadlines: dict[Commitment, Timestamp] = {}
+        self._looked: dict[Address, _Looked] = {}
+        self._head_until = Timestamp(0.0)
+        """Until when the watcher's head is taken for the newest: its next look."""
         self._chain_clock = ChainClock()
         self._newest = Block(0, Timestamp(0))
         self._newest_at = Timestamp(0)
@@ -157,13 +194,20 @@ class ChainNetwork:
             lambda value: journal.set_cursor(lease(), CURSOR, value),
         )
         outbox.resolved = self._resolved
+        outbox.head = lambda: None if self._watcher.head is None else self._watcher.head.number
+        outbox.seconds_left = self._seconds_left
+        self._watcher.reorganised = outbox.look_again
 
     # --- facts
 
     async def look(self, account: Address, known: Sequence[Commitment]) -> AccountView:
+        """Read once a block: what is asked for again until there is a new one is what was read."""
         self._accounts.add(account)
         block, now = await self._moment()
         at = block.number
+        looked = self._looked.get(account)
+        if looked is not None and looked.fits(block, known):
+            return replace(looked.view, now=now)
         contracts = self._contracts
         info, stake, balance, qos, current = await asyncio.gather(
             contracts.node.info(account, at),
@@ -180,19 +224,35 @@ class ChainNetwork:
         for facts in tasks:
             if facts.selected_node == account:
                 self._holders.learn(facts.commitment, account)
-        return AccountView(
-            at,
-            now,
-            AccountFacts(account, info.status, info.gpu_class, stake, balance, qos, current),
-            tasks,
+            self._learn_deadline(facts)
+        facts_of_account = AccountFacts(
+            account, info.status, info.gpu_class, stake, balance, qos, current, info.models
         )
+        view = AccountView(at, now, facts_of_account, tasks)
+        if block.hash:
+            self._looked[account] = _Looked(block.hash, frozenset(known), view)
+        return view
+
+    def _learn_deadline(self, facts: TaskFacts) -> None:
+        """Until when an answer is taken, by the network's clock."""
+        if facts.deadline is None or facts.status not in _ANSWERABLE:
+            self._deadlines.pop(facts.commitment, None)
+        else:
+            self._deadlines[facts.commitment] = facts.deadline
+
+    def _seconds_left(self, intent: Intent) -> float | None:
+        deadline = None if intent.task is None else self._deadlines.get(intent.task)
+        if deadline is None or not intent.is_answer:
+            return None
+        return deadline - self._chain_clock.now(self._clock())
 
     async def _moment(self) -> tuple[Block, Timestamp]:
         """The block to read at: an endpoint of many machines may answer with an older head than
         before, and a later look must not see less. One that stays behind for long is believed:
         then it was the higher number that was wrong, or that block is gone."""
-        head = await self._rpc.head()
-        wall = self._clock()
+        head, wall = self._watcher.head, self._clock()
+        if head is None or wall >= self._head_until:
+            head, wall = await self._rpc.head(), self._clock()
         now = self._chain_clock.observe(head, wall)
         if head.number >= self._newest.number or wall - self._newest_at > BELIEVED_SECONDS:
             self._newest, self._newest_at = head, wall
@@ -256,6 +316,14 @@ class ChainNetwork:
     def _verb(self, account: Address, verb: str, data: bytes) -> None:
         self._outbox.ensure_verb(account, verb, self._contracts.node.address, data)
 
+    def endpoints(self) -> tuple[EndpointView, ...]:
+        """How each RPC endpoint does now."""
+        return () if self._endpoints is None else self._endpoints.views()
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, in words."""
+        return self._outbox.alerts()
+
     # --- wake-ups and loops
 
     async def next_wakeup(self) -> Wakeup:
@@ -267,20 +335,39 @@ class ChainNetwork:
             self._wakeups.put_nowait(wakeup)
 
     def _resolved(self, row: OutboxRow) -> None:
+        # It may be in a block that the watcher hasn't seen.
+        self._looked.pop(row.intent.account, None)
+        self._head_until = Timestamp(0.0)
         self._wake(Wakeup(row.intent.account, f"outbox: {row.state.value}"))
 
     async def run(self) -> None:
-        """The watcher and the outbox, for ever; ends only by cancellation or, in an
+        """The watcher, the outbox and the endpoints, for ever; ends only by cancellation or, in an
         `ExceptionGroup`, by `LeaseLost` or a bug."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._outbox.run())
             group.create_task(self.watch())
+            if self._endpoints is not None:
+                group.create_task(self._endpoints.watch())
+            group.create_task(self._heads.run())
 
     async def watch(self) -> NoReturn:
         while True:
+            pause = self._settings.poll
             try:
                 for wakeup in await self._watcher.poll():
                     self._wake(wakeup)
+                if self._watcher.is_behind:
+                    continue
+                pause = self._pause()
             except NetworkUnavailable as error:
                 _log.warning("watcher_waits", reason=str(error))
-            await asyncio.sleep(self._settings.poll)
+            await self._heads.wait(pause)
+
+    def _pause(self) -> float:
+        """Until about the next block; longer where a head will wake us."""
+        head, now = self._watcher.head, self._clock()
+        if head is not None:
+            self._pulse.saw(head.number, head.timestamp, now)
+        pause = LIVE_SECONDS if self._heads.is_live else self._pulse.pause(now)
+        self._head_until = Timestamp(now + min(pause, HEAD_SECONDS))
+        return pause

@@ -3,13 +3,15 @@
     ensure ─▶ NEW ──simulate──▶ REFUSED (nothing sent)
                │ _sign (nonce, bytes), _store
                ▼
-             SIGNED ──_broadcast──▶ SENT ──receipt──▶ MINED | REVERTED
+             SIGNED ──_broadcast──▶ SENT ──receipt──▶ MINED ──depth──▶ FINAL, or REVERTED
+                                     ▲  └─ stuck: the same nonce at a higher fee
+                                     └───── its block was replaced by one without it
 
 The bytes are stored before they are sent, so a crash at any point is followed by sending the same
-bytes again. A row is signed anew only when its former transaction can't be mined any more: none
-was made, it reverted, or its nonce belongs to another. What the endpoint says about a transaction
-that it won't take ("already known", "nonce too low") differs between clients, so the text is not
-read: whether the chain or its pool has the transaction decides.
+bytes again. A row gets another nonce only when its former transaction can't be mined any more:
+none was made, it reverted, or its nonce belongs to another. What the endpoint says about a
+transaction that it won't take ("already known", "nonce too low") differs between clients, so the
+text is not read: whether the chain or its pool has the transaction decides.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ import structlog
 from eth_utils.crypto import keccak
 
 from cluster.chain import outbox_rows as rows
+from cluster.chain.fees import FeeSettings, Offer, first, raised
 from cluster.chain.outbox_rows import IN_FLIGHT, Intent, OutboxRow, Patience, RowState, Signed
-from cluster.chain.rpc import PENDING, Call, Reverted, Rpc, RpcRefused
+from cluster.chain.rpc import LATEST, PENDING, Call, Receipt, Reverted, Rpc, RpcRefused
 from cluster.core.errors import ChainError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Lease
@@ -38,6 +41,8 @@ _log = structlog.get_logger(__name__)
 
 Clock = Callable[[], Timestamp]
 _NO_VALUE = Wei(0)
+HURRY_SECONDS = 60.0
+"""With less than so much left until a write is too late, it offers more and waits for less."""
 Transaction = Mapping[str, int | str]
 
 
@@ -51,19 +56,22 @@ class Signer(Protocol):
 class OutboxSettings:
     """Times in seconds.
 
+    `replace_after`: how long a transaction may wait to be mined before it offers more; with a
+    deadline near, a quarter of that. `depth`: blocks on top of its own that make it final.
     `displaced_after`: a transaction whose nonce is spent, and that the chain doesn't have, is given
     up only this long after it last changed: an endpoint of many machines may lag behind itself.
     `simulate_at`: "pending", because a latest block that is old judges deadlines by an old clock.
     """
 
-    price_percent: int = 120
+    fees: FeeSettings = FeeSettings()  # noqa: RUF009 - frozen
     gas_percent: int = 130
     gas_cap: int = 5_000_000
-    price_cap: Wei = Wei(10**12)
     retry_after: float = 1.0
     recheck_after: float = 15.0
     rebroadcast_after: float = 20.0
     displaced_after: float = 60.0
+    replace_after: float = 30.0
+    depth: int = 12
     poll: float = 1.0
     parallel: int = 16
     simulate_at: str = PENDING
@@ -92,6 +100,11 @@ class Outbox:
         self._settings = settings or OutboxSettings()
         self._patience = Patience(self._settings.retry_after, self._settings.recheck_after)
         self.resolved = resolved
+        self.head: Callable[[], int | None] = lambda: None
+        """The newest block's number that was seen."""
+        self.seconds_left: Callable[[Intent], float | None] = lambda _intent: None
+        """Until the network doesn't take the write any more, as far as is known."""
+        self._alerts: dict[Address, str] = {}
         self._due = asyncio.Event()
         self._pumping = asyncio.Lock()
 
@@ -148,6 +161,10 @@ class Outbox:
             for row in found
             if row.intent.claim is not None
         }
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, one line for each account."""
+        return tuple(self._alerts[account] for account in sorted(self._alerts))
 
     # --- moving them on
 
@@ -214,48 +231,78 @@ class Outbox:
             await self._broadcast(row)
         elif row.state is RowState.SENT:
             await self._follow(row)
+        elif row.state is RowState.MINED:
+            await self._confirm(row)
 
     async def _sign(self, row: OutboxRow) -> Signed | None:
         """Simulate, price and sign; None when the simulation reverts, and the row is refused."""
         intent, settings = row.intent, self._settings
         call = Call(intent.recipient, intent.data, intent.account, intent.value)
         try:
-            _, estimate, price, count = await asyncio.gather(
+            _, estimate, market, count, balance = await asyncio.gather(
                 self._rpc.call(call, settings.simulate_at),
                 self._rpc.estimate_gas(call, settings.simulate_at),
-                self._rpc.gas_price(settings.price_percent),
+                self._rpc.market(),
                 self._rpc.transaction_count(intent.account),
+                self._rpc.balance(intent.account, LATEST),
             )
         except Reverted as error:
             self._resolve(replace(row, state=RowState.REFUSED, reason=error.reason))
             return None
-        if price > settings.price_cap:
-            raise ChainError(f"gas costs {price} wei, more than the cap {settings.price_cap}")
+        offer = first(market, settings.fees, self._urgency(intent))
+        if offer.fee > settings.fees.cap:
+            self._alert(intent, f"gas costs {offer.fee} wei, more than the cap {settings.fees.cap}")
         gas = estimate * settings.gas_percent // 100
         if gas > settings.gas_cap:
             reason = f"needs {estimate} gas, with its margin more than the cap {settings.gas_cap}"
             self._resolve(replace(row, state=RowState.REFUSED, reason=reason))
             return None
-        nonce = self._nonce(intent.account, count)
+        need = intent.value + gas * offer.fee
+        if balance < need:
+            self._alert(intent, f"has {balance} wei and needs {need}: top it up")
+        self._alerts.pop(intent.account, None)
+        return self._bytes(intent, self._nonce(intent.account, count), offer, gas)
+
+    def _alert(self, intent: Intent, problem: str) -> NoReturn:
+        line = f"account {intent.account} {problem}"
+        self._alerts[intent.account] = line
+        raise ChainError(line)
+
+    def _urgency(self, intent: Intent) -> int:
+        """How many times as much is offered: the nearer the deadline, the more."""
+        left = self.seconds_left(intent)
+        if left is None or left > HURRY_SECONDS:
+            return 1
+        return 2 if left > HURRY_SECONDS / 2 else 4
+
+    def _bytes(
+        self,
+        intent: Intent,
+        nonce: int,
+        offer: Offer,
+        gas: int,
+        replaced: tuple[str, ...] = (),
+    ) -> Signed:
         raw = self._signer.sign_transaction(
             intent.account,
             {
                 "chainId": self._chain_id,
                 "nonce": nonce,
-                "gasPrice": price,
+                **offer.fields(),
                 "gas": gas,
                 "to": intent.recipient,
                 "value": intent.value,
                 "data": "0x" + intent.data.hex(),
             },
         )
-        return Signed(nonce, raw, "0x" + keccak(raw).hex())
+        tx_hash = "0x" + keccak(raw).hex()
+        return Signed(nonce, raw, tx_hash, offer, gas, self._clock(), replaced)
 
     def _nonce(self, account: Address, count: int) -> int:
         recent = self._clock() - self._settings.displaced_after
         with self._journal.read() as connection:
             flying = rows.highest_nonce(connection, account, IN_FLIGHT, float("-inf"))
-            spent = frozenset({RowState.MINED, RowState.REVERTED})
+            spent = rows.IN_THE_CHAIN | {RowState.REVERTED}
             last = rows.highest_nonce(connection, account, spent, recent)
         if last is not None and count <= last:
             raise ChainError(f"{account}: the endpoint is behind, it doesn't count nonce {last}")
@@ -293,20 +340,84 @@ class Outbox:
         # The count is read before the receipt: what is mined in between shows in the receipt.
         if not old or count <= row.signed.nonce:
             raise refusal
-        if await self._rpc.receipt(row.signed.tx_hash) is not None:
+        if await self._receipt(row.signed) is not None:
             return
         reason = f"nonce {row.signed.nonce} was used by another transaction"
         self._resolve(replace(row, state=RowState.REFUSED, signed=None, reason=reason))
 
+    async def _receipt(self, signed: Signed) -> Receipt | None:
+        """Of whichever of the transactions with this nonce was mined."""
+        for tx_hash in signed.hashes:
+            receipt = await self._rpc.receipt(tx_hash)
+            if receipt is not None:
+                return receipt
+        return None
+
     async def _follow(self, row: OutboxRow) -> None:
         assert row.signed is not None, "only rows with bytes are sent"  # noqa: S101
-        receipt = await self._rpc.receipt(row.signed.tx_hash)
+        receipt = await self._receipt(row.signed)
+        now = self._clock()
         if receipt is not None:
             state = RowState.MINED if receipt.succeeded else RowState.REVERTED
             reason = "" if receipt.succeeded else f"reverted in block {receipt.block}"
-            self._resolve(replace(row, state=state, reason=reason))
-        elif self._clock() - (row.sent_at or 0.0) >= self._settings.rebroadcast_after:
+            self._resolve(replace(row, state=state, reason=reason, block=receipt.block))
+        elif now - row.signed.at >= self._replace_after(row.intent) and row.signed.offer.fee:
+            await self._replace(row, row.signed)
+        elif now - (row.sent_at or 0.0) >= self._settings.rebroadcast_after:
             await self._broadcast(row)
+
+    def _replace_after(self, intent: Intent) -> float:
+        after = self._settings.replace_after
+        return after if self._urgency(intent) == 1 else after / 4
+
+    async def _replace(self, row: OutboxRow, old: Signed) -> None:
+        """The same write with the same nonce, at a higher fee; only while that nonce is free."""
+        count = await self._rpc.transaction_count(row.intent.account)
+        if count < old.nonce:
+            # Those before it are what is stuck; theirs is the next turn.
+            await self._broadcast(row)
+            return
+        market = await self._rpc.market()
+        offer = raised(old.offer, market, self._settings.fees, self._urgency(row.intent))
+        if offer is None:
+            account, cap = row.intent.account, self._settings.fees.cap
+            self._alerts[account] = (
+                f"account {account} has a transaction stuck at nonce {old.nonce}: to replace it "
+                f"would cost more than {cap} wei per gas"
+            )
+            await self._broadcast(row)
+            return
+        signed = self._bytes(row.intent, old.nonce, offer, old.gas, (*old.replaced, old.tx_hash))
+        _log.warning("transaction_replaced", row=row.intent.key, nonce=old.nonce, fee=offer.fee)
+        row = replace(row, signed=signed, updated_at=self._clock())
+        self._put(row)  # stored before it is sent, as the first one was
+        await self._broadcast(row)
+
+    async def _confirm(self, row: OutboxRow) -> None:
+        """Once deep enough, look whether it is still there."""
+        head, block = self.head(), row.block
+        assert row.signed is not None, "only rows with bytes are mined"  # noqa: S101
+        if head is None or (block is not None and head < block + self._settings.depth):
+            return
+        receipt = await self._receipt(row.signed)
+        if receipt is None:
+            _log.warning("transaction_vanished", row=row.intent.key, block=block)
+            await self._broadcast(replace(row, block=None, reason=""))
+        elif not receipt.succeeded:
+            reason = f"reverted in block {receipt.block}"
+            self._resolve(replace(row, state=RowState.REVERTED, reason=reason))
+        elif head < receipt.block + self._settings.depth:
+            self._put(replace(row, block=receipt.block))
+        else:
+            self._put(replace(row, state=RowState.FINAL, block=receipt.block))
+
+    def look_again(self) -> None:
+        """The chain was reorganised: what was mined is looked for again, wherever it is now."""
+        with self._journal.write(self._lease()) as connection:
+            for row in rows.unresolved(connection):
+                if row.state is RowState.MINED:
+                    rows.store(connection, replace(row, state=RowState.SENT, block=None))
+        self._due.set()
 
     def _put(self, row: OutboxRow) -> None:
         with self._journal.write(self._lease()) as connection:

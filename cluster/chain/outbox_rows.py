@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Select, func, insert, select, update
 
+from cluster.chain.fees import Offer
 from cluster.core.errors import IllegalMove
 from cluster.core.lifecycle import WriteState
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
-from cluster.journal import outbox_table as table
+from cluster.journal_tables import outbox_table as table
 
 
 class RowState(enum.Enum):
-    """NEW → SIGNED → SENT → MINED | REVERTED, or NEW → REFUSED with nothing ever sent."""
+    """NEW → SIGNED → SENT → MINED → FINAL, or REVERTED, or NEW → REFUSED with nothing ever sent.
+
+    MINED goes back to SENT when its block is replaced by another without it.
+    """
 
     NEW = "new"
     SIGNED = "signed"
     """Nonce and bytes are stored; from here on they may be on the chain at any moment."""
     SENT = "sent"
     MINED = "mined"
+    """In a block that may yet be replaced."""
+    FINAL = "final"
+    """So deep that it is counted on."""
     REVERTED = "reverted"
     REFUSED = "refused"
     """The simulation reverted, or another transaction took the nonce."""
 
 
 IN_FLIGHT = frozenset({RowState.SIGNED, RowState.SENT})
-UNRESOLVED = IN_FLIGHT | {RowState.NEW}
+UNRESOLVED = IN_FLIGHT | {RowState.NEW, RowState.MINED}
+IN_THE_CHAIN = frozenset({RowState.MINED, RowState.FINAL})
 _ANSWERS = frozenset({Claim.SCORE, Claim.ERROR})
 
 WRITE_STATES: Mapping[RowState, WriteState] = {
@@ -38,6 +47,7 @@ WRITE_STATES: Mapping[RowState, WriteState] = {
     RowState.SIGNED: WriteState.OPEN,
     RowState.SENT: WriteState.OPEN,
     RowState.MINED: WriteState.DONE,
+    RowState.FINAL: WriteState.DONE,
     RowState.REVERTED: WriteState.REFUSED,
     RowState.REFUSED: WriteState.REFUSED,
 }
@@ -69,14 +79,28 @@ def task_intent(
 
 @dataclass(frozen=True, slots=True)
 class Signed:
+    """The bytes that are sent. `replaced` are the hashes of those that they replace: of all of
+    them, which have one nonce, one is mined at most. `offer` and `gas` are 0 where an older version
+    signed."""
+
     nonce: int
     raw: bytes
     tx_hash: str
+    offer: Offer = Offer(Wei(0))  # noqa: RUF009 - frozen
+    gas: int = 0
+    at: Timestamp = Timestamp(0.0)
+    replaced: tuple[str, ...] = ()
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """The newest first."""
+        return (self.tx_hash, *reversed(self.replaced))
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxRow:
-    """`sent_at`: the last broadcast; `updated_at`: when the state last changed."""
+    """`sent_at`: the last broadcast; `updated_at`: when the state last changed; `block`: where it
+    was mined."""
 
     seq: int
     intent: Intent
@@ -85,6 +109,7 @@ class OutboxRow:
     sent_at: Timestamp | None
     updated_at: Timestamp
     reason: str
+    block: int | None = None
 
     @property
     def order(self) -> tuple[bool, int, bool, int]:
@@ -120,9 +145,11 @@ def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) ->
             sent_at=None,
             updated_at=now,
             reason="",
+            block=None,
         )
-    if row.state is RowState.MINED and intent.task is not None and age >= patience.recheck:
-        return replace(row, state=RowState.SENT, updated_at=now)
+    mined = row.state in IN_THE_CHAIN
+    if mined and intent.task is not None and age >= patience.recheck:
+        return replace(row, state=RowState.SENT, updated_at=now, block=None)
     return row
 
 
@@ -145,7 +172,7 @@ def _row(found: Any) -> OutboxRow:
         task=None if found.task is None else Commitment(found.task),
         claim=None if found.claim is None else Claim(found.claim),
     )
-    signed = None if found.raw is None else Signed(found.nonce, found.raw, found.tx_hash)
+    signed = None if found.raw is None else _signed(found)
     sent_at = None if found.sent_at is None else Timestamp(found.sent_at)
     return OutboxRow(
         found.seq,
@@ -155,7 +182,27 @@ def _row(found: Any) -> OutboxRow:
         sent_at,
         Timestamp(found.updated_at),
         found.reason,
+        found.block,
     )
+
+
+def _signed(found: Any) -> Signed:
+    said = json.loads(found.offer) if found.offer else {"fee": 0, "gas": 0, "at": found.updated_at}
+    tip = said.get("tip")
+    return Signed(
+        found.nonce,
+        found.raw,
+        found.tx_hash,
+        Offer(Wei(said["fee"]), None if tip is None else Wei(tip)),
+        said["gas"],
+        Timestamp(said["at"]),
+        tuple(said.get("replaced", ())),
+    )
+
+
+def _offer_text(signed: Signed) -> str:
+    said = {"fee": signed.offer.fee, "tip": signed.offer.tip, "gas": signed.gas, "at": signed.at}
+    return json.dumps({**said, "replaced": signed.replaced})
 
 
 def _columns(row: OutboxRow) -> dict[str, object]:
@@ -175,6 +222,8 @@ def _columns(row: OutboxRow) -> dict[str, object]:
         "sent_at": row.sent_at,
         "updated_at": row.updated_at,
         "reason": row.reason,
+        "offer": None if signed is None else _offer_text(signed),
+        "block": row.block,
     }
 
 
@@ -213,7 +262,7 @@ def count_mined(connection: Connection, account: Address, prefix: str) -> int:
         .select_from(table)
         .where(
             table.c.account == account,
-            table.c.state == RowState.MINED.value,
+            table.c.state.in_([state.value for state in IN_THE_CHAIN]),
             table.c.key.startswith(prefix, autoescape=True),
         )
     )

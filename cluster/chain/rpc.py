@@ -20,6 +20,7 @@ from eth_abi.exceptions import DecodingError
 from eth_utils.address import is_address, to_checksum_address
 from pydantic_core import from_json
 
+from cluster.chain.fees import Market
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import Address, Timestamp, Wei
 
@@ -32,8 +33,8 @@ MAX_ANSWER = 64 * 2**20
 MAX_WORDS = 200
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _LAST_TIMESTAMP = 2**40
-TIP = Wei(10**9)
-"""For whoever makes the block, in wei per gas."""
+MOST_PATIENCE = 300.0
+"""Seconds that an endpoint may have us wait."""
 
 _ERROR_STRING = bytes.fromhex("08c379a0")
 _PANIC = bytes.fromhex("4e487b71")
@@ -58,11 +59,14 @@ class Reverted(ChainError):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`base_fee` in wei per gas; None on a chain that has none (EIP-1559)."""
+    """`base_fee` in wei per gas; None on a chain that has none (EIP-1559). `hash` and `parent` are
+    empty where the endpoint doesn't say them."""
 
     number: int
     timestamp: Timestamp
     base_fee: Wei | None = None
+    hash: str = ""
+    parent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +101,25 @@ class Call:
         return fields
 
 
-def http_transport(url: str, timeout: float) -> tuple[Transport, Callable[[], Awaitable[None]]]:
-    """A transport over kept-alive connections, and the function that closes them.
+class Throttled(ChainError):
+    """The endpoint has too much to do (HTTP 429); `retry_after` in seconds, where it says so."""
+
+    def __init__(self, message: str, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class HttpTransport:
+    """`name` is the endpoint's host, which may be shown; the URL may hold a key."""
+
+    name: str
+    send: Transport
+    close: Callable[[], Awaitable[None]]
+
+
+def http_transport(url: str, timeout: float) -> HttpTransport:
+    """A transport over kept-alive connections.
 
     Redirects are not followed, and an answer of more than `MAX_ANSWER` bytes is not read.
     """
@@ -110,26 +131,34 @@ def http_transport(url: str, timeout: float) -> tuple[Transport, Callable[[], Aw
         question = {"jsonrpc": "2.0", "id": number, "method": method, "params": list(params)}
         try:
             async with asyncio.timeout(timeout):
-                status, body = await _post(client, url, question)
+                response, body = await _post(client, url, question)
         except (httpx.HTTPError, TimeoutError, OSError) as error:
             # Its text may hold the address, and the address a key.
             what = type(error).__name__
             raise ChainError(f"{method}: the endpoint doesn't answer: {what}") from None
-        return _answer(method, number, status, body)
+        if response.status_code == 429:
+            raise Throttled(f"{method}: HTTP 429", _retry_after(response))
+        return _answer(method, number, response.status_code, body)
 
-    return send, client.aclose
+    return HttpTransport(httpx.URL(url).netloc.decode("ascii"), send, client.aclose)
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    said = response.headers.get("Retry-After", "")
+    within = re.fullmatch(r"\d{1,5}", said, re.ASCII)
+    return min(float(said), MOST_PATIENCE) if within else None
 
 
 async def _post(
     client: httpx.AsyncClient, url: str, question: Mapping[str, Any]
-) -> tuple[int, bytes]:
+) -> tuple[httpx.Response, bytes]:
     body = bytearray()
     async with client.stream("POST", url, json=question) as response:
         async for part in response.aiter_bytes():
             body += part
             if len(body) > MAX_ANSWER:
                 raise httpx.DecodingError("the answer is too long")
-    return response.status_code, bytes(body)
+    return response, bytes(body)
 
 
 def _answer(method: str, number: int, status: int, body: bytes) -> Mapping[str, Any]:
@@ -185,6 +214,11 @@ def _bytes(method: str, value: object) -> bytes:
         raise ChainError(f"{method}: {brief(value)} is not data") from None
 
 
+def _hash(value: object) -> str:
+    whole = isinstance(value, str) and re.fullmatch(r"0x[0-9a-fA-F]{64}", value)
+    return str(value).lower() if whole else ""
+
+
 def _log(value: object) -> Log | None:
     """The log, or None when it can't be one: a bad log must not hide those beside it."""
     if not isinstance(value, Mapping) or value.get("removed"):
@@ -213,7 +247,8 @@ class Rpc:
 
     @classmethod
     def http(cls, url: str, timeout: float = 10.0) -> Rpc:
-        return cls(*http_transport(url, timeout))
+        made = http_transport(url, timeout)
+        return cls(made.send, made.close)
 
     async def close(self) -> None:
         if self._close is not None:
@@ -260,7 +295,14 @@ class Rpc:
             _int(method, found.get("number")),
             Timestamp(timestamp),
             None if base_fee is None else Wei(_int(method, base_fee)),
+            _hash(found.get("hash")),
+            _hash(found.get("parentHash")),
         )
+
+    async def block_hash(self, number: int) -> str | None:
+        """Of the block with that number on the chain as it is now; None where there is none."""
+        found = await self.request("eth_getBlockByNumber", hex(number), False)
+        return _hash(found.get("hash")) or None if isinstance(found, Mapping) else None
 
     async def call(self, call: Call, block: int | str) -> bytes:
         return _bytes("eth_call", await self.request("eth_call", call.fields(), _tag(block)))
@@ -270,17 +312,13 @@ class Rpc:
             "eth_estimateGas", await self.request("eth_estimateGas", call.fields(), _tag(block))
         )
 
-    async def gas_price(self, percent: int) -> Wei:
-        """What a legacy transaction offers for each gas.
-
-        On a chain with a base fee: twice that fee and a small tip, not a multiple of eth_gasPrice,
-        which follows what was offered and so would grow with every transaction of ours. Elsewhere
-        `percent` of eth_gasPrice.
-        """
+    async def market(self) -> Market:
+        """What the chain asks for gas. Not eth_gasPrice where there is a base fee: it follows what
+        was offered, and so would grow with every transaction of ours."""
         base_fee = (await self.head()).base_fee
         if base_fee is not None:
-            return Wei(2 * base_fee + TIP)
-        return Wei(_int("eth_gasPrice", await self.request("eth_gasPrice")) * percent // 100)
+            return Market(base_fee)
+        return Market(None, Wei(_int("eth_gasPrice", await self.request("eth_gasPrice"))))
 
     async def balance(self, address: Address, block: int | str) -> Wei:
         return Wei(

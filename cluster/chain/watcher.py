@@ -1,11 +1,14 @@
 """Reads the contracts' logs and says which of our accounts to look at.
 
-Nothing depends on a wake-up being seen: a sweep reads every account anyway. So the watcher starts
-at the chain's head, leaves out what it can't decode, and after a long absence skips what it missed.
+One stream for all accounts and events, from a cursor in the journal: number of the next block, and
+hash of the newest that was seen, so that a reorganisation is noticed over a restart too; then the
+blocks that changed are read again. Nothing depends on a wake-up being seen: a sweep reads every
+account anyway. So what can't be decoded is left out, and after a very long absence what was missed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +16,14 @@ from typing import Any
 from eth_typing import ABIEvent
 
 from cluster.chain.abi import NODE_ABI, TASK_ABI
+from cluster.chain.chainline import ChainLine
 from cluster.chain.contract import address_of, commitment_of, decode_log, events_by_topic
-from cluster.chain.rpc import Log, Rpc, RpcRefused
+from cluster.chain.rpc import Block, Log, Rpc, RpcRefused
 from cluster.core.ports import Wakeup
 from cluster.core.types import Address, Commitment, ModelId
 
 CURSOR = "logs"
+REORGANISED = "reorganised"
 
 _ACCOUNT_FIELDS = {
     "TaskStarted": "selectedNode",
@@ -52,11 +57,13 @@ class Holders:
 @dataclass(frozen=True, slots=True)
 class WatcherSettings:
     """In blocks: `span` at most in one request, `lookback` at most after an absence, `save_every`
-    between two writes of the cursor when there was nothing for us."""
+    between two writes of the cursor when there was nothing for us; `depth` of reorganisations that
+    are traced to their beginning."""
 
-    span: int = 500
-    lookback: int = 2_000
+    span: int = 1_000
+    lookback: int = 100_000
     save_every: int = 50
+    depth: int = 64
 
 
 def wakeup_of(
@@ -106,14 +113,34 @@ class Watcher:
         self._next: int | None = None
         self._saved = 0
         self._span = self._settings.span
+        self._line = ChainLine(self._settings.depth)
+        self.head: Block | None = None
+        """The newest that was seen."""
+        self.reorganised: Callable[[], None] = lambda: None
+        """Called when blocks that were read aren't the chain's any more."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there are blocks to be read at once."""
+        head, next_ = self.head, self._next
+        return head is not None and next_ is not None and next_ <= head.number
 
     async def poll(self) -> tuple[Wakeup, ...]:
         """Wake-ups from one bounded range of blocks, each account and reason once."""
-        head = (await self._rpc.head()).number
+        block = await self._rpc.head()
+        head = block.number
         first, missed = self._first(head)
+        forked = await self._line.fork(block, self._rpc.block_hash)
+        self.head = block
+        if forked is not None:
+            self.reorganised()
+            first = min(first, forked)
+            missed = (*missed, Wakeup(None, REORGANISED))
         last = min(head, first + self._span - 1)
         if first > last:
             self._next = first
+            if forked is not None:
+                self._store()
             return missed
         try:
             logs = await self._rpc.logs(list(self._events), first, last)
@@ -131,8 +158,9 @@ class Watcher:
     def _first(self, head: int) -> tuple[int, tuple[Wakeup, ...]]:
         """The next block to read, and a wake-up for all when blocks were left out."""
         if self._next is None:
-            stored = self._load()
-            self._next = int(stored) if stored is not None and stored.isdecimal() else head + 1
+            self._next = self._stored()
+            if self._next is None:
+                self._next = head + 1
         if self._next > head + 1:
             # The chain is shorter than it was: another fork, or a devnet made anew.
             return head + 1, (Wakeup(None, "chain went back"),)
@@ -153,5 +181,19 @@ class Watcher:
     def _advance(self, block: int, save_now: bool) -> None:
         self._next = block
         if save_now or block - self._saved >= self._settings.save_every:
-            self._save(str(block))
-            self._saved = block
+            self._store()
+
+    def _store(self) -> None:
+        newest = self._line.newest
+        self._save(f"{self._next}" if newest is None else f"{self._next} {newest[0]} {newest[1]}")
+        self._saved = self._next or 0
+
+    def _stored(self) -> int | None:
+        """The next block of the stored cursor, None where there is none; the hash that is stored
+        with it is remembered."""
+        match = re.fullmatch(r"(\d+)(?: (\d+) (0x[0-9a-f]{64}))?", self._load() or "")
+        if match is None:
+            return None
+        if match[2] is not None:
+            self._line.remember(int(match[2]), match[3])
+        return int(match[1])

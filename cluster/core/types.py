@@ -159,7 +159,10 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class AccountFacts:
-    """What the network says of one node account; `gpu_class` is None when it never joined."""
+    """What the network says of one node account; `gpu_class` is None when it never joined.
+
+    `models` are those that the account has said it holds.
+    """
 
     address: Address
     status: NodeStatus
@@ -168,6 +171,7 @@ class AccountFacts:
     balance: Wei
     qos: int
     current_task: Commitment | None
+    models: frozenset[ModelId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,20 @@
-"""An engine and the card that it computes on: what a GPU's actor hosts."""
+"""An engine, the card that it computes on and the store that brings its models: what a GPU's actor
+hosts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from cluster.core.errors import ModelUnavailable
 from cluster.core.ports import Computed, Order
-from cluster.core.types import CardUuid, GpuClass
+from cluster.core.types import CardUuid, GpuClass, TaskType
+from cluster.inference.needs import refs_of
+from cluster.inference.parameters import parse
+from cluster.models.keeper import Keeper, Wanted
+from cluster.models.refs import ModelRef
 from cluster.models.store import read_index
 
 if TYPE_CHECKING:  # it takes torch with it
@@ -21,39 +25,65 @@ _MAKES_IMAGES: Final = frozenset({"StableDiffusionPipeline", "StableDiffusionXLP
 
 @dataclass(slots=True)
 class MountedEngine:
-    """`models` is the store's root. Any thread may ask for anything but `run`."""
+    """`preload` are base models (`name[+variant]`) that are brought to the card as soon as they are
+    on disk. Any thread may ask for anything but `run` and `tend`."""
 
     engine: Engine
     uuid: CardUuid
-    models: Path
+    keeper: Keeper
+    preload: Sequence[str] = ()
     _sizes: dict[str, int | None] = field(default_factory=dict)
+    _preloaded: set[str] = field(default_factory=set)
 
     @property
     def gpu_class(self) -> GpuClass:
         return self.engine.gpu_class
 
     def state(self) -> EngineState:
-        return self.engine.state()
+        """What is on disk may have come by another process of the machine."""
+        return replace(self.engine.state(), on_disk=self.keeper.store.on_disk())
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
-        return self.engine.run(order, cancelled, on_step)
+        """Fetch what is missing, and compute. Raises what `Keeper.ensure` and `Engine.run` do."""
+        wanted = Wanted(order.deadline, cancelled, lambda: on_step(0, 0))
+        with self.keeper.held(_refs(order), wanted):
+            return self.engine.run(order, cancelled, on_step)
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
-        self.engine.prefetch(order, wanted)
+        """Fetch an order's models to the disk and read them into memory, beside what computes."""
+        asked = Wanted(order.deadline, lambda: not wanted())
+        with self.keeper.held(_refs(order), asked):
+            self.engine.prefetch(order, wanted)
+
+    def has_to_tend(self) -> bool:
+        return any(self._may_be_preloaded())
+
+    def tend(self) -> tuple[str, ...]:
+        """Bring to the card what is to be kept there and has come; lines on what couldn't be."""
+        names = self._may_be_preloaded()
+        self._preloaded.update(names)
+        return self.engine.preload(names)
+
+    def _may_be_preloaded(self) -> tuple[str, ...]:
+        if len(self._preloaded) == len(set(self.preload)):
+            return ()
+        here = self.keeper.store.on_disk()
+        return tuple(n for n in self.preload if n in here and n not in self._preloaded)
 
     def smallest(self) -> str | None:
         """The base key of the smallest model on this machine that makes images by itself."""
-        sizes = {key: self._size(key) for key in self.engine.state().on_disk}
+        sizes = {key: self._size(key) for key in self.keeper.store.on_disk()}
         fit = [(size, key) for key, size in sizes.items() if size is not None]
         return min(fit)[1] if fit else None
 
     def _size(self, key: str) -> int | None:
         """Bytes of weights in the model's folder, looked at once; None for one of another kind."""
         if key not in self._sizes:
-            folder = self.models / key.partition("+")[0]
+            name, _, variant = key.partition("+")
             try:
+                folder = self.keeper.store.find(ModelRef("base", name, variant))
                 size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
                 fits = read_index(folder).pipeline in _MAKES_IMAGES
             except ModelUnavailable:
@@ -62,3 +92,7 @@ class MountedEngine:
                 return sys.maxsize
             self._sizes[key] = size if fits else None
         return self._sizes[key]
+
+
+def _refs(order: Order) -> tuple[ModelRef, ...]:
+    return refs_of(parse(TaskType(order.task_type), order.parameters))

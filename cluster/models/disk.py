@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from cluster.models import strict_json
 from cluster.models.refs import ModelRef
 
 MANIFEST: Final = ".manifest.json"
@@ -106,10 +107,8 @@ class Disk:
     def manifest(self, key: str) -> Manifest | None:
         """None where nothing (or nothing whole) is published under the key."""
         try:
-            data = json.loads((self.model(key) / MANIFEST).read_bytes())
-            files = tuple(Stored(**file) for file in data.pop("files"))
-            return Manifest(ref=ModelRef(**data.pop("ref")), files=files, **data)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return manifest_from((self.model(key) / MANIFEST).read_bytes())
+        except OSError:
             return None
 
     def manifests(self) -> dict[str, Manifest]:
@@ -119,7 +118,7 @@ class Disk:
     def publish(self, key: str, manifest: Manifest) -> None:
         """Make the partial folder the model, at once and for all. The caller holds the lock."""
         folder = self.partial(key)
-        _write(folder / MANIFEST, json.dumps(asdict(manifest)))
+        _write(folder / MANIFEST, manifest_text(manifest))
         for path in (*(folder / file.path for file in manifest.files), folder):
             _sync(path)
         self.remove(key)
@@ -161,6 +160,8 @@ class Disk:
             os.close(file)
 
     def is_locked(self, name: str) -> bool:
+        if not (self.base / "locks" / name).exists():
+            return False
         with self.try_lock(name) as got:
             return not got
 
@@ -173,7 +174,7 @@ class Disk:
     def need(self, key: str, now: float) -> tuple[float, float]:
         """The decayed count of uses, and when it was last used."""
         try:
-            count, at = json.loads((self.base / "uses" / key).read_bytes())
+            count, at = strict_json.loads((self.base / "uses" / key).read_bytes())
             return float(count) * 0.5 ** (max(now - at, 0.0) / HALF_LIFE), float(at)
         except (OSError, ValueError, TypeError):
             return 0.0, 0.0
@@ -190,7 +191,7 @@ class Disk:
     def progress(self, key: str) -> Progress | None:
         """None when nobody fetches it."""
         try:
-            data = json.loads((self.base / "progress" / key).read_bytes())
+            data = strict_json.loads((self.base / "progress" / key).read_bytes())
             told = Progress(ref=ModelRef(**data.pop("ref")), **data)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
@@ -201,6 +202,20 @@ class Disk:
             told = [self.progress(key) for key in sorted(os.listdir(self.base / "progress"))]
             return tuple(progress for progress in told if progress is not None)
         return ()
+
+
+def manifest_text(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest))
+
+
+def manifest_from(raw: bytes) -> Manifest | None:
+    """None for what isn't one; the types of what is in it are not checked."""
+    try:
+        data = strict_json.loads(raw)
+        files = tuple(Stored(**file) for file in data.pop("files"))
+        return Manifest(ref=ModelRef(**data.pop("ref")), files=files, **data)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _write(file: Path, text: str) -> None:

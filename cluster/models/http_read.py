@@ -73,7 +73,7 @@ def _checked(file: RemoteFile, response: httpx2.Response, start: int, stop: int 
     if file.size is not None and size is not None and size != file.size:
         raise Changed(f"{file.path}: {size} bytes, and {file.size} were announced")
     etag = response.headers.get("ETag", "").removeprefix("W/").strip('"')
-    return Opened(begin, size, etag, response.iter_raw(CHUNK))
+    return Opened(begin, size, etag, response.iter_raw(CHUNK), status == 206)
 
 
 def _number(text: str | None) -> int | None:

@@ -6,12 +6,13 @@ changed meanwhile is never put together from two.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_url, set_client_factory
+from huggingface_hub import HfApi, ModelInfo, constants, set_client_factory
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -24,10 +25,13 @@ from cluster.core.errors import ModelUnavailable
 from cluster.models.http_read import answer_error, opened, retry_after
 from cluster.models.refs import ModelRef
 from cluster.models.selection import needed
+from cluster.models.settings import HUB
 from cluster.models.sources import Absent, Denied, Listing, Opened, RemoteFile, SourceDown
 
-ENDPOINT: Final = "https://huggingface.co"
 LIST_SECONDS: Final = 30.0
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_NAME: Final = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
 class Hub:
@@ -41,16 +45,18 @@ class Hub:
     def __init__(
         self,
         make_client: Callable[[], httpx2.Client],
-        endpoint: str = ENDPOINT,
+        endpoint: str = HUB,
         token: Callable[[], str | None] = lambda: None,
         certain: bool | None = None,
     ) -> None:
         self._endpoint = endpoint.rstrip("/")
         self._token = token
-        self._certain = self._endpoint == ENDPOINT if certain is None else certain
+        self._certain = self._endpoint == HUB if certain is None else certain
         self._client = make_client()
-        # Its own client too goes through what guards addresses.
+        # Its own client too goes through what guards addresses, and asks nobody but the endpoint:
+        # with its telemetry it would also ask the default one what kinds of agents there are.
         set_client_factory(make_client)
+        constants.HF_HUB_DISABLE_TELEMETRY = True
 
     def serves(self, ref: ModelRef) -> bool:
         return not ref.is_url
@@ -81,17 +87,28 @@ class Hub:
             OSError,
         ) as error:
             raise SourceDown(f"the hub doesn't answer for {ref}: {type(error).__name__}") from error
-        siblings = {file.rfilename: file for file in info.siblings or ()}
-        revision = info.sha or ""
+        return self._listing(ref, info)
+
+    def _listing(self, ref: ModelRef, info: ModelInfo) -> Listing:
+        revision, name = info.sha, info.id
+        siblings = {
+            file.rfilename: file for file in info.siblings or () if isinstance(file.rfilename, str)
+        }
+        if not (_is(_COMMIT, revision) and _is(_NAME, name)):
+            raise SourceDown(f"the hub's answer for {ref} is none")
         files = []
         for path in needed(ref, siblings.keys()):
             file = siblings[path]
-            sha256 = file.lfs.sha256 if file.lfs is not None else None
-            size = file.size if file.lfs is None else file.lfs.size
-            where = hf_hub_url(info.id, path, revision=revision, endpoint=self._endpoint)
-            git_sha1 = file.blob_id if file.lfs is None else None
+            lfs = file.lfs
+            size, sha256, git_sha1 = file.size, None, file.blob_id
+            if lfs is not None:
+                size, sha256, git_sha1 = lfs.size, lfs.sha256, None
+            known = _is(_SHA256, sha256) if lfs is not None else _is(_COMMIT, git_sha1)
+            if type(size) is not int or size < 0 or not known:
+                raise SourceDown(f"the hub's answer for {ref} is none: {path}")
+            where = f"{self._endpoint}/{name}/resolve/{revision}/{path}"
             files.append(RemoteFile(path, size, sha256, git_sha1, where))
-        return Listing(self.name, revision, tuple(files))
+        return Listing(self.name, str(revision), tuple(files))
 
     @contextmanager
     def open(
@@ -107,3 +124,7 @@ class Hub:
         if error.response.status_code in {404, 410}:
             return Absent(f"{ref} is not on the hub", certain=self._certain)
         return Denied(f"{ref}: the hub says {error.response.status_code}")
+
+
+def _is(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None

@@ -19,6 +19,8 @@ from pathlib import Path
 from random import random
 from typing import Final
 
+import structlog
+
 from cluster.core.errors import (
     Cancelled,
     ClusterError,
@@ -34,14 +36,18 @@ from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.room import Room
 from cluster.models.selection import needed
+from cluster.models.settings import Limits
 from cluster.models.sources import Absent, Changed, Denied, Listing, Source, SourceDown
 from cluster.models.store import ModelStore
 from cluster.models.throttle import Throttle
 from cluster.models.transfer import Damaged, Gate, Transfer, sha256_of
-from cluster.models.weights_check import check_file, check_text
+from cluster.models.weights_check import check_file, check_table, check_text
+
+_log = structlog.get_logger("models")
 
 LOOK_SECONDS: Final = 0.1
 TELL_SECONDS: Final = 0.5
+LOG_SECONDS: Final = 15.0
 FIRST_PATIENCE, MOST_PATIENCE = 1.0, 60.0
 SECOND_LOOK: Final = 3.0
 """Seconds before the same host is asked again whether a model exists."""
@@ -50,20 +56,6 @@ FOREGROUND: Final = ".foreground"
 CHECK_ROOM: Final = 16 * 2**20
 """Bytes of a file of unknown size, after which it is looked whether there is room for more."""
 MOST_DAMAGED: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bytes, and bytes a second. `quota` is for all that was fetched; `spare` stays free on the
-    disk. `rounds`: how often all sources are tried for who has no deadline."""
-
-    quota: int | None = None
-    largest_file: int = 64 * 2**30
-    spare: int = 2 * 2**30
-    rate: float | None = None
-    rounds: int = 6
-    part: int = 16 * 2**20
-    connections: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +150,7 @@ class Keeper:
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
         if self.has(ref):
-            if self.sources:
-                self._note_use(ref)
+            self._note_use(ref, wanted)
             return
         if not any(source.serves(ref) for source in self.sources):
             raise ModelUnavailable(
@@ -169,14 +160,16 @@ class Keeper:
         try:
             self.disk.prepare()
             self._fetch_in_turn(ref, wanted)
-            self._note_use(ref)
+            self._note_use(ref, wanted)
         except OSError as error:
             reason = f"{ref}: the store can't be written: {error.strerror or error}"
             raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
 
-    def _note_use(self, ref: ModelRef) -> None:
-        with contextlib.suppress(OSError):
-            self.disk.used(ref.key, self.clock())
+    def _note_use(self, ref: ModelRef, wanted: Wanted) -> None:
+        """A task's; that the network asks for a model says little of whether it is needed."""
+        if self.sources and not wanted.background:
+            with contextlib.suppress(OSError):
+                self.disk.used(ref.key, self.clock())
 
     # --- fetching --------------------------------------------------------------------------------
 
@@ -255,7 +248,7 @@ class Keeper:
         folder = self.disk.partial(ref.key)
         teller = _Teller(self, ref, listing, wanted)
         try:
-            self.room.make(listing.size, ref, teller.tell)
+            self.room.make(listing.size, ref, teller.tell, wanted.background)
             folder.mkdir(parents=True, exist_ok=True)
             _forget_other(folder, listing)
             gate = self._gate(ref, wanted, listing, teller)
@@ -321,7 +314,7 @@ class Keeper:
                 self._check_wanted(wanted)
             fresh = teller.arrived(size)
             if unknown and fresh % CHECK_ROOM < size:
-                self.room.make(fresh + CHECK_ROOM, ref)
+                self.room.make(fresh + CHECK_ROOM, ref, gentle=wanted.background)
             if (pause := throttle.take(size)) > 0:
                 self._pause(pause, wanted)
 
@@ -361,7 +354,20 @@ class _Teller:
         )
         self.fresh = 0
         self._told_at = 0.0
+        self._logged_at = keeper.clock()
         self._lock = threading.Lock()
+
+    def _log(self) -> None:
+        told = self._progress
+        _log.info(
+            "model_arriving",
+            model=str(told.ref),
+            source=told.source,
+            done_bytes=told.done,
+            total_bytes=told.total,
+            bytes_per_second=round(told.rate),
+            seconds_left=None if told.seconds_left is None else round(told.seconds_left),
+        )
 
     def tell(self) -> None:
         self._disk.tell(self._progress.ref.key, self._progress)
@@ -383,6 +389,9 @@ class _Teller:
             rate = self.fresh / max(now - self._progress.started_at, 0.001)
             self._progress = replace(self._progress, rate=rate)
             self.tell()
+            if now - self._logged_at >= LOG_SECONDS:
+                self._logged_at = now
+                self._log()
         self._wanted.alive()
 
 
@@ -402,6 +411,8 @@ def _check_all(folder: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         if path.suffix == ".safetensors":
             check_file(path)
+        elif path.suffix in {".model", ".spm"}:
+            check_table(path, MOST_TEXT)
         else:
             check_text(path, MOST_TEXT)
     keep = {*paths, *(parent for path in paths for parent in path.parents)}

@@ -13,31 +13,30 @@ store. A mirror lacks what it lacks and proves nothing by it.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from boto3.s3.transfer import TransferConfig  # type: ignore[import-untyped]
 from boto3.session import Session  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
+from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 
-from cluster.models.disk import MANIFEST, Manifest, Stored
+from cluster.core.errors import ModelUnavailable
+from cluster.models.disk import MANIFEST, Manifest, Stored, manifest_from, manifest_text
 from cluster.models.http_read import CHUNK
 from cluster.models.mirror_answers import asking
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
-from cluster.models.selection import MOST_FILES, is_plain, needed
+from cluster.models.selection import is_plain, needed
+from cluster.models.settings import parse_s3
 from cluster.models.sources import Absent, Changed, Listing, Opened, RemoteFile, SourceDown
 
 MODELS: Final = "models"
 MOST_MANIFEST: Final = 2 * 2**20
-MOST_BRACKETS: Final = 2 * MOST_FILES
-"""Of a manifest, which has one for each file and three more."""
 MOST_KEYS: Final = 10_000
 """Of one tree laid by hand."""
 MOST_PAGES: Final = 50
@@ -46,8 +45,6 @@ READ_SECONDS: Final = 60.0
 ATTEMPTS: Final = 2
 """Of one request; the keeper tries again, and another source in between."""
 
-_BUCKET: Final = re.compile(r"[A-Za-z0-9][\w.-]{1,61}[A-Za-z0-9]", re.ASCII)
-_WORD: Final = re.compile(r"(?!\.{1,2}$)[\w.=+-]{1,100}", re.ASCII)
 _REVISION: Final = re.compile(r"[\w.-]{0,100}", re.ASCII)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
@@ -57,24 +54,6 @@ _UPLOAD: Final = TransferConfig(
     max_concurrency=4,
     preferred_transfer_client="classic",
 )
-
-
-def parse(url: str) -> tuple[str, str]:
-    """Bucket and prefix of `s3://bucket/prefix`; the prefix without slashes at its ends, and empty
-    where there is none. Raises `ValueError`, whose line doesn't repeat what may hold a secret."""
-    scheme, mark, rest = url.partition("://")
-    if scheme != "s3" or not mark:
-        raise ValueError("a mirror is written as s3://bucket/prefix")
-    bucket, _, prefix = rest.partition("/")
-    if not _BUCKET.fullmatch(bucket):
-        raise ValueError(
-            "a mirror's bucket is 3 to 63 letters, digits, dots, hyphens and underscores; "
-            "credentials come from the environment, never from the URL"
-        )
-    prefix = prefix.strip("/")
-    if prefix and not all(_WORD.fullmatch(word) for word in prefix.split("/")):
-        raise ValueError("a mirror's prefix is made of letters, digits and ._=+- between slashes")
-    return bucket, prefix
 
 
 def client(endpoint: str | None, region: str | None) -> Any:
@@ -94,16 +73,27 @@ def client(endpoint: str | None, region: str | None) -> Any:
         response_checksum_validation="when_required",
     )
     # A session of its own: the module's default one isn't safe among threads.
-    return Session().client("s3", region_name=region, endpoint_url=endpoint, config=config)
+    made = Session().client("s3", region_name=region, endpoint_url=endpoint, config=config)
+    made.meta.events.register("before-call.s3.HeadBucket", _never)
+    return made
+
+
+def _never(**_: object) -> NoReturn:
+    """botocore asks where a bucket is when an answer redirects, and where that is when the answer
+    to it does: without end at a server that redirects everything, as one does that leads to https.
+    Amazon's own redirects name the region themselves.
+    """
+    none = {"Error": {"Code": "NotAsked"}, "ResponseMetadata": {"HTTPHeaders": {}}}
+    raise ClientError(none, "HeadBucket")
 
 
 class Mirror:
-    """`url` is `s3://bucket/prefix` (raises `ValueError`, see `parse`)."""
+    """`url` is `s3://bucket/prefix` (raises `ValueError`)."""
 
     name = "mirror"
 
     def __init__(self, url: str, make_client: Callable[[], Any]) -> None:
-        self._bucket, self._prefix = parse(url)
+        self._bucket, self._prefix = parse_s3(url)
         self._make_client = make_client
         self._made: Any = None
         self._lock = threading.Lock()
@@ -146,7 +136,7 @@ class Mirror:
             return False
         try:
             _listing(ref, manifest, "")
-        except (SourceDown, Refused):
+        except (SourceDown, ModelUnavailable):
             return False
         return True
 
@@ -159,17 +149,16 @@ class Mirror:
         It must not raise. Raises as a source does; `Changed` where a file isn't any more what the
         manifest says.
         """
-        text = json.dumps(asdict(manifest)).encode()
+        text = manifest_text(manifest).encode()
         # What couldn't be read again isn't written.
         _listing(ref, text, "")
         for file in manifest.files:
             self._upload(ref, folder / file.path, file, gain)
-        if self._manifest(ref) != text:
-            key = self._key(MODELS, ref.key, MANIFEST)
-            with asking(str(ref)):
-                self._client().put_object(
-                    Bucket=self._bucket, Key=key, Body=text, ContentType="application/json"
-                )
+        key = self._key(MODELS, ref.key, MANIFEST)
+        with asking(str(ref)):
+            self._client().put_object(
+                Bucket=self._bucket, Key=key, Body=text, ContentType="application/json"
+            )
 
     def _upload(self, ref: ModelRef, path: Path, file: Stored, gain: Callable[[int], None]) -> None:
         key = self._key(MODELS, ref.key, file.path)
@@ -250,7 +239,8 @@ class Mirror:
 
 def _checked(file: RemoteFile, answer: dict[str, Any], start: int, stop: int | None) -> Opened:
     size, begin = int(answer["ContentLength"]), 0
-    if answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
+    ranged = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
+    if ranged:
         match = _RANGE.fullmatch(answer.get("ContentRange", ""))
         if match is None or int(match[1]) != start or (stop is not None and int(match[2]) >= stop):
             raise SourceDown(f"{file.path}: another range than was asked for")
@@ -262,7 +252,7 @@ def _checked(file: RemoteFile, answer: dict[str, Any], start: int, stop: int | N
     if file.sha256 is not None and sha256 != file.sha256:
         raise Changed(f"{file.path}: another content than was announced")
     etag = answer.get("ETag", "").strip('"')
-    return Opened(begin, size, etag, _chunks(file.path, answer["Body"]))
+    return Opened(begin, size, etag, _chunks(file.path, answer["Body"]), ranged)
 
 
 def _chunks(what: str, body: Any) -> Iterator[bytes]:
@@ -270,42 +260,36 @@ def _chunks(what: str, body: Any) -> Iterator[bytes]:
         yield from body.iter_chunks(CHUNK)
 
 
-def _listing(ref: ModelRef, manifest: bytes, folder: str) -> Listing:
+def _listing(ref: ModelRef, raw: bytes, folder: str) -> Listing:
     """What the manifest says, of which nothing is believed unchecked.
 
-    Raises `SourceDown` where it isn't one of this model, `Refused` for paths that could lead
-    elsewhere, and what `needed` raises.
+    Raises `SourceDown` where it isn't one of this model, or could lead elsewhere, and what `needed`
+    raises.
     """
-    if len(manifest) > MOST_MANIFEST:
-        raise SourceDown(f"{ref}: its manifest in the mirror has more than {MOST_MANIFEST} bytes")
-    if manifest.count(b"[") + manifest.count(b"{") > MOST_BRACKETS:
-        # web3 raises the recursion limit so far that the reader would run out of its stack.
-        raise SourceDown(f"{ref}: its manifest in the mirror is nested too deep, or too long")
-    try:
-        said = json.loads(manifest)
-        of = ModelRef(**said["ref"])
-        revision = said["revision"]
-        files = [(file["path"], file["size"], file["sha256"]) for file in said["files"]]
-    except (ValueError, TypeError, LookupError) as error:
-        kind = type(error).__name__
-        raise SourceDown(f"{ref}: its manifest in the mirror can't be read ({kind})") from error
-    if of != ref:
-        raise SourceDown(f"{ref}: its manifest in the mirror is another model's")
-    if not isinstance(revision, str) or not _REVISION.fullmatch(revision):
-        raise SourceDown(f"{ref}: its manifest in the mirror names no revision")
-    if len(files) > MOST_FILES:
-        raise Refused(Rule.FILE_KIND, f"{ref} has {len(files)} files, {MOST_FILES} at most")
+    manifest = manifest_from(raw) if len(raw) <= MOST_MANIFEST else None
+    if manifest is None or manifest.ref != ref:
+        raise SourceDown(f"{ref}: the mirror's manifest is none, or another model's")
+    if not _is(manifest.revision, _REVISION):
+        raise SourceDown(f"{ref}: the mirror's manifest names no revision")
     found: dict[str, RemoteFile] = {}
-    for path, size, sha256 in files:
+    for file in manifest.files:
+        path = file.path
         if not isinstance(path, str) or not is_plain(path) or path in found:
-            shown = ascii(str(path)[:100])
-            raise Refused(Rule.NAME, f"{ref}: the mirror's manifest has a file {shown}")
-        if type(size) is not int or not 0 <= size < 10**18:
+            raise SourceDown(f"{ref}: the mirror's manifest has a file {ascii(path)[:100]}")
+        if type(file.size) is not int or not 0 <= file.size < 10**18:
             raise SourceDown(f"{ref}: the mirror's manifest has no size for {path}")
-        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        if not _is(file.sha256, _SHA256):
             raise SourceDown(f"{ref}: the mirror's manifest has no sha256 for {path}")
-        found[path] = RemoteFile(path, size, sha256, where=f"{folder}/{path}")
-    return Listing(Mirror.name, revision, tuple(found[path] for path in _chosen(ref, found)))
+        found[path] = RemoteFile(path, file.size, file.sha256, where=f"{folder}/{path}")
+    if not found:
+        raise SourceDown(f"{ref}: the mirror's manifest has no files")
+    return Listing(
+        Mirror.name, manifest.revision, tuple(found[path] for path in _chosen(ref, found))
+    )
+
+
+def _is(said: object, pattern: re.Pattern[str]) -> bool:
+    return isinstance(said, str) and pattern.fullmatch(said) is not None
 
 
 def _chosen(ref: ModelRef, found: dict[str, RemoteFile]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ a download counts as taken until that ends.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 
 _LOCK: Final = ".room"
+LEAST_NEED: Final = 0.1
+"""What is left of one use after three weeks."""
 STALE: Final = 86400.0
 """Seconds after which what a broken download left behind isn't kept for the next try."""
 
@@ -36,8 +39,16 @@ class Room:
     pinned: frozenset[ModelRef]
     clock: Callable[[], float]
 
-    def make(self, size: int, ref: ModelRef, promise: Callable[[], None] = lambda: None) -> None:
-        """So many bytes in all may be written for `ref`; others leave for it where they must.
+    def make(
+        self,
+        size: int,
+        ref: ModelRef,
+        promise: Callable[[], None] = lambda: None,
+        gentle: bool = False,
+    ) -> None:
+        """So many bytes in all may be written for `ref`; others leave for it where they must, for
+        a `gentle` one only what no task has needed of late: whoever creates tasks may have the
+        network ask for anything.
 
         `promise` is called before anyone else may count. Raises `Refused` (QUOTA) when even that
         isn't enough.
@@ -45,8 +56,8 @@ class Room:
         with self.disk.lock(_LOCK):
             limit, used = self._limit_and_used(ref)
             if used + size > limit:
-                self._drop_leftovers(ref, age=0.0)
-                self._evict(size, ref)
+                self._drop_leftovers(ref, age=-math.inf)
+                self._evict(size, ref, gentle)
                 limit, used = self._limit_and_used(ref)
             if used + size > limit:
                 raise Refused(
@@ -62,14 +73,14 @@ class Room:
         self.disk.prepare()
         self._drop_leftovers(None, STALE)
 
-    def _evict(self, size: int, ref: ModelRef) -> None:
+    def _evict(self, size: int, ref: ModelRef, gentle: bool) -> None:
         now = self.clock()
         manifests = self.disk.manifests()
         limit, used = self._limit_and_used(ref)
         residents = [
             Resident(key, each.size, max(each.seconds, 0.001), self._need(key, now), stays)
             for key, each in manifests.items()
-            for stays in [self._stays(key, each)]
+            for stays in [self._stays(key, each) or (gentle and self._is_needed(key, now))]
         ]
         others = used - sum(each.size for each in manifests.values())
         for key in victims(residents, size, limit - others):
@@ -81,6 +92,9 @@ class Room:
     def _need(self, key: str, now: float) -> float:
         count, at = self.disk.need(key, now)
         return count + 1e-12 * at  # of two that nobody needs, the one that was used last stays
+
+    def _is_needed(self, key: str, now: float) -> bool:
+        return self.disk.need(key, now)[0] >= LEAST_NEED
 
     def _stays(self, key: str, manifest: Manifest) -> bool:
         return manifest.ref in self.pinned or self.disk.is_locked(f"{key}.use")

@@ -49,7 +49,7 @@ class Changed(ClusterError):
 class RemoteFile:
     """`path` is in the model's folder, with `/`. `size` in bytes, None where it isn't known before
     the file is read to its end; `sha256` and `git_sha1` (of git's blob) in lower-case hex where the
-    source says them. `where` is the source's own, and so is `etag`, of what has one when listed."""
+    source says them. `where` and `etag` are the source's own."""
 
     path: str
     size: int | None
@@ -79,13 +79,15 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A file being read. `start` is where it really begins: 0 when ranges are ignored. `size` is
-    the whole file's, None where the source doesn't say."""
+    """A file being read. `start` is where it really begins: 0 when ranges are ignored, and then it
+    goes on to the end, whatever `stop` was; `ranged` says that they are not. `size` is the whole
+    file's, None where the source doesn't say."""
 
     start: int
     size: int | None
     etag: str
     chunks: Iterator[bytes]
+    ranged: bool = True
 
 
 class Source(Protocol):

@@ -8,7 +8,6 @@ hostile until it has passed the patterns here, and nothing but safetensors weigh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.models import strict_json
 from cluster.models.disk import Disk, Manifest, Stored
 from cluster.models.refs import ModelRef
 from cluster.models.transfer import sha256_of
@@ -282,8 +282,8 @@ def read_json(file: Path) -> dict[str, object]:
     if file.stat().st_size > _MAX_INDEX:
         raise _refused(f"{file.name} is too long")
     try:
-        data = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        data = strict_json.loads(file.read_bytes())
+    except ValueError:
         raise _damaged(f"{file.parent.name}/{file.name} is not JSON") from None
     if not isinstance(data, dict):
         raise _damaged(f"{file.parent.name}/{file.name} is not a JSON object")

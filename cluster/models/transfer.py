@@ -95,7 +95,7 @@ class Transfer:
         """Fetch the first missing part; whether the server gives parts at all."""
         start, stop = under_way.bounds(first)
         with self.source.open(self.listing, file, start, stop) as opened:
-            if opened.start != start or (start == 0 and opened.size not in {None, file.size}):
+            if not opened.ranged or opened.start != start:
                 return False
             under_way.same(opened.etag, file)
             self._write(under_way, start, stop, opened.chunks)
@@ -116,7 +116,7 @@ class Transfer:
                 start, stop = under_way.bounds(part)
                 try:
                     with self.source.open(self.listing, file, start, stop) as opened:
-                        if opened.start != start:
+                        if not opened.ranged or opened.start != start:
                             raise SourceDown(f"{file.path}: the range was ignored")
                         under_way.same(opened.etag, file)
                         self._write(under_way, start, stop, opened.chunks)

@@ -80,6 +80,12 @@ class GatedEngine:
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         self.engine.prefetch(order, wanted)
 
+    def has_to_tend(self) -> bool:
+        return self.engine.has_to_tend()
+
+    def tend(self) -> tuple[str, ...]:
+        return self.engine.tend()
+
 
 def engine_factory(
     gate: Gate, settings: runtime.EngineSettings, simulated: GpuClass | None

@@ -72,6 +72,12 @@ class OddEngine:
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         self.engine.prefetch(order, wanted)
 
+    def has_to_tend(self) -> bool:
+        return self.engine.has_to_tend()
+
+    def tend(self) -> tuple[str, ...]:
+        return self.engine.tend()
+
 
 def engine_factory(
     oddity: Oddity, within: EngineFactory, simulated: GpuClass | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ from devnet.application import TaskChange, TaskReport
 from devnet.compile import load as contract
 from devnet.demo_tasks import FEE, parameters
 from devnet.deploy import fund
-from devnet.models import SD15
+from devnet.hub import Hub
+from devnet.models import SD15, SD15_LORA, make_models
 from devnet.network import FUNDS, Devnet, SimulatedCards
 from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
@@ -58,6 +60,10 @@ from tests.integration.operator_gate import Gate
 from tests.integration.operator_odd import Oddity
 
 MODELS = Path(".devnet/models")
+HUB_BASE, HUB_LORA, HUB_PINNED = "hub/base", "hub/lora", "hub/pinned"
+HUB_MODELS = {HUB_BASE: SD15[1], HUB_LORA: SD15_LORA, HUB_PINNED: SD15_LORA}
+"""By name on the hub, and what they are copies of."""
+PINNED = f"lora:{HUB_PINNED}"
 BLOCK_SECONDS = 0.5
 TASK_TIMEOUT = 900
 """Far longer than any task takes, however often the coordinator is killed meanwhile."""
@@ -86,10 +92,20 @@ BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
 Found = TypeVar("Found")
 
 
-def task(name: str, *, steps: int = 6, seed: int = 1, base: str = SD15[0], **more: Any) -> TaskSpec:
+def task(
+    name: str,
+    *,
+    steps: int = 6,
+    seed: int = 1,
+    base: str = SD15[0],
+    lora: str = "",
+    **more: Any,
+) -> TaskSpec:
     """A task for any card; `more` are fields of `TaskSpec`."""
     args = parameters(base, "a red fox in the snow", seed)
     args["task_config"]["steps"] = steps
+    if lora:
+        args["lora"] = {"model": lora, "weight": 80}
     fields: dict[str, Any] = {
         "parameters": args,
         "model_ids": (f"base:{base}",),
@@ -123,6 +139,7 @@ class OperatorWorld:
     devnet: Devnet
     config: Config
     journal: SqlJournal
+    hub: Hub
     sent: list[Commitment] = field(default_factory=list)
     """The tasks of the present test."""
     _log_start: int = 0
@@ -359,6 +376,13 @@ class OperatorWorld:
         answer = self.web3.provider.make_request(cast(Any, "evm_increaseTime"), [seconds])
         assert "error" not in answer, answer
 
+    def declared(self, account: str) -> frozenset[str]:
+        """The models that the network holds the account to have."""
+        place = Web3.to_checksum_address(self.devnet.deployment.node)
+        nodes = self.web3.eth.contract(place, abi=contract("Node").abi)
+        info = nodes.functions.getNodeInfo(Web3.to_checksum_address(account)).call()
+        return frozenset(info[-1])
+
     # --- what there is to say --------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -393,13 +417,41 @@ class OperatorWorld:
         return "\n".join(lines)
 
 
+def _models(root: Path, hub: Hub) -> dict[str, Any]:
+    """The configuration of a store in which all tiny models lie, but for those that only the hub
+    has: one that is to be there before the accounts join, and those that come when they are asked
+    for."""
+    for path in MODELS.rglob("*"):
+        if path.is_file():
+            target = root / path.relative_to(MODELS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    for name, original in HUB_MODELS.items():
+        hub.add(name, MODELS / original)
+    return {
+        "root": str(root),
+        "sources": ["hub"],
+        "hub": {"endpoint": hub.url},
+        "web": {"allow_hosts": ["localhost"]},  # where the hub keeps large files
+        "pin": [PINNED],
+        "spare_gb": 0.01,
+    }
+
+
 @contextlib.contextmanager
 def operator_world(folder: Path) -> Iterator[OperatorWorld]:
     """Start everything."""
+    with Hub() as hub:
+        yield from _operator_world(folder, hub)
+
+
+def _operator_world(folder: Path, hub: Hub) -> Iterator[OperatorWorld]:
+    make_models(MODELS)
     settings = {
         "identity": {"accounts": ACCOUNTS},
         "lease": {"ttl_seconds": LEASE_SECONDS},
         "policy": {"retry_backoff": 0.2},
+        "models": _models(folder / "models", hub),
     }
     with Devnet(
         folder,
@@ -413,7 +465,7 @@ def operator_world(folder: Path) -> Iterator[OperatorWorld]:
         assert config.identity.seed_file is not None
         late = Identity.load(config.identity.seed_file).address(ACCOUNTS)
         fund(devnet.deployment.rpc_url, late, FUNDS)
-        world = OperatorWorld(devnet, config, SqlJournal(config.journal.url))
+        world = OperatorWorld(devnet, config, SqlJournal(config.journal.url), hub)
         with pytest.MonkeyPatch.context() as patch:
             for name in SERVE_PATIENCE:
                 patch.setenv(name, "120")

@@ -14,6 +14,7 @@ from eth_account.signers.local import LocalAccount
 from eth_utils.crypto import keccak
 
 from cluster.chain.contract import commitment_bytes
+from cluster.chain.fees import FeeSettings, first
 from cluster.chain.network import ChainNetwork, Contracts
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc
@@ -134,7 +135,7 @@ class World:
         transaction: dict[str, Any] = {
             "chainId": self.deployment.chain_id,
             "nonce": await self.rpc.transaction_count(Address(sender.address)),
-            "gasPrice": await self.rpc.gas_price(200),
+            **first(await self.rpc.market(), FeeSettings()).fields(),
             "gas": 5_000_000,
             "to": self.deployment.task,
             "value": value,

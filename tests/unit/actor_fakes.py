@@ -23,6 +23,7 @@ from actors.ledger import Ledger
 from actors.reconciler import LONGEST_PAUSE, Reconciler
 from actors.safeguards import Safeguards, SafeguardSettings
 from cluster.artifacts import FolderArtifacts
+from cluster.chain.endpoints import EndpointView
 from cluster.core.errors import AttemptLost, NetworkUnavailable, ParametersNotReady
 from cluster.core.lifecycle import Policy, WriteState
 from cluster.core.ports import Computed, Order, Wakeup
@@ -152,6 +153,12 @@ class FakeNetwork(Faulty):
         self.moments = itertools.count(100)
         self.node_status = NodeStatus.AVAILABLE
         self.balance = Wei(10)
+
+    def endpoints(self) -> tuple[EndpointView, ...]:
+        return ()
+
+    def alerts(self) -> tuple[str, ...]:
+        return ()
 
     def add(self, facts: TaskFacts, parameters: str | None = GOOD) -> None:
         self.tasks[facts.commitment] = facts

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from hypothesis import given
@@ -22,6 +24,11 @@ from cluster.inference.canary import (
     next_answer,
 )
 from cluster.inference.mounted import MountedEngine
+from cluster.models.keeper import Keeper
+from cluster.models.store import ModelStore
+
+if TYPE_CHECKING:
+    from cluster.inference.engine import Engine
 
 A, B, C, D = (CardUuid(f"GPU-{name}") for name in "ABCD")
 X, Y, Z = Score(b"x" * 8), Score(b"y" * 8), Score(b"z" * 8)
@@ -250,23 +257,13 @@ def plant(root: Path, name: str, size: int, pipeline: str | None = SD) -> None:
         (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
 
 
-class FakeEngine:
-    def __init__(self, *on_disk: str) -> None:
-        self.on_disk = frozenset(on_disk)
-
-    def state(self) -> FakeEngine:
-        return self
-
-
 def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> None:
     plant(tmp_path, "acme/large", 30)
     plant(tmp_path, "acme/small", 10, XL)
     plant(tmp_path, "acme/refiner", 5, REFINER)
     plant(tmp_path, "acme/chat", 3, None)
-    fake = FakeEngine(
-        "acme/large", "acme/small", "acme/small+fp16", "acme/refiner", "acme/chat", "acme/gone"
-    )
-    engine = MountedEngine(fake, A, tmp_path)  # type: ignore[arg-type]
+    engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
     assert engine.smallest() == "acme/small"
-    fake.on_disk = frozenset({"acme/chat", "acme/refiner"})
+    for name in ("large", "small"):
+        shutil.rmtree(tmp_path / "acme" / name)
     assert engine.smallest() is None

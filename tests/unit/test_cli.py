@@ -22,11 +22,13 @@ from cluster.core.types import GpuState
 from cluster.status import (
     AccountStatus,
     ChainView,
+    DownloadView,
     GpuClassView,
     GpuStatus,
     IdentityView,
     RelayView,
     Status,
+    StoreStatus,
     TaskView,
     Totals,
 )
@@ -307,6 +309,37 @@ def test_the_tables_hold_what_an_operator_looks_for() -> None:
         "2 EndSuccess",
         "slashed 0",
         "problem: the disk is nearly full",
+    ):
+        assert word in text, word
+
+
+def test_downloads_and_what_cannot_be_had_are_shown() -> None:
+    download = DownloadView(
+        model="base:acme/large",
+        source="hub",
+        done_bytes=1_500_000,
+        total_bytes=3_000_000_000,
+        bytes_per_second=2_500_000.0,
+        seconds_left=1199.4,
+        background=False,
+    )
+    store = StoreStatus(
+        ray_node="0123456789ab",
+        models=1,
+        used_bytes=0,
+        downloads=(download,),
+        failed={"lora:acme/[red]": "gated"},
+    )
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(STATUS.model_copy(update={"stores": (store,)})))
+    text = console.export_text()
+    for word in (
+        "01234567 ",
+        "base:acme/large",
+        "1.5 MB of 3.0 GB, 2.5 MB/s",
+        "1199 s",
+        "lora:acme/[red]",
+        "gated",
     ):
         assert word in text, word
 

@@ -82,6 +82,8 @@ def shown(key: str, field: FieldInfo) -> str:
         return yaml.safe_dump(default).split()[0]
     if default == ():
         return "none"
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

@@ -51,6 +51,17 @@ class FakeEngine:
     ahead: list[tuple[Commitment, Callable[[], bool]]] = field(default_factory=list)
     ahead_fails: Exception | None = None
     uuid: CardUuid = CardUuid("GPU-1")
+    chores: list[tuple[str, ...]] = field(default_factory=list)
+    """What each `tend` is still to answer."""
+    tended: int = 0
+
+    def has_to_tend(self) -> bool:
+        return bool(self.chores)
+
+    def tend(self) -> tuple[str, ...]:
+        self.threads.add(threading.get_ident())
+        self.tended += 1
+        return self.chores.pop(0)
 
     def smallest(self) -> str | None:
         return "acme/tiny"
@@ -399,3 +410,40 @@ async def test_how_long_an_attempt_has_made_no_progress(engine: FakeEngine) -> N
     engine.go.set()
     await worker.result(A)
     assert (await worker.report()).quiet_seconds == 0.0
+
+
+# --- between attempts -----------------------------------------------------------------------------
+
+
+async def test_chores_are_done_in_the_computing_thread_while_nothing_runs(
+    engine: FakeEngine,
+) -> None:
+    engine.chores = [("acme/large: no memory",), ()]
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    await until(lambda: bool(engine.ran))
+    await worker.report()
+    assert engine.tended == 0, "an attempt runs"
+    engine.go.set()
+    await worker.result(A)
+    for done in (1, 2):
+        await worker.report()
+        await until(lambda: engine.tended == done)  # noqa: B023 - awaited at once
+    await worker.report()
+    assert engine.tended == 2
+    assert len(engine.threads) == 1
+
+
+async def test_a_chore_that_fails_is_one_line_and_no_more(engine: FakeEngine) -> None:
+    def fail() -> tuple[str, ...]:
+        engine.chores.clear()
+        raise DeviceFault(DeviceFaultKind.OTHER, "broken")
+
+    engine.chores = [()]
+    engine.tend = fail  # type: ignore[method-assign]
+    worker = worker_of(engine)
+    await asyncio.sleep(0.05)
+    await worker.report()
+    engine.go.set()
+    await worker.start(order(A))
+    assert await worker.result(A) == DONE

@@ -11,11 +11,13 @@ from cluster.metrics import Metrics
 from cluster.status import (
     AccountStatus,
     ChainView,
+    DownloadView,
     GpuClassView,
     GpuStatus,
     IdentityView,
     RelayView,
     Status,
+    StoreStatus,
     TaskView,
 )
 
@@ -192,3 +194,45 @@ def test_more_cards_and_accounts_make_no_more_series() -> None:
     few, many = lines(8), lines(256)
     assert len(few) < 5000
     assert [line.rsplit(b" ", 1)[0] for line in many] == [line.rsplit(b" ", 1)[0] for line in few]
+
+
+def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() -> None:
+    metrics = Metrics("1", "d")
+    metrics.store_happened("fetched", "hub", 2)
+    metrics.store_happened("refused", "address", 3)
+    metrics.store_happened("refused", "acme/secret", 1)
+    metrics.store_happened("acme/secret", "x", 9)
+    metrics.store_fetched("hub", 1000)
+    metrics.store_fetched("acme/secret", 7)
+    assert sample(metrics, "crynux_store_events_total", event="fetched") == 2
+    assert sample(metrics, "crynux_store_refusals_total", rule="address") == 3
+    assert sample(metrics, "crynux_store_refusals_total", rule="other") == 1
+    assert sample(metrics, "crynux_store_fetched_bytes_total", source="hub") == 1000
+    assert sample(metrics, "crynux_store_fetched_bytes_total", source="other") == 7
+    download = DownloadView(
+        model="lora:acme/secret",
+        source="hub",
+        done_bytes=1,
+        total_bytes=9,
+        bytes_per_second=5.0,
+        background=True,
+    )
+    store = StoreStatus(
+        ray_node="n1",
+        models=3,
+        used_bytes=50,
+        queued=2,
+        downloads=(download,),
+        failed={"base:acme/secret": "401"},
+    )
+    metrics.observe(snapshot().model_copy(update={"stores": (store, store)}))
+    for name, value in {
+        "models": 6,
+        "used_bytes": 100,
+        "queued_models": 4,
+        "missing_models": 2,
+        "downloads": 2,
+        "download_bytes_per_second": 10,
+    }.items():
+        assert sample(metrics, f"crynux_store_{name}") == value
+    assert "secret" not in metrics.render().decode()

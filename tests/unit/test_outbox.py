@@ -43,6 +43,10 @@ class FakeChain:
     faults: list[str] = field(default_factory=list)
     refuse_sends: bool = False
     gas: int = 80_000
+    balance: int = 10**18
+    base_fee: int | None = None
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Where each was mined; block 1 where it isn't said."""
 
     async def __call__(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
         fault = self.faults.pop() if self.faults and method == "eth_sendRawTransaction" else ""
@@ -62,14 +66,18 @@ class FakeChain:
                     return {"error": {"code": 3, "message": f"execution reverted: {reason}"}}
                 return {"result": "0x" if method == "eth_call" else hex(self.gas)}
             case "eth_getBlockByNumber":
-                return {"result": {"number": "0x1", "timestamp": "0x1"}}
+                fee = {} if self.base_fee is None else {"baseFeePerGas": hex(self.base_fee)}
+                return {"result": {"number": "0x1", "timestamp": "0x1", **fee}}
+            case "eth_getBalance":
+                return {"result": hex(self.balance)}
             case "eth_gasPrice":
                 return {"result": hex(10)}
             case "eth_getTransactionCount":
                 return {"result": hex(self.counts[params[0]])}
             case "eth_getTransactionReceipt":
                 ok = self.mined.get(params[0])
-                block = {"blockNumber": "0x1", "status": "0x1" if ok else "0x0"}
+                number = hex(self.blocks.get(params[0], 1))
+                block = {"blockNumber": number, "status": "0x1" if ok else "0x0"}
                 return {"result": None if ok is None else block}
             case "eth_getTransactionByHash":
                 known = params[0] in self.mined or params[0] in self.pool

@@ -19,6 +19,7 @@ from actors import coordinator as module
 from actors.coordinator import Coordinator, RunningNetwork, World
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
+from actors.stores import RayStores
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Lease, Wakeup
@@ -37,7 +38,8 @@ from cluster.core.types import (
     Wei,
 )
 from cluster.inference import canary
-from cluster.journal import SqlJournal, lease_table
+from cluster.journal import SqlJournal
+from cluster.journal_tables import lease_table
 from cluster.metrics import Metrics
 from cluster.status import Status
 from tests.unit.actor_fakes import (
@@ -67,7 +69,7 @@ ALICES_WAKEUP = Wakeup(ALICE, "TaskStarted")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
-        "IDLE_LOOK_SECONDS",
+        "SWEEP_SECONDS",
         "BUSY_LOOK_SECONDS",
         "BETWEEN_TERMS_SECONDS",
         "POOL_SECONDS",
@@ -102,6 +104,7 @@ class Office:
             journal=self.journal,
             artifacts=WatchedArtifacts(self.path / "artifacts"),
             pool=cast(RayGpuPool, self.pool),
+            stores=RayStores(None, "1+abc", ()),
             open_network=self._open_network,
             metrics=Metrics("1", "abc"),
             policy=Policy(retry_backoff=0.0),
@@ -223,7 +226,7 @@ async def test_the_lease_is_renewed_for_as_long_as_it_acts(office: Office) -> No
 async def test_a_wakeup_makes_it_look_at_once(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "IDLE_LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 1000.0)
     async with serving(office):
         await until(lambda: len(office.network.called("look")) == 2)
         await asyncio.sleep(0.05)
@@ -496,7 +499,7 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
     office: Office, monkeypatch: pytest.MonkeyPatch, end: TaskStatus, joins: bool
 ) -> None:
     monkeypatch.setattr(module, "FLEET_SECONDS", 0.02)
-    monkeypatch.setattr(module, "IDLE_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
@@ -552,7 +555,7 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
 ) -> None:
     """The task's turn may wait, for a file or for the relay, before it is closed as invalidated."""
     monkeypatch.setattr(module, "FLEET_SECONDS", 0.02)
-    monkeypatch.setattr(module, "IDLE_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):

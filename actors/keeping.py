@@ -1,0 +1,188 @@
+"""One machine's model store: brings what is configured and what the network asks for.
+
+One process on each machine that has cards, beside theirs. What running tasks need their own
+processes fetch, through the same store, so that each model comes once; what is fetched here stands
+back while they do (`cluster.models.keeper`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import ray
+import structlog
+
+from cluster.core.errors import Cancelled, ClusterError
+from cluster.models.disk import Progress
+from cluster.models.keeper import Keeper, Wanted
+from cluster.models.refs import ModelRef, of_model_id
+
+MOST_QUEUED = 256
+"""Models the network has asked for; whoever creates tasks may ask for any number."""
+AGAIN_SECONDS = 600.0
+"""After which a configured model that couldn't be had is tried again."""
+LABELS = ("source", "rule")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReport:
+    """What a machine's store has and does. Model ids are as the network writes them.
+
+    `here` are those that were asked for, or configured, and are there; `failed` says why others
+    aren't. `events` counts the store's diary since this process began, by event and by source or
+    rule; `fetched_bytes` by source.
+    """
+
+    release: str
+    pid: int
+    here: frozenset[str]
+    failed: Mapping[str, str]
+    downloads: tuple[Progress, ...]
+    queued: int
+    models: int
+    used_bytes: int
+    quota_bytes: int | None
+    events: Mapping[tuple[str, str], int]
+    fetched_bytes: Mapping[str, int]
+
+
+class StoreWorker:
+    """The plain class behind the actor, on one event loop; a thread of its own fetches."""
+
+    def __init__(
+        self,
+        make_keeper: Callable[[], Keeper],
+        release: str,
+        configured: tuple[str, ...],
+        again_seconds: float = AGAIN_SECONDS,
+    ) -> None:
+        self._release = release
+        self._again_seconds = again_seconds
+        self._keeper = make_keeper()
+        self._configured = configured
+        self._queue: deque[str] = deque(configured)
+        self._refs: dict[str, ModelRef] = {}
+        self._here: set[str] = set()
+        self._failed: dict[str, str] = {}
+        self._news = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="look")
+        self._ended = threading.Event()
+        self._offset = self._end_of_diary()
+        self._events: Counter[tuple[str, str]] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._log = structlog.get_logger("models")
+        self._working = asyncio.get_running_loop().create_task(self._work())
+
+    async def want(self, model_ids: tuple[str, ...]) -> None:
+        """Fetch these behind what is queued already; what isn't a model's id is left out."""
+        for model_id in model_ids:
+            known = model_id in self._queue or model_id in self._here
+            if not known and len(self._queue) < MOST_QUEUED:
+                self._queue.append(model_id)
+        self._news.set()
+
+    async def report(self) -> StoreReport:
+        return await asyncio.get_running_loop().run_in_executor(self._looker, self._look)
+
+    async def stop(self) -> None:
+        """Let the download that runs end where it is; the next process goes on with it."""
+        self._ended.set()
+        self._working.cancel()
+
+    async def _work(self) -> None:
+        """Fetch what is queued, one model after the other; configured ones again and again."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._queue:
+                model_id = self._queue.popleft()
+                await loop.run_in_executor(self._thread, self._fetch, model_id)
+            self._news.clear()
+            try:
+                async with asyncio.timeout(self._again_seconds):
+                    await self._news.wait()
+            except TimeoutError:
+                self._queue.extend(each for each in self._configured if each not in self._here)
+
+    def _fetch(self, model_id: str) -> None:
+        try:
+            ref = self._refs[model_id] = of_model_id(model_id)
+            self._keeper.ensure(ref, Wanted(cancelled=self._ended.is_set, background=True))
+        except Cancelled:
+            return
+        except ClusterError as error:
+            self._log.warning("model_not_fetched", model=model_id[:200], reason=str(error))
+            self._failed[model_id] = str(error)
+            self._here.discard(model_id)
+            if model_id not in self._configured:
+                # The network may ask for anything; only the newest failures are kept in mind.
+                others = [each for each in self._failed if each not in self._configured]
+                for old in others[:-MOST_QUEUED]:
+                    del self._failed[old]
+            return
+        self._failed.pop(model_id, None)
+        self._here.add(model_id)
+        self._log.info("model_here", model=model_id)
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def _look(self) -> StoreReport:
+        keeper = self._keeper
+        for model_id in tuple(self._here):
+            if not self._is_here(model_id):
+                self._here.discard(model_id)
+        self._read_diary()
+        manifests = keeper.disk.manifests()
+        return StoreReport(
+            release=self._release,
+            pid=os.getpid(),
+            here=frozenset(self._here),
+            failed=dict(self._failed),
+            downloads=keeper.disk.downloads(),
+            queued=len(self._queue),
+            models=len(manifests),
+            used_bytes=sum(manifest.size for manifest in manifests.values()),
+            quota_bytes=keeper.limits.quota,
+            events=dict(self._events),
+            fetched_bytes=dict(self._bytes),
+        )
+
+    def _is_here(self, model_id: str) -> bool:
+        """Evicted, or removed by hand: then the network mustn't be told that it is here."""
+        try:
+            return self._keeper.has(self._refs[model_id])
+        except ClusterError:
+            return False
+
+    def _end_of_diary(self) -> int:
+        try:
+            return self._keeper.diary.file.stat().st_size
+        except OSError:
+            return 0
+
+    def _read_diary(self) -> None:
+        if self._end_of_diary() < self._offset:  # it was begun anew
+            self._offset = 0
+        for entry, offset in self._keeper.diary.read(self._offset):
+            self._offset = offset
+            said = next((str(entry[label]) for label in LABELS if label in entry), "")
+            self._events[str(entry.get("event", "")), said] += 1
+            size = entry.get("bytes")
+            if entry.get("event") == "fetched" and isinstance(size, int):
+                self._bytes[said] += size
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class StoreActor(StoreWorker):
+    """Detached, named after its node; `make_keeper` is a function of the installed package."""
+
+    async def __init__(  # type: ignore[misc]
+        self, make_keeper: Callable[[], Keeper], release: str, configured: tuple[str, ...]
+    ) -> None:
+        StoreWorker.__init__(self, make_keeper, release, configured)

@@ -1,0 +1,165 @@
+"""The cluster's model stores: one keeper's actor on each machine that has cards, watched and asked.
+
+What the network wants on disk is wanted on every machine with a card of the account's class; a
+model that all of them have is one that the class has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import structlog
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.keeping import StoreActor, StoreReport
+from cluster.core.types import Gpu, GpuClass, ModelId, RayNodeId
+from cluster.models.keeper import Keeper
+
+PING_SECONDS = 5.0
+FETCHED_BYTES = "fetched_bytes"
+"""Stands for an event where bytes are counted."""
+
+
+@dataclass(slots=True)
+class _Member:
+    actor: ActorHandle[Any]
+    report: StoreReport | None = None
+    counted: tuple[int, Counter[tuple[str, str]]] = (0, Counter())
+    """What `news` has told, of which process."""
+
+
+class RayStores:
+    """`make_keeper` None: nothing is ever fetched, so no machine needs a keeper.
+
+    `configured`: the model ids that every machine is to have.
+    """
+
+    def __init__(
+        self,
+        make_keeper: Callable[[], Keeper] | None,
+        release: str,
+        configured: tuple[str, ...],
+    ) -> None:
+        self._make_keeper = make_keeper
+        self._release = release
+        self._configured = configured
+        self._members: dict[RayNodeId, _Member] = {}
+        self._log = structlog.get_logger("stores")
+
+    def reports(self) -> Mapping[RayNodeId, StoreReport]:
+        """The newest report of each machine."""
+        return {
+            node: member.report
+            for node, member in self._members.items()
+            if member.report is not None
+        }
+
+    def settled(self, gpus: Iterable[Gpu]) -> bool:
+        """Whether the machines of these cards have each configured model, or have tried."""
+        if self._make_keeper is None:
+            return True
+        nodes = {gpu.ray_node for gpu in gpus}
+        reports = self.reports()
+        return all(
+            node in reports
+            and all(
+                model in reports[node].here or model in reports[node].failed
+                for model in self._configured
+            )
+            for node in nodes
+        )
+
+    def here(self, gpus: Iterable[Gpu]) -> frozenset[ModelId]:
+        """The models that were configured or wanted and are on each of these cards' machines."""
+        nodes = {gpu.ray_node for gpu in gpus}
+        reports = self.reports()
+        if not nodes or not nodes <= reports.keys():
+            return frozenset()
+        common = frozenset[str].intersection(*(reports[node].here for node in nodes))
+        return frozenset(map(ModelId, common))
+
+    def news(self) -> Mapping[tuple[str, str], int]:
+        """What the stores' diaries say that wasn't told by this yet: counts by event and label."""
+        told: Counter[tuple[str, str]] = Counter()
+        for member in self._members.values():
+            if (report := member.report) is None:
+                continue
+            pid, before = member.counted
+            now = Counter(report.events)
+            now.update({(FETCHED_BYTES, source): n for source, n in report.fetched_bytes.items()})
+            told.update(now - before if pid == report.pid else now)
+            member.counted = (report.pid, now)
+        return told
+
+    def want(self, gpus: Iterable[Gpu], models: Sequence[ModelId]) -> None:
+        """Have the machines of these cards fetch them, behind what tasks need."""
+        for node in {gpu.ray_node for gpu in gpus}:
+            member = self._members.get(node)
+            if member is not None:
+                member.actor.want.remote(tuple(models))
+
+    # --- watching --------------------------------------------------------------------------------
+
+    async def refresh(self, nodes: Collection[RayNodeId]) -> None:
+        """One look: machines that came or left, keepers to make or replace, a ping to each."""
+        if self._make_keeper is None:
+            return
+        for gone in self._members.keys() - set(nodes):
+            await self._end(gone, self._members.pop(gone))
+        for new in sorted(set(nodes) - self._members.keys()):
+            try:
+                self._members[new] = _Member(await asyncio.to_thread(self._actor, new))
+            except (RayError, ValueError) as error:
+                self._log.warning("store_not_begun", node=new, error=type(error).__name__)
+        await asyncio.gather(*(self._ping(n, member) for n, member in self._members.items()))
+
+    async def _ping(self, node: RayNodeId, member: _Member) -> None:
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                report: StoreReport = await member.actor.report.remote()
+        except (RayError, TimeoutError) as error:
+            if isinstance(error, ActorDiedError):
+                member.actor = await asyncio.to_thread(self._actor, node)
+            return
+        if report.release != self._release:
+            self._log.info("store_actor_replaced", node=node, old=report.release)
+            await self._end(node, member)
+            member.actor = await asyncio.to_thread(self._actor, node)
+            return
+        member.report = report
+
+    async def _end(self, node: RayNodeId, member: _Member) -> None:
+        try:
+            await asyncio.to_thread(self._kill, member)
+        except RayError as error:
+            self._log.warning("store_actor_not_ended", node=node, error=type(error).__name__)
+
+    def _kill(self, member: _Member) -> None:
+        ray.kill(member.actor, no_restart=True)
+
+    def _actor(self, node: RayNodeId) -> ActorHandle[Any]:
+        options: dict[str, Any] = {
+            "name": f"store:{node[:8]}",
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+            "max_concurrency": 16,
+        }
+        actor_class = cast(Any, StoreActor)
+        return cast(
+            ActorHandle[Any],
+            actor_class.options(**options).remote(
+                self._make_keeper, self._release, self._configured
+            ),
+        )
+
+
+def of_class(gpus: Iterable[Gpu], gpu_class: GpuClass | None) -> tuple[Gpu, ...]:
+    return tuple(gpu for gpu in gpus if gpu.gpu_class == gpu_class)

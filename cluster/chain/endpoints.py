@@ -1,0 +1,265 @@
+"""Any number of RPC endpoints as one transport: reads fail over at once, writes go to all.
+
+What each has done lately decides whom to ask (`cluster.chain.health`). A check now and then looks
+at all of them: their heads, their chain, and whether they tell of the same fork; so one that lags,
+or is on a fork of its own, isn't believed, and one that is back is asked again.
+
+    call ─▶ first healthy one ── no answer, 429, malformed ──▶ the next one, at once
+    send ─▶ all healthy ones: taken by any is taken
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import structlog
+
+from cluster.chain import health
+from cluster.chain.health import Bucket, Endpoint
+from cluster.chain.rpc import HttpTransport, Throttled, Transport
+from cluster.core.errors import ChainError
+
+_log = structlog.get_logger(__name__)
+
+SEND: Final = "eth_sendRawTransaction"
+HEAD: Final = "eth_getBlockByNumber"
+CHECK_SECONDS: Final = 15.0
+FORK_DEPTH: Final = 6
+"""How many blocks below the best head the endpoints' blocks are compared."""
+DEFAULT_PATIENCE: Final = 5.0
+"""Seconds after a 429 that doesn't say how many."""
+_NOT_HERE_YET: Final = frozenset({-32000, -32001, -32014, -39001})
+"""Codes under which clients say that they don't have a block (yet)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointView:
+    """`problem` is empty for one that is asked."""
+
+    name: str
+    problem: str
+    latency: float | None
+    head: int | None
+
+
+class Endpoints:
+    """`transports` in the order in which they are asked."""
+
+    def __init__(
+        self,
+        transports: Sequence[HttpTransport],
+        chain_id: int | None = None,
+        rate: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        called: Callable[[str, str], None] = lambda _method, _result: None,
+    ) -> None:
+        """`rate`: calls a second to each endpoint; None for no limit. `called` hears of each call
+        by method and result (ok, refused, throttled, failed)."""
+        self._sends: list[Transport] = [transport.send for transport in transports]
+        self._closes = [transport.close for transport in transports]
+        self._states = [Endpoint(transport.name) for transport in transports]
+        self._buckets = [Bucket(rate) for _ in transports]
+        self._chain_id = chain_id
+        self._clock = clock
+        self._sleep = sleep
+        self._called = called
+
+    # --- the transport ---------------------------------------------------------------------------
+
+    async def send(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+        """The first answer that is one; raises the last endpoint's `ChainError` without any."""
+        if method == SEND:
+            return await self._send_to_all(method, params)
+        failure = ChainError(f"{method}: {self.why_none()}")
+        tried: set[int] = set()
+        refusal: Mapping[str, Any] | None = None
+        # Asked anew after each failure, because that failure may change the order.
+        while (index := self._next(tried)) is not None:
+            tried.add(index)
+            try:
+                answer = await self._ask(index, method, params)
+            except ChainError as error:
+                failure = error
+                continue
+            if not _is_behind(answer):
+                self._learn(index, method, params, answer)
+                return answer
+            refusal = answer
+        if refusal is not None:
+            return refusal
+        raise failure
+
+    async def close(self) -> None:
+        await asyncio.gather(*(close() for close in self._closes))
+
+    def _next(self, tried: set[int]) -> int | None:
+        now = self._clock()
+        return next((i for i in health.order(self._states, now) if i not in tried), None)
+
+    async def _ask(self, index: int, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+        """One endpoint's answer, and what it says about the endpoint."""
+        if self._states[index].is_open:
+            self._states[index] = replace(self._states[index], probing=True)
+        try:
+            await self._wait_for_turn(index)
+            began = self._clock()
+            answer = await self._sends[index](method, params)
+        except Throttled as error:
+            patience = DEFAULT_PATIENCE if error.retry_after is None else error.retry_after
+            self._states[index] = health.put_off(self._states[index], self._clock(), patience)
+            self._called(method, "throttled")
+            raise
+        except ChainError as error:
+            self._note_failure(index, error)
+            self._called(method, "failed")
+            raise
+        except BaseException:
+            # Given up by the caller: says nothing of the endpoint.
+            self._states[index] = replace(self._states[index], probing=False)
+            raise
+        was_open = self._states[index].is_open
+        self._states[index] = health.answered(self._states[index], self._clock() - began)
+        if was_open:
+            _log.info("endpoint_back", endpoint=self._states[index].name)
+        self._called(method, "refused" if answer.get("error") is not None else "ok")
+        return answer
+
+    def _note_failure(self, index: int, error: ChainError) -> None:
+        before = self._states[index]
+        self._states[index] = health.failed(before, self._clock())
+        if self._states[index].is_open and not before.is_open:
+            _log.warning("endpoint_given_up", endpoint=before.name, reason=str(error))
+
+    async def _wait_for_turn(self, index: int) -> None:
+        self._buckets[index], pause = self._buckets[index].take(self._clock())
+        if pause > 0:
+            await self._sleep(pause)
+
+    async def _send_to_all(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+        """A transaction that any endpoint has taken may be mined, so taken by one is taken."""
+        chosen = health.for_writes(self._states, self._clock())
+        if not chosen:
+            raise ChainError(f"{method}: {self.why_none()}")
+        asked = [self._ask(index, method, params) for index in chosen]
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+        answers = [each for each in ended if isinstance(each, Mapping)]
+        taken = [answer for answer in answers if answer.get("error") is None]
+        for found in (taken, answers):
+            if found:
+                return found[0]
+        for error in ended:
+            if isinstance(error, BaseException) and not isinstance(error, ChainError):
+                raise error
+        raise next(error for error in ended if isinstance(error, ChainError))
+
+    def _learn(
+        self, index: int, method: str, params: Sequence[Any], answer: Mapping[str, Any]
+    ) -> None:
+        """A head that was asked for anyway says how far the endpoint is."""
+        if method == HEAD and params and params[0] == "latest":
+            number = _number(answer.get("result"))
+            if number is not None:
+                self._states[index] = health.saw_head(self._states[index], number, self._clock())
+
+    # --- checking them ---------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Check all of them, for ever."""
+        while True:
+            await self.check()
+            await self._sleep(CHECK_SECONDS)
+
+    async def check(self) -> None:
+        """One look at each: its chain, its head, and its block some way below the best head."""
+        await asyncio.gather(*(self._check(index) for index in range(len(self._states))))
+        if len(self._states) > 1:
+            await self._compare_forks()
+
+    async def _check(self, index: int) -> None:
+        now = self._clock()
+        state = self._states[index]
+        if state.patience_until > now or (state.is_open and state.open_until > now):
+            return
+        try:
+            if self._chain_id is not None:
+                answer = await self._ask(index, "eth_chainId", ())
+                found = _quantity(answer.get("result"))
+                other = None if found in {self._chain_id, None} else found
+                self._judge(index, replace(self._states[index], chain_id=other))
+                if other is not None:
+                    return
+            if state.head is not None and now - state.head_at < CHECK_SECONDS:
+                return  # asked for just now anyway
+            params = ("latest", False)
+            answer = await self._ask(index, HEAD, params)
+            self._learn(index, HEAD, params, answer)
+        except ChainError:
+            return  # noted where it was asked
+
+    async def _compare_forks(self) -> None:
+        now = self._clock()
+        best = health.best_head(self._states, now)
+        if best is None:
+            return
+        number = max(best - FORK_DEPTH, 0)
+        hashes: dict[int, str] = {}
+        for index, each in enumerate(self._states):
+            fresh = each.head is not None and now - each.head_at <= health.STALE_SECONDS
+            if each.chain_id is not None or not fresh or (each.head or 0) < number:
+                continue
+            with contextlib.suppress(ChainError):
+                answer = await self._ask(index, HEAD, (hex(number), False))
+                block = answer.get("result")
+                if isinstance(block, Mapping) and isinstance(block.get("hash"), str):
+                    hashes[index] = block["hash"]
+        strangers = health.outvoted(hashes)
+        for index in hashes:
+            self._judge(index, replace(self._states[index], forked=index in strangers))
+
+    def _judge(self, index: int, now: Endpoint) -> None:
+        before = self._states[index]
+        self._states[index] = now
+        if now.wrong != before.wrong:
+            _log.warning("endpoint_judged", endpoint=now.name, problem=now.wrong or "none any more")
+
+    # --- for people ------------------------------------------------------------------------------
+
+    def views(self) -> tuple[EndpointView, ...]:
+        now = self._clock()
+        return tuple(
+            EndpointView(
+                each.name, health.problem(each, self._states, now), each.latency, each.head
+            )
+            for each in self._states
+        )
+
+    def why_none(self) -> str:
+        """Why no endpoint can be asked, in one line."""
+        reasons = [f"{each.name} {each.problem}" for each in self.views() if each.problem]
+        return "no endpoint answers" + (f": {'; '.join(reasons)}" if reasons else "")
+
+
+def _is_behind(answer: Mapping[str, Any]) -> bool:
+    """Whether the endpoint only doesn't have the block yet that was asked about."""
+    error = answer.get("error")
+    if not isinstance(error, Mapping) or error.get("code") not in _NOT_HERE_YET:
+        return False
+    words = str(error.get("message", "")).lower()
+    return any(word in words for word in ("header not found", "unknown block", "block not found"))
+
+
+def _number(block: object) -> int | None:
+    return _quantity(block.get("number")) if isinstance(block, Mapping) else None
+
+
+def _quantity(value: object) -> int | None:
+    try:
+        return int(value, 16) if isinstance(value, str) and len(value) <= 66 else None
+    except ValueError:
+        return None

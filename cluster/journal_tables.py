@@ -1,0 +1,83 @@
+"""The journal's tables."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+_BigSerial = BigInteger().with_variant(Integer, "sqlite")
+
+lease_table = Table(
+    "lease",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("holder", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+tasks_table = Table(
+    "tasks",
+    metadata,
+    Column("commitment", Text, primary_key=True),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("closed_seq", BigInteger, index=True),
+    Column("account", Text, nullable=False),
+    Column("outcome", Text, index=True),
+    Column("payment", Text, nullable=False),
+)
+"""One row per task, so that open ones are found without reading the history."""
+events_table = Table(
+    "task_events",
+    metadata,
+    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
+    Column("commitment", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Index("task_events_by_task", "commitment", "seq"),
+)
+outbox_table = Table(
+    "outbox",
+    metadata,
+    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
+    Column("key", Text, nullable=False, unique=True),
+    Column("account", Text, nullable=False, index=True),
+    Column("task", Text, index=True),
+    Column("claim", Text),
+    Column("recipient", Text, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    Column("value", Text, nullable=False),
+    Column("state", Text, nullable=False, index=True),
+    Column("nonce", BigInteger),
+    Column("raw", LargeBinary),
+    Column("tx_hash", Text),
+    Column("sent_at", Double),
+    Column("updated_at", Double, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("offer", Text),
+    Column("block", BigInteger),
+)
+cursors_table = Table(
+    "cursors",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+accounts_table = Table(
+    "accounts",
+    metadata,
+    Column("path_index", Integer, primary_key=True, autoincrement=False),
+    Column("address", Text, nullable=False, unique=True),
+    Column("gpu_name", Text, nullable=False),
+    Column("gpu_vram", Integer, nullable=False),
+)

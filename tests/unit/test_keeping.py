@@ -1,0 +1,196 @@
+"""The store's actor without Ray: what it fetches, in which order, and what it says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from ray.actor import ActorHandle
+
+from actors.keeping import StoreReport, StoreWorker
+from actors.stores import FETCHED_BYTES, RayStores, _Member
+from cluster.core.types import Gpu, GpuId, GpuState, ModelId, RayNodeId
+from cluster.models.keeper import Keeper
+from cluster.models.refs import ModelRef, of_model_id
+from cluster.models.sources import Denied
+from tests.unit.actor_fakes import KIND, until
+from tests.unit.model_fakes import Shelf, keeper, weights
+
+FILE = "pytorch_lora_weights.safetensors"
+A, B, C = ("lora:acme/a", "lora:acme/b", "lora:acme/c")
+
+
+class House:
+    """A worker on a shelf that waits for `go`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.go = threading.Event()
+        self.go.set()
+        self.shelf = Shelf({of_model_id(each): {FILE: weights()} for each in (A, B, C)})
+        self.asked: list[ModelRef] = []
+        listed = self.shelf.list
+
+        def list_(ref: ModelRef) -> object:
+            self.asked.append(ref)
+            assert self.go.wait(30)
+            return listed(ref)
+
+        self.shelf.list = list_  # type: ignore[method-assign, assignment]
+        self.keeper: Keeper | None = None
+
+    def begin(self, *configured: str, again: float = 1000.0) -> StoreWorker:
+        self.keeper = keeper(self.root, self.shelf)
+        return StoreWorker(lambda: cast(Keeper, self.keeper), "1+abc", configured, again)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path)
+    yield house
+    house.go.set()
+
+
+async def report_when(worker: StoreWorker, holds: Callable[[StoreReport], bool]) -> StoreReport:
+    for _ in range(500):
+        report = await worker.report()
+        if holds(report):
+            return report
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+async def test_what_is_configured_comes_first_and_by_itself(house: House) -> None:
+    worker = house.begin(A, B)
+    report = await report_when(worker, lambda r: len(r.here) == 2)
+    assert report.here == {A, B}
+    assert [str(ref) for ref in house.asked] == [A, B]
+    assert (report.release, report.failed, report.queued, report.models) == ("1+abc", {}, 0, 2)
+    assert report.used_bytes == 2 * len(weights())
+    assert report.events == {("fetched", "hub"): 2}
+    assert report.fetched_bytes == {"hub": 2 * len(weights())}
+
+
+async def test_what_the_network_wants_queues_behind_and_once(house: House) -> None:
+    house.go.clear()
+    worker = house.begin(A)
+    await until(lambda: bool(house.asked))
+    await worker.want((B, B, C))
+    await worker.want((B,))
+    assert (await worker.report()).queued == 2
+    house.go.set()
+    await report_when(worker, lambda r: r.here == {A, B, C})
+    assert [str(ref) for ref in house.asked] == [A, B, C]
+
+
+async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None:
+    house.shelf.listing = lambda: (_ for _ in ()).throw(Denied("401"))
+    worker = house.begin(A)
+    await worker.want(("nonsense", "base:../x", B))
+    report = await report_when(worker, lambda r: len(r.failed) == 4)
+    assert report.here == frozenset()
+    assert report.failed[A] == "401"
+    assert "not a model's id" in report.failed["nonsense"]
+
+
+async def test_a_configured_model_is_tried_again(house: House) -> None:
+    def refuse() -> None:
+        if house.shelf.listed < 3:
+            raise Denied("401")
+
+    house.shelf.listing = refuse
+    worker = house.begin(A, again=0.02)
+    report = await report_when(worker, lambda r: r.here == {A})
+    assert report.failed == {}
+
+
+async def test_what_was_evicted_is_here_no_more(house: House) -> None:
+    worker = house.begin(A)
+    await report_when(worker, lambda r: r.here == {A})
+    assert house.keeper is not None
+    house.keeper.disk.remove(of_model_id(A).key)
+    assert (await worker.report()).here == frozenset()
+    await worker.want((A,))
+    await report_when(worker, lambda r: r.here == {A})
+
+
+async def test_a_download_that_runs_is_seen(house: House) -> None:
+    worker = house.begin()
+    gate = threading.Event()
+
+    def opening() -> None:
+        assert gate.wait(30)
+
+    house.shelf.opening = opening
+    await worker.want((A,))
+    try:
+        report = await report_when(worker, lambda r: bool(r.downloads))
+        (download,) = report.downloads
+        assert (str(download.ref), download.source, download.background) == (A, "hub", True)
+        assert download.total == len(weights())
+    finally:
+        gate.set()
+    await report_when(worker, lambda r: r.here == {A})
+
+
+# --- many machines -------------------------------------------------------------------------------
+
+
+def gpu(name: str, node: str) -> Gpu:
+    return Gpu(GpuId(name), RayNodeId(node), KIND, simulated=True, state=GpuState.READY)
+
+
+def report(
+    here: set[str],
+    failed: dict[str, str] | None = None,
+    pid: int = 1,
+    events: dict[tuple[str, str], int] | None = None,
+    fetched: int = 0,
+) -> StoreReport:
+    return StoreReport(
+        "1+abc", pid, frozenset(here), failed or {}, (), 0, len(here), 0, None, events or {},
+        {"hub": fetched},
+    )  # fmt: skip
+
+
+def stores(*reports: StoreReport | None, configured: tuple[str, ...] = (A, B)) -> RayStores:
+    made = RayStores(lambda: cast(Keeper, None), "1+abc", configured)
+    for number, each in enumerate(reports):
+        node = RayNodeId(f"n{number}")
+        made._members[node] = _Member(cast("ActorHandle[object]", None), each)
+    return made
+
+
+CARDS = (gpu("g0", "n0"), gpu("g1", "n1"))
+
+
+def test_a_class_has_what_all_its_machines_have() -> None:
+    both = stores(report({A, B}), report({B, C}))
+    assert both.here(CARDS) == {ModelId(B)}
+    assert both.here(CARDS[:1]) == {ModelId(A), ModelId(B)}
+    assert stores(report({A, B}), None).here(CARDS) == frozenset()
+    assert both.here(()) == frozenset()
+
+
+def test_settled_when_each_configured_model_is_there_or_was_tried() -> None:
+    assert stores(report({A, B}), report({A}, {B: "401"})).settled(CARDS)
+    assert not stores(report({A, B}), report({A})).settled(CARDS)
+    assert not stores(report({A, B}), None).settled(CARDS)
+    assert not stores(report({A, B})).settled(CARDS)
+    assert RayStores(None, "1+abc", (A,)).settled(CARDS)
+
+
+def test_news_are_told_once_over_restarts() -> None:
+    made = stores(report({A}, events={("fetched", "hub"): 2, ("refused", "size"): 1}, fetched=10))
+    first = {("fetched", "hub"): 2, ("refused", "size"): 1, (FETCHED_BYTES, "hub"): 10}
+    assert made.news() == first
+    assert made.news() == {}
+    member = made._members[RayNodeId("n0")]
+    member.report = report({A}, events={("fetched", "hub"): 5}, fetched=30)
+    assert made.news() == {("fetched", "hub"): 3, (FETCHED_BYTES, "hub"): 20}
+    member.report = report({A}, pid=2, events={("fetched", "hub"): 1}, fetched=4)
+    assert made.news() == {("fetched", "hub"): 1, (FETCHED_BYTES, "hub"): 4}
