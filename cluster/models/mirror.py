@@ -3,8 +3,8 @@
     <prefix>/models/<key>/<path>            a model's file, its sha256 in the object's metadata
     <prefix>/models/<key>/.manifest.json    what the model is, as the store writes it on its disk;
                                             put last, so the model is there once this is
-    <prefix>/<org>/<name>/<path>            laid by hand, in the hub's form; looked at where there
-                                            is no manifest
+    <prefix>/<org>/<name>/<path>            laid by hand, in the hub's form (`<name>/<path>` where
+                                            it has one word); looked at where there is no manifest
 
 What the bucket holds is hostile until it is checked: who may write to a bucket may not write to the
 store. A mirror lacks what it lacks and proves nothing by it.
@@ -214,9 +214,8 @@ class Mirror:
 
     def _laid(self, ref: ModelRef) -> dict[str, RemoteFile]:
         """What was laid by hand under the model's name; nothing where it can't have been."""
-        org, slash, _ = ref.name.partition("/")
         # Under `models/` are other models' files: no name may lead there.
-        if not slash or org == MODELS or not is_plain(ref.name):
+        if not is_plain(ref.name) or ref.name.partition("/")[0] == MODELS:
             return {}
         folder = self._key(ref.name) + "/"
         found: dict[str, RemoteFile] = {}

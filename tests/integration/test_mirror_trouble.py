@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -309,13 +309,13 @@ def test_what_could_not_be_read_again_is_not_uploaded(world: World, tmp_path: Pa
 # --- laid by hand -------------------------------------------------------------------------------
 
 
-def by_hand(world: World, name: str = BASE.name, **more: bytes) -> None:
-    for path, content in (FILES | more).items():
+def by_hand(world: World, name: str = BASE.name, more: Mapping[str, bytes] | None = None) -> None:
+    for path, content in {**FILES, **(more or {})}.items():
         world.put(f"site/models/{name}/{path}", content)
 
 
 def test_a_tree_laid_by_hand(world: World, tmp_path: Path) -> None:
-    by_hand(world, **{"README.md": b"hello", "unet/model.bin": b"code", "a/b/c.json": b"{}"})
+    by_hand(world, more={"README.md": b"hello", "unet/model.bin": b"code", "a/b/c.json": b"{}"})
     listing = world.mirror.list(BASE)
     assert {file.path: file.size for file in listing.files} == {
         path: len(content) for path, content in FILES.items()
@@ -323,6 +323,11 @@ def test_a_tree_laid_by_hand(world: World, tmp_path: Path) -> None:
     assert all(file.sha256 is None and file.etag for file in listing.files)
     assert fetched(world.mirror, BASE, tmp_path) == FILES
     assert not world.mirror.has(BASE)
+
+
+def test_a_tree_under_an_old_name_of_one_word(world: World, tmp_path: Path) -> None:
+    by_hand(world, "tiny")
+    assert fetched(world.mirror, ModelRef("base", "tiny"), tmp_path) == FILES
 
 
 def test_its_revision_is_of_what_it_holds(world: World) -> None:
@@ -368,7 +373,7 @@ def test_no_name_leads_to_another_models_files(world: World, tmp_path: Path) -> 
     uploaded(world, tmp_path)
     with pytest.raises(Absent):
         world.mirror.list(ModelRef("base", f"{MODELS}/{BASE.key}"))
-    for name in ("tiny", "../models/org/tiny", "https://example.org/tiny"):
+    for name in (MODELS, "tiny", "../models/org/tiny", "https://example.org/tiny"):
         with pytest.raises(Absent):
             world.mirror.list(ModelRef("base", name))
 
@@ -686,6 +691,15 @@ def test_cut_off_while_it_is_read(size: int, meant: type[ClusterError]) -> None:
         file = RemoteFile("x", size, where="x")
         with pytest.raises(meant), mirror.open(None, file, 0, None) as opened:  # type: ignore[arg-type]
             b"".join(opened.chunks)
+
+
+@pytest.mark.parametrize("said", ["bytes 9-12/13", "bytes 5-12/13", "bytes 5-8/*", "5-8/13", ""])
+def test_another_range_than_was_asked_for(said: str) -> None:
+    with answering(206, {"Content-Length": "4", "Content-Range": said}, b"some") as endpoint:
+        mirror = Mirror("s3://bucket/site", lambda: client(endpoint, None))
+        file = RemoteFile("x", 13, where="x")
+        with pytest.raises(SourceDown, match="another range"), mirror.open(None, file, 5, 9):  # type: ignore[arg-type]
+            pass
 
 
 @pytest.mark.usefixtures("one_attempt")
