@@ -13,7 +13,7 @@ from typing import Final
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
-from cluster.models.store import CONFIG, INDEX, INVERSION_FILE, LORA_FILE
+from cluster.models.store import ADAPTER, CONFIG, INDEX, INVERSION_FILE, LORA_FILE
 
 MOST_FILES: Final = 500
 """Of one model: the largest published ones have some two hundred shards."""
@@ -131,11 +131,13 @@ _CHOICES: Final[dict[str, Callable[[ModelRef, Sequence[str]], list[str]]]] = {
 
 
 def _companions(paths: Sequence[str]) -> list[str]:
-    """Configuration and tokenizer; of shards' tables only those that the libraries look for."""
+    """Configuration and tokenizer; of shards' tables only those that the libraries look for. Never
+    what would have a library load another model, from wherever it says."""
     return [
         path
         for path in paths
-        if _COMPANIONS.fullmatch(_name(path)) or _SHARDS.fullmatch(_name(path))
+        if _name(path) != ADAPTER
+        and (_COMPANIONS.fullmatch(_name(path)) or _SHARDS.fullmatch(_name(path)))
     ]
 
 

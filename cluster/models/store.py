@@ -213,6 +213,8 @@ class ModelStore:
         for part, (library, _) in read_index(folder).parts.items():
             if library not in _LIBRARIES:
                 raise _refused(f"{part} is made of foreign code ({library})")
+            if (folder / part / ADAPTER).exists():
+                raise _refused(f"{part} is an adapter to another model")
             if part not in _WITHOUT_WEIGHTS:
                 _check_weights(folder / part, variant)
 

@@ -154,6 +154,11 @@ def test_pickles_and_code_are_refused(store: ModelStore) -> None:
     assert kind_of(store, "lora", "org/lora") is REFUSED
 
 
+def test_a_part_that_is_an_adapter_to_another_model_is_refused(store: ModelStore) -> None:
+    (store.root / "org" / "base" / "unet" / "adapter_config.json").write_text("{}")
+    assert kind_of(store, "base", "org/base") is REFUSED
+
+
 def test_foreign_pipelines_and_parts_are_refused(store: ModelStore) -> None:
     edit(store, unet=["my_code", "UNet"])
     assert kind_of(store, "base", "org/base") is REFUSED

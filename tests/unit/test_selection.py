@@ -28,6 +28,7 @@ PIPELINE = words(
     "unet/diffusion_pytorch_model.non_ema.safetensors unet/diffusion_pytorch_model.bin "
     "vae/config.json vae/diffusion_pytorch_model.safetensors "
     "vae/diffusion_pytorch_model.fp16.safetensors vae_decoder/model.onnx onnx/unet/model.onnx "
+    "text_encoder/adapter_config.json text_encoder/adapter_model.safetensors "
     "images/a.png"
 )
 LANGUAGE = words(
