@@ -80,7 +80,8 @@ class Pulse:
 
     least: float
     """Seconds between two looks, as long as nothing is known, and for slow chains."""
-    most: float = 15.0
+    most: float = 3.0
+    """And at the most: some chains make blocks when there is something to put in them."""
     _number: int = -1
     _timestamp: float = 0.0
     _gap: float | None = None

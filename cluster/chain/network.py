@@ -41,7 +41,7 @@ from cluster.core.types import (
 from cluster.journal import SqlJournal
 
 BELIEVED_SECONDS = 60.0
-HEAD_SECONDS = 5.0
+HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""

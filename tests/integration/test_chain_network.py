@@ -191,7 +191,8 @@ class World:
             if again is not None:
                 await again()
             view = await self.network.look(self.account, known)
-            return view if holds(view) else None
+            # The block that it is of may be a moment older than what others have just done.
+            return view if len(view.tasks) >= len(known) and holds(view) else None
 
         return await patiently(look, "what is expected of the account")
 
