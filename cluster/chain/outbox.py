@@ -29,6 +29,7 @@ from eth_utils.crypto import keccak
 from cluster.chain import outbox_rows as rows
 from cluster.chain.fees import FeeSettings, Offer, first, raised
 from cluster.chain.outbox_rows import IN_FLIGHT, Intent, OutboxRow, Patience, RowState, Signed
+from cluster.chain.reverts import verdict
 from cluster.chain.rpc import LATEST, PENDING, Call, Receipt, Reverted, Rpc, RpcRefused
 from cluster.core.errors import ChainError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
@@ -425,6 +426,7 @@ class Outbox:
 
     def _resolve(self, row: OutboxRow) -> None:
         self._put(replace(row, updated_at=self._clock()))
-        _log.info("outbox_resolved", row=row.intent.key, state=row.state.value, reason=row.reason)
+        said = {"reason": row.reason, "means": verdict(row.reason).value} if row.reason else {}
+        _log.info("outbox_resolved", row=row.intent.key, state=row.state.value, **said)
         if self.resolved is not None:
             self.resolved(row)

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, func, insert, select, update
 
 from cluster.chain.fees import Offer
+from cluster.chain.reverts import Verdict, verdict
 from cluster.core.errors import IllegalMove
 from cluster.core.lifecycle import WriteState
 from cluster.core.record import Claim
@@ -121,10 +122,15 @@ class OutboxRow:
 @dataclass(frozen=True, slots=True)
 class Patience:
     """`retry`: seconds before a refused row is tried again; `recheck`: before one that was mined,
-    but that the caller still misses, is looked for again (its block may have been replaced)."""
+    but that the caller still misses, is looked for again (its block may have been replaced), and
+    before one is tried again that the contract says is done or lost."""
 
     retry: float
     recheck: float
+
+    def after(self, reason: str) -> float:
+        hopeless = verdict(reason) in {Verdict.DONE, Verdict.LOST}
+        return self.recheck if hopeless else self.retry
 
 
 def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) -> OutboxRow:
@@ -136,7 +142,8 @@ def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) ->
     if not same and (intent.is_answer or row.intent.is_answer):
         raise IllegalMove(f"{intent.key}: another answer than the one stored")
     age = now - row.updated_at
-    if row.state in {RowState.REFUSED, RowState.REVERTED} and age >= patience.retry:
+    refused = row.state in {RowState.REFUSED, RowState.REVERTED}
+    if refused and age >= patience.after(row.reason):
         return replace(
             row,
             intent=intent,

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from eth_abi.abi import decode as abi_decode
-from eth_abi.exceptions import DecodingError
 from eth_utils.address import is_address, to_checksum_address
 from pydantic_core import from_json
 
+from cluster.chain import reverts
 from cluster.chain.fees import Market
+from cluster.chain.reverts import Revert
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import Address, Timestamp, Wei
 
@@ -30,14 +30,10 @@ Transport = Callable[[str, Sequence[Any]], Awaitable[Mapping[str, Any]]]
 LATEST = "latest"
 PENDING = "pending"
 MAX_ANSWER = 64 * 2**20
-MAX_WORDS = 200
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _LAST_TIMESTAMP = 2**40
 MOST_PATIENCE = 300.0
 """Seconds that an endpoint may have us wait."""
-
-_ERROR_STRING = bytes.fromhex("08c379a0")
-_PANIC = bytes.fromhex("4e487b71")
 
 
 class RpcRefused(ChainError):
@@ -50,11 +46,15 @@ class RpcRefused(ChainError):
 
 
 class Reverted(ChainError):
-    """The contract would not do it; `reason` is its own word where it gave one."""
+    """The contract would not do it; `revert` is what it said."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"execution reverted: {reason}")
-        self.reason = reason
+    def __init__(self, revert: Revert) -> None:
+        super().__init__(f"execution reverted: {revert.reason}")
+        self.revert = revert
+
+    @property
+    def reason(self) -> str:
+        return self.revert.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,32 +171,19 @@ def _answer(method: str, number: int, status: int, body: bytes) -> Mapping[str, 
     return answer
 
 
-def revert_reason(data: bytes, message: str) -> str:
-    """A revert's text, a panic's code, or the endpoint's message without its prefix."""
-    try:
-        if data[:4] == _ERROR_STRING:
-            return brief(abi_decode(["string"], data[4:])[0])
-        if data[:4] == _PANIC:
-            return f"panic {abi_decode(['uint256'], data[4:])[0]:#x}"
-    except (DecodingError, UnicodeDecodeError):
-        pass
-    return message.removeprefix("execution reverted").removeprefix(":").strip() or "no reason given"
-
-
 def _failure(method: str, error: object) -> ChainError:
     if not isinstance(error, Mapping):
         return ChainError(f"{method}: malformed error {brief(error)}")
     code, message, data = error.get("code"), brief(error.get("message", "")), error.get("data")
     payload = _bytes(method, data) if isinstance(data, str) and data.startswith("0x") else b""
     if code == 3 or payload or "revert" in message.lower():
-        return Reverted(revert_reason(payload, message))
+        return Reverted(reverts.decode(payload, message))
     return RpcRefused(method, code if isinstance(code, int) else 0, message)
 
 
 def brief(value: object) -> str:
     """An endpoint's words, short enough for a log."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]} …"
+    return reverts.brief(value if isinstance(value, str) else repr(value))
 
 
 def _int(method: str, value: object) -> int:

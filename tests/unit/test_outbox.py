@@ -249,6 +249,19 @@ async def test_what_would_revert_is_refused_unsent_and_tried_again_later(world: 
     assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.DONE}
 
 
+@pytest.mark.parametrize(("reason", "again"), [("Wrong task", 15), ("Timeout not reached", 1)])
+async def test_what_the_contract_says_sets_when_it_is_tried_again(
+    world: World, reason: str, again: float
+) -> None:
+    world.chain.refusing["0x" + b"score".hex()] = reason
+    world.outbox.ensure(score())
+    await world.outbox.pump()
+    world.now += again - 0.5
+    assert world.outbox.ensure(score()) is RowState.REFUSED
+    world.now += 1.0
+    assert world.outbox.ensure(score()) is RowState.NEW
+
+
 async def test_more_gas_than_the_cap_is_refused(world: World) -> None:
     world.chain.gas = 4_000_000
     world.outbox.ensure(score())
