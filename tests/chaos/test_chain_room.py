@@ -151,12 +151,10 @@ class World:
 
     # --- the application and the relay, which take whatever comes to pass ------------------------
 
-    async def carry(
-        self, number: int, reorg: tuple[TaskStatus, int] | None = None
-    ) -> Commitment:
+    async def carry(self, number: int, reorg: tuple[TaskStatus, int] | None = None) -> Commitment:
         """A task from nothing to its end, and again from wherever a reorganisation left it; one of
-        so many blocks comes when the task is first seen in that state or past it. Those before it are carried
-        on meanwhile: what is taken back holds the account."""
+        so many blocks comes when the task is first seen in that state or past it. Those before it
+        are carried on meanwhile: what is taken back holds the account."""
         end = time.monotonic() + PATIENCE
         while True:
             assert time.monotonic() < end, f"task {number} never came to its end"

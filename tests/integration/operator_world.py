@@ -54,6 +54,7 @@ from devnet.deploy import fund
 from devnet.hub import Hub
 from devnet.models import SD15, SD15_LORA, make_models
 from devnet.network import FUNDS, Devnet, SimulatedCards
+from devnet.rpc_proxy import RpcProxy
 from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
 from tests.integration.operator_gate import Gate
@@ -140,6 +141,8 @@ class OperatorWorld:
     config: Config
     journal: SqlJournal
     hub: Hub
+    rpc: RpcProxy
+    """What the operator sees the chain through."""
     sent: list[Commitment] = field(default_factory=list)
     """The tasks of the present test."""
     _log_start: int = 0
@@ -390,6 +393,7 @@ class OperatorWorld:
         self.sent.clear()
         self.fuse.disarm()
         self.gate.open()
+        self.rpc.heal()
         self._log_start = len(self.log())
 
     def log(self) -> str:
@@ -453,19 +457,25 @@ def _operator_world(folder: Path, hub: Hub) -> Iterator[OperatorWorld]:
         "policy": {"retry_backoff": 0.2},
         "models": _models(folder / "models", hub),
     }
-    with Devnet(
-        folder,
-        block_time=BLOCK_SECONDS,
-        task_timeout=TASK_TIMEOUT,
-        models=MODELS,
-        cards=CARDS,
-        settings=settings,
-    ) as devnet:
+    with contextlib.ExitStack() as stack:
+        devnet = stack.enter_context(
+            Devnet(
+                folder,
+                block_time=BLOCK_SECONDS,
+                task_timeout=TASK_TIMEOUT,
+                models=MODELS,
+                cards=CARDS,
+                settings=settings,
+            )
+        )
+        rpc = stack.enter_context(RpcProxy(devnet.deployment.rpc_url))
         config = load(devnet.config_file)
+        network = config.network.model_copy(update={"rpc_url": rpc.url})
+        config = config.model_copy(update={"network": network})
         assert config.identity.seed_file is not None
         late = Identity.load(config.identity.seed_file).address(ACCOUNTS)
         fund(devnet.deployment.rpc_url, late, FUNDS)
-        world = OperatorWorld(devnet, config, SqlJournal(config.journal.url), hub)
+        world = OperatorWorld(devnet, config, SqlJournal(config.journal.url), hub, rpc)
         with pytest.MonkeyPatch.context() as patch:
             for name in SERVE_PATIENCE:
                 patch.setenv(name, "120")

@@ -20,6 +20,8 @@ from cluster.core.record import ParametersFetched, Seen
 from cluster.core.types import Address, Commitment, TaskType, Timestamp, Wei
 from cluster.journal import SqlJournal
 from tests.unit import test_journal as unit
+from tests.unit.actor_fakes import until
+from tests.unit.test_term import Office, serving
 
 TASK = Commitment("0x" + "ab" * 32)
 SEEN = Seen(Address("0x" + "11" * 20), TaskType.SD, (), Wei(10**18))
@@ -192,3 +194,55 @@ def test_a_process_that_is_killed_in_the_middle_leaves_nothing_and_no_lock(url: 
     journal.set_cursor(lease, "mark", "me")
     assert journal.cursor("mark") == "me"
     journal.close()
+
+
+# --- coordinators on one journal ------------------------------------------------------------------
+
+
+async def test_of_two_coordinators_one_waits_until_the_other_gives_way(
+    url: str, tmp_path: Path
+) -> None:
+    diary: list[str] = []
+    first = Office(tmp_path, url=url, name="first", diary=diary)
+    second = Office(tmp_path, url=url, name="second", diary=diary)
+    async with serving(first):
+        epoch = await first.acting()
+        async with serving(second):
+            await until(lambda: first.lease().expires_at > first.now() + 0.2)
+            assert (second.opened, second.status.acting) == (0, False)
+            await first.coordinator.stop()
+            assert await second.acting() == epoch + 1
+    assert diary == ["first begins", "first ends", "second begins", "second ends"]
+
+
+async def test_a_coordinator_that_is_cut_off_has_stopped_before_the_other_begins(
+    postgres: str, tmp_path: Path
+) -> None:
+    """Its connections are ended and it gets no new ones; the other machine's are well."""
+    admin = create_engine(
+        postgres.replace("postgresql://", "postgresql+psycopg://"), isolation_level="AUTOCOMMIT"
+    )
+    with admin.connect() as connection:
+        connection.execute(text("CREATE DATABASE cut"))
+        connection.execute(text("CREATE ROLE weak LOGIN SUPERUSER"))
+    url = postgres.replace("/postgres?", "/cut?")
+    diary: list[str] = []
+    second = Office(tmp_path, url=url, name="second", diary=diary)
+    weak = url.replace("//postgres:", "//weak:")
+    assert weak != url
+    first = Office(tmp_path, url=weak, name="first", diary=diary)
+    async with serving(first):
+        epoch = await first.acting()
+        async with serving(second):
+            with admin.connect() as connection:
+                connection.execute(text("ALTER ROLE weak NOLOGIN"))
+                connection.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                        " WHERE usename = 'weak'"
+                    )
+                )
+            assert await second.acting() > epoch
+            assert not first.status.acting
+            assert diary == ["first begins", "first ends", "second begins"]
+    admin.dispose()

@@ -87,12 +87,16 @@ class Office:
     opening: Callable[[], Awaitable[None]] | None = None
     opened: int = 0
     closed: int = 0
+    url: str = ""
+    """The journal's; empty for a file of its own."""
+    name: str = "me"
+    diary: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         began = time.monotonic()
         ids = itertools.count(1)
         self.clock: Callable[[], float] = lambda: START + time.monotonic() - began
-        self.journal = SqlJournal(f"sqlite:///{self.path}/journal.db")
+        self.journal = SqlJournal(self.url or f"sqlite:///{self.path}/journal.db")
         self.network = FakeNetwork(self.clock)
         self.pool = FakePool(gpu_of())
         self.world = World(
@@ -114,17 +118,19 @@ class Office:
             clock=self.clock,
             new_attempt_id=lambda: AttemptId(f"a{next(ids)}"),
         )
-        self.coordinator = Coordinator(self.world, "me")
+        self.coordinator = Coordinator(self.world, self.name)
 
     @contextlib.asynccontextmanager
     async def _open_network(self, lease: Callable[[], Lease]) -> AsyncIterator[RunningNetwork]:
         if self.opening is not None:
             await self.opening()
         self.opened += 1
+        self.diary.append(f"{self.name} begins")
         try:
             yield self.network
         finally:
             self.closed += 1
+            self.diary.append(f"{self.name} ends")
 
     @property
     def status(self) -> Status:
