@@ -26,6 +26,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 import cluster
+from actors.environment import without_password
 from cluster.metrics import CONTENT_TYPE
 from cluster.status import Status, readiness
 
@@ -200,7 +201,7 @@ def build(namespace: str) -> serve.Application:
         name="edge",
         num_replicas=1,
         max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, **without_password()},
         health_check_timeout_s=10,
         logging_config={"enable_access_log": False},
     )(serve.ingress()(Edge))

@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.environment import without_password
 from actors.inference import Engine, Health, InferenceActor, Report
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import Computed, Order
@@ -313,6 +314,7 @@ class RayGpuPool:
             "num_gpus": 0 if simulated else 1,
             "resources": {slot.resource: 1} if simulated else {},
             "max_concurrency": 16,
+            **without_password(),
         }
         actor_class = cast(Any, InferenceActor)
         return cast(

@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.environment import without_password
 from actors.keeping import StoreActor, StoreReport
 from cluster.core.types import Gpu, GpuClass, ModelId, RayNodeId
 from cluster.models.keeper import Keeper
@@ -151,6 +152,7 @@ class RayStores:
             "get_if_exists": True,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
             "max_concurrency": 16,
+            **without_password(),
         }
         actor_class = cast(Any, StoreActor)
         return cast(

@@ -174,12 +174,26 @@ class Section(BaseModel):
 
 
 class IdentityConfig(Section):
-    """`seed_file` holds the BIP-39 phrase, readable by its owner only; without one nothing is
-    signed. `accounts` is the most node accounts that are ever used; all are derived, at some
-    milliseconds each, before the coordinator answers."""
+    """`seed_file` holds the BIP-39 phrase in plain text, `keystore_file` an encrypted keystore
+    (V3): one of them, readable by its owner only. `password_file` holds the keystore's password;
+    without one the environment variable CRYNUX_PASSWORD does, or it is asked for. `accounts` is the
+    most node accounts that are ever used; all are derived, at some milliseconds each, before the
+    coordinator answers."""
 
     seed_file: Annotated[Path | None, BeforeValidator(_seed_path)] = None
+    keystore_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
+    password_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     accounts: int = Field(default=8, ge=1, le=1_000)
+
+    @model_validator(mode="after")
+    def _one_key(self) -> IdentityConfig:
+        if self.seed_file is not None and self.keystore_file is not None:
+            raise ValueError("seed_file and keystore_file: the operator has one key; name one file")
+        return self
+
+    @property
+    def key_file(self) -> Path | None:
+        return self.keystore_file or self.seed_file
 
 
 class Contracts(Section):

@@ -1,16 +1,14 @@
 """The operator's one key and the accounts derived from it (design.md, "One identity, many GPUs").
 
 Only the coordinator's process ever holds an `Identity`. Key material leaves this object in no form:
-not by repr, pickle, copy or an exception's text, and no method returns it. The libraries' errors
-quote the phrase that they refuse, so none of them is let through, nor chained to ours.
+not by repr, pickle, copy or an exception's text, and no method returns it but encrypted. The
+libraries' errors quote the phrase that they refuse, so none is let through, nor chained to ours.
 """
 
 from __future__ import annotations
 
 import hmac
-import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +18,10 @@ from eth_account.hdaccount.deterministic import HardNode, SoftNode, derive_child
 from eth_keys.datatypes import PrivateKey
 from eth_utils.exceptions import ValidationError
 
+from cluster import keystore
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.types import Address, Commitment
+from cluster.keystore import PASSWORD, Secret
 from cluster.relay.envelope import open_envelope
 
 TREASURY = 0
@@ -30,45 +30,61 @@ _BRANCH = (HardNode(44), HardNode(60), HardNode(0), SoftNode(0))
 """m/44'/60'/0'/0, below which are the accounts (BIP-44)."""
 _SEARCHED = 256
 """How many accounts an unknown address is looked for among."""
-_MAX_FILE = 4096
 
 
 class Identity:
-    """Accounts m/44'/60'/0'/0/i of one BIP-39 phrase, derived when first asked for."""
+    """Accounts m/44'/60'/0'/0/i of one seed, derived when first asked for.
+
+    Where the secret is one private key and no phrase, that key is the treasury's (i = 0), and its
+    32 bytes are the seed of the others.
+    """
 
     __slots__ = ("__addresses", "__branch", "__keys")
 
-    def __init__(self, seed: bytes) -> None:
+    def __init__(self, seed: bytes, treasury: bytes | None = None) -> None:
         self.__branch = _branch(seed)
         self.__keys: dict[Address, PrivateKey] = {}
         self.__addresses: dict[int, Address] = {}
+        if treasury is not None:
+            self.__keep(TREASURY, PrivateKey(treasury))
 
     @classmethod
-    def load(cls, seed_file: Path) -> Identity:
-        """Read the phrase; raises `ConfigError` when others can read the file, or it is wrong."""
-        return cls.from_phrase(_read_private(seed_file), str(seed_file))
+    def load(cls, file: Path, password: Callable[[], str] | None = None) -> Identity:
+        """From a file with a phrase, or a keystore, which `password` opens.
+
+        Raises `ConfigError` when others can read the file, or it or the password is wrong.
+        """
+        return cls.of(load_secret(file, password), str(file))
+
+    @classmethod
+    def of(cls, secret: Secret, source: str = "the key") -> Identity:
+        if secret.phrase is not None:
+            return cls.from_phrase(secret.phrase, source)
+        key = secret.key or b""
+        try:
+            return cls(key, treasury=key)
+        except (ValueError, ValidationError):
+            pass
+        raise ConfigError(f"{source}: it holds no private key")
 
     @classmethod
     def from_phrase(cls, phrase: str, source: str = "the phrase") -> Identity:
-        words = " ".join(phrase.split())
-        try:
-            seed = seed_from_mnemonic(words, "")
-        except (ValidationError, ValueError, LookupError):
-            seed = b""
-        if not seed:
-            raise ConfigError(
-                f"{source}: not a valid BIP-39 phrase (12 to 24 words and their checksum); "
-                "check for a missing or misspelt word"
-            )
-        return cls(seed)
+        return cls(seed_from_mnemonic(keystore.checked_phrase(phrase, source), ""))
 
     def address(self, index: int) -> Address:
         if index not in self.__addresses:
-            private_key = PrivateKey(derive_child_key(*self.__branch, SoftNode(index))[0])
-            address = Address(private_key.public_key.to_checksum_address())
-            self.__keys[address] = private_key
-            self.__addresses[index] = address
+            key = PrivateKey(derive_child_key(*self.__branch, SoftNode(index))[0])
+            self.__keep(index, key)
         return self.__addresses[index]
+
+    def __keep(self, index: int, key: PrivateKey) -> None:
+        address = Address(key.public_key.to_checksum_address())
+        self.__keys[address] = key
+        self.__addresses[index] = address
+
+    def export(self, index: int, password: str, work: int = keystore.WORK) -> str:
+        """One account's key as an encrypted keystore, for a wallet: the only way out."""
+        return keystore.seal_key(self.__key(self.address(index)).to_bytes(), password, work)
 
     def public_key(self, address: Address) -> bytes:
         """64 bytes: the uncompressed key without its 0x04 prefix (protocol.md section 2)."""
@@ -117,25 +133,33 @@ def _branch(seed: bytes) -> tuple[bytes, bytes]:
     return key, chain_code
 
 
-def _read_private(file: Path) -> str:
-    """The file's text; refuses one that its group or others may read, write or replace."""
-    try:
-        with file.open("rb") as opened:
-            status = os.fstat(opened.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ConfigError(f"{file}: not a plain file; it must hold the BIP-39 phrase")
-            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise ConfigError(
-                    f"{file}: others than its owner can get at the key; run: chmod 600 {file}"
-                )
-            data = opened.read(_MAX_FILE)
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: there is no such seed file (identity.seed_file)") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: the seed file can't be read: {error.strerror}") from None
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        pass
-    # Outside the handler: that error carries the bytes.
-    raise ConfigError(f"{file}: not text; it must hold the BIP-39 phrase")
+def load_secret(file: Path, password: Callable[[], str] | None = None) -> Secret:
+    """What the key file holds; `password` is asked for a keystore's. Raises `ConfigError`."""
+    text = keystore.read_private(file, "the operator's key", "identity")
+    if not keystore.is_keystore(text):
+        return Secret(phrase=keystore.checked_phrase(text, str(file)))
+    if password is None:
+        raise ConfigError(f"{file}: a keystore, and there is no password for it")
+    return keystore.open_keystore(text, password(), str(file))
+
+
+def password_from(
+    file: Path | None, environment: Mapping[str, str], prompt: Callable[[], str] | None = None
+) -> str:
+    """The keystore's password: a file's first line, else the environment's, else asked for.
+
+    Never an argument: those are seen by everyone on the machine. Raises `ConfigError`.
+    """
+    if file is not None:
+        text = keystore.read_private(file, "the keystore's password", "identity.password_file")
+        found = text.split("\n", 1)[0].rstrip("\r")
+    else:
+        found = environment.get(PASSWORD, "")
+    if not found and prompt is not None:
+        found = prompt()
+    if not found:
+        raise ConfigError(
+            "the keystore needs a password: name a file that holds it "
+            f"(identity.password_file), or set {PASSWORD}"
+        )
+    return found

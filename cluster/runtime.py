@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import getpass
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -50,8 +52,9 @@ from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
 from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp, Wei
-from cluster.identity import TREASURY, Identity
+from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
+from cluster.keystore import PASSWORD
 from cluster.metrics import Metrics
 from cluster.models.keeper import Keeper
 from cluster.models.settings import StoreSettings
@@ -81,6 +84,18 @@ def simulated_classes(config: Config) -> dict[GpuClass, int]:
     return counts
 
 
+def unlock(config: Config, prompt: Callable[[], str] | None = None) -> Identity:
+    """The operator's identity; raises `ConfigError` where key or password is missing or wrong."""
+    settings = config.identity
+    if settings.key_file is None:
+        raise ConfigError(
+            "identity: no key; name a keystore (identity.keystore_file, made by crynux-cluster "
+            "keys new) or a file with a BIP-39 phrase (identity.seed_file)"
+        )
+    password = functools.partial(password_from, settings.password_file, os.environ, prompt)
+    return Identity.load(settings.key_file, password)
+
+
 # --- inside the actors ---------------------------------------------------------------------------
 
 
@@ -102,9 +117,7 @@ def assemble_from(file: Path, digest: str) -> World:
 def assemble(config: Config) -> World:
     """The world around the coordinator. Raises `ConfigError` when key or configuration is wrong."""
     logs.setup(config.logs.level, config.logs.format)
-    if config.identity.seed_file is None:
-        raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
-    identity = Identity.load(config.identity.seed_file)
+    identity = unlock(config)
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
     digest = configuration.digest(config)
@@ -269,6 +282,7 @@ def up(config: Config, file: Path, build_api: Callable[[str], serve.Application]
     Raises `ConfigError` for what the operator has to mend, before anything is started.
     """
     logs.setup(config.logs.level, config.logs.format)
+    _ask_password(config)
     check(config)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -286,11 +300,24 @@ def up(config: Config, file: Path, build_api: Callable[[str], serve.Application]
     return 0
 
 
+def _ask_password(config: Config) -> None:
+    """From whoever sits at the terminal, when nothing else has it; the coordinator's process, begun
+    by Ray that is begun here, finds it in its environment."""
+    settings = config.identity
+    given = settings.password_file is not None or PASSWORD in os.environ
+    if settings.keystore_file is None or given or not sys.stdin.isatty():
+        return
+    if config.ray.address is not None:
+        raise ConfigError(
+            "identity.password_file: missing; the coordinator runs in another machine's Ray, "
+            f"where nobody can be asked: name the file, or set {PASSWORD} there"
+        )
+    os.environ[PASSWORD] = getpass.getpass(f"Password of {settings.keystore_file}: ")
+
+
 def check(config: Config) -> None:
     """Find what is wrong with the operator's surroundings before anything runs."""
-    if config.identity.seed_file is None:
-        raise ConfigError("identity.seed_file: missing; name the file that holds the BIP-39 phrase")
-    identity = Identity.load(config.identity.seed_file)
+    identity = unlock(config)
     with contextlib.closing(SqlJournal(config.journal.url)) as journal:
         journal.bind(owner(config, identity))
     _check_folder("artifacts.path", config.artifacts.path)

@@ -25,7 +25,6 @@ from cluster.artifacts import FolderArtifacts
 from cluster.chain.outbox import Outbox
 from cluster.chain.outbox_rows import OutboxRow, RowState, Signed
 from cluster.config import Config
-from cluster.core.errors import ConfigError
 from cluster.core.ports import Computed, Lease
 from cluster.core.record import (
     AttemptStarted,
@@ -38,7 +37,6 @@ from cluster.core.record import (
     TaskRecord,
 )
 from cluster.core.types import AttemptId, Commitment, FileRef, GpuId, Timestamp
-from cluster.identity import Identity
 from cluster.inference import canary
 from cluster.journal import SqlJournal
 from tests.integration import operator_gate, operator_odd
@@ -188,9 +186,7 @@ def assemble(config: Config, folder: Path) -> World:
     world = runtime.assemble(config)
     log = (folder / "coordinator.log").open("a", buffering=1)
     logs.setup(config.logs.level, "console", log)
-    if config.identity.seed_file is None:
-        raise ConfigError("identity.seed_file: missing")
-    identity = Identity.load(config.identity.seed_file)
+    identity = runtime.unlock(config)
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
     gate = Gate(folder)

@@ -163,3 +163,12 @@ def test_the_examples_are_refused_only_for_their_placeholders(tmp_path: Path, na
     config = loaded(tmp_path, text.replace("0x" + "0" * 40, ADDRESS))
     assert config.identity.seed_file is not None
     assert "placeholder" in complaint(tmp_path, text)
+
+
+def test_the_operator_has_one_key(tmp_path: Path) -> None:
+    both = "identity: {seed_file: seed, keystore_file: key}\n"
+    assert "seed_file and keystore_file: the operator has one key" in complaint(
+        tmp_path, MINIMAL + both
+    )
+    config = loaded(tmp_path, MINIMAL + "identity: {keystore_file: key}\n")
+    assert config.identity.key_file == tmp_path / "key"

@@ -128,7 +128,7 @@ def test_a_seed_file_that_others_can_reach_is_refused(tmp_path: Path, mode: int)
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such seed file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         Identity.load(tmp_path / "none")
     with pytest.raises(ConfigError, match="can't be read"):
         Identity.load(tmp_path)

@@ -1,0 +1,128 @@
+"""The command line. Thin: it reads what was typed, calls, and shows.
+
+Exit codes: 0 well; 1 it did not work, and the line on stderr says why; 2 what was typed or
+configured is wrong, and the line says how to mend it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import httpx
+from pydantic import ValidationError
+from rich.console import Console
+
+import cluster
+from cluster.cli.devnet import devnet
+from cluster.cli.gpus import gpus
+from cluster.cli.keys import keys
+from cluster.cli.models import models
+from cluster.cli.options import config_option
+from cluster.core.errors import ClusterError, ConfigError
+from cluster.status import Status
+from cluster.status_view import render
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_WRONG_INPUT, _FAILED = 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: no traceback for what this software raises on purpose."""
+    try:
+        # Not click's standalone mode: it would turn a return value into success.
+        code = cli.main(args=arguments, prog_name="crynux-cluster", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = 130
+    except ConfigError as error:
+        code = _complain(error, _WRONG_INPUT)
+    except ClusterError as error:
+        code = _complain(error, _FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error: Exception, code: int) -> int:
+    line = " ".join(str(error).split())
+    click.echo(f"crynux-cluster: {line}", err=True)
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(cluster.__version__, "--version", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Serve the Crynux network with a cluster of GPUs.
+
+    One operator, one key, many cards: this takes the tasks that the network assigns, runs each on
+    the card that serves it best, and never puts the stake at risk.
+
+    \b
+    See it work on this machine:   crynux-cluster devnet demo
+    Run it for real:               crynux-cluster up --config configs/single-machine.yaml
+    """
+
+
+@cli.command(short_help="Start the operator and keep it up.")
+@config_option
+def up(config_file: Path) -> int:
+    """Start the operator and keep it up, on this machine or in a Ray cluster.
+
+    It makes sure that the coordinator and the HTTP API run with this version and configuration,
+    watches them and repairs. Stopping it (Ctrl-C) never pauses, quits or unstakes an account.
+    """
+    import serve_app
+    from cluster import config, runtime
+
+    return runtime.up(config.load(config_file), config_file, serve_app.build)
+
+
+@cli.command()
+@click.option("--url", default=DEFAULT_URL, show_default=True, help="Where the API answers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def status(url: str, as_json: bool) -> None:
+    """Show accounts, GPUs and tasks as they are now."""
+    now = fetch_status(url)
+    if as_json:
+        click.echo(now.model_dump_json(indent=2))
+    else:
+        Console().print(render(now))
+
+
+def fetch_status(url: str, transport: httpx.BaseTransport | None = None) -> Status:
+    """`Status` from the API at `url`; raises `ClusterError` with one clear line."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url}: expected a URL such as {DEFAULT_URL}")
+    try:
+        with httpx.Client(transport=transport, timeout=10.0) as client:
+            answer = client.get(f"{url.rstrip('/')}/v1/status")
+        body = answer.json()
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url}: {error}") from None
+    except httpx.ConnectError:
+        raise ClusterError(
+            f"nothing answers at {url}; is the operator up (crynux-cluster up), "
+            "and is this its address (--url)?"
+        ) from None
+    except httpx.HTTPError as error:
+        raise ClusterError(f"{url}: {error or type(error).__name__}") from None
+    except ValueError:
+        raise ClusterError(
+            f"{url}: this is not the operator's API (its answer isn't JSON)"
+        ) from None
+    if answer.status_code == 503 and isinstance(body, dict) and "detail" in body:
+        raise ClusterError(f"{url}: {body['detail']}")
+    try:
+        return Status.model_validate(body)
+    except ValidationError:
+        raise ClusterError(
+            f"{url}: HTTP {answer.status_code}, and no status of version {cluster.__version__}; "
+            "is this the operator's API, and of the same version?"
+        ) from None
+
+
+for _group in (keys, gpus, models, devnet):
+    cli.add_command(_group)
