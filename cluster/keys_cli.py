@@ -116,14 +116,16 @@ def _password(file: Path | None, words: str) -> str:
 
 def _new_password(file: Path | None, what: str) -> str:
     """A password for something new, asked for twice. Raises `ConfigError` for a short one."""
-    prompt = None
-    if sys.stdin.isatty():
-        words = f"New password for {what}"
-        prompt = partial(click.prompt, words, hide_input=True, confirmation_prompt=True, err=True)
+    words = f"New password for {what}"
+    prompt = partial(_twice, words) if sys.stdin.isatty() else None
     found = password_from(file, os.environ, prompt)
     if len(found) < LEAST_PASSWORD:
         raise ConfigError(f"the password is shorter than {LEAST_PASSWORD} characters; take more")
     return found
+
+
+def _twice(words: str) -> str:
+    return str(click.prompt(words, hide_input=True, confirmation_prompt=True, err=True))
 
 
 def _from_terminal() -> str:

@@ -1,31 +1,59 @@
 """Which node accounts serve which class of GPU (design.md, "One identity, many GPUs").
 
-One account is one declared GPU on the network, so every class of card wants as many joined
-accounts as it has cards. An account belongs to a class, not to a card. The plan only ever adds: it
-pauses and quits nothing, and what it doesn't know it doesn't touch. One action per account and
-turn; the next look decides on the next.
+One account is one declared GPU on the network, so every class of card has as many joined accounts
+as its target says (`cluster.core.capacity`). An account belongs to a class, not to a card. From
+what is wanted and what is there, at most one action for each account; the next look decides on the
+next. What isn't known, what is on its way, and what is held, is left alone.
+
+    Assign ─▶ Fund ─▶ Join ─▶ (serves) ─▶ Pause ─▶ Resume
+                                  │          └──▶ Quit ─▶ Assign to another class
+                                  └─ TopUp, Sweep
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from cluster.core.types import AccountFacts, Address, GpuClass, NodeStatus, Wei
+from cluster.core.capacity import Target
+from cluster.core.standing import Place, place_of
+from cluster.core.types import AccountFacts, Address, GpuClass, NodeStatus, Timestamp, Wei
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPolicy:
+    """`gas_reserve`: what an account must own beyond its stake before it joins; it is topped up to
+    `gas_target` when it has less than `gas_low`. `stake_budget`: the stakes of all accounts
+    together never exceed it; None for no bound. What an account earns beyond `gas_target` is swept
+    to `beneficiary` once it is more than `sweep_above`; None: never."""
+
+    stake: Wei
+    gas_reserve: Wei
+    gas_low: Wei
+    gas_target: Wei
+    stake_budget: Wei | None = None
+    beneficiary: Address | None = None
+    sweep_above: Wei | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAccount:
     """A node account: its place in the key's derivation, its class, and the network's facts.
 
-    `facts` is None until they were read.
+    `facts` is None until they were read. `moving`: something of ours concerning it is on its way,
+    or done and not yet in the facts. `barred`: it is not to be joined (slashed), or left alone
+    altogether when `held`. `rejoin_at`: not to be joined before.
     """
 
     index: int
     address: Address
     assigned: GpuClass | None
     facts: AccountFacts | None
+    moving: bool = False
+    barred: bool = False
+    held: bool = False
+    rejoin_at: Timestamp = Timestamp(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +66,30 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class Fund:
+    """Send the account, from the treasury, what it lacks to join."""
+
+    address: Address
+    amount: Wei
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     address: Address
     gpu_class: GpuClass
+
+
+@dataclass(frozen=True, slots=True)
+class TopUp:
+    """Send a joined account, from the treasury, gas for its transactions."""
+
+    address: Address
+    amount: Wei
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    address: Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +97,62 @@ class Resume:
     address: Address
 
 
-FleetAction = Assign | Join | Resume
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """Leave the network, to join for another class: the stake comes back."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Send what the account has earned to the beneficiary."""
+
+    address: Address
+    recipient: Address
+    amount: Wei
+
+
+FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | Sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`actions` by the accounts' index; `wants`: what stands in the way, in words."""
+
+    actions: tuple[FleetAction, ...] = ()
+    wants: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What is left to spend while a plan is made."""
+
+    policy: FleetPolicy
+    treasury: Wei | None
+    committed: int
+    actions: dict[int, FleetAction] = field(default_factory=dict)
+    wants: dict[str, None] = field(default_factory=dict)
+
+    def affords_stake(self) -> bool:
+        budget = self.policy.stake_budget
+        if budget is None or self.committed + self.policy.stake <= budget:
+            return True
+        self.wants[f"the stake budget is spent: {self.committed} of {budget} wei"] = None
+        return False
+
+    def pays(self, amount: int, purpose: str) -> bool:
+        if self.treasury is None:
+            return False
+        # The treasury's own transactions cost gas too.
+        if amount + self.policy.gas_reserve <= self.treasury:
+            self.treasury = Wei(self.treasury - amount)
+            return True
+        self.wants[
+            f"the treasury has {self.treasury} wei and needs {amount + self.policy.gas_reserve} "
+            f"to {purpose}: send it more"
+        ] = None
+        return False
 
 
 def _on_chain(account: NodeAccount) -> GpuClass | None:
@@ -57,71 +161,185 @@ def _on_chain(account: NodeAccount) -> GpuClass | None:
     return None if facts is None or facts.status is NodeStatus.QUIT else facts.gpu_class
 
 
-def _belongs(account: NodeAccount) -> GpuClass | None:
+def belongs(account: NodeAccount) -> GpuClass | None:
     return _on_chain(account) or account.assigned
 
 
-def _idle(account: NodeAccount) -> bool:
-    """Known to be quit or paused: it takes no task until it joins or resumes."""
+def _status(account: NodeAccount) -> NodeStatus | None:
+    return None if account.facts is None else account.facts.status
+
+
+def _serves(account: NodeAccount) -> bool:
+    """It takes tasks, or may for all we know; an account that is joining, or being paid for it,
+    counts too."""
+    if account.facts is None:
+        return account.assigned is not None
+    place = place_of(account.facts.status)
+    return place is Place.SERVING or (account.moving and place is Place.OUT and not account.barred)
+
+
+def _free(account: NodeAccount) -> bool:
+    """Something may be done for it now."""
+    return account.facts is not None and not account.moving and not account.held
+
+
+def _staked(account: NodeAccount, policy: FleetPolicy) -> int:
     facts = account.facts
-    return facts is not None and facts.status in {NodeStatus.QUIT, NodeStatus.PAUSED}
-
-
-def _assignments(
-    pool: Mapping[GpuClass, int], accounts: Sequence[NodeAccount]
-) -> dict[int, GpuClass]:
-    """New classes by account index: first what the chain says, then the classes that lack one."""
-    new = {
-        account.index: chain_class
-        for account in accounts
-        if (chain_class := _on_chain(account)) is not None and chain_class != account.assigned
-    }
-    held = Counter(map(_belongs, accounts))
-    spare = [a.index for a in accounts if a.facts is not None and _belongs(a) is None]
-    lacking = [
-        gpu_class
-        for gpu_class in sorted(pool, key=lambda c: (-c.vram, c.name))
-        for _ in range(pool[gpu_class] - held[gpu_class])
-    ]
-    return new | dict(zip(spare, lacking, strict=False))
-
-
-def _wake(account: NodeAccount, gpu_class: GpuClass, needed: Wei) -> FleetAction | None:
-    """What makes an idle account take tasks; None when it can't pay the stake."""
-    facts = account.facts
-    if facts is None or not _idle(account):
-        return None
-    if facts.status is NodeStatus.PAUSED:
-        return Resume(account.address)
-    return Join(account.address, gpu_class) if facts.balance >= needed else None
+    if facts is None:
+        return policy.stake
+    if facts.status is NodeStatus.QUIT:
+        return policy.stake if account.moving and not account.barred else 0
+    return max(facts.stake, policy.stake)
 
 
 def plan(
-    pool: Mapping[GpuClass, int],
+    targets: Mapping[GpuClass, Target],
     accounts: Sequence[NodeAccount],
-    stake: Wei,
-    gas_reserve: Wei,
-) -> tuple[FleetAction, ...]:
-    """What to do for the accounts now, by index; `pool` counts the cards of each class.
-
-    An account whose facts are unknown may well be serving, so it takes up a card of its class.
-    """
+    policy: FleetPolicy,
+    treasury: Wei | None,
+    now: Timestamp,
+) -> Plan:
+    """What to do for the accounts now; classes that aren't in `targets` want nobody, and lose
+    nobody. `treasury` is its balance, None while that isn't known."""
     ordered = sorted(accounts, key=lambda account: account.index)
-    new = _assignments(pool, ordered)
-    actions: dict[int, FleetAction] = {
-        account.index: Assign(account.index, account.address, new[account.index])
-        for account in ordered
-        if account.index in new
-    }
-    room = Counter(pool)
-    room.subtract(c for a in ordered if not _idle(a) and (c := _belongs(a)) is not None)
-    # Resuming costs no stake, so the paused go first.
-    for account in sorted(ordered, key=lambda a: _on_chain(a) is None):
-        gpu_class = _belongs(account)
-        if gpu_class is None or account.index in actions or room[gpu_class] <= 0:
+    committed = sum(_staked(account, policy) for account in ordered)
+    draft = _Draft(policy, treasury, committed)
+    _assign(draft, targets, ordered)
+    for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):
+        members = [each for each in ordered if belongs(each) == gpu_class]
+        serving = sum(_serves(each) for each in members)
+        wanted = targets[gpu_class]
+        if serving > wanted.most:
+            _pause(draft, members, serving - wanted.most)
+        elif serving < wanted.least:
+            _wake(draft, members, gpu_class, wanted.least - serving, now)
+    for account in ordered:
+        if account.index not in draft.actions and _free(account):
+            _tend(draft, account)
+    actions = tuple(draft.actions[index] for index in sorted(draft.actions))
+    return Plan(actions, tuple(draft.wants))
+
+
+def _assign(
+    draft: _Draft, targets: Mapping[GpuClass, Target], accounts: Sequence[NodeAccount]
+) -> None:
+    """New classes: first what the chain says, then the classes that lack an account; where nobody
+    is to be had, one leaves a class that has too many."""
+    for account in accounts:
+        found = _on_chain(account)
+        if found is not None and found != account.assigned:
+            draft.actions[account.index] = Assign(account.index, account.address, found)
+    held = Counter(
+        each for a in accounts if not (a.barred or a.held) and (each := belongs(a)) is not None
+    )
+    lacking = [
+        gpu_class
+        for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name))
+        for _ in range(targets[gpu_class].least - held[gpu_class])
+    ]
+    fit = [a for a in accounts if _free(a) and not a.barred and a.index not in draft.actions]
+    spare = [a for a in fit if belongs(a) is None]
+    surplus = {each: held[each] - targets.get(each, Target(0, 0)).most for each in held}
+    for gpu_class in lacking:
+        if spare:
+            account = spare.pop(0)
+            draft.actions[account.index] = Assign(account.index, account.address, gpu_class)
             continue
-        action = _wake(account, gpu_class, Wei(stake + gas_reserve))
-        if action is not None:
-            actions[account.index] = action
-            room[gpu_class] -= 1
-    return tuple(actions[index] for index in sorted(actions))
+        mover = _mover(fit, surplus, draft)
+        if mover is None:
+            draft.wants[f"{gpu_class.name} lacks an account: raise identity.accounts"] = None
+            continue
+        _move(draft, mover, gpu_class)
+
+
+def _mover(
+    fit: Iterable[NodeAccount], surplus: dict[GpuClass, int], draft: _Draft
+) -> NodeAccount | None:
+    """An account of a class that has too many, if there is one: first those that are out."""
+    movable = [
+        account
+        for account in fit
+        if account.index not in draft.actions
+        and (gpu_class := belongs(account)) is not None
+        and surplus.get(gpu_class, 0) > 0
+        and _status(account) in {NodeStatus.QUIT, NodeStatus.PAUSED}
+    ]
+    movable.sort(key=lambda account: _status(account) is not NodeStatus.QUIT)
+    if not movable:
+        return None
+    gpu_class = belongs(movable[0])
+    if gpu_class is not None:
+        surplus[gpu_class] -= 1
+    return movable[0]
+
+
+def _move(draft: _Draft, account: NodeAccount, gpu_class: GpuClass) -> None:
+    if _status(account) is NodeStatus.QUIT:
+        draft.actions[account.index] = Assign(account.index, account.address, gpu_class)
+    else:
+        draft.actions[account.index] = Quit(account.address)
+
+
+def _pause(draft: _Draft, members: Sequence[NodeAccount], count: int) -> None:
+    """So many fewer serve: the free ones first, of those the ones that joined last."""
+    able = [
+        account
+        for account in members
+        if account.index not in draft.actions
+        and _free(account)
+        and _status(account) in {NodeStatus.AVAILABLE, NodeStatus.BUSY}
+    ]
+    able.sort(key=lambda each: (_status(each) is NodeStatus.BUSY, -each.index))
+    for account in able[:count]:
+        draft.actions[account.index] = Pause(account.address)
+
+
+def _wake(
+    draft: _Draft,
+    members: Sequence[NodeAccount],
+    gpu_class: GpuClass,
+    count: int,
+    now: Timestamp,
+) -> None:
+    """So many more serve: resuming costs no stake, so the paused go first; then those that can pay
+    their own."""
+    policy = draft.policy
+    need = policy.stake + policy.gas_reserve
+    able = [a for a in members if a.index not in draft.actions and _free(a) and not a.barred]
+    paused = [a for a in able if _status(a) is NodeStatus.PAUSED]
+    out = [a for a in able if _status(a) is NodeStatus.QUIT and a.rejoin_at <= now]
+    out.sort(key=lambda each: _balance(each) < need)
+    for account in paused[:count]:
+        draft.actions[account.index] = Resume(account.address)
+    for account in out[: max(0, count - len(paused))]:
+        if not draft.affords_stake():
+            return
+        lack = policy.stake + policy.gas_target - _balance(account)
+        if _balance(account) >= need:
+            draft.actions[account.index] = Join(account.address, gpu_class)
+        elif draft.pays(lack, f"fund account {account.index}"):
+            draft.actions[account.index] = Fund(account.address, Wei(lack))
+        else:
+            return
+        draft.committed += policy.stake
+
+
+def _tend(draft: _Draft, account: NodeAccount) -> None:
+    """Gas for those that serve or are paused; earnings to the beneficiary."""
+    policy, balance = draft.policy, _balance(account)
+    joined = _status(account) not in {None, NodeStatus.QUIT}
+    if joined and balance < policy.gas_low:
+        lack = policy.gas_target - balance
+        if draft.pays(lack, f"top up account {account.index}"):
+            draft.actions[account.index] = TopUp(account.address, Wei(lack))
+        return
+    if policy.beneficiary is None or policy.sweep_above is None:
+        return
+    own = policy.gas_target + (0 if joined else policy.stake)
+    if balance - own > policy.sweep_above:
+        amount = Wei(balance - own)
+        draft.actions[account.index] = Sweep(account.address, policy.beneficiary, amount)
+
+
+def _balance(account: NodeAccount) -> int:
+    return 0 if account.facts is None else account.facts.balance

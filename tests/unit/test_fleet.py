@@ -1,19 +1,50 @@
-"""Accounts to classes: as many as there are cards, and nothing that is unknown is touched."""
+"""Accounts to classes: as many as is wanted, within the budget, and nothing unknown is touched."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.core.fleet import Assign, FleetAction, Join, NodeAccount, Resume, plan
-from cluster.core.types import AccountFacts, Address, GigaBytes, GpuClass, NodeStatus, Wei
+from cluster.core.capacity import Target
+from cluster.core.fleet import (
+    Assign,
+    FleetAction,
+    FleetPolicy,
+    Fund,
+    Join,
+    NodeAccount,
+    Pause,
+    Plan,
+    Quit,
+    Resume,
+    Sweep,
+    TopUp,
+    plan,
+)
+from cluster.core.types import (
+    AccountFacts,
+    Address,
+    GigaBytes,
+    GpuClass,
+    NodeStatus,
+    Timestamp,
+    Wei,
+)
 
 BIG = GpuClass("NVIDIA H100+docker", GigaBytes(80))
 SMALL = GpuClass("NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
-STAKE, GAS = Wei(400), Wei(10)
-RICH = 410
+STAKE, RESERVE, LOW, GAS = 400, 10, 5, 20
+RICH = STAKE + RESERVE
+OWNER = Address("0xowner")
+POLICY = FleetPolicy(Wei(STAKE), Wei(RESERVE), Wei(LOW), Wei(GAS))
+SWEEPING = replace(POLICY, beneficiary=OWNER, sweep_above=Wei(100))
+NOW = Timestamp(1000.0)
 
 
 def account(
@@ -22,17 +53,38 @@ def account(
     assigned: GpuClass | None = None,
     on_chain: GpuClass | None = None,
     balance: int = RICH,
+    **more: Any,
 ) -> NodeAccount:
     """An account; with status None its facts were not read yet."""
     address = Address(f"0x{index}")
     if status is None:
-        return NodeAccount(index, address, assigned, None)
-    facts = AccountFacts(address, status, on_chain, Wei(0), Wei(balance), 0, None)
-    return NodeAccount(index, address, assigned, facts)
+        return NodeAccount(index, address, assigned, None, **more)
+    stake = 0 if status is NodeStatus.QUIT else STAKE
+    facts = AccountFacts(address, status, on_chain, Wei(stake), Wei(balance), 0, None)
+    return NodeAccount(index, address, assigned, facts, **more)
 
 
-def planned(pool: dict[GpuClass, int], *accounts: NodeAccount) -> tuple[FleetAction, ...]:
-    return plan(pool, accounts, STAKE, GAS)
+def serving(index: int, gpu_class: GpuClass, busy: bool = False, **more: Any) -> NodeAccount:
+    status = NodeStatus.BUSY if busy else NodeStatus.AVAILABLE
+    return account(index, status, gpu_class, gpu_class, **{"balance": GAS, **more})
+
+
+def whole(
+    wanted: dict[GpuClass, int | Target],
+    *accounts: NodeAccount,
+    policy: FleetPolicy = POLICY,
+    treasury: int | None = 10_000,
+) -> Plan:
+    targets = {
+        each: Target(count, count) if isinstance(count, int) else count
+        for each, count in wanted.items()
+    }
+    money = None if treasury is None else Wei(treasury)
+    return plan(targets, accounts, policy, money, NOW)
+
+
+def planned(*arguments: Any, **more: Any) -> tuple[FleetAction, ...]:
+    return whole(*arguments, **more).actions
 
 
 def assign(index: int, gpu_class: GpuClass) -> Assign:
@@ -43,10 +95,20 @@ def join(index: int, gpu_class: GpuClass) -> Join:
     return Join(Address(f"0x{index}"), gpu_class)
 
 
+def fund(index: int, amount: int) -> Fund:
+    return Fund(Address(f"0x{index}"), Wei(amount))
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+
 def test_nothing_to_do_without_cards_or_accounts() -> None:
     assert planned({}) == ()
-    assert planned({BIG: 3}) == ()
     assert planned({BIG: 0}, account(1)) == ()
+
+
+def test_a_class_that_nobody_is_left_for_says_so() -> None:
+    assert whole({BIG: 3}) == Plan((), (f"{BIG.name} lacks an account: raise identity.accounts",))
 
 
 def test_free_accounts_are_assigned_by_index_to_the_largest_class_first() -> None:
@@ -58,123 +120,289 @@ def test_free_accounts_are_assigned_by_index_to_the_largest_class_first() -> Non
     )
 
 
-def test_an_assigned_account_joins_when_it_can_pay() -> None:
-    assert planned({BIG: 2}, account(1, assigned=BIG)) == (join(1, BIG),)
-    assert planned({BIG: 2}, account(1, assigned=BIG, balance=RICH - 1)) == ()
+def test_an_assigned_account_joins_when_it_can_pay_and_is_funded_when_it_cant() -> None:
+    assert planned({BIG: 1}, account(1, assigned=BIG)) == (join(1, BIG),)
+    poor = account(1, assigned=BIG, balance=RICH - 1)
+    assert planned({BIG: 1}, poor) == (fund(1, STAKE + GAS - RICH + 1),)
 
 
-def test_a_poor_account_leaves_the_room_to_the_next() -> None:
+def test_who_can_pay_goes_before_who_must_be_funded() -> None:
     poor = account(1, assigned=BIG, balance=0)
     assert planned({BIG: 1}, poor, account(2, assigned=BIG)) == (join(2, BIG),)
 
 
 def test_a_paused_account_resumes_before_another_joins() -> None:
-    paused = account(2, NodeStatus.PAUSED, BIG, BIG, balance=0)
+    paused = account(2, NodeStatus.PAUSED, BIG, BIG, balance=GAS)
     assert planned({BIG: 1}, account(1, assigned=BIG), paused) == (Resume(Address("0x2")),)
 
 
-def test_a_class_without_cards_resumes_and_joins_nobody() -> None:
-    paused = account(2, NodeStatus.PAUSED, SMALL, SMALL)
-    assert planned({BIG: 1}, account(1, assigned=SMALL), paused) == ()
+def test_a_kicked_account_waits_before_it_joins_again() -> None:
+    kicked = account(1, assigned=BIG, rejoin_at=Timestamp(NOW + 1))
+    assert planned({BIG: 1}, kicked) == ()
+    assert planned({BIG: 1}, replace(kicked, rejoin_at=NOW)) == (join(1, BIG),)
 
 
-def test_no_more_accounts_join_than_there_are_cards() -> None:
-    serving = account(1, NodeStatus.BUSY, BIG, BIG)
-    assert planned({BIG: 1}, serving, account(2, assigned=BIG)) == ()
-    assert planned({BIG: 1}, serving, account(2)) == ()
+def test_a_slashed_account_is_neither_joined_nor_funded_nor_moved() -> None:
+    slashed = account(1, assigned=BIG, barred=True)
+    assert planned({BIG: 1}, slashed) == ()
+    assert planned({BIG: 0, SMALL: 1}, slashed) == ()
 
 
-def test_the_assignment_follows_the_chain() -> None:
-    moved = account(1, NodeStatus.AVAILABLE, assigned=SMALL, on_chain=BIG)
-    found = account(2, NodeStatus.PAUSED, on_chain=SMALL)
-    assert planned({}, moved, found) == (assign(1, BIG), assign(2, SMALL))
-    assert planned({BIG: 1, SMALL: 1}, moved, found, account(3)) == (
-        assign(1, BIG),
-        assign(2, SMALL),
-    )
+# --- money ----------------------------------------------------------------------------------------
 
 
-def test_what_an_account_was_before_it_quit_does_not_matter() -> None:
-    assert planned({BIG: 1}, account(1, assigned=BIG, on_chain=SMALL)) == (join(1, BIG),)
-    assert planned({BIG: 1}, account(1, on_chain=SMALL)) == (assign(1, BIG),)
+def test_the_treasury_pays_for_as_many_as_it_can_and_says_what_it_lacks() -> None:
+    poor = [account(index, assigned=BIG, balance=0) for index in (1, 2)]
+    found = whole({BIG: 2}, *poor, treasury=STAKE + GAS + RESERVE)
+    assert found.actions == (fund(1, STAKE + GAS),)
+    (line,) = found.wants
+    assert line.startswith(f"the treasury has {RESERVE} wei and needs {STAKE + GAS + RESERVE}")
 
 
-def test_an_unknown_account_is_left_alone_and_counts_for_its_class() -> None:
-    assert planned({BIG: 2}, account(1, None)) == ()
-    unknown = account(1, None, assigned=BIG)
-    assert planned({BIG: 1}, unknown, account(2), account(3, assigned=BIG)) == ()
+def test_while_the_treasury_isnt_known_nobody_is_funded() -> None:
+    assert whole({BIG: 1}, account(1, assigned=BIG, balance=0), treasury=None) == Plan()
 
 
-classes = st.sampled_from([BIG, SMALL, GpuClass("NVIDIA A10+docker", GigaBytes(24))])
-account_lists = st.lists(
+def test_the_stakes_never_exceed_the_budget() -> None:
+    policy = replace(POLICY, stake_budget=Wei(2 * STAKE))
+    out = [account(index, assigned=BIG) for index in (2, 3, 4)]
+    found = whole({BIG: 4}, serving(1, BIG), *out, policy=policy)
+    assert found.actions == (join(2, BIG),)
+    assert found.wants == (f"the stake budget is spent: {2 * STAKE} of {2 * STAKE} wei",)
+    # An account that is joining, or that nobody has looked at, has its stake there already.
+    for other in (account(2, assigned=BIG, moving=True), account(2, None, BIG)):
+        assert planned({BIG: 4}, serving(1, BIG), other, out[1], policy=policy) == ()
+
+
+def test_gas_is_topped_up_of_who_is_joined() -> None:
+    low = serving(1, BIG, balance=LOW - 1)
+    assert planned({BIG: 1}, low) == (TopUp(Address("0x1"), Wei(GAS - LOW + 1)),)
+    assert planned({BIG: 1}, serving(1, BIG, balance=LOW)) == ()
+    assert planned({BIG: 0}, account(1, assigned=BIG, balance=0)) == ()
+
+
+def test_earnings_beyond_the_threshold_go_to_the_beneficiary() -> None:
+    earned = serving(1, BIG, balance=GAS + 101)
+    assert planned({BIG: 1}, earned, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)
+    assert planned({BIG: 1}, earned) == ()
+    assert planned({BIG: 1}, serving(1, BIG, balance=GAS + 100), policy=SWEEPING) == ()
+    # One that is out keeps its next stake.
+    out = account(1, assigned=BIG, balance=STAKE + GAS + 101)
+    assert planned({BIG: 0}, out, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)
+    assert planned({BIG: 0}, account(1, balance=STAKE + GAS), policy=SWEEPING) == ()
+
+
+# --- pausing and moving ---------------------------------------------------------------------------
+
+
+def test_surplus_accounts_pause_the_free_ones_first() -> None:
+    members = [serving(1, BIG), serving(2, BIG, busy=True), serving(3, BIG), serving(4, BIG)]
+    assert planned({BIG: 2}, *members) == (Pause(Address("0x3")), Pause(Address("0x4")))
+    assert planned({BIG: 0}, *members) == tuple(Pause(Address(f"0x{n}")) for n in (1, 2, 3, 4))
+
+
+def test_between_least_and_most_nothing_is_done() -> None:
+    members = [serving(1, BIG), serving(2, BIG), account(3, NodeStatus.PAUSED, BIG, BIG)]
+    assert planned({BIG: Target(1, 2)}, *members) == ()
+
+
+def test_what_is_pending_is_waited_for() -> None:
+    pausing = account(1, NodeStatus.PENDING_PAUSE, BIG, BIG, balance=GAS)
+    quitting = account(2, NodeStatus.PENDING_QUIT, BIG, BIG, balance=GAS)
+    assert planned({BIG: 2}, pausing, quitting) == ()
+    assert planned({BIG: 0}, pausing, quitting) == ()
+
+
+def test_a_class_that_lacks_an_account_gets_one_of_a_class_that_has_too_many() -> None:
+    paused = account(1, NodeStatus.PAUSED, SMALL, SMALL, balance=GAS)
+    assert planned({SMALL: 0, BIG: 1}, paused) == (Quit(Address("0x1")),)
+    out = account(1, assigned=SMALL)
+    assert planned({SMALL: 0, BIG: 1}, out) == (assign(1, BIG),)
+    assert planned({SMALL: 1, BIG: 1}, replace(paused)) == (Resume(Address("0x1")),)
+    # Where one that is spare will do, nobody moves.
+    assert planned({SMALL: 0, BIG: 1}, paused, account(2)) == (assign(2, BIG),)
+    # A card that may come back keeps its account.
+    assert planned({SMALL: Target(0, 1), BIG: 1}, paused) == ()
+
+
+@pytest.mark.parametrize("why", ["moving", "held"])
+def test_what_is_on_its_way_or_held_is_left_alone(why: str) -> None:
+    for left in (
+        account(1, assigned=BIG, **{why: True}),
+        serving(1, BIG, balance=0, **{why: True}),
+        account(1, NodeStatus.PAUSED, BIG, BIG, **{why: True}),
+    ):
+        for wanted in (0, 1):
+            assert planned({BIG: wanted}, left) == ()
+
+
+def test_what_the_chain_says_goes_before_what_was_written_down() -> None:
+    moved = serving(1, BIG, balance=GAS)
+    assert planned({BIG: 1}, replace(moved, assigned=SMALL)) == (assign(1, BIG),)
+
+
+# --- whatever there is ----------------------------------------------------------------------------
+
+CLASSES = st.sampled_from([BIG, SMALL])
+ACCOUNTS = st.lists(
     st.builds(
-        account,
-        index=st.integers(1, 30),
-        status=st.none() | st.sampled_from(NodeStatus),
-        assigned=st.none() | classes,
-        on_chain=st.none() | classes,
-        balance=st.sampled_from([0, RICH - 1, RICH, 1000]),
+        lambda status, gpu_class, balance, moving, barred, held: (
+            status,
+            gpu_class,
+            balance,
+            moving,
+            barred,
+            held,
+        ),
+        st.sampled_from([None, *NodeStatus]),
+        st.none() | CLASSES,
+        st.sampled_from([0, LOW, GAS, RICH, 1000]),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
     ),
-    max_size=12,
-    unique_by=lambda a: a.index,
+    max_size=7,
+).map(
+    lambda rows: [
+        account(
+            index,
+            status,
+            gpu_class,
+            None if status in {None, NodeStatus.QUIT} else (gpu_class or BIG),
+            balance,
+            moving=moving,
+            barred=barred,
+            held=held,
+        )
+        for index, (status, gpu_class, balance, moving, barred, held) in enumerate(rows, 1)
+    ]
 )
-pools = st.dictionaries(classes, st.integers(0, 5))
+TARGETS = st.dictionaries(
+    CLASSES, st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda t: Target(t[0], sum(t)))
+)
+POLICIES = st.sampled_from([POLICY, SWEEPING, replace(SWEEPING, stake_budget=Wei(3 * STAKE))])
+MONEY = st.none() | st.integers(0, 3000).map(Wei)
 
 
-@given(pools, account_lists, st.randoms(use_true_random=False))
-def test_the_order_of_the_accounts_does_not_matter(pool, accounts, chance) -> None:  # type: ignore[no-untyped-def]
-    shuffled = list(accounts)
-    chance.shuffle(shuffled)
-    assert planned(pool, *accounts) == planned(pool, *shuffled)
+def spent(actions: Iterable[FleetAction]) -> int:
+    return sum(each.amount for each in actions if isinstance(each, Fund | TopUp))
 
 
-@given(pools, account_lists)
-def test_the_plan_keeps_its_rules(pool: dict[GpuClass, int], accounts: list[NodeAccount]) -> None:
-    by_address = {a.address: a for a in accounts}
-    actions = planned(pool, *accounts)
-    assert len({action.address for action in actions}) == len(actions)
-    woken: Counter[GpuClass] = Counter()
-    for action in actions:
-        of = by_address[action.address]
-        assert of.facts is not None
+@given(TARGETS, ACCOUNTS, POLICIES, MONEY)
+def test_one_action_each_within_the_means_and_never_for_what_isnt_known(
+    targets: dict[GpuClass, Target],
+    accounts: list[NodeAccount],
+    policy: FleetPolicy,
+    treasury: Wei | None,
+) -> None:
+    found = plan(targets, accounts, policy, treasury, NOW).actions
+    by_address = Counter(each.address for each in found)
+    assert all(count == 1 for count in by_address.values())
+    assert spent(found) <= (treasury or 0)
+    known = {each.address: each for each in accounts}
+    for action in found:
+        there = known[action.address]
+        assert there.facts is not None
+        if not isinstance(action, Assign):
+            assert not there.moving
+            assert not there.held
+        if isinstance(action, Join | Fund | Resume):
+            assert not there.barred
+    if policy.stake_budget is not None:
+        joining = sum(isinstance(each, Join | Fund) for each in found)
+        staked = sum(
+            STAKE
+            for each in accounts
+            if each.facts is None
+            or each.facts.status is not NodeStatus.QUIT
+            or (each.moving and not each.barred)
+        )
+        assert joining == 0 or staked + joining * STAKE <= policy.stake_budget
+
+
+@dataclass
+class Chain:
+    """A network that does at once what is asked, except that busy accounts pause and quit later."""
+
+    accounts: dict[Address, NodeAccount]
+    treasury: int
+    history: list[FleetAction] = field(default_factory=list)
+
+    def apply(self, action: FleetAction) -> None:
+        self.history.append(action)
+        there = self.accounts[action.address]
+        facts = there.facts
+        assert facts is not None
         match action:
             case Assign(_, _, gpu_class):
-                assert gpu_class != of.assigned
+                self.accounts[action.address] = replace(there, assigned=gpu_class)
+                return
+            case Fund(_, amount) | TopUp(_, amount):
+                self.treasury -= amount
+                facts = replace(facts, balance=Wei(facts.balance + amount))
             case Join(_, gpu_class):
-                assert of.facts.status is NodeStatus.QUIT and of.assigned == gpu_class
-                assert of.facts.balance >= STAKE + GAS
-                woken[gpu_class] += 1
+                assert facts.balance >= STAKE
+                facts = replace(
+                    facts,
+                    status=NodeStatus.AVAILABLE,
+                    gpu_class=gpu_class,
+                    stake=Wei(STAKE),
+                    balance=Wei(facts.balance - STAKE),
+                )
+            case Pause():
+                facts = replace(facts, status=NodeStatus.PAUSED)
             case Resume():
-                assert of.facts.status is NodeStatus.PAUSED and of.assigned is not None
-                woken[of.assigned] += 1
-    for a in accounts:
-        if a.facts is not None and a.facts.status not in {NodeStatus.QUIT, NodeStatus.PAUSED}:
-            serving = a.facts.gpu_class or a.assigned
-            if serving is not None:
-                woken[serving] += 1
-    for gpu_class in {a.gpu_class for a in actions if isinstance(a, Join)}:
-        assert woken[gpu_class] <= pool[gpu_class]
+                facts = replace(facts, status=NodeStatus.AVAILABLE)
+            case Quit():
+                back = Wei(facts.balance + facts.stake)
+                facts = replace(facts, status=NodeStatus.QUIT, stake=Wei(0), balance=back)
+            case Sweep(_, _, amount):
+                facts = replace(facts, balance=Wei(facts.balance - amount))
+        self.accounts[action.address] = replace(there, facts=facts)
+
+    def stakes(self) -> int:
+        return sum(each.facts.stake for each in self.accounts.values() if each.facts)
+
+    def serve(self, gpu_class: GpuClass) -> int:
+        return sum(
+            each.facts is not None
+            and each.facts.status in {NodeStatus.AVAILABLE, NodeStatus.BUSY}
+            and each.facts.gpu_class == gpu_class
+            for each in self.accounts.values()
+        )
 
 
-@given(pools, account_lists)
-def test_repeated_plans_come_to_rest(
-    pool: dict[GpuClass, int], accounts: list[NodeAccount]
+def settle(chain: Chain, targets: dict[GpuClass, Target], policy: FleetPolicy) -> None:
+    """Plan and apply until nothing is left to do."""
+    for _ in range(40):
+        accounts: Sequence[NodeAccount] = tuple(chain.accounts.values())
+        found = plan(targets, accounts, policy, Wei(chain.treasury), NOW)
+        if not found.actions:
+            return
+        for action in found.actions:
+            chain.apply(action)
+            if policy.stake_budget is not None:
+                assert chain.stakes() <= policy.stake_budget
+    raise AssertionError(chain.history[-6:])
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.dictionaries(CLASSES, st.integers(0, 3)), min_size=1, max_size=4),
+    st.integers(0, 6),
+    st.sampled_from([None, 2 * STAKE, 4 * STAKE]),
+)
+def test_whatever_the_pool_becomes_it_settles_on_as_many_accounts_as_it_can(
+    pools: list[dict[GpuClass, int]], count: int, budget: int | None
 ) -> None:
-    """Done as planned, turn after turn, the fleet ends full or out of accounts, and stays so."""
-    now = {a.address: a for a in accounts}
-    for _ in range(6):
-        actions = planned(pool, *now.values())
-        for action in actions:
-            now[action.address] = _done(now[action.address], action)
-    assert planned(pool, *now.values()) == ()
-
-
-def _done(of: NodeAccount, action: FleetAction) -> NodeAccount:
-    assert of.facts is not None
-    match action:
-        case Assign(_, _, gpu_class):
-            return NodeAccount(of.index, of.address, gpu_class, of.facts)
-        case Join(_, gpu_class):
-            return account(of.index, NodeStatus.AVAILABLE, of.assigned, gpu_class)
-        case Resume():
-            return account(of.index, NodeStatus.AVAILABLE, of.assigned, of.facts.gpu_class)
+    chain = Chain(
+        {Address(f"0x{n}"): account(n, balance=0) for n in range(1, count + 1)}, 100 * STAKE
+    )
+    policy = replace(POLICY, stake_budget=None if budget is None else Wei(budget))
+    for pool in pools:
+        wanted = {each: pool.get(each, 0) for each in (BIG, SMALL)}
+        settle(chain, {each: Target(n, n) for each, n in wanted.items()}, policy)
+        for gpu_class, most in wanted.items():
+            assert chain.serve(gpu_class) <= most
+        if budget is None:
+            assert sum(map(chain.serve, wanted)) == min(count, sum(wanted.values()))
