@@ -20,7 +20,9 @@ from typing import Protocol
 import ray
 import structlog
 
-from actors.dispatcher import Dispatcher
+from actors.dispatcher import Dispatcher, Outstanding
+from actors.drain import Drains
+from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.overview import Sight, describe, totals_of
 from actors.pool import RayGpuPool
@@ -29,26 +31,27 @@ from actors.safeguards import Safeguards, SafeguardSettings
 from actors.stores import FETCHED_BYTES, RayStores, of_class
 from cluster.chain import outbox_rows
 from cluster.chain.endpoints import EndpointView
-from cluster.core import declaring, fleet
+from cluster.core import declaring
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Artifacts, Lease, Network
+from cluster.core.record import TaskRecord
 from cluster.core.types import (
-    AccountFacts,
     AccountView,
     Address,
     AttemptId,
     Commitment,
     GpuClass,
-    GpuState,
+    GpuId,
     ModelId,
+    NodeStatus,
+    RayNodeId,
     TaskStatus,
     Timestamp,
-    Wei,
 )
-from cluster.journal import Assignment, SqlJournal
+from cluster.journal import SqlJournal
 from cluster.metrics import Metrics
-from cluster.status import Status
+from cluster.status import DrainStatus, Status
 
 NAME = "coordinator"
 """The actor's name in its Ray namespace."""
@@ -62,10 +65,10 @@ RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
 SLASHED = "NodeSlashed"
-MOST_MODELS = 16
 BETWEEN_TERMS_SECONDS = 0.5
+_NOT_ACTING = "not acting"
+_RESTING = frozenset({NodeStatus.QUIT, NodeStatus.PAUSED})
 POOL_SECONDS = 1.0
-FLEET_SECONDS = 2.0
 STORES_SECONDS = 3.0
 
 
@@ -101,8 +104,7 @@ class World:
     ]
     metrics: Metrics
     policy: Policy
-    stake: Wei
-    gas_reserve: Wei
+    fleet: FleetSettings
     lease_seconds: float
     clock: Callable[[], float]
     new_attempt_id: Callable[[], AttemptId]
@@ -201,7 +203,22 @@ class Coordinator:
 
     def clear_quarantine(self, card: str) -> str:
         """`cleared`, `free` (it is in none), `unknown`, or `not acting`."""
-        return "not acting" if self._term is None else self._term.clear_quarantine(card)
+        return _NOT_ACTING if self._term is None else self._term.clear_quarantine(card)
+
+    def clear_account(self, account: str) -> str:
+        """`cleared`, `free` (nothing stops it), `unknown`, or `not acting`."""
+        return _NOT_ACTING if self._term is None else self._term.clear_account(Address(account))
+
+    def apply_fleet(self) -> str:
+        return _NOT_ACTING if self._term is None else self._term.apply_fleet()
+
+    async def drain(self, what: str, name: str = "", now: bool = False) -> str:
+        """`draining`, `unknown`, or `not acting`."""
+        return _NOT_ACTING if self._term is None else await self._term.drain(what, name, now)
+
+    def end_drain(self) -> str:
+        """`ended`, `free`, or `not acting`."""
+        return _NOT_ACTING if self._term is None else self._term.end_drain()
 
     def release(self) -> str:
         """What the supervisor compares with what it wants; one that has ended passes for none."""
@@ -262,6 +279,22 @@ class Term:
             world.metrics,
             world.clock,
         )
+        self._drains = Drains(self._ledger)
+        world.pool.drain(self._drains.covers)
+        self._fleet = FleetKeeper(
+            self._ledger,
+            self._network,
+            world.stores,
+            self._drains,
+            world.accounts,
+            world.treasury,
+            world.fleet,
+            world.pool.gpus,
+            self._view_of,
+            self._outstanding,
+            world.clock,
+        )
+        ledger.told = self._fleet.closed
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
         self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
@@ -283,7 +316,7 @@ class Term:
                     self._network.run(),
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
-                    self._tend_fleet(),
+                    self._fleet.run(),
                     self._tend_stores(),
                     self._safeguards.run(),
                     self._sweep(),
@@ -317,11 +350,86 @@ class Term:
             slashed=frozenset(self._ledger.slashed),
             relay_error=self._reconciler.relay_error,
             endpoints=self._network.endpoints(),
-            alerts=(*self._network.alerts(), *self._safeguards.alerts()),
+            fleet=self._fleet.view,
+            drain=self._drain_status(),
+            alerts=(
+                *self._network.alerts(),
+                *self._safeguards.alerts(),
+                *self._fleet.alerts(),
+            ),
         )
 
     def clear_quarantine(self, card: str) -> str:
         return self._safeguards.clear(card)
+
+    # --- what an operator does -------------------------------------------------------------------
+
+    def clear_account(self, account: Address) -> str:
+        return self._fleet.clear(account)
+
+    def apply_fleet(self) -> str:
+        self._fleet.apply()
+        return "applying"
+
+    async def drain(self, what: str, name: str, now: bool) -> str:
+        """`everything`, a `card` by id or UUID, or a `node`; with `now`, what is computed there is
+        begun again elsewhere. `draining`, or `unknown`."""
+        gpus = self._world.pool.gpus()
+        match what:
+            case "card" if any(name in {gpu.gpu_id, gpu.uuid} for gpu in gpus):
+                self._drains.add(cards=frozenset({GpuId(name)}))
+            case "node" if any(name == gpu.ray_node for gpu in gpus):
+                self._drains.add(nodes=frozenset({RayNodeId(name)}))
+            case "everything":
+                self._drains.add(everything=True)
+            case _:
+                return "unknown"
+        self._log.warning("draining", what=what, name=name, now=now)
+        if now and what != "everything":
+            for record in self._on_drained():
+                attempt = record.open_attempt
+                if attempt is not None:
+                    task = record.commitment
+                    await self._dispatcher.cancel(attempt.gpu_id, task, attempt.attempt_id)
+                    self._settled(task)
+        return "draining"
+
+    def end_drain(self) -> str:
+        """`ended`, or `free` when nothing was drained."""
+        if not self._drains.any:
+            return "free"
+        self._drains.end()
+        self._log.info("drain_ended")
+        return "ended"
+
+    def _on_drained(self) -> list[TaskRecord]:
+        """Tasks that are computed on drained cards."""
+        drained = {gpu.gpu_id for gpu in self._world.pool.gpus() if self._drains.covers(gpu)}
+        return [
+            record
+            for record in self._ledger.open.values()
+            if record.open_attempt is not None and record.open_attempt.gpu_id in drained
+        ]
+
+    def _drain_status(self) -> DrainStatus:
+        drains = self._drains
+        left = [f"{count} tasks are computed there" for count in [len(self._on_drained())] if count]
+        if drains.everything:
+            left = [f"{len(self._ledger.open)} tasks are open"] if self._ledger.open else []
+            serving = [
+                address
+                for address in self._world.accounts.values()
+                if (view := self._views.get(address)) is None or view.account.status not in _RESTING
+            ]
+            if serving:
+                left.append(f"{len(serving)} accounts are not paused yet")
+        return DrainStatus(
+            everything=drains.everything,
+            cards=tuple(sorted(drains.cards)),
+            nodes=tuple(sorted(drains.nodes)),
+            done=drains.any and not left,
+            left=tuple(left),
+        )
 
     def _chain_error(self) -> str | None:
         """Why the chain isn't reached; None as long as any account can be read."""
@@ -343,8 +451,11 @@ class Term:
             if wakeup.reason == KICKED_OUT:
                 self._log.error("kicked_out", account=wakeup.account)
                 self._world.metrics.kicked_out()
+                if wakeup.account is not None:
+                    self._fleet.kicked(wakeup.account)
             elif wakeup.reason == SLASHED and wakeup.account is not None:
-                self._slashed(wakeup.account)
+                view = self._views.get(wakeup.account)
+                self._slashed(wakeup.account, None if view is None else view.account.gpu_class)
             if wakeup.models and wakeup.account is not None:
                 self._want(wakeup.account, wakeup.models)
             for address, event in self._wake.items():
@@ -378,8 +489,10 @@ class Term:
         own = [task for task in view.tasks if task.selected_node == account]
         if any(task.status is TaskStatus.END_INVALIDATED for task in own):
             # Before the fleet can see that the account has quit.
-            self._slashed(account)
+            self._slashed(account, view.account.gpu_class)
         self._views[account] = view
+        if not heard and self._fleet.settled(account, view):
+            self._fleet.looked(account, view.account.status)
         # What is heard while looking may not be in what was seen.
         self._stale -= heard
         self._ahead = view.now - self._world.clock()
@@ -391,10 +504,11 @@ class Term:
         longest = BUSY_LOOK_SECONDS if busy else None
         return min((each for each in (due, longest) if each is not None), default=None)
 
-    def _slashed(self, account: Address) -> None:
+    def _slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
         """The account lost its stake: its task's record may never show it, so it is marked."""
         if account not in self._ledger.slashed:
             self._log.error("slashed", account=account)
+            self._fleet.slashed(account, gpu_class)
         self._ledger.mark_slashed(account)
 
     async def _sweep(self) -> None:
@@ -409,15 +523,6 @@ class Term:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake[account].wait()
-
-    async def _tend_fleet(self) -> None:
-        while True:
-            try:
-                for action in self._plan():
-                    await self._apply(action)
-            except NetworkUnavailable as error:
-                self._log.warning("fleet_action_failed", error=str(error))
-            await asyncio.sleep(FLEET_SECONDS)
 
     async def _tend_stores(self) -> None:
         """Watch the machines' model stores, and tell the network what has come."""
@@ -451,57 +556,15 @@ class Term:
             cards = of_class(self._world.pool.gpus(), view.account.gpu_class)
             self._world.stores.want(cards, models)
 
-    def _plan(self) -> Sequence[fleet.FleetAction]:
-        world = self._world
-        pool: dict[GpuClass, int] = {}
-        for gpu in world.pool.gpus():
-            if gpu.state in (GpuState.READY, GpuState.BUSY):
-                pool[gpu.gpu_class] = pool.get(gpu.gpu_class, 0) + 1
-        assigned = self._assigned()
-        accounts = [
-            fleet.NodeAccount(
-                index,
-                address,
-                assigned.get(index),
-                self._facts_of(address),
-            )
-            for index, address in world.accounts.items()
-        ]
-        return fleet.plan(pool, accounts, world.stake, world.gas_reserve)
+    def _view_of(self, address: Address) -> AccountView | None:
+        """What may be acted on: nothing that is out of date."""
+        return None if address in self._stale else self._views.get(address)
 
-    def _facts_of(self, address: Address) -> AccountFacts | None:
-        """What fleet may act on: nothing that is out of date, and no account that was slashed,
-        which only the operator may stake again."""
-        view = self._views.get(address)
-        unfit = address in self._stale or address in self._ledger.slashed
-        return None if view is None or unfit else view.account
+    def _outstanding(self) -> list[Outstanding]:
+        return self._dispatcher.outstanding(Timestamp(self._network_clock()))
 
     def _assigned(self) -> Mapping[int, GpuClass]:
         return {each.index: each.gpu_class for each in self._world.journal.assignments()}
-
-    async def _apply(self, action: fleet.FleetAction) -> None:
-        self._log.info("fleet", action=type(action).__name__, account=action.address)
-        match action:
-            case fleet.Assign(index, address, gpu_class):
-                assignment = Assignment(index, address, gpu_class)
-                self._world.journal.assign(self._ledger.lease, assignment)
-            case fleet.Join(address, gpu_class):
-                if not self._world.stores.settled(of_class(self._world.pool.gpus(), gpu_class)):
-                    # A join says which models are there, and the first ones are still to come.
-                    return
-                models = self._models_on_disk(gpu_class)
-                await self._network.join(address, gpu_class, self._world.stake, models)
-            case fleet.Resume(address):
-                await self._network.resume(address)
-
-    def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
-        """The models that every card of the class has: what a join may declare. Some at most,
-        those first that were configured or asked for, because each costs the join gas."""
-        cards = of_class(self._world.pool.gpus(), gpu_class)
-        common = frozenset[str].intersection(*(gpu.on_disk for gpu in cards)) if cards else ()
-        fetched = self._world.stores.here(cards)
-        others = {ModelId(f"base:{name}") for name in common} - fetched
-        return (*sorted(fetched), *sorted(others))[:MOST_MODELS]
 
     def _network_clock(self) -> float:
         """The network's time, carried on from the last look by the wall clock."""

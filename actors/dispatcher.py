@@ -41,6 +41,7 @@ from cluster.core.record import (
     TaskRecord,
 )
 from cluster.core.types import (
+    Address,
     AttemptId,
     Commitment,
     Gpu,
@@ -117,6 +118,16 @@ class _Running:
     work: Work
     pipeline: str
     free_at: Timestamp
+    deadline: Timestamp | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outstanding:
+    """A task's computing that is still to be done: seconds, and when it would be too late."""
+
+    account: Address
+    seconds: float
+    deadline: Timestamp | None
 
 
 class Dispatcher:
@@ -138,7 +149,7 @@ class Dispatcher:
         self._guard = guard
         self._artifacts = artifacts
         self._metrics = metrics
-        self._pace = dict(FIRST_PACE)
+        self._pace: dict[tuple[str, str], float] = {}
         self._new_attempt_id = new_attempt_id
         self._settled = settled
         self._failed = failed
@@ -148,9 +159,14 @@ class Dispatcher:
         self._followers: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("dispatch")
 
-    def seconds_for(self, work: Work) -> float:
-        """How long so much work takes, as measured of late."""
-        return work.amount * self._pace[work.kind]
+    def seconds_for(self, work: Work, pipeline: str = "") -> float:
+        """How long so much work takes with a set of models, as measured of late; before they were
+        measured, as the kind's others took."""
+        return work.amount * self._pace_of(work.kind, pipeline)
+
+    def _pace_of(self, kind: str, pipeline: str) -> float:
+        of_all = self._pace.get((kind, ""), FIRST_PACE[kind])
+        return self._pace.get((kind, pipeline), of_all)
 
     def want(self, want: Want, order: Order, work: Work) -> None:
         """The task may be started with `order` (whose attempt id is filled in on placement)."""
@@ -161,6 +177,22 @@ class Dispatcher:
 
     def waiting(self) -> tuple[Commitment, ...]:
         return tuple(self._wants)
+
+    def outstanding(self, now: Timestamp) -> list[Outstanding]:
+        """What is still to be computed, by what is known of the tasks and the cards' pace."""
+        found = [
+            (task, want.compute_seconds, want.deadline)
+            for task, (want, _, _) in self._wants.items()
+        ]
+        found += [
+            (running.task, max(0.0, running.free_at - now), running.deadline)
+            for running in self._running.values()
+        ]
+        return [
+            Outstanding(record.account, seconds, deadline)
+            for task, seconds, deadline in found
+            if (record := self._ledger.open.get(task)) is not None
+        ]
 
     def idle(self) -> tuple[Gpu, ...]:
         """Cards that are ready and have nothing to do with any task."""
@@ -206,7 +238,9 @@ class Dispatcher:
         self._followers.add(follower)
         follower.add_done_callback(self._surface)
         free_at = Timestamp(now + want.compute_seconds)
-        self._running[gpu] = _Running(want.task, order.attempt_id, work, want.pipeline, free_at)
+        self._running[gpu] = _Running(
+            want.task, order.attempt_id, work, want.pipeline, free_at, want.deadline
+        )
 
     async def cancel(self, gpu: GpuId, task: Commitment, attempt: AttemptId) -> None:
         """Give the attempt up: what it may still answer is dropped."""
@@ -263,9 +297,12 @@ class Dispatcher:
 
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)
-        if running is not None and running.work.amount > 0:
-            kind, amount = running.work.kind, running.work.amount
-            self._pace[kind] += PACE_WEIGHT * (seconds / amount - self._pace[kind])
+        if running is None or running.work.amount <= 0:
+            return
+        kind, amount = running.work.kind, running.work.amount
+        for pipeline in ("", running.pipeline):
+            pace = self._pace_of(kind, pipeline)
+            self._pace[kind, pipeline] = pace + PACE_WEIGHT * (seconds / amount - pace)
 
     async def _keep(self, order: Order, computed: Computed) -> Event:
         files = await self._artifacts.put(order.task, computed.files)

@@ -30,6 +30,8 @@ class Ledger:
     paid: Wei
     slashed: set[Address]
     """Accounts that lost their stake by a task: never joined again by themselves."""
+    told: Callable[[TaskRecord], None] = lambda _: None
+    """Called with each record that is closed."""
 
     @classmethod
     def load(cls, journal: SqlJournal, lease: Lease, clock: Callable[[], float]) -> Ledger:
@@ -52,6 +54,7 @@ class Ledger:
                 if outcome is Outcome.INVALIDATED:
                     self.slashed.add(record.account)
                 self._count(outcome, payment, 1)
+                self.told(record)
         return record
 
     def mark_slashed(self, account: Address) -> None:
@@ -59,6 +62,11 @@ class Ledger:
         if account not in self.slashed:
             self.journal.mark_slashed(self.lease, account, Timestamp(self.clock()))
             self.slashed.add(account)
+
+    def clear_slashed(self, account: Address) -> None:
+        """The operator has seen to it: the account may be staked again."""
+        self.journal.clear_slashed(self.lease, account)
+        self.slashed.discard(account)
 
     def _reopen(self, task: Commitment) -> None:
         """The network took back that the task had ended: it no longer counts."""

@@ -27,7 +27,9 @@ from cluster.status import (
     AccountStatus,
     ChainView,
     DownloadView,
+    DrainStatus,
     EndpointStatus,
+    FleetStatus,
     GpuClassView,
     GpuStatus,
     IdentityView,
@@ -72,7 +74,9 @@ class Sight:
     relay_error: str | None = None
     endpoints: tuple[EndpointView, ...] = ()
     alerts: tuple[str, ...] = ()
-    """What the safeguards found, in words."""
+    """What the safeguards and the fleet found, in words."""
+    fleet: FleetStatus = field(default_factory=FleetStatus)
+    drain: DrainStatus = field(default_factory=DrainStatus)
 
 
 def describe(sight: Sight) -> Status:
@@ -120,6 +124,8 @@ def describe(sight: Sight) -> Status:
         ),
         totals=sight.totals,
         problems=(*errors, *slashed, *broken, *sight.alerts),
+        fleet=sight.fleet,
+        drain=sight.drain,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -45,6 +45,8 @@ _STATES = {
     Health.BUSY: GpuState.BUSY,
     Health.BROKEN: GpuState.UNREACHABLE,
 }
+
+_WORKING = frozenset({GpuState.STARTING, GpuState.READY, GpuState.BUSY})
 
 EngineFactory = Callable[[GpuClass | None], Callable[[], Engine]]
 """Given a simulated card's class, or None for a real card, how its actor makes its engine."""
@@ -134,6 +136,7 @@ class RayGpuPool:
         self._changed: Callable[[], None] = lambda: None
         self._members: dict[GpuId, _Member] = {}
         self._quarantined: frozenset[CardUuid] = frozenset()
+        self._drained: Callable[[Gpu], bool] = lambda _: False
         self._log = structlog.get_logger("pool")
 
     # --- ports.GpuPool ---------------------------------------------------------------------------
@@ -142,8 +145,18 @@ class RayGpuPool:
         return tuple(
             gpu
             for gpu_id in sorted(self._members)
-            if (gpu := _gpu(self._members[gpu_id], self._quarantined)) is not None
+            if (gpu := self._seen(self._members[gpu_id])) is not None
         )
+
+    def _seen(self, member: _Member) -> Gpu | None:
+        gpu = _gpu(member, self._quarantined)
+        if gpu is not None and gpu.state in _WORKING and self._drained(gpu):
+            return replace(gpu, state=GpuState.DRAINED)
+        return gpu
+
+    def drain(self, drained: Callable[[Gpu], bool]) -> None:
+        """From now on exactly the cards for which this holds get no new task."""
+        self._drained = drained
 
     def quarantine(self, cards: frozenset[CardUuid]) -> None:
         """From now on exactly these cards are in quarantine."""

@@ -298,7 +298,7 @@ class Reconciler:
             need.pipeline,
             need.base,
             until,
-            self._dispatcher.seconds_for(need.work),
+            self._dispatcher.seconds_for(need.work, need.pipeline),
             action.avoid,
             action.outgrown,
         )

@@ -96,6 +96,9 @@ class Cards:
     def quarantine(self, cards: frozenset[CardUuid]) -> None:
         pass
 
+    def drain(self, drained: Callable[[Gpu], bool]) -> None:
+        pass
+
     def on_change(self, changed: Callable[[], None]) -> None:
         pass
 

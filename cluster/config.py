@@ -31,7 +31,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from cluster.core.capacity import MOST_SLOTS
 from cluster.core.errors import ConfigError, ModelUnavailable
+from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
 from cluster.core.types import Address, GigaBytes, Wei
 from cluster.models.refs import ModelRef, of_model_id
@@ -147,6 +149,14 @@ def _amount(value: object) -> Wei:
     if not wei.is_finite() or not 0 < wei < 2**256 or wei != wei.to_integral_value():
         raise ValueError(problem)
     return Wei(int(wei))
+
+
+def _optional_amount(value: object) -> Wei | None:
+    return None if value is None else _amount(value)
+
+
+def _optional_address(value: object) -> str | None:
+    return None if value is None else _address(value)
 
 
 def _version(value: object) -> str:
@@ -407,6 +417,53 @@ class VerifyConfig(Section):
     fraction: float = Field(default=0.0, ge=0, le=1)
 
 
+def _slots(value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SLOTS:
+        raise ValueError(f"expected auto, or a number from 1 to {MOST_SLOTS}")
+    return value
+
+
+class FleetConfig(Section):
+    """Amounts are written in CNX. `slots_per_gpu`: node accounts for each card; `auto` takes as
+    many as keep it busy, by what was measured, at most `max_slots`. `stake_budget` bounds the
+    stakes of all accounts together. `gas_reserve` is what an account must own beyond its stake to
+    join; below `gas_low` the treasury tops it up to `gas_target`. Earnings beyond `gas_target` go
+    to `beneficiary` once they are more than `sweep_above`. Accounts of cards that left are paused
+    after `pause_after_seconds`. `auto` false: nothing is done without `crynux-cluster fleet
+    apply`."""
+
+    auto: bool = True
+    slots_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_slots)] = 1
+    max_slots: int = Field(default=8, ge=1, le=MOST_SLOTS)
+    stake_budget: Annotated[Wei | None, BeforeValidator(_optional_amount)] = None
+    gas_reserve: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "0.01")
+    gas_low: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "0.005")
+    gas_target: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "0.05")
+    beneficiary: Annotated[str | None, BeforeValidator(_optional_address)] = None
+    sweep_above: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "10")
+    pause_after_seconds: Seconds = 120.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> FleetConfig:
+        if not self.gas_low <= self.gas_reserve <= self.gas_target:
+            raise ValueError("gas_low, gas_reserve and gas_target: expected in rising order")
+        return self
+
+    def policy(self, stake: Wei) -> FleetPolicy:
+        beneficiary = None if self.beneficiary is None else Address(self.beneficiary)
+        return FleetPolicy(
+            stake,
+            self.gas_reserve,
+            self.gas_low,
+            self.gas_target,
+            self.stake_budget,
+            beneficiary,
+            None if beneficiary is None else self.sweep_above,
+        )
+
+
 class Config(Section):
     identity: IdentityConfig = IdentityConfig()
     network: NetworkConfig
@@ -421,6 +478,7 @@ class Config(Section):
     lease: LeaseConfig = LeaseConfig()
     canary: CanaryConfig = CanaryConfig()
     verify: VerifyConfig = VerifyConfig()
+    fleet: FleetConfig = FleetConfig()
 
     @model_validator(mode="after")
     def _simulate_on_devnets_only(self) -> Config:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from sqlalchemy import (
     Row,
     case,
     delete,
+    func,
     insert,
     select,
     update,
@@ -61,6 +62,8 @@ from cluster.journal_tables import (
 
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
+_CLEARED = "cleared:"
+"""Begins the key of how many invalidated tasks of an account the operator has seen to."""
 _OWNER = "owner"
 
 
@@ -268,19 +271,29 @@ class SqlJournal:
         return outcomes, Wei(paid)
 
     def slashed_accounts(self) -> frozenset[Address]:
-        """Accounts that lost their stake: marked so, or by a task closed as invalidated."""
-        closed = select(tasks_table.c.account).where(
-            tasks_table.c.outcome == Outcome.INVALIDATED.value
-        )
-        marked = select(cursors_table.c.key).where(cursors_table.c.key.startswith(_SLASHED))
+        """Accounts that lost their stake, marked so or by a task closed as invalidated, and that
+        the operator hasn't cleared since."""
         with self.read() as connection:
-            accounts = [row.account for row in connection.execute(closed)]
-            accounts += [row.key.removeprefix(_SLASHED) for row in connection.execute(marked)]
-        return frozenset(map(Address, accounts))
+            cleared = _cursors(connection, _CLEARED)
+            lost = {
+                account
+                for account, count in _invalidated(connection).items()
+                if count > int(cleared.get(account, "0"))
+            }
+            return frozenset(map(Address, lost | _cursors(connection, _SLASHED).keys()))
 
     def mark_slashed(self, lease: ports.Lease, account: Address, at: Timestamp) -> None:
         """Remember that the account lost its stake, whatever becomes of its task's record."""
         self.set_cursor(lease, f"{_SLASHED}{account}", str(at))
+
+    def clear_slashed(self, lease: ports.Lease, account: Address) -> None:
+        """The operator knows: the account may be staked again. Its tasks' stories stay."""
+        with self.write(lease) as connection:
+            connection.execute(
+                delete(cursors_table).where(cursors_table.c.key == f"{_SLASHED}{account}")
+            )
+            count = str(_invalidated(connection).get(account, 0))
+            _set_cursor(connection, f"{_CLEARED}{account}", count)
 
     def _records(self, connection: Connection, found: Any) -> tuple[TaskRecord, ...]:
         tasks = [Commitment(row.commitment) for row in found]
@@ -299,13 +312,14 @@ class SqlJournal:
                 select(cursors_table.c.value).where(cursors_table.c.key == key)
             ).scalar()
 
+    def cursors(self, prefix: str) -> Mapping[str, str]:
+        """All whose keys begin so, by what follows."""
+        with self.read() as connection:
+            return _cursors(connection, prefix)
+
     def set_cursor(self, lease: ports.Lease, key: str, value: str) -> None:
         with self.write(lease) as connection:
-            changed = connection.execute(
-                update(cursors_table).where(cursors_table.c.key == key).values(value=value)
-            )
-            if changed.rowcount == 0:
-                connection.execute(insert(cursors_table).values(key=key, value=value))
+            _set_cursor(connection, key, value)
 
     def assign(self, lease: ports.Lease, assignment: Assignment) -> None:
         """Store an account's class, or change it. Raises `IllegalMove` for another address."""
@@ -342,6 +356,29 @@ class SqlJournal:
                 )
                 for row in rows
             )
+
+
+def _cursors(connection: Connection, prefix: str) -> dict[str, str]:
+    query = select(cursors_table).where(cursors_table.c.key.startswith(prefix, autoescape=True))
+    return {row.key.removeprefix(prefix): row.value for row in connection.execute(query)}
+
+
+def _set_cursor(connection: Connection, key: str, value: str) -> None:
+    changed = connection.execute(
+        update(cursors_table).where(cursors_table.c.key == key).values(value=value)
+    )
+    if changed.rowcount == 0:
+        connection.execute(insert(cursors_table).values(key=key, value=value))
+
+
+def _invalidated(connection: Connection) -> dict[str, int]:
+    """How many tasks cost each account its stake."""
+    query = (
+        select(tasks_table.c.account, func.count())
+        .where(tasks_table.c.outcome == Outcome.INVALIDATED.value)
+        .group_by(tasks_table.c.account)
+    )
+    return {account: count for account, count in connection.execute(query)}
 
 
 def _after(task: Commitment, before: TaskRecord | None, event: Event, at: Timestamp) -> TaskRecord:

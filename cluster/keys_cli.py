@@ -131,4 +131,4 @@ def _twice(words: str) -> str:
 def _from_terminal() -> str:
     if sys.stdin.isatty():
         return str(click.prompt("The phrase", hide_input=True, err=True))
-    return click.get_text_stream("stdin").read()
+    return sys.stdin.read()

@@ -36,6 +36,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 import cluster
 from actors.canary import CanarySettings
 from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
+from actors.fleet import FleetSettings
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
 from actors.safeguards import SafeguardSettings
@@ -51,7 +52,7 @@ from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp, Wei
+from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
 from cluster.keystore import PASSWORD
@@ -66,8 +67,6 @@ SILENT_LOOKS = 5
 ANSWER_SECONDS = 10.0
 RPC_SECONDS = 10.0
 APPLICATION = "crynux"
-GAS_RESERVE = Wei(10**16)
-"""What an account must own beyond its stake before it joins: some thousand transactions' gas."""
 
 
 def release(config: Config) -> str:
@@ -148,8 +147,7 @@ def assemble(config: Config) -> World:
         ),
         metrics=metrics,
         policy=config.policy.policy,
-        stake=config.network.stake,
-        gas_reserve=GAS_RESERVE,
+        fleet=fleet_settings(config),
         lease_seconds=config.lease.ttl_seconds,
         clock=time.time,
         new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
@@ -158,6 +156,17 @@ def assemble(config: Config) -> World:
             config.verify.fraction,
         ),
         ray_address=ray.get_runtime_context().gcs_address if ray.is_initialized() else "",
+    )
+
+
+def fleet_settings(config: Config) -> FleetSettings:
+    fleet = config.fleet
+    return FleetSettings(
+        fleet.policy(config.network.stake),
+        None if fleet.slots_per_gpu == "auto" else fleet.slots_per_gpu,
+        fleet.max_slots,
+        fleet.pause_after_seconds,
+        fleet.auto,
     )
 
 

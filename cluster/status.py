@@ -139,6 +139,43 @@ class TaskView(View):
     closed_at: float | None = None
 
 
+class ClassStatus(View):
+    """What is wanted of a class of card: from `least` to `most` serving accounts."""
+
+    name: str
+    vram: int
+    slots: int
+    """Accounts for each card."""
+    least: int
+    most: int | None = None
+    """None while the cluster isn't known well enough to give any up."""
+    stopped: bool = False
+    """An account of it was slashed: it serves nothing until the operator clears that."""
+
+
+class FleetStatus(View):
+    automatic: bool = True
+    plan: tuple[str, ...] = ()
+    """What is to be done next, a line each."""
+    moving: int = 0
+    """Accounts for which something is on its way."""
+    lacks: tuple[str, ...] = ()
+    """What stands in the way and is the operator's to mend."""
+    limits: tuple[str, ...] = ()
+    """What stands in the way by the operator's own settings."""
+    classes: tuple[ClassStatus, ...] = ()
+
+
+class DrainStatus(View):
+    everything: bool = False
+    cards: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    done: bool = False
+    """Nothing that is drained has anything left to do."""
+    left: tuple[str, ...] = ()
+    """What it still has to do, in words."""
+
+
 class Totals(View):
     paid_wei: WeiText = "0"
     tasks: Mapping[str, int] = Field(default_factory=dict)
@@ -162,6 +199,8 @@ class Status(View):
     tasks: tuple[TaskView, ...] = ()
     totals: Totals = Totals()
     problems: tuple[str, ...] = ()
+    fleet: FleetStatus = FleetStatus()
+    drain: DrainStatus = DrainStatus()
 
 
 def readiness(status: Status) -> tuple[bool, tuple[str, ...]]:
@@ -173,6 +212,9 @@ def readiness(status: Status) -> tuple[bool, tuple[str, ...]]:
         missing.append("the coordinator is not acting: it doesn't hold the lease")
     if not any(gpu.state in SERVING for gpu in status.gpus):
         missing.append(_no_gpu(status.gpus))
+    if status.drain.everything:
+        left = "; ".join(status.drain.left)
+        missing.append("it is drained" if status.drain.done else f"it is being drained: {left}")
     return not missing, tuple(missing)
 
 

@@ -29,7 +29,7 @@ from eth_account.types import Language
 
 from cluster.core.errors import ConfigError
 from cluster.core.types import Address, GigaBytes, Wei
-from cluster.identity import Identity
+from cluster.identity import TREASURY, Identity
 from devnet.anvil import Anvil, free_port
 from devnet.application import Application, TaskChange
 from devnet.deploy import DEPLOYER, RELAY, Deployment, deploy, dev_account, fund
@@ -41,6 +41,7 @@ APPLICATION = 2
 """The dev account that creates tasks."""
 CNX = 10**18
 FUNDS = Wei(1000 * CNX)
+"""Of the treasury, for each node account and once more."""
 """What each node account gets: its stake of 400 CNX and gas for ever."""
 DEFAULT_PORT = 8000
 """Where `crynux-cluster status` looks by itself."""
@@ -147,7 +148,7 @@ class Devnet:
         stack.callback(state.unlink, missing_ok=True)
 
     def _make_operator(self, rpc_url: str) -> None:
-        """A new identity with funded node accounts, and the configuration that uses it."""
+        """A new identity with a funded treasury, and the configuration that uses it."""
         count = sum(cards.count for cards in self._cards)
         seed = self.directory / "seed"
         seed.unlink(missing_ok=True)
@@ -155,8 +156,8 @@ class Devnet:
         with os.fdopen(os.open(seed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(phrase + "\n")
         identity = Identity.from_phrase(phrase)
-        for index in range(1, count + 1):
-            fund(rpc_url, identity.address(index), FUNDS)
+        # The operator funds its node accounts itself.
+        fund(rpc_url, identity.address(TREASURY), Wei(FUNDS * (count + 1)))
         self.config_file.write_text(yaml.safe_dump(self._config(rpc_url, count), sort_keys=False))
 
     def _config(self, rpc_url: str, accounts: int) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from cluster.chain.node_contract import NodeContract, Version
 from cluster.chain.outbox import Clock, Outbox
 from cluster.chain.outbox_rows import Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
-from cluster.chain.rpc import Block, Reverted, Rpc
+from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
 from cluster.chain.task_contract import TaskContract
 from cluster.chain.watcher import CURSOR, Holders, Watcher
 from cluster.core.errors import ConfigError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
-from cluster.core.ports import Lease, Wakeup
+from cluster.core.ports import Lease, Movement, Wakeup
 from cluster.core.record import Claim
 from cluster.core.types import (
     AbortReason,
@@ -313,6 +313,17 @@ class ChainNetwork:
             account, f"model:{model}", node.address, node.report_model(model), once=True
         )
 
+    async def transfer(
+        self, sender: Address, recipient: Address, amount: Wei, purpose: str
+    ) -> None:
+        self._outbox.ensure_verb(sender, f"{purpose}:{recipient}", recipient, b"", amount)
+
+    async def balance(self, account: Address) -> Wei:
+        return await self._rpc.balance(account, LATEST)
+
+    def movements(self) -> Mapping[Address, Movement]:
+        return self._outbox.movements()
+
     def _verb(self, account: Address, verb: str, data: bytes) -> None:
         self._outbox.ensure_verb(account, verb, self._contracts.node.address, data)
 
@@ -336,9 +347,11 @@ class ChainNetwork:
 
     def _resolved(self, row: OutboxRow) -> None:
         # It may be in a block that the watcher hasn't seen.
-        self._looked.pop(row.intent.account, None)
         self._head_until = Timestamp(0.0)
-        self._wake(Wakeup(row.intent.account, f"outbox: {row.state.value}"))
+        for concerned in (row.intent.account, row.intent.recipient):
+            self._looked.pop(concerned, None)
+            if concerned in self._accounts:
+                self._wake(Wakeup(concerned, f"outbox: {row.state.value}"))
 
     async def run(self) -> None:
         """The watcher, the outbox and the endpoints, for ever; ends only by cancellation or, in an

@@ -33,7 +33,7 @@ from cluster.chain.reverts import verdict
 from cluster.chain.rpc import LATEST, PENDING, Call, Receipt, Reverted, Rpc, RpcRefused
 from cluster.core.errors import ChainError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
-from cluster.core.ports import Lease
+from cluster.core.ports import Lease, Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
@@ -162,6 +162,10 @@ class Outbox:
             for row in found
             if row.intent.claim is not None
         }
+
+    def movements(self) -> Mapping[Address, Movement]:
+        with self._journal.read() as connection:
+            return rows.movements(connection)
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line for each account."""

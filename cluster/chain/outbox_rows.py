@@ -14,6 +14,7 @@ from cluster.chain.fees import Offer
 from cluster.chain.reverts import Verdict, verdict
 from cluster.core.errors import IllegalMove
 from cluster.core.lifecycle import WriteState
+from cluster.core.ports import Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal_tables import outbox_table as table
@@ -274,6 +275,24 @@ def count_mined(connection: Connection, account: Address, prefix: str) -> int:
         )
     )
     return connection.execute(query).scalar_one()
+
+
+def movements(connection: Connection) -> Mapping[Address, Movement]:
+    """Of the accounts' own writes (not tasks'), by each account that they are from or to."""
+    open_states = {state.value for state in IN_FLIGHT | {RowState.NEW}}
+    found: dict[Address, Movement] = {}
+    for side in (table.c.account, table.c.recipient):
+        query = (
+            select(side.label("address"), table.c.state, func.max(table.c.block).label("block"))
+            .where(table.c.task.is_(None))
+            .group_by(side, table.c.state)
+        )
+        for row in connection.execute(query):
+            address, last = Address(row.address), found.get(Address(row.address), Movement())
+            found[address] = Movement(
+                last.is_open or row.state in open_states, max(last.block, row.block or 0)
+            )
+    return found
 
 
 def states(connection: Connection) -> Mapping[RowState, int]:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 import cluster
 from cluster.cli.devnet import devnet
+from cluster.cli.fleet import drain, fleet, resume
 from cluster.cli.gpus import gpus
 from cluster.cli.keys import keys
 from cluster.cli.models import models
@@ -124,5 +125,5 @@ def fetch_status(url: str, transport: httpx.BaseTransport | None = None) -> Stat
         ) from None
 
 
-for _group in (keys, gpus, models, devnet):
+for _group in (keys, fleet, drain, resume, gpus, models, devnet):
     cli.add_command(_group)

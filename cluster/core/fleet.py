@@ -118,10 +118,12 @@ FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | Sweep
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`actions` by the accounts' index; `wants`: what stands in the way, in words."""
+    """`actions` by the accounts' index. What stands in the way, in words: `lacks` is the operator's
+    to mend, `limits` are his own settings."""
 
     actions: tuple[FleetAction, ...] = ()
-    wants: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -132,13 +134,14 @@ class _Draft:
     treasury: Wei | None
     committed: int
     actions: dict[int, FleetAction] = field(default_factory=dict)
-    wants: dict[str, None] = field(default_factory=dict)
+    lacks: dict[str, None] = field(default_factory=dict)
+    limits: dict[str, None] = field(default_factory=dict)
 
     def affords_stake(self) -> bool:
         budget = self.policy.stake_budget
         if budget is None or self.committed + self.policy.stake <= budget:
             return True
-        self.wants[f"the stake budget is spent: {self.committed} of {budget} wei"] = None
+        self.limits[f"the stake budget is spent: {self.committed} of {budget} wei"] = None
         return False
 
     def pays(self, amount: int, purpose: str) -> bool:
@@ -148,7 +151,7 @@ class _Draft:
         if amount + self.policy.gas_reserve <= self.treasury:
             self.treasury = Wei(self.treasury - amount)
             return True
-        self.wants[
+        self.lacks[
             f"the treasury has {self.treasury} wei and needs {amount + self.policy.gas_reserve} "
             f"to {purpose}: send it more"
         ] = None
@@ -217,7 +220,7 @@ def plan(
         if account.index not in draft.actions and _free(account):
             _tend(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
-    return Plan(actions, tuple(draft.wants))
+    return Plan(actions, tuple(draft.lacks), tuple(draft.limits))
 
 
 def _assign(
@@ -247,7 +250,7 @@ def _assign(
             continue
         mover = _mover(fit, surplus, draft)
         if mover is None:
-            draft.wants[f"{gpu_class.name} lacks an account: raise identity.accounts"] = None
+            draft.limits[f"{gpu_class.name} lacks an account: raise identity.accounts"] = None
             continue
         _move(draft, mover, gpu_class)
 

@@ -44,6 +44,15 @@ class Wakeup:
     models: tuple[ModelId, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """Writes of ours that concern an account: `is_open` when one is on its way; a look at moment
+    `block` or later shows those that have come to be."""
+
+    is_open: bool = False
+    block: int = 0
+
+
 class Network(Protocol):
     """The Crynux network as one operator's accounts see it."""
 
@@ -97,6 +106,18 @@ class Network(Protocol):
     async def quit(self, account: Address) -> None: ...
 
     async def report_model(self, account: Address, model: ModelId) -> None: ...
+
+    async def transfer(
+        self, sender: Address, recipient: Address, amount: Wei, purpose: str
+    ) -> None:
+        """Make sure that the money is on its way; for each purpose and recipient one at a time."""
+        ...
+
+    async def balance(self, account: Address) -> Wei: ...
+
+    def movements(self) -> Mapping[Address, Movement]:
+        """Of the accounts' own writes; an account that isn't in it has none."""
+        ...
 
     async def next_wakeup(self) -> Wakeup:
         """Wait for the network to say that something has changed; losing one is never fatal."""

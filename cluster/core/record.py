@@ -183,6 +183,8 @@ class TaskRecord:
     fee: Wei
     seen_at: Timestamp
     parameters: str | None = None
+    fetched_at: Timestamp | None = None
+    """When the parameters came."""
     attempts: tuple[Attempt, ...] = ()
     result: Result | None = None
     fault: str | None = None
@@ -262,7 +264,7 @@ def apply(record: TaskRecord, event: Event, at: Timestamp) -> TaskRecord:
                 raise IllegalMove(f"{record.commitment}: answered as {record.account} already")
             return replace(record, account=account, outcome=None, payment=Wei(0), closed_at=None)
         case ParametersFetched(parameters):
-            return replace(record, parameters=parameters)
+            return replace(record, parameters=parameters, fetched_at=at)
         case AttemptStarted(attempt_id, gpu_id):
             return _begin_attempt(record, attempt_id, gpu_id, at)
         case AttemptFailed(attempt_id, fault, detail):

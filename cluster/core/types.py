@@ -211,6 +211,8 @@ class GpuState(enum.Enum):
     BUSY = "busy"
     UNREACHABLE = "unreachable"
     QUARANTINED = "quarantined"
+    DRAINED = "drained"
+    """It gets no new task; what it computes, it finishes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,16 +44,14 @@ from cluster.core.record import (
     ResultUploaded,
 )
 from cluster.core.types import Commitment, GigaBytes, GpuClass, GpuState, TaskType
-from cluster.identity import Identity
 from cluster.journal import SqlJournal
 from cluster.status import GpuStatus, Status
 from devnet.application import TaskChange, TaskReport
 from devnet.compile import load as contract
 from devnet.demo_tasks import FEE, parameters
-from devnet.deploy import fund
 from devnet.hub import Hub
 from devnet.models import SD15, SD15_LORA, make_models
-from devnet.network import FUNDS, Devnet, SimulatedCards
+from devnet.network import Devnet, SimulatedCards
 from devnet.rpc_proxy import RpcProxy
 from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
@@ -472,9 +470,6 @@ def _operator_world(folder: Path, hub: Hub) -> Iterator[OperatorWorld]:
         config = load(devnet.config_file)
         network = config.network.model_copy(update={"rpc_url": rpc.url})
         config = config.model_copy(update={"network": network})
-        assert config.identity.seed_file is not None
-        late = Identity.load(config.identity.seed_file).address(ACCOUNTS)
-        fund(devnet.deployment.rpc_url, late, FUNDS)
         world = OperatorWorld(devnet, config, SqlJournal(config.journal.url), hub, rpc)
         with pytest.MonkeyPatch.context() as patch:
             for name in SERVE_PATIENCE:

@@ -26,7 +26,7 @@ from cluster.artifacts import FolderArtifacts
 from cluster.chain.endpoints import EndpointView
 from cluster.core.errors import AttemptLost, NetworkUnavailable, ParametersNotReady
 from cluster.core.lifecycle import Policy, WriteState
-from cluster.core.ports import Computed, Order, Wakeup
+from cluster.core.ports import Computed, Movement, Order, Wakeup
 from cluster.core.record import Claim, Event, Seen
 from cluster.core.types import (
     AbortReason,
@@ -152,7 +152,12 @@ class FakeNetwork(Faulty):
         self.uploaded: list[tuple[tuple[str, bytes], ...]] = []
         self.moments = itertools.count(100)
         self.node_status = NodeStatus.AVAILABLE
-        self.balance = Wei(10)
+        self.holding = Wei(10)
+        """What each account has."""
+        self.treasury_has = Wei(0)
+        self.moving: dict[Address, Movement] = {}
+        self.plans = 0
+        """How often somebody asked what is moving, as every plan of the fleet does."""
 
     def endpoints(self) -> tuple[EndpointView, ...]:
         return ()
@@ -196,7 +201,7 @@ class FakeNetwork(Faulty):
             if task.selected_node == account or task.commitment in known
         )
         current = next((t.commitment for t in tasks if t.stage is not Stage.ENDED), None)
-        facts = AccountFacts(account, self.node_status, KIND, Wei(400), self.balance, 30, current)
+        facts = AccountFacts(account, self.node_status, KIND, Wei(400), self.holding, 30, current)
         return AccountView(next(self.moments), Timestamp(self.clock()), facts, tasks)
 
     async def fetch_parameters(self, account: Address, task: Commitment) -> str:
@@ -243,6 +248,19 @@ class FakeNetwork(Faulty):
     async def report_model(self, account: Address, model: ModelId) -> None:
         await self.arrive("report_model", account, model)
 
+    async def transfer(
+        self, sender: Address, recipient: Address, amount: Wei, purpose: str
+    ) -> None:
+        await self.arrive("transfer", sender, recipient, amount, purpose)
+
+    async def balance(self, account: Address) -> Wei:
+        await self.arrive("balance", account)
+        return self.treasury_has
+
+    def movements(self) -> Mapping[Address, Movement]:
+        self.plans += 1
+        return self.moving
+
     async def next_wakeup(self) -> Wakeup:
         await self.arrive("next_wakeup")
         return await self.wakeups.get()
@@ -267,10 +285,15 @@ class FakePool(Faulty):
         self.changed: Callable[[], None] = lambda: None
         self.reports: dict[GpuId, Report] = {}
         self.quarantined: frozenset[CardUuid] = frozenset()
+        self.drained: Callable[[Gpu], bool] = lambda _: False
 
     def gpus(self) -> tuple[Gpu, ...]:
         return tuple(
-            replace(gpu, state=GpuState.QUARANTINED) if gpu.uuid in self.quarantined else gpu
+            replace(gpu, state=GpuState.QUARANTINED)
+            if gpu.uuid in self.quarantined
+            else replace(gpu, state=GpuState.DRAINED)
+            if self.drained(gpu)
+            else gpu
             for gpu in self.cards
         )
 
@@ -279,6 +302,9 @@ class FakePool(Faulty):
 
     def quarantine(self, cards: frozenset[CardUuid]) -> None:
         self.quarantined = cards
+
+    def drain(self, drained: Callable[[Gpu], bool]) -> None:
+        self.drained = drained
 
     def finish(self, attempt: AttemptId, outcome: Computed | Exception) -> None:
         future = self.attempts[attempt]

@@ -161,7 +161,7 @@ def test_the_digest_follows_the_values(tmp_path: Path) -> None:
 def test_the_examples_are_refused_only_for_their_placeholders(tmp_path: Path, name: str) -> None:
     text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
     config = loaded(tmp_path, text.replace("0x" + "0" * 40, ADDRESS))
-    assert config.identity.seed_file is not None
+    assert config.identity.key_file is not None
     assert "placeholder" in complaint(tmp_path, text)
 
 

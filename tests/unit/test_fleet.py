@@ -108,7 +108,9 @@ def test_nothing_to_do_without_cards_or_accounts() -> None:
 
 
 def test_a_class_that_nobody_is_left_for_says_so() -> None:
-    assert whole({BIG: 3}) == Plan((), (f"{BIG.name} lacks an account: raise identity.accounts",))
+    assert whole({BIG: 3}) == Plan(
+        (), (), (f"{BIG.name} lacks an account: raise identity.accounts",)
+    )
 
 
 def test_free_accounts_are_assigned_by_index_to_the_largest_class_first() -> None:
@@ -155,7 +157,7 @@ def test_the_treasury_pays_for_as_many_as_it_can_and_says_what_it_lacks() -> Non
     poor = [account(index, assigned=BIG, balance=0) for index in (1, 2)]
     found = whole({BIG: 2}, *poor, treasury=STAKE + GAS + RESERVE)
     assert found.actions == (fund(1, STAKE + GAS),)
-    (line,) = found.wants
+    (line,) = found.lacks
     assert line.startswith(f"the treasury has {RESERVE} wei and needs {STAKE + GAS + RESERVE}")
 
 
@@ -168,7 +170,7 @@ def test_the_stakes_never_exceed_the_budget() -> None:
     out = [account(index, assigned=BIG) for index in (2, 3, 4)]
     found = whole({BIG: 4}, serving(1, BIG), *out, policy=policy)
     assert found.actions == (join(2, BIG),)
-    assert found.wants == (f"the stake budget is spent: {2 * STAKE} of {2 * STAKE} wei",)
+    assert found.limits == (f"the stake budget is spent: {2 * STAKE} of {2 * STAKE} wei",)
     # An account that is joining, or that nobody has looked at, has its stake there already.
     for other in (account(2, assigned=BIG, moving=True), account(2, None, BIG)):
         assert planned({BIG: 4}, serving(1, BIG), other, out[1], policy=policy) == ()
@@ -225,12 +227,12 @@ def test_a_class_that_lacks_an_account_gets_one_of_a_class_that_has_too_many() -
     assert planned({SMALL: Target(0, 1), BIG: 1}, paused) == ()
 
 
-@pytest.mark.parametrize("why", ["moving", "held"])
-def test_what_is_on_its_way_or_held_is_left_alone(why: str) -> None:
+@pytest.mark.parametrize("more", [{"moving": True}, {"held": True}])
+def test_what_is_on_its_way_or_held_is_left_alone(more: dict[str, Any]) -> None:
     for left in (
-        account(1, assigned=BIG, **{why: True}),
-        serving(1, BIG, balance=0, **{why: True}),
-        account(1, NodeStatus.PAUSED, BIG, BIG, **{why: True}),
+        account(1, assigned=BIG, **more),
+        serving(1, BIG, balance=0, **more),
+        account(1, NodeStatus.PAUSED, BIG, BIG, **more),
     ):
         for wanted in (0, 1):
             assert planned({BIG: wanted}, left) == ()

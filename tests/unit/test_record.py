@@ -79,6 +79,7 @@ def test_a_task_from_first_sight_to_payment() -> None:
         fee=Wei(9),
         seen_at=Timestamp(1),
         parameters="{}",
+        fetched_at=Timestamp(2),
         attempts=(
             Attempt(A, G, Timestamp(3), Timestamp(4), Fault.DEVICE, "out of memory"),
             Attempt(B, H, Timestamp(5), Timestamp(6)),

@@ -81,7 +81,7 @@ def test_being_out_is_right_for_who_was_put_out(happened: object) -> None:
 
 
 def test_each_kick_within_a_day_makes_the_wait_longer() -> None:
-    assert Standing().rejoin_at == 0
+    assert Standing().rejoin_at == Timestamp(0)
     once = kicked(SERVING, NOW)
     assert once.rejoin_at == NOW + FIRST_REJOIN_SECONDS
     twice = kicked(once, later(1000))
@@ -93,7 +93,7 @@ def test_each_kick_within_a_day_makes_the_wait_longer() -> None:
     assert len(many.kicks) <= 8
     days_later = kicked(many, later(3000 + KICKS_COUNT_FOR))
     assert days_later.rejoin_at == NOW + 3000 + KICKS_COUNT_FOR + FIRST_REJOIN_SECONDS
-    assert cleared(many).rejoin_at == 0
+    assert cleared(many).rejoin_at == Timestamp(0)
 
 
 def test_the_text_form_keeps_everything() -> None:

@@ -1,0 +1,471 @@
+"""Keeps the node accounts as the pool needs them: facts and counts in, the plan's actions out.
+
+What to do is decided by the pure core (cluster.core.fleet, capacity, standing); this gathers what
+it needs, stores what is expected before it asks the network for it, and asks. Every action may be
+repeated, so a crash at any point costs only the time to come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from actors.dispatcher import Outstanding
+from actors.drain import Drains
+from actors.ledger import Ledger
+from actors.stores import RayStores, of_class
+from cluster.core import capacity, standing
+from cluster.core.capacity import Cards, Cycle, Load, Target
+from cluster.core.errors import NetworkUnavailable
+from cluster.core.fleet import (
+    Assign,
+    FleetAction,
+    FleetPolicy,
+    Fund,
+    Join,
+    NodeAccount,
+    Pause,
+    Plan,
+    Quit,
+    Resume,
+    Sweep,
+    TopUp,
+    belongs,
+    plan,
+)
+from cluster.core.ports import Movement, Network
+from cluster.core.record import Outcome, TaskRecord
+from cluster.core.standing import Place, Standing
+from cluster.core.types import (
+    AccountView,
+    Address,
+    Gpu,
+    GpuClass,
+    GpuState,
+    ModelId,
+    NodeStatus,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import Assignment
+from cluster.status import ClassStatus, FleetStatus
+
+FLEET_SECONDS = 2.0
+TREASURY_SECONDS = 15.0
+"""How long the treasury's balance is believed while nothing of ours changes it."""
+LOAD_SECONDS = 10.0
+"""Between two changes of a class's limit by its load."""
+MOST_MODELS = 16
+_STANDING = "standing:"
+_ALL_MONEY = Wei(2**255)
+_USABLE = frozenset({GpuState.READY, GpuState.BUSY})
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that.
+    `patience`: seconds before accounts of cards that left are paused. `automatic`: False plans
+    only, and acts when it is told to."""
+
+    policy: FleetPolicy
+    slots: int | None = 1
+    most_slots: int = 8
+    patience: float = 120.0
+    automatic: bool = True
+
+
+class FleetKeeper:
+    """`view_of` gives what an account was last seen as, None where that is out of date."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        network: Network,
+        stores: RayStores,
+        drains: Drains,
+        accounts: Mapping[int, Address],
+        treasury: Address,
+        settings: FleetSettings,
+        gpus: Callable[[], Sequence[Gpu]],
+        view_of: Callable[[Address], AccountView | None],
+        outstanding: Callable[[], Iterable[Outstanding]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._network = network
+        self._stores = stores
+        self._drains = drains
+        self._accounts = accounts
+        self._treasury = treasury
+        self._settings = settings
+        self._gpus = gpus
+        self._view_of = view_of
+        self._outstanding = outstanding
+        self._clock = clock
+        self._began = clock()
+        self._cards = Cards()
+        self._cycles: dict[GpuClass, Cycle] = {}
+        self._slots: dict[GpuClass, int] = {}
+        self._limits: dict[GpuClass, int] = {}
+        self._limited_at: dict[GpuClass, float] = {}
+        self._money: tuple[float, Wei] | None = None
+        self._applying = False
+        self.view = FleetStatus(automatic=settings.automatic)
+        stored = ledger.journal.cursors(_STANDING)
+        self._standings = {Address(each): standing.parsed(text) for each, text in stored.items()}
+        self._log = structlog.get_logger("fleet")
+
+    # --- what happens ----------------------------------------------------------------------------
+
+    def looked(self, account: Address, status: NodeStatus) -> None:
+        """The account was looked at, and all that we asked for shows in it."""
+        before = self._standing(account)
+        after = standing.looked(before, status, self._now())
+        if after != before:
+            self._keep(account, after)
+            if after.held and not before.held:
+                self._log.error("account_held", account=account, reason=after.held)
+
+    def kicked(self, account: Address) -> None:
+        self._keep(account, standing.kicked(self._standing(account), self._now()))
+
+    def slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
+        """The account lost its stake, as one of this class, if the network says so."""
+        index = next((i for i, each in self._accounts.items() if each == account), None)
+        if gpu_class is not None and index is not None and account not in self._classes():
+            # What is stopped is found by it, for as long as the operator hasn't cleared it.
+            assignment = Assignment(index, account, gpu_class)
+            self._ledger.journal.assign(self._ledger.lease, assignment)
+        self._keep(account, standing.slashed(self._standing(account)))
+
+    def closed(self, record: TaskRecord) -> None:
+        """Learn from a task that was paid how long it was on a card and in the network's hands."""
+        gpu_class, times = self._classes().get(record.account), _times(record)
+        if gpu_class is None or times is None:
+            return
+        compute, network = times
+        cycle = self._cycles.get(gpu_class, Cycle())
+        self._cycles[gpu_class] = capacity.measured(cycle, compute, network)
+
+    # --- what an operator does -------------------------------------------------------------------
+
+    def clear(self, account: Address) -> str:
+        """`cleared`, `free` (nothing stops it), or `unknown`."""
+        if account not in self._accounts.values():
+            return "unknown"
+        slashed = account in self._ledger.slashed
+        if not (slashed or self._standing(account).held or self._standing(account).kicks):
+            return "free"
+        if slashed:
+            self._ledger.clear_slashed(account)
+        self._keep(account, standing.cleared(self._standing(account)))
+        self._log.info("account_cleared", account=account, slashed=slashed)
+        return "cleared"
+
+    def apply(self) -> None:
+        """Act on the plan until nothing is left of it, whatever `automatic` says."""
+        self._applying = True
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, one line each."""
+        lines = [f"account {account}: {why}" for account, why in self._held().items()]
+        lines += [
+            f"{gpu_class.name} is stopped, one of its accounts was slashed: find out why, then "
+            "crynux-cluster fleet clear"
+            for gpu_class in sorted_(self._stopped())
+        ]
+        now = self._now()
+        for account, each in self._standings.items():
+            if each.rejoin_at > now and account in self._accounts.values():
+                lines.append(
+                    f"account {account} was kicked out {len(each.kicks)} times; it joins again in "
+                    f"{each.rejoin_at - now:.0f} s"
+                )
+        return (*lines, *self.view.lacks)
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.turn()
+            except NetworkUnavailable as error:
+                self._log.warning("fleet_waits", error=str(error))
+            await asyncio.sleep(FLEET_SECONDS)
+
+    async def turn(self) -> None:
+        """Plan anew, and act unless the operator wants to say when."""
+        found = await self.plan()
+        if not (self._settings.automatic or self._applying):
+            return
+        for action in found.actions:
+            try:
+                await self._apply(action)
+            except NetworkUnavailable as error:
+                self._log.warning("fleet_action_failed", action=words(action), error=str(error))
+        if not found.actions and not self.view.moving:
+            self._applying = False
+
+    async def plan(self) -> Plan:
+        """What there is to do now; kept to be shown."""
+        accounts = self._node_accounts()
+        targets = self._targets(accounts)
+        policy, now = self._settings.policy, self._now()
+        found = plan(targets, accounts, policy, _ALL_MONEY, now)
+        if any(isinstance(each, Fund | TopUp) for each in found.actions):
+            found = plan(targets, accounts, policy, await self._balance(), now)
+        self.view = FleetStatus(
+            automatic=self._settings.automatic,
+            plan=tuple(map(words, found.actions)),
+            moving=sum(each.moving for each in accounts),
+            lacks=found.lacks,
+            limits=found.limits,
+            classes=tuple(self._class_status(each, targets[each]) for each in sorted_(targets)),
+        )
+        return found
+
+    def _class_status(self, gpu_class: GpuClass, wanted: Target) -> ClassStatus:
+        return ClassStatus(
+            name=gpu_class.name,
+            vram=gpu_class.vram,
+            slots=self._slots.get(gpu_class, 1),
+            least=wanted.least,
+            most=None if wanted.most == capacity.NO_LIMIT else wanted.most,
+            stopped=gpu_class in self._stopped(),
+        )
+
+    async def _balance(self) -> Wei | None:
+        """The treasury's, asked for only when something is to be paid."""
+        if self._network.movements().get(self._treasury, Movement()).is_open:
+            self._money = None
+            return None
+        now = self._clock()
+        if self._money is None or now - self._money[0] > TREASURY_SECONDS:
+            self._money = (now, await self._network.balance(self._treasury))
+        return self._money[1]
+
+    # --- facts for the plan ----------------------------------------------------------------------
+
+    def _now(self) -> Timestamp:
+        return Timestamp(self._clock())
+
+    def _standing(self, account: Address) -> Standing:
+        return self._standings.get(account, Standing())
+
+    def _keep(self, account: Address, new: Standing) -> None:
+        if new != self._standings.get(account):
+            journal, lease = self._ledger.journal, self._ledger.lease
+            journal.set_cursor(lease, f"{_STANDING}{account}", standing.text(new))
+            self._standings[account] = new
+
+    def _held(self) -> dict[Address, str]:
+        ours = set(self._accounts.values())
+        return {a: each.held for a, each in self._standings.items() if each.held and a in ours}
+
+    def _stopped(self) -> frozenset[GpuClass]:
+        """Classes that serve nothing until the operator has cleared their slashed accounts: what
+        computed wrongly may do so again."""
+        classes = self._classes()
+        slashed = self._ledger.slashed & set(self._accounts.values())
+        return frozenset(classes[account] for account in slashed if account in classes)
+
+    def _node_accounts(self) -> list[NodeAccount]:
+        journal = self._ledger.journal
+        assigned = {each.index: each.gpu_class for each in journal.assignments()}
+        movements = self._network.movements()
+        return [
+            self._node_account(index, address, assigned.get(index), movements.get(address))
+            for index, address in self._accounts.items()
+        ]
+
+    def _node_account(
+        self, index: int, address: Address, assigned: GpuClass | None, movement: Movement | None
+    ) -> NodeAccount:
+        view = self._view_of(address)
+        there = movement or Movement()
+        now_standing = self._standing(address)
+        return NodeAccount(
+            index,
+            address,
+            assigned,
+            None if view is None else view.account,
+            moving=there.is_open or (view is not None and view.moment < there.block),
+            barred=address in self._ledger.slashed,
+            held=bool(now_standing.held),
+            rejoin_at=now_standing.rejoin_at,
+        )
+
+    def settled(self, account: Address, view: AccountView) -> bool:
+        """Whether the look shows everything that we have asked for."""
+        there = self._network.movements().get(account, Movement())
+        return not there.is_open and view.moment >= there.block
+
+    def _classes(self) -> dict[Address, GpuClass]:
+        return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
+
+    def _targets(self, accounts: Sequence[NodeAccount]) -> dict[GpuClass, Target]:
+        here: dict[GpuClass, int] = {}
+        for gpu in self._gpus():
+            if gpu.state in _USABLE:
+                here[gpu.gpu_class] = here.get(gpu.gpu_class, 0) + 1
+        # A term that has just begun doesn't know yet which cards will come.
+        settled = self._clock() - self._began >= self._settings.patience
+        self._cards = capacity.counted(
+            self._cards, here, self._now(), self._settings.patience, settled
+        )
+        stopped, drained = self._stopped(), self._drains.everything
+        classes = {*here, *(c for each in accounts if (c := belongs(each)) is not None)}
+        loads = self._loads(classes)
+        targets: dict[GpuClass, Target] = {}
+        for gpu_class in classes:
+            slots = self._slots_of(gpu_class)
+            serving = sum(_serves(each, gpu_class) for each in accounts)
+            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
+            targets[gpu_class] = capacity.target(
+                self._cards, gpu_class, slots, limit, stopped, drained, settled
+            )
+        return targets
+
+    def _slots_of(self, gpu_class: GpuClass) -> int:
+        settings = self._settings
+        if settings.slots is not None:
+            self._slots[gpu_class] = settings.slots
+        else:
+            cycle = self._cycles.get(gpu_class, Cycle())
+            present = self._slots.get(gpu_class, 1)
+            slots = capacity.slots_for(cycle, present, settings.most_slots)
+            if slots != present:
+                self._log.info("slots_changed", gpu_class=gpu_class.name, slots=slots)
+            self._slots[gpu_class] = slots
+        return self._slots[gpu_class]
+
+    def _loads(self, classes: Iterable[GpuClass]) -> dict[GpuClass, Load]:
+        """How near to their deadlines the tasks of each class come, if each card of the class
+        takes its share of them."""
+        now = self._ledger.clock()
+        of_account = self._classes()
+        waiting: dict[GpuClass, list[Outstanding]] = {each: [] for each in classes}
+        for task in self._outstanding():
+            gpu_class = of_account.get(task.account)
+            if gpu_class in waiting:
+                waiting[gpu_class].append(task)
+        found: dict[GpuClass, Load] = {}
+        for gpu_class, tasks in waiting.items():
+            cards = max(1, self._cards.here.get(gpu_class, 0))
+            slack = [each.deadline - now for each in tasks if each.deadline is not None]
+            if slack:
+                seconds = sum(each.seconds for each in tasks) / cards
+                found[gpu_class] = Load(seconds / max(min(slack), 1.0), len(tasks))
+        return found
+
+    def _limit_of(self, gpu_class: GpuClass, load: Load, serving: int) -> int | None:
+        before = self._limits.get(gpu_class)
+        now = self._clock()
+        if now - self._limited_at.get(gpu_class, 0.0) < LOAD_SECONDS:
+            return before
+        after = capacity.limit_for(before, load, serving)
+        if after == before:
+            return before
+        self._limited_at[gpu_class] = now
+        self._log.info(
+            "limited_by_load", gpu_class=gpu_class.name, accounts=after, share=round(load.share, 2)
+        )
+        if after is None:
+            del self._limits[gpu_class]
+        else:
+            self._limits[gpu_class] = after
+        return after
+
+    # --- acting ----------------------------------------------------------------------------------
+
+    async def _apply(self, action: FleetAction) -> None:
+        network, account = self._network, action.address
+        if isinstance(action, Join) and not self._ready_to_join(action.gpu_class):
+            # A join says which models are there, and the first ones are still to come.
+            return
+        self._log.info("fleet", action=words(action))
+        match action:
+            case Assign(index, address, gpu_class):
+                assignment = Assignment(index, address, gpu_class)
+                self._ledger.journal.assign(self._ledger.lease, assignment)
+            case Fund(_, amount):
+                self._money = None
+                await network.transfer(self._treasury, account, amount, "fund")
+            case TopUp(_, amount):
+                self._money = None
+                await network.transfer(self._treasury, account, amount, "gas")
+            case Sweep(_, recipient, amount):
+                await network.transfer(account, recipient, amount, "sweep")
+            case Join(_, gpu_class):
+                self._expect(account, Place.SERVING)
+                models = self._models_on_disk(gpu_class)
+                await network.join(account, gpu_class, self._settings.policy.stake, models)
+            case Resume():
+                self._expect(account, Place.SERVING)
+                await network.resume(account)
+            case Pause():
+                self._expect(account, Place.PAUSED)
+                await network.pause(account)
+            case Quit():
+                self._expect(account, Place.OUT)
+                await network.quit(account)
+
+    def _expect(self, account: Address, place: Place) -> None:
+        self._keep(account, standing.asked(self._standing(account), place))
+
+    def _ready_to_join(self, gpu_class: GpuClass) -> bool:
+        return self._stores.settled(of_class(self._gpus(), gpu_class))
+
+    def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
+        """The models that every card of the class has: what a join may declare. Some at most,
+        those first that were configured or asked for, because each costs the join gas."""
+        cards = of_class(self._gpus(), gpu_class)
+        common = frozenset[str].intersection(*(gpu.on_disk for gpu in cards)) if cards else ()
+        fetched = self._stores.here(cards)
+        others = {ModelId(f"base:{name}") for name in common} - fetched
+        return (*sorted(fetched), *sorted(others))[:MOST_MODELS]
+
+
+def sorted_(classes: Iterable[GpuClass]) -> list[GpuClass]:
+    return sorted(classes, key=lambda each: (-each.vram, each.name))
+
+
+def words(action: FleetAction) -> str:
+    """An action in a line for a person."""
+    match action:
+        case Assign(index, _, gpu_class):
+            return f"account {index} is for {gpu_class.name}"
+        case Fund(address, amount):
+            return f"fund {address} with {amount} wei for its stake"
+        case TopUp(address, amount):
+            return f"send {address} {amount} wei for gas"
+        case Sweep(address, recipient, amount):
+            return f"sweep {amount} wei of {address} to {recipient}"
+        case Join(address, gpu_class):
+            return f"join {address} for {gpu_class.name}"
+        case _:
+            return f"{type(action).__name__.lower()} {action.address}"
+
+
+def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
+    return (
+        belongs(account) == gpu_class
+        and account.facts is not None
+        and standing.place_of(account.facts.status) is Place.SERVING
+    )
+
+
+def _times(record: TaskRecord) -> tuple[float, float] | None:
+    """Seconds on the card, and in the network's hands before and after; None for a task that tells
+    nothing: one that wasn't paid, or needed more than one attempt."""
+    paid = record.outcome in {Outcome.SUCCESS, Outcome.GROUP_SUCCESS, Outcome.GROUP_REFUND}
+    if not paid or len(record.attempts) != 1 or record.closed_at is None:
+        return None
+    (attempt,) = record.attempts
+    if attempt.ended_at is None or record.fetched_at is None:
+        return None
+    before = record.fetched_at - record.seen_at
+    return attempt.ended_at - attempt.started_at, before + record.closed_at - attempt.ended_at

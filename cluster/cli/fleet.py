@@ -1,0 +1,176 @@
+"""`crynux-cluster fleet`, `drain` and `resume`: what an operator tells the running coordinator."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.cli.options import config_option
+from cluster.core.errors import ClusterError
+from cluster.status import DrainStatus, FleetStatus, Status
+
+POLL_SECONDS = 1.0
+_NOTHING = "nothing to do: the accounts are as they should be"
+
+
+@click.group(short_help="See and steer the node accounts.")
+def fleet() -> None:
+    """See and steer the node accounts.
+
+    The coordinator keeps as many joined as the cards need, within the stake budget. These commands
+    are run on a machine of the operator's Ray cluster.
+    """
+
+
+@fleet.command("plan", short_help="Print what would be done; do nothing.")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def fleet_plan(config_file: Path, as_json: bool) -> None:
+    """Print what would be done for the accounts next, and what stands in the way; do nothing."""
+    from actors import client
+    from cluster import config
+
+    found = _status(client.ask(config.load(config_file), "status")).fleet
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+        return
+    for line in _lines(found):
+        click.echo(line)
+
+
+@fleet.command("apply", short_help="Act on the plan until nothing is left of it.")
+@config_option
+def fleet_apply(config_file: Path) -> None:
+    """Act on the plan until nothing is left of it, and say what is done.
+
+    Needed where `fleet.auto` is false; else it only shows what is done anyway. Ctrl-C stops the
+    showing, not the doing.
+    """
+    from actors import client
+    from cluster import config
+
+    with client.asking(config.load(config_file)) as call:
+        call("apply_fleet")
+        _follow(lambda: _status(call("status")).fleet)
+
+
+@fleet.command("clear", short_help="Let a stopped account be used again.")
+@click.argument("account", metavar="ADDRESS")
+@config_option
+def fleet_clear(account: str, config_file: Path) -> None:
+    """Let an account be used again that was slashed, kicked out, or held because somebody else
+    seemed to use its key. Find out why first: `crynux-cluster status` has its tasks."""
+    from actors import client
+    from cluster import config
+
+    click.echo(client.clear_account(config.load(config_file), account))
+
+
+@click.command(short_help="Finish what runs and take nothing new.")
+@config_option
+@click.option("--gpu", help="Only this card, by id or UUID: its work goes to others.")
+@click.option("--node", help="Only the cards of this Ray node.")
+@click.option("--now", is_flag=True, help="With --gpu or --node: move what is computed there.")
+@click.option("--wait/--no-wait", default=True, help="Wait until it is done.  [default: wait]")
+@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait; else for ever.")
+def drain(
+    config_file: Path,
+    gpu: str | None,
+    node: str | None,
+    now: bool,
+    wait: bool,
+    timeout: float | None,
+) -> int:
+    """Finish what runs and take nothing new, until `crynux-cluster resume`.
+
+    All accounts are paused, what is computed is finished, and what waits for its validation is
+    handed over; the exit code is 0 when that is done, 1 when the timeout came first. It lasts over
+    restarts.
+    """
+    from actors import client
+    from cluster import config
+
+    if gpu is not None and node is not None:
+        raise click.UsageError("--gpu and --node: name one of them")
+    if now and gpu is None and node is None:
+        raise click.UsageError("--now is for --gpu or --node")
+    settings = config.load(config_file)
+    what = "card" if gpu else "node" if node else "everything"
+    client.drain(settings, what, gpu or node or "", now)
+    if not wait:
+        return 0
+    with client.asking(settings) as call:
+        return _wait_drained(lambda: _status(call("status")).drain, timeout)
+
+
+@click.command(short_help="End a drain.")
+@config_option
+def resume(config_file: Path) -> None:
+    """End every drain: cards take tasks again, and accounts resume."""
+    from actors import client
+    from cluster import config
+
+    click.echo(client.end_drain(config.load(config_file)))
+
+
+def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values
+    status = Status.model_validate_json(json.dumps(found))
+    if not status.acting:
+        raise ClusterError("the coordinator is not acting now; try again")
+    return status
+
+
+def _lines(found: FleetStatus) -> list[str]:
+    lines = [
+        f"{each.name} ({each.vram} GB): {each.least} accounts wanted, {each.slots} for each card"
+        + (", stopped" if each.stopped else "")
+        for each in found.classes
+    ]
+    lines += [f"  to do: {each}" for each in found.plan]
+    lines += [f"  lacking: {each}" for each in found.lacks]
+    lines += [f"  limit: {each}" for each in found.limits]
+    return lines if found.plan else [*lines, _NOTHING]
+
+
+def _follow(look: Callable[[], FleetStatus], sleep: Callable[[float], None] = time.sleep) -> None:
+    """Print each new thing that is done, until nothing is left to do or on its way."""
+    shown: tuple[str, ...] = ()
+    quiet = 0
+    while quiet < 3:
+        found = look()
+        for line in found.plan:
+            if line not in shown:
+                click.echo(line)
+        shown = found.plan
+        if found.lacks:
+            raise ClusterError("; ".join(found.lacks))
+        quiet = 0 if found.plan or found.moving else quiet + 1
+        sleep(POLL_SECONDS)
+    click.echo(_NOTHING)
+
+
+def _wait_drained(
+    look: Callable[[], DrainStatus],
+    timeout: float | None,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    began, shown = clock(), ""
+    while True:
+        found = look()
+        if found.done:
+            click.echo("drained")
+            return 0
+        words = "; ".join(found.left) or "waiting"
+        if words != shown:
+            click.echo(words)
+            shown = words
+        if timeout is not None and clock() - began >= timeout:
+            click.echo("not drained yet; it goes on", err=True)
+            return 1
+        sleep(POLL_SECONDS)

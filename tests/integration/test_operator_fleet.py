@@ -1,0 +1,186 @@
+"""Draining and its end, with a whole operator; and what nothing but the coordinator may hold."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from eth_account.hdaccount import seed_from_mnemonic
+from eth_account.hdaccount.deterministic import HDPath
+
+from actors.coordinator import NAME
+from cluster.core.record import AttemptFailed
+from cluster.core.types import GpuState
+from cluster.status import Status
+from tests.integration.operator_world import (
+    ACCOUNTS,
+    CARDS,
+    TEST_SECONDS,
+    OperatorWorld,
+    answer_of,
+    task,
+)
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+
+
+async def cli(operator: OperatorWorld, *words: str) -> tuple[int, str, str]:
+    """`crynux-cluster`, as typed on the operator's machine."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cluster.cli", *words, "--config", str(operator.devnet.config_file),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, error = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), error.decode()
+
+
+async def test_a_drain_finishes_what_runs_and_takes_nothing_new(operator: OperatorWorld) -> None:
+    await operator.until_serving()
+    operator.gate.close()
+    sent = operator.send(task("drained", seed=81))
+    await operator.computing(lambda: sent.commitments.get("drained"))
+    code, out, error = await cli(operator, "drain", "--timeout", "0")
+    assert (code, error.strip()) == (1, "not drained yet; it goes on"), out
+    await operator.hear("it is being drained: 1 tasks are open")
+    # It lasts over a restart.
+    operator.kill_coordinator()
+    await operator.hear("it is being drained: 1 tasks are open")
+    operator.gate.open()
+    code, out, error = await cli(operator, "drain")
+    assert code == 0, error
+    assert out.endswith("drained\n")
+    (report,) = await sent.ended()
+    await operator.assert_paid_once(report)
+    assert await operator.missing() == ("it is drained",)
+
+    def resting(status: Status) -> bool:
+        return all(each.status in {"paused", "quit"} for each in status.accounts)
+
+    await operator.until_status(resting, "every account is paused")
+    code, out, error = await cli(operator, "resume")
+    assert code == 0, error
+    await operator.until_serving()
+    await operator.hear_nothing_missing()
+    code, out, error = await cli(operator, "fleet", "plan")
+    assert code == 0, error
+    assert all(f"{cards.name}+docker ({cards.vram} GB)" in out for cards in CARDS)
+
+
+async def test_a_drained_card_gives_its_work_away(operator: OperatorWorld) -> None:
+    await operator.until_serving()
+    operator.gate.close()
+    sent = operator.send(task("moved-away", seed=82))
+    card = await operator.computing(lambda: sent.commitments.get("moved-away"))
+    code, out, error = await cli(operator, "drain", "--gpu", card.gpu_id, "--now", "--no-wait")
+    assert code == 0, error
+    operator.gate.open()
+    (report,) = await sent.ended()
+    events = await operator.assert_paid_once(report)
+    first, *others = operator.gpus_of(events)
+    assert first == card.gpu_id
+    assert others
+    assert card.gpu_id not in others
+    assert any(isinstance(event, AttemptFailed) for event in events)
+
+    def drained(status: Status) -> bool:
+        states = {gpu.gpu_id: gpu.state for gpu in status.gpus}
+        return status.drain.done and states[card.gpu_id] is GpuState.DRAINED
+
+    await operator.until_status(drained, "the card is drained")
+    code, out, error = await cli(operator, "drain", "--gpu", "nobody", "--no-wait")
+    assert code == 2
+    assert "no card is known as nobody" in error
+    assert (await cli(operator, "resume"))[0] == 0
+    await operator.until_serving()
+
+
+# --- the key --------------------------------------------------------------------------------------
+
+
+def secrets(phrase: str) -> dict[str, bytes]:
+    """All that gives somebody an account: the phrase, its seed, each private key; also as hex."""
+    seed = seed_from_mnemonic(phrase, "")
+    found = {"the phrase": phrase.encode(), "the seed": seed}
+    for index in range(ACCOUNTS + 1):
+        found[f"key {index}"] = bytes(HDPath(f"m/44'/60'/0'/0/{index}").derive(seed))
+    return found | {f"{name} as hex": each.hex().encode() for name, each in found.items()}
+
+
+def files(*folders: Path) -> Iterator[Path]:
+    for folder in folders:
+        yield from (each for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
+
+
+def memory(process: psutil.Process) -> Iterator[bytes]:
+    """The process's writable memory, piece by piece; nothing of one that has ended."""
+    with contextlib.suppress(OSError):
+        with Path(f"/proc/{process.pid}/maps").open() as maps:
+            ranges = [line.split() for line in maps]
+        with Path(f"/proc/{process.pid}/mem").open("rb", buffering=0) as opened:
+            for (
+                where,
+                rights,
+                *_,
+            ) in ranges:
+                begin, end = (int(each, 16) for each in where.split("-"))
+                if not rights.startswith("rw") or end - begin > 2**30:
+                    continue
+                with contextlib.suppress(OSError, OverflowError, ValueError):
+                    opened.seek(begin)
+                    yield opened.read(end - begin)
+
+
+async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld) -> None:
+    """After a full run: files, logs, metrics, what Ray keeps, and every process's memory."""
+    await operator.until_serving()
+    (report,) = await operator.send(task("secret", seed=83)).ended()
+    await operator.assert_paid_once(report)
+    assert operator.config.identity.seed_file is not None
+    seed_file = operator.config.identity.seed_file
+    wanted = secrets(seed_file.read_text().strip())
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[union-attr]
+    found = [
+        f"{name} in {path}"
+        for path in files(operator.folder, session)
+        if path != seed_file
+        for data in [path.read_bytes()]
+        for name, secret in wanted.items()
+        if secret in data
+    ]
+    for path in ("/metrics", "/v1/status", "/readyz"):
+        data = (await operator.get(path)).content
+        found += [f"{name} at {path}" for name, secret in wanted.items() if secret in data]
+
+    coordinator = await answer_of(operator.coordinator().__ray_call__.remote(_own_pid))
+    searched = 0
+    for process in psutil.Process().children(recursive=True):
+        if process.pid == coordinator or "anvil" in process.name():
+            continue
+        for piece in memory(process):
+            searched += len(piece)
+            found += [
+                f"{name} in {process.name()}" for name, secret in wanted.items() if secret in piece
+            ]
+    assert found == []
+    assert searched > 50 * 2**20, "the processes' memory was read"
+    assert NAME == "coordinator"
+    # The same search finds the phrase where it is.
+    held = any(
+        secret in piece
+        for piece in memory(psutil.Process(coordinator))
+        for secret in wanted.values()
+    )
+    assert held
+
+
+def _own_pid(_actor: object) -> int:
+    return os.getpid()

@@ -1,0 +1,317 @@
+"""The fleet's shell: what it gathers, what it stores before it asks, and what it makes known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from actors import fleet as module
+from actors.dispatcher import Outstanding
+from actors.drain import Drains
+from actors.fleet import FleetKeeper, FleetSettings
+from actors.ledger import Ledger
+from actors.stores import RayStores
+from cluster.core.errors import NetworkUnavailable
+from cluster.core.fleet import FleetPolicy
+from cluster.core.ports import Movement
+from cluster.core.standing import STRANGE_SECONDS
+from cluster.core.types import (
+    AccountFacts,
+    AccountView,
+    Address,
+    GpuState,
+    NodeStatus,
+    Timestamp,
+    Wei,
+)
+from cluster.journal import SqlJournal
+from tests.unit.actor_fakes import ALICE, BOB, CARD, CARD_2, KIND, START, Clock, FakeNetwork, gpu_of
+
+TREASURY, OWNER = Address("0x" + "ee" * 20), Address("0x" + "dd" * 20)
+POLICY = FleetPolicy(Wei(400), Wei(10), Wei(5), Wei(20))
+MONEY = 10_000
+
+
+class World:
+    def __init__(self, folder: Path, settings: FleetSettings | None = None) -> None:
+        self.clock = Clock()
+        self.settings = settings or FleetSettings(POLICY)
+        self.journal = SqlJournal(f"sqlite:///{folder / 'journal.db'}")
+        self.network = FakeNetwork(self.clock)
+        self.network.treasury_has = Wei(MONEY)
+        self.cards = [gpu_of(CARD)]
+        self.views: dict[Address, AccountView] = {}
+        self.tasks: list[Outstanding] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """A new term, from what is stored."""
+        lease = self.journal.acquire("me", Timestamp(self.clock()), 1e9)
+        assert lease is not None
+        self.ledger = Ledger.load(self.journal, lease, self.clock)
+        self.drains = Drains(self.ledger)
+        self.keeper = FleetKeeper(
+            self.ledger,
+            self.network,
+            RayStores(None, "1", ()),
+            self.drains,
+            {1: ALICE, 2: BOB},
+            TREASURY,
+            self.settings,
+            lambda: self.cards,
+            self.views.get,
+            lambda: self.tasks,
+            self.clock,
+        )
+
+    def see(self, account: Address, status: NodeStatus, balance: int = 0, at: int = 100) -> None:
+        gpu_class = None if status is NodeStatus.QUIT else KIND
+        stake = Wei(0 if status is NodeStatus.QUIT else 400)
+        facts = AccountFacts(account, status, gpu_class, stake, Wei(balance), 0, None)
+        self.views[account] = AccountView(at, Timestamp(self.clock()), facts, ())
+        if self.keeper.settled(account, self.views[account]):
+            self.keeper.looked(account, status)
+
+    def turn(self) -> list[tuple[object, ...]]:
+        """What one turn of the fleet asks of the network."""
+        before = len(self.network.calls)
+        asyncio.run(self.keeper.turn())
+        calls = self.network.calls[before:]
+        return [call for call in calls if call[0] not in {"balance", "movements"}]
+
+    def later(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[Any]]:
+    with capture_logs() as entries:
+        yield entries
+
+
+def test_an_account_is_assigned_funded_and_joined_one_step_at_a_time(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT)
+    world.see(BOB, NodeStatus.QUIT)
+    assert world.turn() == []
+    assert [each.address for each in world.journal.assignments()] == [ALICE]
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    # On its way, then in a block that the last look is older than: nothing is done twice.
+    world.network.moving = {ALICE: Movement(is_open=True)}
+    assert world.turn() == []
+    world.network.moving = {ALICE: Movement(block=101)}
+    assert world.turn() == []
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=101)
+    assert world.turn() == [("join", ALICE)]
+    assert world.keeper.view.lacks == ()
+
+
+def test_what_is_expected_is_stored_before_the_network_hears_of_it(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.drains.add(everything=True)
+    stored: list[str] = []
+    world.network.before = lambda method: stored.append(
+        world.journal.cursors("standing:")[ALICE] if method == "pause" else ""
+    )
+    assert world.turn() == [("pause", ALICE)]
+    assert any("paused" in each for each in stored)
+
+
+def test_the_treasury_is_asked_only_when_there_is_something_to_pay(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    for _ in range(5):
+        world.turn()
+    assert world.network.called("balance") == []
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=1)
+    assert world.turn() == [("transfer", TREASURY, ALICE, 19, "gas")]
+    assert world.network.called("balance") == [(TREASURY,)]
+
+
+def test_a_treasury_that_has_too_little_is_an_alert(world: World) -> None:
+    world.network.treasury_has = Wei(5)
+    world.see(ALICE, NodeStatus.QUIT)
+    world.turn()
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert "the treasury has 5 wei and needs 430 to fund account 1" in alert
+    # It is looked at again after a while.
+    world.network.treasury_has = Wei(MONEY)
+    world.later(module.TREASURY_SECONDS + 1)
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+
+
+def test_earnings_go_to_the_beneficiary(tmp_path: Path) -> None:
+    policy = replace(POLICY, beneficiary=OWNER, sweep_above=Wei(50))
+    world = World(tmp_path, FleetSettings(policy))
+    world.see(ALICE, NodeStatus.BUSY, balance=100)
+    world.turn()
+    assert world.turn() == [("transfer", ALICE, OWNER, 80, "sweep")]
+
+
+def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, automatic=False))
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    assert world.turn() == []
+    assert world.keeper.view.plan == (f"account 1 is for {KIND.name}",)
+    assert world.journal.assignments() == ()
+    world.keeper.apply()
+    assert world.turn() == []
+    assert world.turn() == [("join", ALICE)]
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    assert world.turn() == []
+    assert world.keeper.view.plan == (f"resume {ALICE}",)
+
+
+def test_an_action_that_fails_stops_no_other(world: World) -> None:
+    world.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.PAUSED, balance=20)
+    world.turn()
+    world.network.faults["resume"] = [NetworkUnavailable("gone")]
+    assert world.turn() == [("resume", ALICE), ("resume", BOB)]
+    assert world.turn() == [("resume", ALICE), ("resume", BOB)]
+
+
+# --- what happens to accounts ---------------------------------------------------------------------
+
+
+def test_a_kicked_account_joins_again_after_a_wait_and_says_so(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.keeper.kicked(ALICE)
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert "was kicked out 1 times; it joins again in 60 s" in alert
+    world.begin()  # durable
+    world.later(61)
+    assert world.turn() == [("join", ALICE)]
+    assert world.keeper.alerts() == ()
+
+
+def test_a_slash_stops_the_class_until_it_is_cleared(world: World) -> None:
+    world.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.keeper.slashed(ALICE, KIND)
+    world.ledger.mark_slashed(ALICE)
+    world.see(ALICE, NodeStatus.QUIT, balance=1000)
+    world.turn()
+    assert world.turn() == [("pause", BOB)]
+    world.see(BOB, NodeStatus.PAUSED, balance=20)
+    world.begin()
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert f"{KIND.name} is stopped" in alert
+    assert world.keeper.clear(Address("0x1")) == "unknown"
+    assert world.keeper.clear(BOB) == "free"
+    assert world.keeper.clear(ALICE) == "cleared"
+    assert set(world.turn()) == {("join", ALICE), ("resume", BOB)}
+    world.begin()
+    assert world.keeper.alerts() == ()
+
+
+def test_an_account_that_somebody_else_moved_is_left_alone_and_said(
+    world: World, logs: list[Any]
+) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.later(STRANGE_SECONDS + 1)
+    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.begin()
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert ALICE in alert
+    assert "did somebody else use its key?" in alert
+    assert [entry["account"] for entry in logs if entry["event"] == "account_held"] == [ALICE]
+    assert world.keeper.clear(ALICE) == "cleared"
+    assert world.turn() == [("resume", ALICE)]
+
+
+# --- cards, slots and load ------------------------------------------------------------------------
+
+
+def test_accounts_of_cards_that_left_are_paused_only_after_a_while(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.later(world.settings.patience + 1)
+    world.turn()
+    world.cards = [replace(gpu_of(CARD), state=GpuState.UNREACHABLE)]
+    assert world.turn() == []
+    world.later(world.settings.patience - 1)
+    assert world.turn() == []
+    world.later(2)
+    assert world.turn() == [("pause", ALICE)]
+    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.cards = [gpu_of(CARD)]
+    assert world.turn() == [("resume", ALICE)]
+
+
+def test_a_term_that_doesnt_know_the_cluster_yet_pauses_nobody(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.cards = []
+    world.begin()
+    for _ in range(3):
+        assert world.turn() == []
+        world.later(world.settings.patience / 3 - 1)
+    world.later(10)
+    assert world.turn() == [("pause", ALICE)]
+
+
+def test_more_slots_want_more_accounts(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.PAUSED, balance=20)
+    world.turn()
+    assert set(world.turn()) == {("resume", ALICE), ("resume", BOB)}
+    (shown,) = world.keeper.view.classes
+    assert (shown.slots, shown.least) == (2, 2)
+
+
+def test_a_queue_that_would_miss_its_deadlines_pauses_an_account(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    deadline = Timestamp(START + 100)
+    world.tasks = [Outstanding(ALICE, 50.0, deadline), Outstanding(BOB, 50.0, deadline)]
+    world.later(module.LOAD_SECONDS + 1)
+    assert world.turn() == [("pause", BOB)]
+    world.see(BOB, NodeStatus.PAUSED, balance=20)
+    world.later(module.LOAD_SECONDS + 1)
+    world.tasks = [Outstanding(ALICE, 30.0, Timestamp(world.clock() + 50))]
+    assert world.turn() == []  # in between: as it is
+    world.tasks = [Outstanding(ALICE, 1.0, Timestamp(world.clock() + 50))]
+    assert world.turn() == [("resume", BOB)]
+
+
+def test_drained_is_drained_until_it_is_ended(world: World) -> None:
+    world.see(ALICE, NodeStatus.BUSY, balance=20)
+    world.turn()
+    world.drains.add(everything=True)
+    assert world.turn() == [("pause", ALICE)]
+    world.see(ALICE, NodeStatus.PENDING_PAUSE, balance=20)
+    assert world.turn() == []
+    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.begin()
+    assert world.drains.everything
+    assert world.turn() == []
+    world.drains.end()
+    assert world.turn() == [("resume", ALICE)]
