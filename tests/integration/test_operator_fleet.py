@@ -15,7 +15,6 @@ import ray
 from eth_account.hdaccount import seed_from_mnemonic
 from eth_account.hdaccount.deterministic import HDPath
 
-from actors.coordinator import NAME
 from cluster.core.record import AttemptFailed
 from cluster.core.types import GpuState
 from cluster.status import Status
@@ -147,7 +146,9 @@ async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld
     seed_file = operator.config.identity.seed_file
     wanted = secrets(seed_file.read_text().strip())
 
-    session = Path(ray._private.worker._global_node.get_session_dir_path())  # type: ignore[union-attr]
+    node = ray._private.worker._global_node
+    assert node is not None
+    session = Path(node.get_session_dir_path())
     found = [
         f"{name} in {path}"
         for path in files(operator.folder, session)
@@ -160,7 +161,13 @@ async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld
         data = (await operator.get(path)).content
         found += [f"{name} at {path}" for name, secret in wanted.items() if secret in data]
 
+    assert found == []
     coordinator = await answer_of(operator.coordinator().__ray_call__.remote(_own_pid))
+    # Where it is, the search finds it.
+    where = psutil.Process(coordinator)
+    if not any(memory(where)):
+        pytest.skip("this machine lets no process read another's memory")
+    assert any(secret in piece for piece in memory(where) for secret in wanted.values())
     searched = 0
     for process in psutil.Process().children(recursive=True):
         if process.pid == coordinator or "anvil" in process.name():
@@ -172,14 +179,6 @@ async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld
             ]
     assert found == []
     assert searched > 50 * 2**20, "the processes' memory was read"
-    assert NAME == "coordinator"
-    # The same search finds the phrase where it is.
-    held = any(
-        secret in piece
-        for piece in memory(psutil.Process(coordinator))
-        for secret in wanted.values()
-    )
-    assert held
 
 
 def _own_pid(_actor: object) -> int:
