@@ -191,6 +191,13 @@ class SqlJournal:
             _store_lease(connection, lease)
             return lease
 
+    def holder(self, now: float) -> tuple[str, float]:
+        """Who holds the lease and for how many seconds more; an empty name when nobody does."""
+        with self.read() as connection:
+            held = connection.execute(select(lease_table)).one()
+        left = held.expires_at - now
+        return (held.holder, left) if held.holder and left > 0 else ("", 0.0)
+
     def renew(self, lease: ports.Lease, now: Timestamp, ttl: float) -> ports.Lease:
         with self.write(lease) as connection:
             renewed = replace(lease, expires_at=Timestamp(now + ttl))

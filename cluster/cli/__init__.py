@@ -17,6 +17,7 @@ from rich.console import Console
 
 import cluster
 from cluster.cli.devnet import devnet
+from cluster.cli.doctor import doctor
 from cluster.cli.fleet import drain, fleet, resume
 from cluster.cli.gpus import gpus
 from cluster.cli.keys import keys
@@ -125,5 +126,5 @@ def fetch_status(url: str, transport: httpx.BaseTransport | None = None) -> Stat
         ) from None
 
 
-for _group in (keys, fleet, drain, resume, gpus, models, devnet):
+for _group in (keys, doctor, fleet, drain, resume, gpus, models, devnet):
     cli.add_command(_group)
