@@ -300,6 +300,8 @@ class Term:
         self._views: dict[Address, AccountView] = {}
         self._stale: set[Address] = set()
         """Accounts of which something was heard since they were last looked at."""
+        self._invalidated: set[Commitment] = set()
+        """Tasks that cost an account its stake: each is told of once, and may be cleared."""
         self._ahead = 0.0
         ledger.clock = self._network_clock
         self._chain_errors: dict[Address, str] = {}
@@ -486,10 +488,15 @@ class Term:
         known = [record.commitment for record in self._ledger.of_account(account)]
         heard = {account} & self._stale
         view = await self._network.look(account, known)
-        own = [task for task in view.tasks if task.selected_node == account]
-        if any(task.status is TaskStatus.END_INVALIDATED for task in own):
+        lost = {
+            task.commitment
+            for task in view.tasks
+            if task.selected_node == account and task.status is TaskStatus.END_INVALIDATED
+        }
+        if lost - self._invalidated:
             # Before the fleet can see that the account has quit.
             self._slashed(account, view.account.gpu_class)
+            self._invalidated |= lost
         self._views[account] = view
         if not heard and self._fleet.settled(account, view):
             self._fleet.looked(account, view.account.status)

@@ -11,7 +11,7 @@ import functools
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -52,9 +52,12 @@ STRANGER = 5
 
 
 class Cards:
-    """So many cards of one class, always ready; each order is computed at once."""
+    """So many cards of one class, always ready; each order takes so many seconds."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, seconds: float = 0.01) -> None:
+        self._seconds = seconds
+        self.busy: list[tuple[float, float]] = []
+        """When a card computed, from and to, of the event loop's time."""
         kind = GpuClass(f"{CARD}+docker", GigaBytes(24))
         self._gpus = tuple(
             Gpu(
@@ -72,7 +75,7 @@ class Cards:
             picture.save(file, "PNG")
             file.seek(0)
             content = file.read()
-        self._done = Computed(score_images([content]), (("0.png", content),), 0.01)
+        self._done = Computed(score_images([content]), (("0.png", content),), seconds)
 
     def gpus(self) -> tuple[Gpu, ...]:
         return self._gpus
@@ -84,7 +87,9 @@ class Cards:
         pass
 
     async def result(self, gpu: GpuId, attempt: AttemptId) -> Computed:
-        await asyncio.sleep(0.01)
+        began = asyncio.get_running_loop().time()
+        await asyncio.sleep(self._seconds)
+        self.busy.append((began, asyncio.get_running_loop().time()))
         return self._done
 
     async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
@@ -114,6 +119,7 @@ class ChainRoom:
     devnet: Devnet
     coordinator: Coordinator
     accounts: int
+    cards: Cards
     calls: Counter[str] = field(default_factory=Counter)
     looks: list[tuple[float, str]] = field(default_factory=list)
     """When the coordinator began to look at which account, by the loop's clock."""
@@ -136,17 +142,25 @@ class ChainRoom:
 
 @contextlib.asynccontextmanager
 async def chain_room(
-    accounts: int, block_time: float, heads: bool = False
+    accounts: int,
+    block_time: float,
+    heads: bool = False,
+    cards: int | None = None,
+    seconds: float = 0.01,
+    fleet: Mapping[str, object] | None = None,
 ) -> AsyncIterator[ChainRoom]:
-    """`heads`: new blocks are announced by WebSocket."""
+    """`heads`: new blocks are announced by WebSocket. `cards` that compute for `seconds`, one for
+    each account if not said; `fleet` is that section of the configuration."""
     settings: dict[str, Any] = {
         "canary": {"interval_seconds": 0},
         "logs": {"level": "error"},
+        "fleet": dict(fleet or {}),
     }
-    cards = (SimulatedCards(CARD, GigaBytes(24), accounts),)
+    pool = Cards(accounts if cards is None else cards, seconds)
+    simulated = (SimulatedCards(CARD, GigaBytes(24), accounts),)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Devnet(Path(folder), block_time=block_time, cards=cards, settings=settings) as devnet,
+        Devnet(Path(folder), block_time=block_time, cards=simulated, settings=settings) as devnet,
     ):
         config = configuration.load(devnet.config_file)
         if heads:
@@ -166,14 +180,14 @@ async def chain_room(
         )
         world = replace(
             world,
-            pool=cast(RayGpuPool, Cards(accounts)),
+            pool=cast(RayGpuPool, pool),
             stores=RayStores(None, "bench", ()),
             open_network=functools.partial(_watched, opened, looks),
         )
         coordinator = Coordinator(world, "bench")
         running = asyncio.create_task(coordinator.run())
         try:
-            yield ChainRoom(devnet, coordinator, accounts, calls, looks)
+            yield ChainRoom(devnet, coordinator, accounts, pool, calls, looks)
         finally:
             await coordinator.stop()
             await running

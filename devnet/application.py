@@ -114,6 +114,7 @@ class _Member:
     group: _Group | None = None
     uploaded: bool = False
     status: TaskStatus | None = None
+    answered_at: float | None = None
     problem: str = ""
     files: list[str] = field(default_factory=list)
 
@@ -144,7 +145,7 @@ class Application:
     `owner` may be given to have the contract sample exactly the tasks whose spec says `group`, and
     to give tasks timeouts of their own; without it the deployed values decide. `out` is where
     result files go, under the task's name. `clock` is unix time, the chain's own as far as the
-    machine has it.
+    machine has it. An answer is validated `validate_after` seconds after it was seen.
     """
 
     def __init__(
@@ -158,7 +159,9 @@ class Application:
         out: Path | None = None,
         clock: Callable[[], float] = time.time,
         random: Callable[[int], bytes] = secrets.token_bytes,
+        validate_after: float = 0.0,
     ) -> None:
+        self.validate_after = validate_after
         self._rpc_url = rpc_url
         self._deployment = deployment
         self._relay = relay_url.rstrip("/")
@@ -280,6 +283,8 @@ class Application:
         answered = task.status in _ANSWERED
         if answered and member.group is not None and not member.group.failed:
             return
+        if answered and self._thinks_about(member):
+            return
         if task.status in _VALIDATED and overdue < GRACE_SECONDS:
             return
         if answered and member.group is None and overdue < GRACE_SECONDS:
@@ -293,6 +298,13 @@ class Application:
             await self._send(abort, gas=ABORT_GAS)
         elif task.status is TaskStatus.STARTED and member.spec.upload and not member.uploaded:
             await self._upload(member, task)
+
+    def _thinks_about(self, member: _Member) -> bool:
+        """Whether it is too early to validate the answer."""
+        now = self._clock()
+        if member.answered_at is None:
+            member.answered_at = now
+        return now - member.answered_at < self.validate_after
 
     async def _validate_group(self, group: _Group, members: Sequence[_Member], guid: bytes) -> None:
         """Once every member has answered or was aborted. `_drive` ends with what comes of it."""
