@@ -115,6 +115,8 @@ class _Shelves:
     class_of: dict[GpuId, GpuClass]
     vram_of: dict[GpuId, GigaBytes]
     """Of every card that is known, alive or not."""
+    free: int
+    """Cards that nobody has taken yet; without one, nothing more can be placed."""
     taken: set[GpuId] = field(default_factory=set)
     fitting: dict[Requirement, tuple[GpuClass, ...]] = field(default_factory=dict)
 
@@ -164,7 +166,7 @@ class _Shelves:
         return min(starts, key=lambda start: start.rank, default=None)
 
     def best_wait(self, want: Want) -> _Start | None:
-        """The soonest start on a busy card that will be warm, if it is in time."""
+        """The soonest start on a busy card that will be warm."""
         avoid = self.avoided(want)
         starts = [
             _Start(max(card.free_at - self.now, 0.0) + self.costs.warm, card, waits=True)
@@ -172,14 +174,39 @@ class _Shelves:
             if (card := self.first((gpu_class, _Where.SOON, want.pipeline), avoid)) is not None
             and card.free_at is not None
         ]
-        soonest = min(starts, key=lambda start: start.rank, default=None)
-        return soonest if soonest is not None and self.in_time(want, soonest) else None
+        return min(starts, key=lambda start: start.rank, default=None)
 
     def best(self, want: Want) -> _Start | None:
-        free, wait = self.best_free(want), self.best_wait(want)
+        return self.better(want, self.best_free(want), self.best_wait(want))
+
+    def better(self, want: Want, free: _Start | None, wait: _Start | None) -> _Start | None:
+        """Waiting only when it is in time, and sooner than what is free."""
+        if wait is not None and not self.in_time(want, wait):
+            wait = None
         if free is None or wait is None:
             return free or wait
         return wait if wait.cost < free.cost else free
+
+    def ranked(self, wants: Sequence[Want]) -> list[tuple[Want, _Start]]:
+        """Those that could start at all, the most urgent first, before any of them has taken a
+        card. Wants that ask for the same are looked up once."""
+        found: dict[tuple[Requirement, str, str], tuple[_Start | None, _Start | None]] = {}
+        ways: list[tuple[Want, _Start]] = []
+        for want in wants:
+            asks = (want.requirement, want.pipeline, want.base)
+            starts = None if want.avoid else found.get(asks)
+            if starts is None:
+                starts = (self.best_free(want), self.best_wait(want))
+                if not want.avoid:
+                    found[asks] = starts
+            if (start := self.better(want, *starts)) is not None:
+                ways.append((want, start))
+        ways.sort(key=lambda way: (self.slack(*way), way[0].task))
+        return ways
+
+    def take(self, start: _Start) -> None:
+        self.taken.add(start.card.gpu.gpu_id)
+        self.free -= not start.waits
 
     def in_time(self, want: Want, start: _Start) -> bool:
         return self.slack(want, start) >= 0.0
@@ -221,6 +248,7 @@ def _shelve(cards: Sequence[Card], now: Timestamp, costs: Costs) -> _Shelves:
         Counter(card.gpu.gpu_class for card in alive),
         {card.gpu.gpu_id: card.gpu.gpu_class for card in alive},
         {card.gpu.gpu_id: card.gpu.gpu_class.vram for card in cards},
+        sum(_is_free(card, now) for card in alive),
     )
 
 
@@ -229,23 +257,23 @@ def place(
 ) -> tuple[Placement, ...]:
     """Who starts where now; a want that is not in the answer waits. Same answer in any order."""
     shelves = _shelve(cards, now, costs)
-    ways = [(want, start) for want in wants if (start := shelves.best(want)) is not None]
-    ways.sort(key=lambda way: (shelves.slack(*way), way[0].task))
     placements: list[Placement] = []
     late: list[Want] = []
-    for want, _ in ways:
+    for want, _ in shelves.ranked(wants):
+        if not shelves.free:
+            break
         start = shelves.best(want)
         if start is None:
             continue
         if not shelves.in_time(want, start):
             late.append(want)
             continue
-        shelves.taken.add(start.card.gpu.gpu_id)
+        shelves.take(start)
         if not start.waits:
             placements.append(Placement(want.task, start.card.gpu.gpu_id))
     for want in late:
         start = shelves.best_free(want)
         if start is not None:
-            shelves.taken.add(start.card.gpu.gpu_id)
+            shelves.take(start)
             placements.append(Placement(want.task, start.card.gpu.gpu_id))
     return tuple(placements)
