@@ -39,7 +39,10 @@ class Web:
         client: httpx2.Client,
         rules: UrlRules,
         civitai_token: Callable[[], str | None] = lambda: None,
+        certain: Callable[[str], bool] | None = None,
     ) -> None:
+        """`certain` tells of a URL whether its host's own 404 holds for every node."""
+        self._certain = certain or self._speaks_for_itself
         self._client = client
         self._rules = rules
         self._civitai_token = civitai_token
@@ -64,6 +67,12 @@ class Web:
         with opened(self._client, file, self._headers(file.where), start, stop) as found:
             yield found
 
+    def _speaks_for_itself(self, url: str) -> bool:
+        """Over plain http anyone between may have answered, and the operator's own hosts are
+        nobody else's: another node may find what isn't there for us."""
+        parts = urlsplit(url)
+        return parts.scheme == "https" and parts.hostname not in self._rules.allow_hosts
+
     def _headers(self, url: str) -> dict[str, str]:
         host = urlsplit(url).hostname or ""
         token = self._civitai_token() if host.removeprefix("www.") in CIVITAI else None
@@ -74,7 +83,7 @@ class Web:
         if status in {404, 410}:
             # Only the host that the link names speaks for itself; one it leads on to may expire.
             same = response.url.host == httpx2.URL(url).host
-            raise Absent(f"{ref}: {status}", certain=same)
+            raise Absent(f"{ref}: {status}", certain=same and self._certain(url))
         if status not in {200, 206}:
             raise answer_error(str(ref), status, retry_after(response))
         name = _file_name(response)

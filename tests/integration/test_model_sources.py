@@ -64,8 +64,10 @@ def keeper(root: Path, *sources: Source, limits: Limits = LIMITS) -> Keeper:
     return made
 
 
-def web(root: Path, token: str | None = None) -> Keeper:
-    return keeper(root, Web(guarded_client(RULES), RULES, lambda: token))
+def web(root: Path, token: str | None = None, certain: bool = True) -> Keeper:
+    """`certain`: its servers, on this machine, are taken for public ones."""
+    believed = (lambda _: True) if certain else None
+    return keeper(root, Web(guarded_client(RULES), RULES, lambda: token, believed))
 
 
 def kind_of(keeper: Keeper, asked: ModelRef) -> ModelUnavailableKind:
@@ -308,6 +310,24 @@ def test_a_dead_link_is_the_tasks_fault_at_the_second_look(
     with pytest.raises(TaskInvalid, match="asked twice"):
         web(tmp_path).ensure(link(files, "gone"), NOBODY)
     assert len(files.requests("gone")) == 2
+
+
+def test_a_host_of_our_own_makes_nothing_certain(files: FileServer, tmp_path: Path) -> None:
+    files.fail("gone", Fault(status=404), times=99)
+    asked = link(files, "gone")
+    assert kind_of(web(tmp_path, certain=False), asked) is ModelUnavailableKind.NOT_HERE
+
+
+@pytest.mark.parametrize(
+    ("url", "certain"),
+    [
+        ("https://civitai.com/api/download/models/1", True),
+        ("http://civitai.com/api/download/models/1", False),
+        ("https://localhost/1", False),
+    ],
+)
+def test_whose_404_holds_for_every_node(url: str, certain: bool) -> None:
+    assert Web(guarded_client(RULES), RULES)._speaks_for_itself(url) is certain
 
 
 def test_a_dead_link_that_comes_back(files: FileServer, tmp_path: Path) -> None:
