@@ -293,6 +293,7 @@ class FleetKeeper:
             assigned,
             None if view is None else view.account,
             moving=there.is_open or (view is not None and view.moment < there.block),
+            paying=there.paying or (view is not None and view.moment < there.paid_block),
             barred=address in self._ledger.slashed,
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,

@@ -144,7 +144,9 @@ def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) ->
         raise IllegalMove(f"{intent.key}: another answer than the one stored")
     age = now - row.updated_at
     refused = row.state in {RowState.REFUSED, RowState.REVERTED}
-    if refused and age >= patience.after(row.reason):
+    # An account's own writes have no deadline, and what refuses one rarely passes in a second.
+    wait = patience.recheck if intent.task is None else patience.after(row.reason)
+    if refused and age >= wait:
         return replace(
             row,
             intent=intent,
@@ -288,10 +290,16 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
             .group_by(side, table.c.state)
         )
         for row in connection.execute(query):
-            address, last = Address(row.address), found.get(Address(row.address), Movement())
-            found[address] = Movement(
-                last.is_open or row.state in open_states, max(last.block, row.block or 0)
-            )
+            address, block = Address(row.address), row.block or 0
+            last, is_open = found.get(address, Movement()), row.state in open_states
+            after = replace(last, is_open=last.is_open or is_open, block=max(last.block, block))
+            if side is table.c.recipient:
+                after = replace(
+                    after,
+                    paying=last.paying or is_open,
+                    paid_block=max(last.paid_block, block),
+                )
+            found[address] = after
     return found
 
 

@@ -42,8 +42,8 @@ class NodeAccount:
     """A node account: its place in the key's derivation, its class, and the network's facts.
 
     `facts` is None until they were read. `moving`: something of ours concerning it is on its way,
-    or done and not yet in the facts. `barred`: it is not to be joined (slashed), or left alone
-    altogether when `held`. `rejoin_at`: not to be joined before.
+    or done and not yet in the facts; `paying`: that is money for it. `barred`: it is not to be
+    joined (slashed), or left alone altogether when `held`. `rejoin_at`: not to be joined before.
     """
 
     index: int
@@ -51,6 +51,7 @@ class NodeAccount:
     assigned: GpuClass | None
     facts: AccountFacts | None
     moving: bool = False
+    paying: bool = False
     barred: bool = False
     held: bool = False
     rejoin_at: Timestamp = Timestamp(0)
@@ -217,7 +218,7 @@ def plan(
         elif serving < wanted.least:
             _wake(draft, members, gpu_class, wanted.least - serving, now)
     for account in ordered:
-        if account.index not in draft.actions and _free(account):
+        if account.index not in draft.actions and account.facts is not None and not account.held:
             _tend(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
     return Plan(actions, tuple(draft.lacks), tuple(draft.limits))
@@ -331,12 +332,13 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
     """Gas for those that serve or are paused; earnings to the beneficiary."""
     policy, balance = draft.policy, _balance(account)
     joined = _status(account) not in {None, NodeStatus.QUIT}
-    if joined and balance < policy.gas_low:
+    # Also while something of its own is on its way: that may be waiting for just this.
+    if joined and balance < policy.gas_low and not account.paying:
         lack = policy.gas_target - balance
         if draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return
-    if policy.beneficiary is None or policy.sweep_above is None:
+    if account.moving or policy.beneficiary is None or policy.sweep_above is None:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
     if balance - own > policy.sweep_above:

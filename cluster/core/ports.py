@@ -47,10 +47,12 @@ class Wakeup:
 @dataclass(frozen=True, slots=True)
 class Movement:
     """Writes of ours that concern an account: `is_open` when one is on its way; a look at moment
-    `block` or later shows those that have come to be."""
+    `block` or later shows those that have come to be. The same of what was paid to it."""
 
     is_open: bool = False
     block: int = 0
+    paying: bool = False
+    paid_block: int = 0
 
 
 class Network(Protocol):

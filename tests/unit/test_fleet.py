@@ -227,7 +227,14 @@ def test_a_class_that_lacks_an_account_gets_one_of_a_class_that_has_too_many() -
     assert planned({SMALL: Target(0, 1), BIG: 1}, paused) == ()
 
 
-@pytest.mark.parametrize("more", [{"moving": True}, {"held": True}])
+def test_gas_comes_also_to_what_is_on_its_way_and_may_wait_for_it() -> None:
+    """A pause that the account can't pay for would else be on its way for ever."""
+    low = serving(1, BIG, balance=0, moving=True)
+    assert planned({BIG: 1}, low) == (TopUp(Address("0x1"), Wei(GAS)),)
+    assert planned({BIG: 1}, replace(low, paying=True)) == ()
+
+
+@pytest.mark.parametrize("more", [{"moving": True, "paying": True}, {"held": True}])
 def test_what_is_on_its_way_or_held_is_left_alone(more: dict[str, Any]) -> None:
     for left in (
         account(1, assigned=BIG, **more),
@@ -248,18 +255,11 @@ def test_what_the_chain_says_goes_before_what_was_written_down() -> None:
 CLASSES = st.sampled_from([BIG, SMALL])
 ACCOUNTS = st.lists(
     st.builds(
-        lambda status, gpu_class, balance, moving, barred, held: (
-            status,
-            gpu_class,
-            balance,
-            moving,
-            barred,
-            held,
-        ),
+        lambda *drawn: drawn,
         st.sampled_from([None, *NodeStatus]),
         st.none() | CLASSES,
         st.sampled_from([0, LOW, GAS, RICH, 1000]),
-        st.booleans(),
+        st.sampled_from([(False, False), (True, False), (True, True)]),
         st.booleans(),
         st.booleans(),
     ),
@@ -272,7 +272,8 @@ ACCOUNTS = st.lists(
             gpu_class,
             None if status in {None, NodeStatus.QUIT} else (gpu_class or BIG),
             balance,
-            moving=moving,
+            moving=moving[0],
+            paying=moving[1],
             barred=barred,
             held=held,
         )
@@ -306,8 +307,9 @@ def test_one_action_each_within_the_means_and_never_for_what_isnt_known(
         there = known[action.address]
         assert there.facts is not None
         if not isinstance(action, Assign):
-            assert not there.moving
             assert not there.held
+            assert not there.paying or not isinstance(action, TopUp)
+            assert not there.moving or isinstance(action, TopUp)
         if isinstance(action, Join | Fund | Resume):
             assert not there.barred
     if policy.stake_budget is not None:

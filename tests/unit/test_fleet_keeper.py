@@ -107,9 +107,9 @@ def test_an_account_is_assigned_funded_and_joined_one_step_at_a_time(world: Worl
     assert [each.address for each in world.journal.assignments()] == [ALICE]
     assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
     # On its way, then in a block that the last look is older than: nothing is done twice.
-    world.network.moving = {ALICE: Movement(is_open=True)}
+    world.network.moving = {ALICE: Movement(is_open=True, paying=True)}
     assert world.turn() == []
-    world.network.moving = {ALICE: Movement(block=101)}
+    world.network.moving = {ALICE: Movement(block=101, paid_block=101)}
     assert world.turn() == []
     world.see(ALICE, NodeStatus.QUIT, balance=420, at=101)
     assert world.turn() == [("join", ALICE)]

@@ -20,7 +20,7 @@ from cluster.chain.outbox_rows import Intent, OutboxRow, RowState, Signed, by_ke
 from cluster.chain.rpc import Rpc
 from cluster.core.errors import ChainError, IllegalMove, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
-from cluster.core.ports import Lease
+from cluster.core.ports import Lease, Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
@@ -561,3 +561,41 @@ def test_wei_travels_whole(world: World) -> None:
     stake = Wei(400 * 10**18)
     world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join", stake)
     assert world.row(f"account:{ALICE}:join:0").intent.value == stake
+
+
+# --- what is on its way, by account ---------------------------------------------------------------
+
+
+async def test_what_is_on_its_way_shows_for_both_who_sends_and_who_gets_it(world: World) -> None:
+    assert world.outbox.movements() == {}
+    world.outbox.ensure(score())
+    await world.settle()
+    assert world.outbox.movements() == {}  # a task's write is no account's own
+    world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(5))
+    assert world.outbox.movements()[BOB] == Movement(is_open=True, paying=True)
+    assert world.outbox.movements()[ALICE] == Movement(is_open=True)
+    await world.settle()
+    paid = world.outbox.movements()[BOB]
+    assert paid.block == paid.paid_block > 0
+    assert not paid.is_open
+    assert not paid.paying
+    # Another of its own doesn't count as paid to it.
+    world.outbox.ensure_verb(BOB, "pause", CONTRACT, b"pause")
+    own = world.outbox.movements()[BOB]
+    assert (own.is_open, own.paying, own.paid_block) == (True, False, paid.paid_block)
+    await world.settle()
+    assert not world.outbox.movements()[BOB].is_open
+
+
+async def test_what_was_refused_is_on_its_way_no_more(world: World) -> None:
+    world.chain.refusing["0x" + b"join".hex()] = "Network is full"
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+    await world.outbox.pump()
+    assert not world.outbox.movements()[ALICE].is_open
+    # It isn't pressed: nothing that refuses an account's own write passes in a second.
+    world.now += 14
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+    assert not world.outbox.movements()[ALICE].is_open
+    world.now += 2
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+    assert world.outbox.movements()[ALICE].is_open
