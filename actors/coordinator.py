@@ -350,6 +350,7 @@ class Term:
             turns=self._reconciler.turns,
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),
+            canaries=self._safeguards.passed(),
             relay_error=self._reconciler.relay_error,
             endpoints=self._network.endpoints(),
             fleet=self._fleet.view,

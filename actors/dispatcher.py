@@ -257,7 +257,10 @@ class Dispatcher:
     async def _follow(self, gpu: GpuId, order: Order) -> None:
         try:
             event = await self._outcome(gpu, order)
-            self._metrics.attempt_ended(event.fault if isinstance(event, AttemptFailed) else None)
+            fault = event.fault if isinstance(event, AttemptFailed) else None
+            self._metrics.attempt_ended(fault, self._uuid_of(gpu))
+            if isinstance(event, ResultStored) and event.effort is not None:
+                self._metrics.computed(event.effort.tier)
             if self._store(order.task, order.attempt_id, event):
                 self._log.info(
                     "attempt_ended",
@@ -272,6 +275,9 @@ class Dispatcher:
             if running is not None and running.attempt == order.attempt_id:
                 del self._running[gpu]
             self._settled(order.task)
+
+    def _uuid_of(self, gpu_id: GpuId) -> str:
+        return next((gpu.uuid for gpu in self._pool.gpus() if gpu.gpu_id == gpu_id), "")
 
     def _surface(self, follower: asyncio.Task[None]) -> None:
         """A follower's own failure (a lost lease, a bug) ends the coordinator's term."""
@@ -306,7 +312,7 @@ class Dispatcher:
 
     async def _keep(self, order: Order, computed: Computed) -> Event:
         files = await self._artifacts.put(order.task, computed.files)
-        return ResultStored(order.attempt_id, computed.score, files)
+        return ResultStored(order.attempt_id, computed.score, files, computed.effort)
 
     def _store(self, task: Commitment, attempt: AttemptId, event: Event) -> bool:
         """Append unless the attempt isn't the task's open one any more (a late answer)."""

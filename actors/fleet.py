@@ -8,6 +8,7 @@ repeated, so a crash at any point costs only the time to come back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ from cluster.status import ClassStatus, FleetStatus
 FLEET_SECONDS = 2.0
 TREASURY_SECONDS = 15.0
 """How long the treasury's balance is believed while nothing of ours changes it."""
+MONEY_SECONDS = 60.0
+"""Between two looks at it for people's eyes."""
 LOAD_SECONDS = 10.0
 """Between two changes of a class's limit by its load."""
 MOST_MODELS = 16
@@ -112,7 +115,9 @@ class FleetKeeper:
         self._limits: dict[GpuClass, int] = {}
         self._limited_at: dict[GpuClass, float] = {}
         self._money: tuple[float, Wei] | None = None
+        self._treasury_had: Wei | None = None
         self._applying = False
+        self._looked_at_money = float("-inf")
         self.view = FleetStatus(automatic=settings.automatic)
         stored = ledger.journal.cursors(_STANDING)
         self._standings = {Address(each): standing.parsed(text) for each, text in stored.items()}
@@ -215,10 +220,17 @@ class FleetKeeper:
         targets = self._targets(accounts)
         policy, now = self._settings.policy, self._now()
         found = plan(targets, accounts, policy, _ALL_MONEY, now)
-        if any(isinstance(each, Fund | TopUp) for each in found.actions):
+        paying = any(isinstance(each, Fund | TopUp) for each in found.actions)
+        if paying or self._clock() - self._looked_at_money > MONEY_SECONDS:
+            self._looked_at_money = self._clock()
+            with contextlib.suppress(NetworkUnavailable):
+                await self._balance()
+        if paying:
             found = plan(targets, accounts, policy, await self._balance(), now)
         self.view = FleetStatus(
             automatic=self._settings.automatic,
+            stake=str(policy.stake),
+            treasury=None if self._treasury_had is None else str(self._treasury_had),
             plan=tuple(map(words, found.actions)),
             moving=sum(each.moving for each in accounts),
             lacks=found.lacks,
@@ -244,7 +256,8 @@ class FleetKeeper:
             return None
         now = self._clock()
         if self._money is None or now - self._money[0] > TREASURY_SECONDS:
-            self._money = (now, await self._network.balance(self._treasury))
+            self._treasury_had = await self._network.balance(self._treasury)
+            self._money = (now, self._treasury_had)
         return self._money[1]
 
     # --- facts for the plan ----------------------------------------------------------------------

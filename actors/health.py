@@ -114,6 +114,15 @@ class CardHealth:
         self._review(question)
         return judgement
 
+    def passed(self) -> dict[CardUuid, Timestamp]:
+        """When each card last gave the answer that is expected of its class."""
+        found: dict[CardUuid, Timestamp] = {}
+        for book in self._books.values():
+            for card, answer in book.answers.items():
+                if answer.score == book.expected and not answer.wavered:
+                    found[card] = max(answer.at, found.get(card, answer.at))
+        return found
+
     def suspect(self, card: CardUuid) -> None:
         """Something failed on this card: it has to answer again before it gets a task."""
         with self._ledger.journal.write(self._ledger.lease) as connection:

@@ -24,12 +24,16 @@ import ray
 import structlog
 
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
-from cluster.core.ports import Computed, Order
+from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
 from cluster.inference import canary
+from cluster.inference.nvml import Vitals
 
 Outcome = Computed | ClusterError
 """What an attempt came to. Errors travel as values, so that their types survive the actor call."""
+
+
+VITALS_SECONDS = 10.0
 
 
 class EngineState(Protocol):
@@ -64,6 +68,12 @@ class Engine(Protocol):
 
     def has_to_tend(self) -> bool:
         """Whether there is something to do while no attempt runs."""
+        ...
+
+    def usage(self) -> CardUse: ...
+
+    def vitals(self) -> Vitals:
+        """Raises `DeviceFault` when the card is gone."""
         ...
 
     def tend(self) -> tuple[str, ...]:
@@ -105,6 +115,10 @@ class Report:
     incarnation: str = ""
     software: str = ""
     smallest: str | None = None
+    busy_seconds: float = 0.0
+    """Spent on attempts by this process, the one that runs included."""
+    usage: CardUse = CardUse()  # noqa: RUF009 - frozen
+    vitals: Vitals = Vitals()  # noqa: RUF009 - frozen
 
 
 @dataclass(slots=True)
@@ -113,6 +127,7 @@ class _Attempt:
     done: asyncio.Future[Outcome]
     progress_at: float
     """By the loop's clock: when it started, or made its last step."""
+    began_at: float
     cancelled: threading.Event = field(default_factory=threading.Event)
     step: tuple[int, int] = (0, 0)
 
@@ -131,6 +146,9 @@ class InferenceWorker:
         self._problem = ""
         self._attempt: _Attempt | None = None
         self._finished = 0
+        self._busy_seconds = 0.0
+        self._vitals, self._vitals_at = Vitals(), float("-inf")
+        self._looking: asyncio.Future[None] | None = None
         self._tending: asyncio.Future[None] | None = None
         self._log = structlog.get_logger("gpu")
         loop = asyncio.get_running_loop()
@@ -158,7 +176,8 @@ class InferenceWorker:
         if self._engine is None:
             return DeviceFault(DeviceFaultKind.OTHER, f"the engine didn't start: {self._problem}")
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(order, loop.create_future(), self._clock())
+        now = self._clock()
+        attempt = _Attempt(order, loop.create_future(), now, now)
         self._attempt = attempt
         running = loop.run_in_executor(self._thread, self._compute, self._engine, attempt)
         running.add_done_callback(lambda future: self._settle(attempt, future))
@@ -178,6 +197,7 @@ class InferenceWorker:
 
     def _settle(self, attempt: _Attempt, future: asyncio.Future[Outcome]) -> None:
         self._finished += attempt.order.task != canary.TASK
+        self._busy_seconds += self._clock() - attempt.began_at
         attempt.done.set_result(future.result())
 
     async def result(self, attempt_id: AttemptId) -> Outcome:
@@ -221,11 +241,29 @@ class InferenceWorker:
         for problem in problems:
             self._log.warning("not_preloaded", problem=problem)
 
+    def _look_at_card(self, engine: Engine) -> None:
+        """Now and then, in a thread: the driver may take its time."""
+        due = self._clock() - self._vitals_at >= VITALS_SECONDS
+        if due and (self._looking is None or self._looking.done()):
+            self._vitals_at = self._clock()
+            loop = asyncio.get_running_loop()
+            self._looking = loop.run_in_executor(None, self._read_vitals, engine)
+
+    def _read_vitals(self, engine: Engine) -> None:
+        try:
+            self._vitals = engine.vitals()
+        except DeviceFault as fault:
+            # What computes there finds it too, and its fault is what counts.
+            self._vitals = Vitals()
+            self._log.warning("card_not_read", problem=str(fault))
+
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine
         running = attempt is not None and not attempt.done.done()
         if engine is not None and not running:
             self._tend(engine)
+        if engine is not None:
+            self._look_at_card(engine)
         state = None if engine is None else engine.state()
         if engine is None:
             health = Health.BROKEN if self._problem else Health.STARTING
@@ -251,6 +289,10 @@ class InferenceWorker:
             incarnation=self._incarnation,
             software=self._software,
             smallest=None if engine is None else engine.smallest(),
+            busy_seconds=self._busy_seconds
+            + (self._clock() - attempt.began_at if attempt and running else 0.0),
+            usage=CardUse() if engine is None else engine.usage(),
+            vitals=self._vitals,
         )
 
 

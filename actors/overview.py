@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.inference import Report
 from actors.keeping import StoreReport
 from actors.reconciler import Turn
 from cluster.chain.endpoints import EndpointView
+from cluster.core.ports import CardUse
 from cluster.core.record import Claim, Outcome, TaskRecord
 from cluster.core.types import (
     AccountView,
     Address,
+    CardUuid,
     Commitment,
     Gpu,
     GpuClass,
@@ -23,6 +26,7 @@ from cluster.core.types import (
     TaskStatus,
     Timestamp,
 )
+from cluster.inference.nvml import Vitals
 from cluster.status import (
     AccountStatus,
     ChainView,
@@ -33,6 +37,7 @@ from cluster.status import (
     GpuClassView,
     GpuStatus,
     IdentityView,
+    MemoryView,
     RelayView,
     Status,
     StoreStatus,
@@ -62,6 +67,8 @@ class Sight:
     accounts: Mapping[int, Address]
     gpus: tuple[tuple[Gpu, Report | None], ...]
     stores: Mapping[RayNodeId, StoreReport] = field(default_factory=dict)
+    canaries: Mapping[CardUuid, Timestamp] = field(default_factory=dict)
+    """When each card last answered its canary rightly."""
     epoch: int | None = None
     views: Mapping[Address, AccountView] = field(default_factory=dict)
     assigned: Mapping[int, GpuClass] = field(default_factory=dict)
@@ -116,7 +123,7 @@ def describe(sight: Sight) -> Status:
             _account(index, address, sight.views.get(address), sight.assigned.get(index))
             for index, address in sorted(sight.accounts.items())
         ),
-        gpus=tuple(_gpu(gpu, report) for gpu, report in sight.gpus),
+        gpus=tuple(_gpu(gpu, report, sight.canaries.get(gpu.uuid)) for gpu, report in sight.gpus),
         stores=tuple(_store(node, report) for node, report in sorted(sight.stores.items())),
         tasks=tuple(
             task_view(record, sight.turns.get(record.commitment))
@@ -156,7 +163,7 @@ def task_view(record: TaskRecord, turn: Turn | None) -> TaskView:
         gpu_id=_gpu_of(record),
         attempts=len(record.attempts),
         seen_at=record.seen_at,
-        score_at=next((at for claim, at in record.claims if claim is Claim.SCORE), None),
+        score_at=record.claimed_at(Claim.SCORE),
         deadline=deadline,
         outcome=None if record.outcome is None else record.outcome.value,
         payment=str(record.payment),
@@ -200,23 +207,58 @@ def _class(gpu_class: GpuClass | None) -> GpuClassView | None:
     return None if gpu_class is None else GpuClassView(name=gpu_class.name, vram=gpu_class.vram)
 
 
-def _gpu(gpu: Gpu, report: Report | None) -> GpuStatus:
-    busy = report is not None and report.attempt is not None
+def _gpu(gpu: Gpu, report: Report | None, canary_at: Timestamp | None) -> GpuStatus:
+    if report is None:
+        return GpuStatus(**_bare_gpu(gpu))
+    busy = report.attempt is not None
+    vitals, usage = report.vitals, report.usage
     return GpuStatus(
-        gpu_id=gpu.gpu_id,
-        uuid=gpu.uuid,
-        ray_node=gpu.ray_node,
-        name=gpu.gpu_class.name,
-        vram=gpu.gpu_class.vram,
-        simulated=gpu.simulated,
-        state=gpu.state,
-        warm=tuple(sorted(gpu.warm)),
-        task=report.task if report is not None else None,
-        attempt=report.attempt if report is not None else None,
-        step=report.step if report is not None and busy else None,
-        steps=report.steps if report is not None and busy else None,
-        tasks_done=0 if report is None else report.finished,
+        **_bare_gpu(gpu),
+        task=report.task,
+        attempt=report.attempt,
+        step=report.step if busy else None,
+        steps=report.steps if busy else None,
+        tasks_done=report.finished,
+        memory=_memory(gpu, usage, vitals),
+        host_bytes=usage.host_bytes,
+        temperature=vitals.temperature,
+        ecc_uncorrected=vitals.ecc_uncorrected,
+        throttling=vitals.throttling or (),
+        busy_seconds=report.busy_seconds,
+        moves={
+            "loaded": usage.loads,
+            "returned": usage.returns,
+            "left_device": usage.left_device,
+            "left_host": usage.left_host,
+        },
+        canary_at=canary_at,
+        problem=report.problem,
     )
+
+
+def _bare_gpu(gpu: Gpu) -> dict[str, Any]:
+    return {
+        "gpu_id": gpu.gpu_id,
+        "uuid": gpu.uuid,
+        "ray_node": gpu.ray_node,
+        "name": gpu.gpu_class.name,
+        "vram": gpu.gpu_class.vram,
+        "simulated": gpu.simulated,
+        "state": gpu.state,
+        "warm": tuple(sorted(gpu.warm)),
+    }
+
+
+def _memory(gpu: Gpu, usage: CardUse, vitals: Vitals) -> MemoryView | None:
+    """As the driver says; of a simulated card, as it would be."""
+    total, free = vitals.total_memory, vitals.free_memory
+    if total is not None and free is not None:
+        models = min(usage.device_bytes, total - free)
+        return MemoryView(models=models, other=total - free - models, free=free)
+    if not gpu.simulated:
+        return None
+    left = max(0, gpu.gpu_class.vram * 2**30 - usage.device_bytes)
+    return MemoryView(models=usage.device_bytes, other=0, free=left)
 
 
 def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:

@@ -48,6 +48,7 @@ from cluster.core.record import (
     Claimed,
     Closed,
     FaultFound,
+    Noticed,
     Outcome,
     ParametersFetched,
     ResultUploaded,
@@ -70,6 +71,7 @@ from cluster.metrics import Metrics, RelayCall, RelayResult
 
 POLL_SECONDS = 0.5
 """How soon the relay is asked again for parameters that aren't there yet."""
+_NOTICED = frozenset({Stage.ANSWERED, Stage.WANTED})
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 15.0
 
@@ -155,7 +157,7 @@ class Reconciler:
             if not ours or commitment in self._ledger.open:
                 continue
             try:
-                seen = Seen(account, task.task_type, task.model_ids, task.fee)
+                seen = Seen(account, task.task_type, task.model_ids, task.fee, task.started_at)
                 self._ledger.append(commitment, seen)
             except IllegalMove as error:
                 # Another account of ours has answered it: there is nothing more to give.
@@ -172,6 +174,7 @@ class Reconciler:
         except NetworkUnavailable as error:
             self._log.warning("writes_unknown", task=task, error=str(error))
             return FIRST_PAUSE
+        record = self._notice(record, facts)
         situation = Situation(facts, record, now, self._policy, writes)
         action = decide(situation)
         self._note(situation, action)
@@ -196,6 +199,14 @@ class Reconciler:
             return self._pause(task, action)
         self._note_relay(action, None)
         return wait
+
+    def _notice(self, record: TaskRecord, facts: TaskFacts | None) -> TaskRecord:
+        """Store how far the network is with the task, the first time that it is seen."""
+        if facts is None or facts.selected_node != record.account:
+            return record
+        if facts.stage not in _NOTICED or record.noticed_at(facts.stage) is not None:
+            return record
+        return self._ledger.append(record.commitment, Noticed(facts.stage))
 
     def _note_relay(self, action: Action, error: ClusterError | None) -> None:
         """Remember how the relay's last call went."""
@@ -223,7 +234,7 @@ class Reconciler:
             case Close(outcome, payment):
                 await self._close(record, outcome, payment)
             case SubmitScore() | ReportError() | Abort():
-                await self._write(record, action)
+                await self._write(situation, action)
                 # Whether the network took it shows in the facts; don't press it meanwhile.
                 self._pause(task, action)
         return 0.0
@@ -235,10 +246,13 @@ class Reconciler:
             self._resume(situation)
         return None if until is None else max(0.05, until - situation.now)
 
-    async def _write(self, record: TaskRecord, action: SubmitScore | ReportError | Abort) -> None:
+    async def _write(self, situation: Situation, action: SubmitScore | ReportError | Abort) -> None:
+        record = situation.record
         account, task = record.account, record.commitment
         match action:
             case SubmitScore(score):
+                if not record.claimed(Claim.SCORE):
+                    self._metrics.score_sent(record.task_type, _slack(situation))
                 self._claim(record, Claim.SCORE)
                 await self._network.submit_score(account, task, score)
             case ReportError(error):
@@ -337,6 +351,14 @@ class Reconciler:
     def _note(self, situation: Situation, action: Action) -> None:
         turn = Turn(situation.facts, situation.stage, _words(action), situation.now)
         self.turns[situation.record.commitment] = turn
+
+
+def _slack(situation: Situation) -> float | None:
+    """Seconds left until the network takes no answer any more."""
+    facts = situation.facts
+    if facts is None or facts.deadline is None:
+        return None
+    return facts.deadline - situation.now
 
 
 def _need(task_type: TaskType, text: str) -> Need | TaskUnsupported:

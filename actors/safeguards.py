@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from actors.holds import Holds
 from actors.ledger import Ledger
 from actors.verifier import Verifier
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, CardUuid, Gpu, GpuId
+from cluster.core.types import AttemptId, CardUuid, Gpu, GpuId, Timestamp
 from cluster.metrics import Metrics
 
 
@@ -81,6 +81,10 @@ class Safeguards:
 
     def alerts(self) -> tuple[str, ...]:
         return (*self._health.alerts(), *self._canaries.alerts())
+
+    def passed(self) -> Mapping[CardUuid, Timestamp]:
+        """When each card last gave its canary the answer that was expected."""
+        return self._health.passed()
 
     def clear(self, card: str) -> str:
         """Let a card out of quarantine, by its id or UUID: `cleared`, `free` or `unknown`."""

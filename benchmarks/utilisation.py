@@ -15,17 +15,13 @@ import contextlib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.chain_world import Cards, ChainRoom, chain_room, specs
-from devnet.application import Application, TaskReport
 from devnet.models import SD15
 
 CARDS, SECONDS, BLOCK, VALIDATION = 4, 4.0, 2.0, 5.0
 MOST_SLOTS = 8
 WINDOW = 60.0
-AHEAD = 8
-"""Tasks in the chain's queue that the application looks at."""
 WARM_UP = {"1": 20.0, "2": 20.0, "4": 30.0, "auto": 90.0}
 
 
@@ -55,18 +51,6 @@ async def serving(room: ChainRoom, count: int) -> None:
         await asyncio.sleep(0.2)
 
 
-def _look_at_few(application: Application, most: int) -> None:
-    """Only the tasks that run, and those next in the queue, are looked at: to look at all of them
-    would take the time of the machine that is measured."""
-    drive, few = application._drive, asyncio.Semaphore(most)
-
-    async def driven(member: Any) -> TaskReport:  # noqa: ANN401 - the application's own
-        async with few:
-            return await drive(member)
-
-    application._drive = driven  # type: ignore[method-assign]
-
-
 async def measure(slots: str) -> Measured:
     print(f"slots_per_gpu {slots} …", file=sys.stderr, flush=True)
     accounts = CARDS * (MOST_SLOTS if slots == "auto" else int(slots))
@@ -77,7 +61,6 @@ async def measure(slots: str) -> Measured:
         await serving(room, CARDS if slots == "auto" else accounts)
         application = room.devnet.application()
         application.validate_after = VALIDATION
-        _look_at_few(application, accounts + AHEAD)
         seconds = WARM_UP[slots] + WINDOW
         # As many as could be computed, so that some always wait.
         count = int(CARDS * seconds / SECONDS) + accounts

@@ -28,6 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from cluster import journal_takings as takings
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.record import (
@@ -59,6 +60,7 @@ from cluster.journal_tables import (
     outbox_table,
     tasks_table,
 )
+from cluster.journal_takings import Takings
 
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
@@ -223,6 +225,7 @@ class SqlJournal:
             )
             seq = int(_inserted(written.inserted_primary_key))
             _mark(connection, after, seq, first=before is None)
+            _take(connection, before, after)
         # Only now: a transaction that fails must not leave a fold of what was never stored.
         if isinstance(event, Closed):
             self._folds.pop(task, None)
@@ -306,6 +309,11 @@ class SqlJournal:
         tasks = [Commitment(row.commitment) for row in found]
         records = (self._record(connection, task) for task in tasks)
         return tuple(record for record in records if record is not None)
+
+    def takings(self, since: Timestamp) -> tuple[Takings, ...]:
+        """What came in and what gas went out, by the hour and account, from that hour on."""
+        with self.read() as connection:
+            return takings.since(connection, since)
 
     def story(self, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
         with self.read() as connection:
@@ -413,6 +421,15 @@ def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> 
         connection.execute(
             update(tasks_table).where(tasks_table.c.commitment == task).values(**values)
         )
+
+
+def _take(connection: Connection, before: TaskRecord | None, after: TaskRecord) -> None:
+    """Keep the sums in step: a task that is closed counts, one that is opened again does not."""
+    if before is not None and before.closed_at is not None and after.closed_at is None:
+        paid = Wei(-before.payment)
+        takings.add(connection, before.closed_at, before.account, tasks=-1, paid=paid)
+    elif after.closed_at is not None:
+        takings.add(connection, after.closed_at, after.account, tasks=1, paid=after.payment)
 
 
 def _history(

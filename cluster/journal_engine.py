@@ -16,12 +16,13 @@ from cluster import quarantine_rows
 from cluster.core.errors import ConfigError
 from cluster.journal_tables import cursors_table, metadata
 
-SCHEMA = "2"
+SCHEMA = "3"
 _UPGRADES = {
     "1": (
         "ALTER TABLE outbox ADD COLUMN offer TEXT",
         "ALTER TABLE outbox ADD COLUMN block BIGINT",
-    )
+    ),
+    "2": ("ALTER TABLE outbox ADD COLUMN cost TEXT",),
 }
 """By the schema that a journal has: what makes the next one of it."""
 _SWITCH_TRIES = 100

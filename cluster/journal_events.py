@@ -17,13 +17,14 @@ from cluster.core.record import (
     Event,
     Fault,
     FaultFound,
+    Noticed,
     Outcome,
     ParametersFetched,
     ResultStored,
     ResultUploaded,
     Seen,
 )
-from cluster.core.types import FileRef, Score, TaskType
+from cluster.core.types import Effort, FileRef, Score, Stage, TaskType, Tier
 
 KINDS: dict[str, type[Event]] = {
     "seen": Seen,
@@ -33,6 +34,7 @@ KINDS: dict[str, type[Event]] = {
     "result_stored": ResultStored,
     "fault_found": FaultFound,
     "claimed": Claimed,
+    "noticed": Noticed,
     "result_uploaded": ResultUploaded,
     "closed": Closed,
 }
@@ -46,6 +48,8 @@ _READERS: Mapping[str, Any] = {
     "model_ids": tuple,
     "score": lambda text: Score(bytes.fromhex(text)),
     "files": lambda files: tuple(FileRef(**each) for each in files),
+    "stage": Stage,
+    "effort": lambda found: found and Effort(**found | {"tier": Tier(found["tier"])}),
 }
 """How a field comes back where JSON has no such type."""
 

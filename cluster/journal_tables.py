@@ -66,7 +66,19 @@ outbox_table = Table(
     Column("reason", Text, nullable=False),
     Column("offer", Text),
     Column("block", BigInteger),
+    Column("cost", Text),
 )
+takings_table = Table(
+    "takings",
+    metadata,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("account", Text, primary_key=True),
+    Column("tasks", Integer, nullable=False),
+    Column("paid", Text, nullable=False),
+    Column("gas", Text, nullable=False),
+)
+"""Sums by the hour (unix time / 3600) and account, in wei, kept as tasks close and gas is spent:
+the history itself is too long to be added up for each look."""
 cursors_table = Table(
     "cursors",
     metadata,

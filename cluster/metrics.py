@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Literal, get_args
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cluster.card_metrics import CardMetrics
+from cluster.chain.outbox import ChainEvent
 from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Claim, Fault, Outcome, Progress, TaskRecord
-from cluster.core.types import GpuState, NodeStatus, TaskType, Timestamp, Wei
+from cluster.core.types import (
+    Address,
+    GpuState,
+    NodeStatus,
+    TaskType,
+    Tier,
+    Timestamp,
+    Wei,
+)
+from cluster.core.types import Stage as task
 from cluster.models.refusals import Rule
 from cluster.status import (
     AccountStatus,
+    FleetStatus,
     GpuClassView,
     GpuStatus,
     Status,
@@ -32,6 +45,7 @@ from cluster.status import (
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Stage = Literal[
+    "seen",
     "parameters",
     "queue",
     "load",
@@ -42,7 +56,9 @@ Stage = Literal[
     "uploaded",
     "paid",
 ]
-"""What a task waits for, in the order of its life."""
+"""What a task waits for, in the order of its life: until we saw it, had its parameters, a card took
+it, its models were there, it was computed, its score was sent, stood on the network, was validated,
+the files were handed over, and it was paid."""
 RelayCall = Literal["now", "parameters", "checkpoint", "results"]
 RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
 
@@ -78,24 +94,33 @@ RPC_METHODS = (
 
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_SLACK = (0, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 _NO_CLASS = GpuClassView(name="", vram=0)
 _CLASS_LABELS = ("gpu_name", "vram_gb")
 
 
 def stages(record: TaskRecord) -> tuple[tuple[Stage, float], ...]:
-    """The stages whose both ends the record has, in seconds."""
+    """The stages whose both ends the record has, in seconds; of attempts, the last one's."""
     first = record.attempts[0].started_at if record.attempts else None
-    last = record.attempts[-1].started_at if record.attempts else None
-    stored = record.result.stored_at if record.result is not None else None
-    claimed = next((at for claim, at in record.claims if claim is Claim.SCORE), None)
+    stored = None if record.result is None else record.result.stored_at
+    claimed = record.claimed_at(Claim.SCORE)
+    stands, wanted = record.noticed_at(task.ANSWERED), record.noticed_at(task.WANTED)
     ends: tuple[tuple[Stage, Timestamp | None, Timestamp | None], ...] = (
-        ("queue", record.seen_at, first),
-        ("compute", last, stored),
+        ("seen", record.started_at, record.seen_at),
+        ("parameters", record.seen_at, record.fetched_at),
+        ("queue", record.fetched_at, first),
         ("score_sent", stored, claimed),
-        ("uploaded", claimed, record.uploaded_at),
+        ("score_mined", claimed, stands),
+        ("validated", stands, wanted),
+        ("uploaded", wanted, record.uploaded_at),
         ("paid", record.uploaded_at, record.closed_at),
     )
-    return tuple(
+    effort = None if record.result is None else record.result.effort
+    worked: tuple[tuple[Stage, float], ...] = ()
+    if effort is not None:
+        computing = effort.seconds - effort.load_seconds
+        worked = (("load", effort.load_seconds), ("compute", computing))
+    return worked + tuple(
         (stage, until - since)
         for stage, since, until in ends
         if since is not None and until is not None
@@ -109,6 +134,7 @@ class Metrics:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._classes: set[GpuClassView] = set()
+        self._class_by_account: Mapping[str, GpuClassView] = {}
         self._make_task_metrics()
         self._make_network_metrics()
         self._make_fleet_metrics()
@@ -118,15 +144,12 @@ class Metrics:
 
     # --- what happens ---------------------------------------------------------------------------
 
-    def task_closed(self, task_type: TaskType, outcome: Outcome, payment: Wei) -> None:
-        self._tasks.labels(task_type.name, outcome.value).inc()
-        self._paid.inc(payment / WEI_PER_CNX)
-
     def closed(self, record: TaskRecord) -> None:
         """A task's end, and how long each stage took as far as its record tells."""
         if record.outcome is None:
             return
-        self.task_closed(record.task_type, record.outcome, record.payment)
+        self._tasks.labels(record.task_type.name, record.outcome.value).inc()
+        self._paid.labels(*self._class_of(record.account)).inc(record.payment / WEI_PER_CNX)
         if record.outcome is Outcome.INVALIDATED:
             self.slashed()
         for stage, seconds in stages(record):
@@ -135,9 +158,27 @@ class Metrics:
     def stage_took(self, stage: Stage, task_type: TaskType, seconds: float) -> None:
         self._stages.labels(stage, task_type.name).observe(max(seconds, 0.0))
 
-    def attempt_ended(self, fault: Fault | None) -> None:
-        """An execution ended: with a result when `fault` is None."""
+    def attempt_ended(self, fault: Fault | None, card: str = "") -> None:
+        """An execution ended: with a result when `fault` is None. `card` is the UUID."""
         self._attempts.labels(fault.value if fault is not None else "none").inc()
+        if fault in _OF_CARDS and card:
+            self.cards.failed(card)
+
+    def computed(self, tier: Tier) -> None:
+        """A result came of a card that had what it needed in this tier."""
+        self._tiers.labels(tier.value).inc()
+
+    def score_sent(self, task_type: TaskType, slack: float | None) -> None:
+        """A score is sent, so many seconds before it would be too late."""
+        if slack is not None:
+            self._slack.labels(task_type.name).observe(slack)
+
+    def happened(self, event: ChainEvent) -> None:
+        self._chain_events.labels(event).inc()
+
+    def spent(self, account: Address, wei: Wei) -> None:
+        """Gas of a transaction that was mined."""
+        self._gas.labels(*self._class_of(account)).inc(wei / WEI_PER_CNX)
 
     def slashed(self) -> None:
         self._slashes.inc()
@@ -195,7 +236,13 @@ class Metrics:
         self._endpoints_fit.set(sum(not each.problem for each in status.chain.endpoints))
         self._relay_reached.set(status.relay.reached)
         self._problems.set(len(status.problems))
+        for each in status.chain.endpoints:
+            self._endpoint_up.labels(each.name).set(not each.problem)
+            self._endpoint_seconds.labels(each.name).set(each.seconds or 0.0)
+            self._endpoint_head.labels(each.name).set(each.head or 0)
         self._observe_fleet(status.gpus, status.accounts)
+        self._observe_money(status.fleet, status.accounts)
+        self.cards.observe(status.gpus)
         self._observe_tasks(status.tasks)
         self._observe_stores(status.stores)
 
@@ -209,7 +256,9 @@ class Metrics:
         cards = [(GpuClassView(name=gpu.name, vram=gpu.vram), gpu.state) for gpu in gpus]
         nodes = [(account.gpu_class or _NO_CLASS, account) for account in accounts]
         # A class that is gone stays, at 0.
-        self._classes |= {kind for kind, _ in cards} | {kind for kind, _ in nodes}
+        for kind in {kind for kind, _ in cards} | {kind for kind, _ in nodes}:
+            self._know_class(kind)
+        self._class_by_account = {account.address: kind for kind, account in nodes}
         for kind in self._classes:
             labels = (kind.name, str(kind.vram))
             for state in GpuState:
@@ -220,8 +269,32 @@ class Metrics:
                 label = node_status.name.lower()
                 count = sum(account.status.lower() == label for account in ours)
                 self._accounts.labels(*labels, label).set(count)
+            scores = [account.qos for account in ours if account.status.lower() in _SERVING]
+            self._qos.labels(*labels, "lowest").set(min(scores, default=0))
+            self._qos.labels(*labels, "mean").set(fmean(scores) if scores else 0)
             stake = sum(int(account.stake) for account in ours)
             self._stake.labels(*labels).set(stake / WEI_PER_CNX)
+
+    def _observe_money(self, fleet: FleetStatus, accounts: Iterable[AccountStatus]) -> None:
+        if fleet.treasury is not None:
+            self._treasury.set(int(fleet.treasury) / WEI_PER_CNX)
+        for each in fleet.classes:
+            self._wanted.labels(each.name, str(each.vram)).set(each.least)
+        serving = [each for each in accounts if each.status in _SERVING]
+        short = sum(int(each.stake) < int(fleet.stake) for each in serving)
+        self._understaked.set(short)
+
+    def _class_of(self, account: str) -> tuple[str, str]:
+        kind = self._class_by_account.get(account, _NO_CLASS)
+        self._know_class(kind)
+        return kind.name, str(kind.vram)
+
+    def _know_class(self, kind: GpuClassView) -> None:
+        """From now on the class has all its series, at 0."""
+        if kind not in self._classes:
+            self._classes.add(kind)
+            for counter in (self._paid, self._gas):
+                counter.labels(kind.name, str(kind.vram))
 
     def _observe_tasks(self, tasks: Iterable[TaskView]) -> None:
         standing = [(task.type, task.progress) for task in tasks if task.outcome is None]
@@ -263,11 +336,11 @@ class Metrics:
         )
 
     def _make_task_metrics(self) -> None:
-        types = [task_type.name for task_type in TaskType]
+        types = [task_type.name for task_type in TaskType if task_type is not TaskType.SD_FT]
         self._tasks = self._counter(
             "tasks",
             "Tasks closed, by how they ended.",
-            type=types,
+            type=[task_type.name for task_type in TaskType],
             outcome=[o.value for o in Outcome],
         )
         self._stages = Histogram(
@@ -284,7 +357,26 @@ class Metrics:
         self._attempts = self._counter(
             "attempts", "Executions ended, by why they gave no result.", fault=faults
         )
-        self._paid = self._counter("paid_cnx", "Payments received for tasks, in CNX.")
+        self._paid = Counter(
+            "crynux_paid_cnx",
+            "Payments received for tasks, in CNX, by the account's class.",
+            _CLASS_LABELS,
+            registry=self.registry,
+        )
+        self._slack = Histogram(
+            "crynux_score_slack_seconds",
+            "Time left when a score was sent until it would have been too late.",
+            ("type",),
+            registry=self.registry,
+            buckets=_SLACK,
+        )
+        for task_type in types:
+            self._slack.labels(task_type)
+        self._tiers = self._counter(
+            "results",
+            "Results, by where what they needed lay when the card began.",
+            tier=[tier.value for tier in Tier],
+        )
         self._slashes = self._counter("slashes", "Accounts slashed.")
         self._kick_outs = self._counter("kick_outs", "Accounts kicked out for their QoS.")
         self._open_tasks = self._gauge(
@@ -301,6 +393,27 @@ class Metrics:
         self._endpoints = self._gauge("rpc_endpoints", "RPC endpoints configured.")
         self._endpoints_fit = self._gauge(
             "rpc_endpoints_fit", "RPC endpoints that are asked: they answer, and are believed."
+        )
+        labels = ("endpoint",)
+        self._endpoint_up = self._gauge(
+            "rpc_endpoint_fit", "1 when the endpoint is asked: it answers, and is believed.", labels
+        )
+        self._endpoint_seconds = self._gauge(
+            "rpc_endpoint_answer_seconds", "How long it takes to answer, as a mean.", labels
+        )
+        self._endpoint_head = self._gauge(
+            "rpc_endpoint_head_block", "Number of the newest block it told of.", labels
+        )
+        self._chain_events = self._counter(
+            "chain_events",
+            "Transactions replaced at a higher fee, those that vanished, and reorganisations.",
+            event=get_args(ChainEvent),
+        )
+        self._gas = Counter(
+            "crynux_gas_cnx",
+            "Gas paid for transactions, in CNX, by the account's class.",
+            _CLASS_LABELS,
+            registry=self.registry,
         )
         self._rpc_calls = self._counter(
             "rpc_calls",
@@ -328,6 +441,17 @@ class Metrics:
             (*_CLASS_LABELS, "status"),
         )
         self._stake = self._gauge("stake_cnx", "Stake of the accounts of a class.", _CLASS_LABELS)
+        self._qos = self._gauge(
+            "qos_score", "QoS of the accounts of a class that serve.", (*_CLASS_LABELS, "of")
+        )
+        self._wanted = self._gauge(
+            "accounts_wanted", "Accounts that should serve, by class.", _CLASS_LABELS
+        )
+        self._treasury = self._gauge("treasury_cnx", "Balance of the treasury.")
+        self._understaked = self._gauge(
+            "accounts_understaked", "Accounts that serve with less than the stake that is asked."
+        )
+        self.cards = CardMetrics(self.registry)
         self._canaries = self._counter(
             "canaries", "Canaries of cards, by what became of them.", result=get_args(CanaryResult)
         )
@@ -355,5 +479,7 @@ class Metrics:
         return counter
 
 
+_OF_CARDS = frozenset({Fault.DEVICE, Fault.MEMORY, Fault.LOST})
+_SERVING = frozenset({"available", "busy"})
 _RULES = frozenset(rule.value for rule in Rule)
 _OPEN = tuple(progress for progress in Progress if progress is not Progress.CLOSED)

@@ -47,7 +47,7 @@ from cluster.artifacts import FolderArtifacts
 from cluster.chain.endpoints import Endpoints
 from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
-from cluster.chain.outbox import Outbox
+from cluster.chain.outbox import Outbox, Told
 from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
@@ -143,7 +143,7 @@ def assemble(config: Config) -> World:
             tuple(sorted({*config.models.preload_ids, *config.models.pin})),
         ),
         open_network=functools.partial(
-            open_network, config, identity, journal, called=metrics.rpc_called
+            open_network, config, identity, journal, called=metrics.rpc_called, told=metrics
         ),
         metrics=metrics,
         policy=config.policy.policy,
@@ -187,6 +187,7 @@ async def open_network(
     lease: Callable[[], Lease],
     make_outbox: Callable[..., Outbox] = Outbox,
     called: Callable[[str, str], None] = lambda _method, _result: None,
+    told: Told | None = None,
 ) -> AsyncIterator[RunningNetwork]:
     """The on-chain form of the network, for one term of office."""
     network = config.network
@@ -211,6 +212,7 @@ async def open_network(
                 NetworkSettings(poll=network.block_poll_seconds),
                 endpoints,
                 Heads(network.ws_url),
+                told,
             )
     finally:
         await rpc.close()
@@ -277,7 +279,7 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
         limits = engine.Limits(host_bytes=settings.host_bytes)
     keeper = open_keeper(settings.models)
     made = engine.Engine(device, keeper.store, time.time, limits)
-    return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload)
+    return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload, device.simulated)
 
 
 # --- the supervisor ------------------------------------------------------------------------------

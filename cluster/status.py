@@ -72,6 +72,14 @@ class AccountStatus(View):
     current_task: str | None = None
 
 
+class MemoryView(View):
+    """A card's memory in bytes: what models take, what else is taken, and what is free."""
+
+    models: int
+    other: int
+    free: int
+
+
 class GpuStatus(View):
     gpu_id: str
     uuid: str = ""
@@ -87,6 +95,22 @@ class GpuStatus(View):
     step: int | None = None
     steps: int | None = None
     tasks_done: int = 0
+    memory: MemoryView | None = None
+    """None where it isn't known."""
+    host_bytes: int = 0
+    """Of models that wait in host memory."""
+    temperature: int | None = None
+    """Degrees Celsius."""
+    ecc_uncorrected: int | None = None
+    throttling: tuple[str, ...] = ()
+    busy_seconds: float = 0.0
+    """Since its process began; so are the moves."""
+    moves: Mapping[str, int] = Field(default_factory=dict)
+    """Parts of models: loaded from disk, returned from host memory, sent away from either."""
+    canary_at: float | None = None
+    """When it last gave the answer to its canary that was expected."""
+    problem: str = ""
+    """What is wrong with it, in a line."""
 
 
 class DownloadView(View):
@@ -155,6 +179,10 @@ class ClassStatus(View):
 
 class FleetStatus(View):
     automatic: bool = True
+    stake: WeiText = "0"
+    """That an account needs to serve."""
+    treasury: WeiText | None = None
+    """The treasury's balance, once it was read."""
     plan: tuple[str, ...] = ()
     """What is to be done next, a line each."""
     moving: int = 0

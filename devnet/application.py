@@ -13,6 +13,7 @@ encrypted for its own node, and the three are validated together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -22,11 +23,12 @@ from typing import Any
 
 import httpx
 from eth_account.signers.local import LocalAccount
+from eth_typing import BlockNumber
 from eth_utils.crypto import keccak
 from web3 import AsyncWeb3
 from web3.exceptions import ContractLogicError, Web3Exception
 from web3.providers.async_base import AsyncJSONBaseProvider
-from web3.types import RPCEndpoint, RPCResponse
+from web3.types import FilterParams, RPCEndpoint, RPCResponse
 
 from cluster.core.errors import ChainError, RelayError
 from cluster.core.types import (
@@ -45,6 +47,9 @@ from devnet.deploy import Deployment, sampling_proof
 from devnet.tasks import ChainTask, TaskSpec, fees, from_chain
 
 POLL_SECONDS = 0.5
+UPLOADED_SECONDS = 2.0
+QUEUED_SECONDS = 10.0
+"""Between two looks at a task of which nothing was heard, at the nodes' turn or nobody's."""
 GRACE_SECONDS = 60
 """How long past the timeout validating is still tried, and the upload of what was validated waited
 for, before the task is aborted."""
@@ -117,6 +122,8 @@ class _Member:
     answered_at: float | None = None
     problem: str = ""
     files: list[str] = field(default_factory=list)
+    stirred: asyncio.Event = field(default_factory=asyncio.Event)
+    """An event was seen that is about it."""
 
     @property
     def key(self) -> bytes:
@@ -171,6 +178,7 @@ class Application:
         self._clock = clock
         self._random = random
         self._sending = asyncio.Lock()
+        self._members: dict[Commitment, _Member] = {}
 
     async def run(
         self,
@@ -184,7 +192,11 @@ class Application:
             self._task = self._contract(self._deployment.task, "VSSTask")
             self._node = self._contract(self._deployment.node, "Node")
             self._on_change = on_change
-            return await self._run(specs)
+            watching = asyncio.create_task(self._watch())
+            try:
+                return await self._run(specs)
+            finally:
+                watching.cancel()
 
     def _contract(self, address: str, name: str) -> Any:
         return self._web3.eth.contract(
@@ -261,7 +273,9 @@ class Application:
 
     async def _drive(self, member: _Member) -> TaskReport:
         """Poll until the end. What fails for want of chain or relay is tried again next time."""
+        self._members[member.commitment] = member
         while True:
+            member.stirred.clear()
             try:
                 task = await self._read(member)
                 if member.status is not task.status:
@@ -272,11 +286,43 @@ class Application:
                 member.problem = ""
             except _TRANSIENT as error:
                 member.problem = f"{type(error).__name__}: {error}"
-            await asyncio.sleep(POLL_SECONDS)
+            await self._rest(member, task)
         member.problem = ""
         if task.status in _PAID:
             await self._collect(member, task)
         return self._report(member, task)
+
+    async def _rest(self, member: _Member, task: ChainTask) -> None:
+        """Until there is something to do, or an event was seen: a queued task needs no looks."""
+        seconds = POLL_SECONDS
+        if task.status is TaskStatus.QUEUED:
+            seconds = QUEUED_SECONDS
+        elif member.uploaded and task.status not in _ANSWERED:
+            seconds = UPLOADED_SECONDS
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await member.stirred.wait()
+
+    async def _watch(self) -> None:
+        """Stir the members whose tasks events are about; losing some costs only time."""
+        eth, block = self._web3.eth, BlockNumber(-1)
+        while True:
+            with contextlib.suppress(*_TRANSIENT):
+                newest = await eth.block_number
+                block = newest if block < 0 else block
+                if newest > block:
+                    wanted: FilterParams = {
+                        "address": self._task.address,
+                        "fromBlock": BlockNumber(block + 1),
+                        "toBlock": newest,
+                    }
+                    for log in await eth.get_logs(wanted):
+                        subject = "0x" + bytes(log["data"][:32]).hex()
+                        member = self._members.get(Commitment(subject))
+                        if member is not None:
+                            member.stirred.set()
+                    block = newest
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _act(self, member: _Member, task: ChainTask) -> None:
         overdue = await self._chain_time() - (task.started_at or task.created_at) - task.timeout

@@ -13,7 +13,7 @@ from cluster.chain.chainline import Pulse
 from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
-from cluster.chain.outbox import Clock, Outbox
+from cluster.chain.outbox import Clock, Outbox, Told, Untold
 from cluster.chain.outbox_rows import Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
@@ -160,9 +160,10 @@ class ChainNetwork:
         settings: NetworkSettings | None = None,
         endpoints: Endpoints | None = None,
         heads: Heads | None = None,
+        told: Told | None = None,
     ) -> None:
         """`public_key` gives an account's 64 bytes, as `join` takes them. `endpoints` is what `rpc`
-        asks, to be watched; `heads` wakes the watcher."""
+        asks, to be watched; `heads` wakes the watcher; `told` hears of what is counted."""
         self._rpc = rpc
         self._contracts = contracts
         self._outbox = outbox
@@ -196,7 +197,8 @@ class ChainNetwork:
         outbox.resolved = self._resolved
         outbox.head = lambda: None if self._watcher.head is None else self._watcher.head.number
         outbox.seconds_left = self._seconds_left
-        self._watcher.reorganised = outbox.look_again
+        self._watcher.reorganised = self._reorganised
+        self._told = outbox.told = told or Untold()
 
     # --- facts
 
@@ -344,6 +346,10 @@ class ChainNetwork:
         # When full, whoever reads them is far behind and looks at everything anyway.
         if not self._wakeups.full():
             self._wakeups.put_nowait(wakeup)
+
+    def _reorganised(self) -> None:
+        self._told.happened("reorganised")
+        self._outbox.look_again()
 
     def _resolved(self, row: OutboxRow) -> None:
         # It may be in a block that the watcher hasn't seen.

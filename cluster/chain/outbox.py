@@ -21,11 +21,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import structlog
 from eth_utils.crypto import keccak
 
+from cluster import journal_takings as takings
 from cluster.chain import outbox_rows as rows
 from cluster.chain.fees import FeeSettings, Offer, first, raised
 from cluster.chain.outbox_rows import IN_FLIGHT, Intent, OutboxRow, Patience, RowState, Signed
@@ -51,6 +52,27 @@ class Signer(Protocol):
     def sign_transaction(self, account: Address, transaction: Transaction, /) -> bytes:
         """The signed bytes of a transaction given by the fields of a legacy (EIP-155) one."""
         ...
+
+
+ChainEvent = Literal["replaced", "vanished", "reorganised"]
+
+
+class Told(Protocol):
+    """Hears of what is counted."""
+
+    def happened(self, event: ChainEvent, /) -> None: ...
+
+    def spent(self, account: Address, wei: Wei, /) -> None: ...
+
+
+class Untold:
+    """Nobody counts."""
+
+    def happened(self, event: ChainEvent, /) -> None:
+        pass
+
+    def spent(self, account: Address, wei: Wei, /) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +127,7 @@ class Outbox:
         """The newest block's number that was seen."""
         self.seconds_left: Callable[[Intent], float | None] = lambda _intent: None
         """Until the network doesn't take the write any more, as far as is known."""
+        self.told: Told = Untold()
         self._alerts: dict[Address, str] = {}
         self._due = asyncio.Event()
         self._pumping = asyncio.Lock()
@@ -365,7 +388,8 @@ class Outbox:
         if receipt is not None:
             state = RowState.MINED if receipt.succeeded else RowState.REVERTED
             reason = "" if receipt.succeeded else f"reverted in block {receipt.block}"
-            self._resolve(replace(row, state=state, reason=reason, block=receipt.block))
+            mined = replace(row, state=state, reason=reason, block=receipt.block)
+            self._resolve(replace(mined, cost=receipt.cost))
         elif now - row.signed.at >= self._replace_after(row.intent) and row.signed.offer.fee:
             await self._replace(row, row.signed)
         elif now - (row.sent_at or 0.0) >= self._settings.rebroadcast_after:
@@ -393,6 +417,7 @@ class Outbox:
             await self._broadcast(row)
             return
         signed = self._bytes(row.intent, old.nonce, offer, old.gas, (*old.replaced, old.tx_hash))
+        self.told.happened("replaced")
         _log.warning("transaction_replaced", row=row.intent.key, nonce=old.nonce, fee=offer.fee)
         row = replace(row, signed=signed, updated_at=self._clock())
         self._put(row)  # stored before it is sent, as the first one was
@@ -406,6 +431,7 @@ class Outbox:
             return
         receipt = await self._receipt(row.signed)
         if receipt is None:
+            self.told.happened("vanished")
             _log.warning("transaction_vanished", row=row.intent.key, block=block)
             await self._broadcast(replace(row, block=None, reason=""))
         elif not receipt.succeeded:
@@ -425,8 +451,15 @@ class Outbox:
         self._due.set()
 
     def _put(self, row: OutboxRow) -> None:
+        account = row.intent.account
         with self._journal.write(self._lease()) as connection:
+            stored = rows.by_key(connection, row.intent.key)
             rows.store(connection, row)
+            spent = Wei(row.cost - (0 if stored is None else stored.cost))
+            if spent:
+                takings.add(connection, self._clock(), account, gas=spent)
+        if spent > 0:
+            self.told.spent(account, spent)
 
     def _resolve(self, row: OutboxRow) -> None:
         self._put(replace(row, updated_at=self._clock()))

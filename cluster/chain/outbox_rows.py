@@ -112,6 +112,8 @@ class OutboxRow:
     updated_at: Timestamp
     reason: str
     block: int | None = None
+    cost: Wei = Wei(0)
+    """Of its gas, as far as it was mined."""
 
     @property
     def order(self) -> tuple[bool, int, bool, int]:
@@ -156,6 +158,7 @@ def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) ->
             updated_at=now,
             reason="",
             block=None,
+            cost=Wei(0),
         )
     mined = row.state in IN_THE_CHAIN
     if mined and intent.task is not None and age >= patience.recheck:
@@ -193,6 +196,7 @@ def _row(found: Any) -> OutboxRow:
         Timestamp(found.updated_at),
         found.reason,
         found.block,
+        Wei(int(found.cost or 0)),
     )
 
 
@@ -234,6 +238,7 @@ def _columns(row: OutboxRow) -> dict[str, object]:
         "reason": row.reason,
         "offer": None if signed is None else _offer_text(signed),
         "block": row.block,
+        "cost": str(row.cost),
     }
 
 

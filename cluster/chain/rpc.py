@@ -79,8 +79,11 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
+    """`cost`: what its gas came to; 0 where the endpoint doesn't say."""
+
     block: int
     succeeded: bool
+    cost: Wei = Wei(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +333,11 @@ class Rpc:
         if found.get("blockNumber") is None:
             return None
         status = _int(method, found.get("status"))
-        return Receipt(_int(method, found.get("blockNumber")), status == 1)
+        cost = 0
+        if found.get("gasUsed") is not None and found.get("effectiveGasPrice") is not None:
+            price = _int(method, found.get("effectiveGasPrice"))
+            cost = _int(method, found.get("gasUsed")) * price
+        return Receipt(_int(method, found.get("blockNumber")), status == 1, Wei(cost))
 
     async def knows(self, tx_hash: str) -> bool:
         """Whether the endpoint has the transaction, in its pool or in a block."""

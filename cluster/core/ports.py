@@ -23,6 +23,7 @@ from cluster.core.types import (
     Address,
     AttemptId,
     Commitment,
+    Effort,
     FileRef,
     Gpu,
     GpuClass,
@@ -30,6 +31,7 @@ from cluster.core.types import (
     ModelId,
     Score,
     TaskError,
+    Tier,
     Timestamp,
     Wei,
 )
@@ -200,6 +202,27 @@ class Computed:
     score: Score
     files: tuple[tuple[str, bytes], ...]
     seconds: float
+    load_seconds: float = 0.0
+    """Of `seconds`, those until its models were on the card."""
+    tier: Tier = Tier.DEVICE
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(self.seconds, self.load_seconds, self.tier)
+
+
+@dataclass(frozen=True, slots=True)
+class CardUse:
+    """What a card's process has done since it began, and holds: bytes of models on the card and
+    waiting in host memory; parts of models that were loaded from disk, came back from host memory,
+    and left either."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    loads: int = 0
+    returns: int = 0
+    left_device: int = 0
+    left_host: int = 0
 
 
 class GpuPool(Protocol):

@@ -17,10 +17,12 @@ from cluster.core.types import (
     Address,
     AttemptId,
     Commitment,
+    Effort,
     FileRef,
     GpuId,
     ModelId,
     Score,
+    Stage,
     TaskType,
     Timestamp,
     Wei,
@@ -65,10 +67,13 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
+    """`started_at`: when the network gave us the task, as it says."""
+
     account: Address
     task_type: TaskType
     model_ids: tuple[ModelId, ...]
     fee: Wei
+    started_at: Timestamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class ResultStored:
     attempt_id: AttemptId
     score: Score
     files: tuple[FileRef, ...]
+    effort: Effort | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,14 @@ class Claimed:
     """Written before the network hears of it."""
 
     claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Noticed:
+    """The network was first seen to be that far. For the task's story alone: no decision reads it,
+    because facts are read and never remembered."""
+
+    stage: Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +147,7 @@ Event = (
     | ResultStored
     | FaultFound
     | Claimed
+    | Noticed
     | ResultUploaded
     | Closed
 )
@@ -172,6 +187,8 @@ class Result:
     score: Score
     files: tuple[FileRef, ...]
     stored_at: Timestamp
+    effort: Effort | None = None
+    """None in what an older version stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +199,7 @@ class TaskRecord:
     model_ids: tuple[ModelId, ...]
     fee: Wei
     seen_at: Timestamp
+    started_at: Timestamp | None = None
     parameters: str | None = None
     fetched_at: Timestamp | None = None
     """When the parameters came."""
@@ -189,6 +207,7 @@ class TaskRecord:
     result: Result | None = None
     fault: str | None = None
     claims: tuple[tuple[Claim, Timestamp], ...] = ()
+    noticed: tuple[tuple[Stage, Timestamp], ...] = ()
     uploaded_at: Timestamp | None = None
     outcome: Outcome | None = None
     payment: Wei = Wei(0)
@@ -216,10 +235,18 @@ class TaskRecord:
     def claimed(self, claim: Claim) -> bool:
         return any(made is claim for made, _ in self.claims)
 
+    def claimed_at(self, claim: Claim) -> Timestamp | None:
+        return next((at for made, at in self.claims if made is claim), None)
+
+    def noticed_at(self, stage: Stage) -> Timestamp | None:
+        return next((at for seen, at in self.noticed if seen is stage), None)
+
 
 def begin(commitment: Commitment, seen: Seen, at: Timestamp) -> TaskRecord:
     """The record of a task first seen at `at`."""
-    return TaskRecord(commitment, seen.account, seen.task_type, seen.model_ids, seen.fee, at)
+    return TaskRecord(
+        commitment, seen.account, seen.task_type, seen.model_ids, seen.fee, at, seen.started_at
+    )
 
 
 def fold(commitment: Commitment, history: Iterable[tuple[Event, Timestamp]]) -> TaskRecord:
@@ -242,6 +269,7 @@ ALLOWED: dict[type[Event], frozenset[Progress]] = {
     ResultStored: frozenset({Progress.RUNNING}),
     FaultFound: frozenset({Progress.READY, Progress.RUNNING}),
     Claimed: frozenset(Progress) - {Progress.CLOSED},
+    Noticed: frozenset(Progress) - {Progress.CLOSED},
     ResultUploaded: frozenset({Progress.COMPUTED}),
     Closed: frozenset(Progress) - {Progress.CLOSED, Progress.RUNNING},
 }
@@ -269,9 +297,9 @@ def apply(record: TaskRecord, event: Event, at: Timestamp) -> TaskRecord:
             return _begin_attempt(record, attempt_id, gpu_id, at)
         case AttemptFailed(attempt_id, fault, detail):
             return _end_attempt(record, attempt_id, at, fault, detail)
-        case ResultStored(attempt_id, score, files):
+        case ResultStored(attempt_id, score, files, effort):
             ended = _end_attempt(record, attempt_id, at, None, "")
-            return replace(ended, result=Result(attempt_id, score, files, at))
+            return replace(ended, result=Result(attempt_id, score, files, at, effort))
         case FaultFound(reason):
             attempt = record.open_attempt
             ended = record
@@ -283,12 +311,16 @@ def apply(record: TaskRecord, event: Event, at: Timestamp) -> TaskRecord:
 
 
 def _apply_ending(
-    record: TaskRecord, event: Claimed | ResultUploaded | Closed, at: Timestamp
+    record: TaskRecord, event: Claimed | Noticed | ResultUploaded | Closed, at: Timestamp
 ) -> TaskRecord:
     match event:
         case Claimed(claim):
             _check_claim(record, claim)
             return replace(record, claims=(*record.claims, (claim, at)))
+        case Noticed(stage):
+            if record.noticed_at(stage) is not None:
+                return record
+            return replace(record, noticed=(*record.noticed, (stage, at)))
         case ResultUploaded():
             return replace(record, uploaded_at=at)
         case Closed(outcome, payment):

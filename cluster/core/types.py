@@ -196,6 +196,26 @@ class Work:
     amount: float
 
 
+class Tier(enum.Enum):
+    """Where what a task needed lay when its card began with it: its farthest part decides."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    AWAY = "away"
+    """Not on this machine: it was fetched first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a result took, in seconds: all of it, and how much of that went by until its models
+    were on the card."""
+
+    seconds: float
+    load_seconds: float = 0.0
+    tier: Tier = Tier.DEVICE
+
+
 @dataclass(frozen=True, slots=True)
 class FileRef:
     """A result file kept in `artifacts`, by name and content."""

@@ -33,8 +33,8 @@ from cluster.core.errors import (
     DeviceFault,
     DeviceFaultKind,
 )
-from cluster.core.ports import Computed, Order
-from cluster.core.types import GpuClass, Score, TaskType, Timestamp
+from cluster.core.ports import CardUse, Computed, Order
+from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
 from cluster.inference import language, lora, parts, prompts, textual_inversion
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
@@ -113,6 +113,7 @@ class Engine:
         self._recipes: OrderedDict[str, Recipe | LanguageRecipe] = OrderedDict()
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._state = EngineState(on_disk=store.on_disk())
+        self._loaded = (0.0, Tier.DEVICE)
 
     @property
     def gpu_class(self) -> GpuClass:
@@ -126,6 +127,17 @@ class Engine:
     def state(self) -> EngineState:
         return self._state
 
+    def usage(self) -> CardUse:
+        counts, where = self._pool.counts, self._pool.where()
+        return CardUse(
+            where.device_bytes,
+            where.host_bytes,
+            counts.loads,
+            counts.returns,
+            counts.left_device,
+            counts.left_host,
+        )
+
     def run(self, order: Order, cancelled: Callable[[], bool], on_step: OnStep) -> Computed:
         """Compute one order; blocks. `on_step` gets (steps done, steps in all), after each step.
 
@@ -135,7 +147,8 @@ class Engine:
         began = monotonic()
         with self._faults_named():
             files, score = self._run(order, cancelled, on_step)
-            return Computed(score, files, monotonic() - began)
+            ready_at, tier = self._loaded
+            return Computed(score, files, monotonic() - began, max(0.0, ready_at - began), tier)
 
     def preload(self, models: Sequence[str]) -> tuple[str, ...]:
         """Bring these base models (`name[+variant]`) to the card, and keep them there.
@@ -223,7 +236,7 @@ class Engine:
         recipe = self._remember(language_recipe_for(params, self.store))
         language.refuse_code(recipe.model.folder)
         tokenizer = self._shelf.tokenizer(recipe.model.folder)
-        model = self._pool.hold({"model": recipe.model})["model"]
+        model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
         check()
         with self._workspace_measured():
@@ -235,7 +248,7 @@ class Engine:
         check()
         prompts.check(params)
         recipe = self._recipe(params)
-        modules = self._pool.hold(recipe.parts)
+        modules = self._bring(recipe.parts)
         self._note(step=0, steps=0)
         check()
         encoding: list[Future[tuple[bytes, bytes]]] = []
@@ -261,6 +274,18 @@ class Engine:
         made = [future.result() for future in encoding]
         files = tuple((f"{index}.png", content) for index, (content, _) in enumerate(made))
         return files, Score(b"".join(hashed for _, hashed in made))
+
+    def _bring(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
+        """The pool's `hold`; when it was done, and from where the farthest part came."""
+        loads, returns = self._pool.counts.loads, self._pool.counts.returns
+        modules = self._pool.hold(parts)
+        tier = Tier.DEVICE
+        if self._pool.counts.loads > loads:
+            tier = Tier.DISK
+        elif self._pool.counts.returns > returns:
+            tier = Tier.HOST
+        self._loaded = (monotonic(), tier)
+        return modules
 
     def _recipe(self, params: SDParameters) -> Recipe:
         recipe = recipe_for(params, self.store)

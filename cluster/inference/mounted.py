@@ -6,12 +6,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from cluster.core.errors import ModelUnavailable
-from cluster.core.ports import Computed, Order
-from cluster.core.types import CardUuid, GpuClass, TaskType
+from cluster.core.ports import CardUse, Computed, Order
+from cluster.core.types import CardUuid, GpuClass, TaskType, Tier
+from cluster.inference import devices
 from cluster.inference.needs import refs_of
+from cluster.inference.nvml import NoDriver, Vitals
 from cluster.inference.parameters import parse
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef
@@ -32,6 +35,7 @@ class MountedEngine:
     uuid: CardUuid
     keeper: Keeper
     preload: Sequence[str] = ()
+    simulated: bool = False
     _sizes: dict[str, int | None] = field(default_factory=dict)
     _preloaded: set[str] = field(default_factory=set)
 
@@ -43,13 +47,33 @@ class MountedEngine:
         """What is on disk may have come by another process of the machine."""
         return replace(self.engine.state(), on_disk=self.keeper.store.on_disk())
 
+    def usage(self) -> CardUse:
+        return self.engine.usage()
+
+    def vitals(self) -> Vitals:
+        """How the card does; nothing is known of one that isn't NVIDIA's. Raises `DeviceFault`."""
+        if self.simulated:
+            return Vitals()
+        try:
+            return devices.vitals(self.uuid)
+        except NoDriver:
+            return Vitals()
+
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
         """Fetch what is missing, and compute. Raises what `Keeper.ensure` and `Engine.run` do."""
         wanted = Wanted(order.deadline, cancelled, lambda: on_step(0, 0))
-        with self.keeper.held(_refs(order), wanted):
-            return self.engine.run(order, cancelled, on_step)
+        began = monotonic()
+        with self.keeper.held(_refs(order), wanted) as brought:
+            waited = monotonic() - began
+            computed = self.engine.run(order, cancelled, on_step)
+        return replace(
+            computed,
+            seconds=computed.seconds + (waited if brought else 0.0),
+            load_seconds=computed.load_seconds + waited,
+            tier=Tier.AWAY if brought else computed.tier,
+        )
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         """Fetch an order's models to the disk and read them into memory, beside what computes."""

@@ -46,6 +46,8 @@ class Whereabouts:
 
     device: frozenset[PartKey] = frozenset()
     host: frozenset[PartKey] = frozenset()
+    device_bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -223,6 +225,8 @@ class Pool:
         self._where = Whereabouts(
             frozenset(key for key, part in self._parts.items() if part.on_device),
             frozenset(key for key, part in self._parts.items() if part.host is not None),
+            sum(part.device_bytes for part in self._parts.values() if part.on_device),
+            self._host_used(),
         )
 
 

@@ -132,26 +132,28 @@ class Keeper:
         return True
 
     @contextlib.contextmanager
-    def held(self, refs: Iterable[ModelRef], wanted: Wanted) -> Iterator[None]:
-        """The models, here and not to be evicted until the end. Raises what `ensure` raises."""
+    def held(self, refs: Iterable[ModelRef], wanted: Wanted) -> Iterator[bool]:
+        """The models, here and not to be evicted until the end; whether one had to be brought.
+        Raises what `ensure` raises."""
+        brought = False
         with ExitStack() as locks:
             for ref in refs:
-                self.ensure(ref, wanted)
+                brought |= self.ensure(ref, wanted)
                 if self.sources:
                     locks.enter_context(self.disk.lock(f"{ref.key}.use", shared=True))
                     # It may have been evicted between the two.
-                    self.ensure(ref, wanted)
-            yield
+                    brought |= self.ensure(ref, wanted)
+            yield brought
 
-    def ensure(self, ref: ModelRef, wanted: Wanted) -> None:
-        """Bring the model here unless it is.
+    def ensure(self, ref: ModelRef, wanted: Wanted) -> bool:
+        """Bring the model here unless it is; whether it wasn't.
 
         Raises `TaskInvalid` where the model certainly doesn't exist, `ModelUnavailable` for
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
         if self.has(ref):
             self._note_use(ref, wanted)
-            return
+            return False
         if not any(source.serves(ref) for source in self.sources):
             raise ModelUnavailable(
                 ModelUnavailableKind.NOT_HERE,
@@ -161,6 +163,7 @@ class Keeper:
             self.disk.prepare()
             self._fetch_in_turn(ref, wanted)
             self._note_use(ref, wanted)
+            return True
         except OSError as error:
             reason = f"{ref}: the store can't be written: {error.strerror or error}"
             raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from actors.inference import Engine, EngineState
 from cluster import runtime
-from cluster.core.ports import Computed, Order
+from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass
 from cluster.inference import canary
+from cluster.inference.nvml import Vitals
 
 POLL_SECONDS = 0.05
 
@@ -76,6 +77,12 @@ class GatedEngine:
 
     def state(self) -> EngineState:
         return self.engine.state()
+
+    def usage(self) -> CardUse:
+        return self.engine.usage()
+
+    def vitals(self) -> Vitals:
+        return self.engine.vitals()
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         self.engine.prefetch(order, wanted)

@@ -14,8 +14,9 @@ import ray
 
 from actors.inference import Engine, EngineState
 from actors.pool import EngineFactory
-from cluster.core.ports import Computed, Order
+from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, Score
+from cluster.inference.nvml import Vitals
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,12 @@ class OddEngine:
 
     def state(self) -> EngineState:
         return self.engine.state()
+
+    def usage(self) -> CardUse:
+        return self.engine.usage()
+
+    def vitals(self) -> Vitals:
+        return self.engine.vitals()
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         self.engine.prefetch(order, wanted)

@@ -27,7 +27,7 @@ from cluster.chain.endpoints import EndpointView
 from cluster.core.errors import AttemptLost, NetworkUnavailable, ParametersNotReady
 from cluster.core.lifecycle import Policy, WriteState
 from cluster.core.ports import Computed, Movement, Order, Wakeup
-from cluster.core.record import Claim, Event, Seen
+from cluster.core.record import Claim, Event, Noticed, Seen
 from cluster.core.types import (
     AbortReason,
     AccountFacts,
@@ -475,7 +475,9 @@ class House:
         return [event for event, _ in self.journal.story(task)]
 
     def kinds(self, task: Commitment = TASK) -> list[str]:
-        return [type(event).__name__ for event in self.story(task)]
+        """What was done for the task; what was only noticed is left out."""
+        names = [type(event).__name__ for event in self.story(task)]
+        return [name for name in names if name != Noticed.__name__]
 
 
 async def until(holds: Callable[[], bool]) -> None:

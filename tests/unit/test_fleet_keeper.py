@@ -128,14 +128,24 @@ def test_what_is_expected_is_stored_before_the_network_hears_of_it(world: World)
     assert any("paused" in each for each in stored)
 
 
-def test_the_treasury_is_asked_only_when_there_is_something_to_pay(world: World) -> None:
+def test_the_treasury_is_asked_seldom_and_before_something_is_paid(world: World) -> None:
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     for _ in range(5):
         world.turn()
-    assert world.network.called("balance") == []
+    assert world.network.called("balance") == [(TREASURY,)]
+    assert world.keeper.view.treasury == str(MONEY)
+    world.later(module.TREASURY_SECONDS + 1)
     world.see(ALICE, NodeStatus.AVAILABLE, balance=1)
     assert world.turn() == [("transfer", TREASURY, ALICE, 19, "gas")]
-    assert world.network.called("balance") == [(TREASURY,)]
+    assert world.network.called("balance") == [(TREASURY,)] * 2
+
+
+def test_a_treasury_that_cannot_be_asked_stops_nothing_that_costs_nothing(world: World) -> None:
+    world.network.faults["balance"] = [NetworkUnavailable("away")] * 9
+    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.turn()
+    assert world.turn() == [("resume", ALICE)]
+    assert world.keeper.view.treasury is None
 
 
 def test_a_treasury_that_has_too_little_is_an_alert(world: World) -> None:

@@ -22,9 +22,10 @@ from cluster.core.errors import (
     ModelUnavailableKind,
     TaskInvalid,
 )
-from cluster.core.ports import Computed, Order
+from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
 from cluster.inference import canary
+from cluster.inference.nvml import Vitals
 from tests.unit.actor_fakes import DONE, KIND, PATIENCE, TASK, until
 
 A, B, C = AttemptId("a"), AttemptId("b"), AttemptId("c")
@@ -54,6 +55,7 @@ class FakeEngine:
     chores: list[tuple[str, ...]] = field(default_factory=list)
     """What each `tend` is still to answer."""
     tended: int = 0
+    vitals_fail: DeviceFault | None = None
 
     def has_to_tend(self) -> bool:
         return bool(self.chores)
@@ -83,6 +85,14 @@ class FakeEngine:
 
     def state(self) -> State:
         return State()
+
+    def usage(self) -> CardUse:
+        return CardUse(device_bytes=7, loads=2)
+
+    def vitals(self) -> Vitals:
+        if self.vitals_fail is not None:
+            raise self.vitals_fail
+        return Vitals(total_memory=10, free_memory=3, temperature=60)
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         self.ahead.append((order.task, wanted))
@@ -447,3 +457,36 @@ async def test_a_chore_that_fails_is_one_line_and_no_more(engine: FakeEngine) ->
     engine.go.set()
     await worker.start(order(A))
     assert await worker.result(A) == DONE
+
+
+def test_a_report_tells_of_the_card_and_of_what_it_did() -> None:
+    async def go() -> None:
+        engine = FakeEngine()
+        worker = worker_of(engine)
+        await worker.start(order(A))
+        await until(lambda: engine.ran == [A])
+        assert (await worker.report()).busy_seconds > 0
+        engine.go.set()
+        await worker.result(A)
+        busy = (await worker.report()).busy_seconds
+        report = await worker.report()
+        assert report.busy_seconds == busy > 0
+        assert report.usage == CardUse(device_bytes=7, loads=2)
+        while report.vitals.temperature is None:
+            report = await worker.report()
+        assert report.vitals == Vitals(total_memory=10, free_memory=3, temperature=60)
+
+    asyncio.run(go())
+
+
+def test_a_card_that_cannot_be_read_is_no_reason_to_stop() -> None:
+    async def go() -> None:
+        engine = FakeEngine(vitals_fail=DeviceFault(DeviceFaultKind.OTHER, "NVML fails"))
+        engine.go.set()
+        worker = worker_of(engine)
+        await worker.start(order(A))
+        assert await worker.result(A) == DONE
+        report = await worker.report()
+        assert (report.vitals, report.health) == (Vitals(), Health.READY)
+
+    asyncio.run(go())

@@ -45,6 +45,7 @@ from cluster.core.types import (
 )
 from cluster.journal import Assignment, Owner, SqlJournal
 from cluster.journal_events import KINDS, decode_event, encode_event
+from cluster.journal_takings import Takings
 
 TASK = Commitment("0x" + "ab" * 32)
 OTHER = Commitment("0x" + "cd" * 32)
@@ -237,6 +238,33 @@ def test_the_parameters_of_closed_tasks_never_leave_the_database(
     assert len(read) == 3
     assert not any("large" in body for body in read)
     assert journal.story(TASK)[1][0] == ParametersFetched("a large text")
+
+
+def test_what_came_in_is_added_up_by_the_hour_and_taken_back_with_its_task(
+    journal: SqlJournal,
+) -> None:
+    lease = take(journal)
+    live(journal, lease, TASK, 3599.0)
+    live(journal, lease, OTHER, 3600.0)
+    account = SEEN.account
+    assert journal.takings(Timestamp(3599.0)) == (
+        Takings(Timestamp(0.0), account, 1, Wei(5), Wei(0)),
+        Takings(Timestamp(3600.0), account, 1, Wei(5), Wei(0)),
+    )
+    assert len(journal.takings(Timestamp(3600.0))) == 1
+    # A reorganisation takes the first one's end back; it ends again later, for less.
+    journal.append(lease, TASK, SEEN, Timestamp(7200.0))
+    journal.append(lease, TASK, Closed(Outcome.GROUP_REFUND, Wei(3)), Timestamp(7201.0))
+    assert journal.takings(Timestamp(0.0)) == (
+        Takings(Timestamp(0.0), account, 0, Wei(0), Wei(0)),
+        Takings(Timestamp(3600.0), account, 1, Wei(5), Wei(0)),
+        Takings(Timestamp(7200.0), account, 1, Wei(3), Wei(0)),
+    )
+
+
+def live(journal: SqlJournal, lease: Lease, task: Commitment, at: float) -> None:
+    for event in LIFE:
+        journal.append(lease, task, event, Timestamp(at))
 
 
 def test_cursors_and_accounts(journal: SqlJournal) -> None:

@@ -1,20 +1,54 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any, get_args
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.chain.outbox_rows import RowState
-from cluster.core.record import Fault, Outcome
-from cluster.core.types import GpuState, NodeStatus, TaskType, Timestamp, Wei
-from cluster.metrics import Metrics
+from cluster.core.record import (
+    AttemptStarted,
+    Claim,
+    Claimed,
+    Closed,
+    Event,
+    Fault,
+    Noticed,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+    ResultUploaded,
+    Seen,
+    TaskRecord,
+    fold,
+)
+from cluster.core.types import (
+    Address,
+    AttemptId,
+    Commitment,
+    Effort,
+    GpuId,
+    GpuState,
+    NodeStatus,
+    Score,
+    TaskType,
+    Tier,
+    Timestamp,
+    Wei,
+)
+from cluster.core.types import Stage as Stage_
+from cluster.metrics import Metrics, Stage, stages
 from cluster.status import (
     AccountStatus,
     ChainView,
+    ClassStatus,
     DownloadView,
+    FleetStatus,
     GpuClassView,
     GpuStatus,
     IdentityView,
+    MemoryView,
     RelayView,
     Status,
     StoreStatus,
@@ -86,7 +120,9 @@ def test_every_label_set_is_there_from_the_start() -> None:
         assert sample(metrics, "crynux_attempts_total", fault=fault) == 0
     assert sample(metrics, "crynux_slashes_total") == 0
     assert sample(metrics, "crynux_kick_outs_total") == 0
-    assert sample(metrics, "crynux_paid_cnx_total") == 0
+    assert sample(metrics, "crynux_results_total", tier="device") == 0
+    assert sample(metrics, "crynux_score_slack_seconds_count", type="SD") == 0
+    assert sample(metrics, "crynux_chain_events_total", event="reorganised") == 0
     assert sample(metrics, "crynux_relay_calls_total", call="results", result="refused") == 0
     assert sample(metrics, "crynux_outbox_rows", state="sent") == 0
     assert sample(metrics, "crynux_task_stage_seconds_count", stage="paid", type="LLM") == 0
@@ -106,7 +142,16 @@ def test_names_follow_the_conventions() -> None:
 
 def test_what_happens_is_counted() -> None:
     metrics = Metrics("1", "d")
-    metrics.task_closed(TaskType.SD, Outcome.SUCCESS, Wei(15 * 10**17))
+    metrics.observe(snapshot(accounts=(account(1, NodeStatus.BUSY),)))
+    assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 0
+    metrics.closed(record())
+    metrics.spent(Address(ADDRESS), Wei(10**16))
+    metrics.spent(Address("0xelse"), Wei(10**15))
+    metrics.happened("replaced")
+    metrics.computed(Tier.HOST)
+    metrics.score_sent(TaskType.SD, 33.0)
+    metrics.score_sent(TaskType.SD, -1.0)
+    metrics.score_sent(TaskType.SD, None)
     metrics.stage_took("compute", TaskType.SD, 3.0)
     metrics.stage_took("compute", TaskType.SD, -0.1)
     metrics.attempt_ended(Fault.DEVICE)
@@ -117,8 +162,15 @@ def test_what_happens_is_counted() -> None:
     metrics.outbox({RowState.SENT: 3})
     metrics.turn_ended(Timestamp(1234.5))
     assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 1
-    assert sample(metrics, "crynux_paid_cnx_total") == 1.5
-    assert sample(metrics, "crynux_task_stage_seconds_sum", stage="compute", type="SD") == 3.0
+    assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 1.5
+    assert sample(metrics, "crynux_gas_cnx_total", **LABELS) == 0.01
+    assert sample(metrics, "crynux_gas_cnx_total", gpu_name="") == 0.001
+    assert sample(metrics, "crynux_chain_events_total", event="replaced") == 1
+    assert sample(metrics, "crynux_results_total", tier="host") == 1
+    assert sample(metrics, "crynux_score_slack_seconds_count", type="SD") == 2
+    assert sample(metrics, "crynux_score_slack_seconds_bucket", type="SD", le="0.0") == 1
+    assert sample(metrics, "crynux_score_slack_seconds_bucket", type="SD", le="40.0") == 2
+    assert sample(metrics, "crynux_task_stage_seconds_sum", stage="compute", type="SD") == 5.5
     assert sample(metrics, "crynux_attempts_total", fault="device") == 1
     assert sample(metrics, "crynux_attempts_total", fault="none") == 1
     assert sample(metrics, "crynux_slashes_total") == 1
@@ -181,19 +233,127 @@ def test_two_registries_live_side_by_side() -> None:
     assert sample(other, "crynux_slashes_total") == 0
 
 
-def test_more_cards_and_accounts_make_no_more_series() -> None:
-    kinds = [GpuClassView(name=f"Card {n}", vram=8 + n) for n in range(8)]
+def card(number: int, **said: Any) -> GpuStatus:
+    kind = GpuClassView(name=f"Card {number % 8}", vram=8 + number % 8)
+    fields = {
+        "uuid": f"GPU-{number}",
+        "memory": MemoryView(models=5, other=2, free=3),
+        "temperature": 61,
+        "ecc_uncorrected": 0,
+        "canary_at": 900.0,
+        **said,
+    }
+    return gpu(number, GpuState.READY, kind).model_copy(update=fields)
 
-    def lines(count: int) -> list[bytes]:
-        gpus = tuple(gpu(n, GpuState.READY, kinds[n % 8]) for n in range(count))
-        accounts = tuple(account(n, NodeStatus.AVAILABLE, kinds[n % 8]) for n in range(count))
+
+def series(metrics: Metrics) -> list[bytes]:
+    return [line for line in metrics.render().splitlines() if not line.startswith(b"#")]
+
+
+def test_a_card_has_few_series_and_an_account_none() -> None:
+    def count(cards: int, accounts: int) -> int:
         metrics = Metrics("1", "d")
-        metrics.observe(snapshot(gpus, accounts))
-        return [line for line in metrics.render().splitlines() if not line.startswith(b"#")]
+        nodes = tuple(
+            account(n, NodeStatus.AVAILABLE, GpuClassView(name=f"Card {n % 8}", vram=8 + n % 8))
+            for n in range(accounts)
+        )
+        metrics.observe(snapshot(tuple(map(card, range(cards))), nodes))
+        return len(series(metrics))
 
-    few, many = lines(8), lines(256)
-    assert len(few) < 5000
-    assert [line.rsplit(b" ", 1)[0] for line in many] == [line.rsplit(b" ", 1)[0] for line in few]
+    assert count(256, 512) < 5000
+    assert count(256, 512) == count(256, 8)
+
+
+def test_a_card_is_described_by_its_uuid_and_leaves_nothing_behind() -> None:
+    metrics = Metrics("1", "d")
+    metrics.observe(snapshot((card(1), card(2))))
+    one = {"gpu_uuid": "GPU-1"}
+    assert sample(metrics, "crynux_gpu_info", **one, gpu="n/1", gpu_name="Card 1") == 1
+    assert sample(metrics, "crynux_gpu_state", **one, state="ready") == 1
+    assert sample(metrics, "crynux_gpu_state", **one, state="quarantined") == 0
+    uses = [
+        sample(metrics, "crynux_gpu_memory_bytes", **one, use=use)
+        for use in ("models", "other", "free")
+    ]
+    assert uses == [5, 2, 3]
+    assert sample(metrics, "crynux_gpu_temperature_celsius", **one) == 61
+    assert sample(metrics, "crynux_gpu_canary_timestamp_seconds", **one) == 900
+    metrics.attempt_ended(Fault.DEVICE, "GPU-1")
+    metrics.attempt_ended(Fault.MODEL, "GPU-1")
+    assert sample(metrics, "crynux_gpu_faults_total", **one) == 1
+    metrics.observe(snapshot((card(1).model_copy(update={"gpu_id": "m/1"}), card(2))))
+    assert sample(metrics, "crynux_gpu_info", **one, gpu="n/1") is None
+    assert sample(metrics, "crynux_gpu_info", **one, gpu="m/1") == 1
+    metrics.observe(snapshot((card(2),)))
+    assert b"GPU-1" not in metrics.render()
+    assert b"GPU-2" in metrics.render()
+
+
+def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
+    metrics = Metrics("1", "d")
+    for busy, loads in ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2)):
+        metrics.observe(snapshot((card(1, busy_seconds=busy, moves={"loaded": loads}),)))
+    assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == 16.5
+    assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 5
+
+
+def test_money_and_service_by_class() -> None:
+    metrics = Metrics("1", "d")
+    low = account(2, NodeStatus.AVAILABLE).model_copy(update={"stake": "1", "qos": 4})
+    high = account(1, NodeStatus.BUSY).model_copy(update={"qos": 8})
+    away = account(3, NodeStatus.QUIT).model_copy(update={"stake": "0", "qos": 0})
+    wanted = ClassStatus(name=CARD.name, vram=24, slots=1, least=5)
+    fleet = FleetStatus(stake=str(400 * 10**18), treasury=str(7 * 10**18), classes=(wanted,))
+    found = snapshot(accounts=(low, high, away)).model_copy(update={"fleet": fleet})
+    metrics.observe(found)
+    assert sample(metrics, "crynux_qos_score", **LABELS, of="lowest") == 4
+    assert sample(metrics, "crynux_qos_score", **LABELS, of="mean") == 6
+    assert sample(metrics, "crynux_accounts_wanted", **LABELS) == 5
+    assert sample(metrics, "crynux_treasury_cnx") == 7
+    assert sample(metrics, "crynux_accounts_understaked") == 1
+
+
+def test_each_stage_of_a_task_is_measured() -> None:
+    found = dict(stages(record()))
+    assert found == {
+        "seen": 1,
+        "parameters": 2,
+        "queue": 3,
+        "load": 1.5,
+        "compute": 2.5,
+        "score_sent": 1,
+        "score_mined": 2,
+        "validated": 5,
+        "uploaded": 1,
+        "paid": 7,
+    }
+    assert set(found) == set(get_args(Stage))
+    assert stages(
+        replace(record(), started_at=None, fetched_at=None, attempts=(), result=None)
+    ) == (
+        ("score_mined", 2),
+        ("validated", 5),
+        ("uploaded", 1),
+        ("paid", 7),
+    )
+
+
+def record() -> TaskRecord:
+    """Of a task that took some whole seconds in each stage."""
+    attempt = AttemptId("a")
+    events: list[tuple[Event, float]] = [
+        (Seen(Address(ADDRESS), TaskType.SD, (), Wei(1), Timestamp(99.0)), 100.0),
+        (ParametersFetched("{}"), 102.0),
+        (AttemptStarted(attempt, GpuId("n/0")), 105.0),
+        (ResultStored(attempt, Score(b"s"), (), Effort(4.0, 1.5, Tier.DISK)), 109.0),
+        (Claimed(Claim.SCORE), 110.0),
+        (Noticed(Stage_.ANSWERED), 112.0),
+        (Noticed(Stage_.WANTED), 117.0),
+        (Noticed(Stage_.WANTED), 117.5),
+        (ResultUploaded(), 118.0),
+        (Closed(Outcome.SUCCESS, Wei(15 * 10**17)), 125.0),
+    ]
+    return fold(Commitment(TASK), [(event, Timestamp(at)) for event, at in events])
 
 
 def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() -> None:

@@ -77,7 +77,7 @@ class FakeChain:
             case "eth_getTransactionReceipt":
                 ok = self.mined.get(params[0])
                 number = hex(self.blocks.get(params[0], 1))
-                block = {"blockNumber": number, "status": "0x1" if ok else "0x0"}
+                block = {"blockNumber": number, "status": "0x1" if ok else "0x0", **COST}
                 return {"result": None if ok is None else block}
             case "eth_getTransactionByHash":
                 known = params[0] in self.mined or params[0] in self.pool
@@ -121,6 +121,10 @@ class FakeChain:
 class FakeSigner:
     def sign_transaction(self, account: Address, transaction: Mapping[str, int | str], /) -> bytes:
         return json.dumps({"account": account, **transaction}, sort_keys=True).encode()
+
+
+COST = {"gasUsed": hex(50_000), "effectiveGasPrice": hex(9)}
+SPENT = 450_000
 
 
 class Crash(Exception):
@@ -206,6 +210,11 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.journal.close()
 
 
+def gas(world: World) -> int:
+    """What the journal says that was spent."""
+    return sum(each.gas for each in world.journal.takings(Timestamp(0.0)))
+
+
 def score(task: Commitment = TASK, data: bytes = b"score", account: Address = ALICE) -> Intent:
     return task_intent(account, task, Claim.SCORE, CONTRACT, data)
 
@@ -281,6 +290,7 @@ async def test_a_reverted_one_is_signed_anew_with_a_new_nonce(world: World) -> N
     await world.settle()
     assert [signed.nonce for _, signed in world.signed] == [0, 1]
     assert world.chain.done == [data]
+    assert gas(world) == 2 * SPENT, "what reverts costs too"
 
 
 @pytest.mark.parametrize("state", ["new", "sent", "mined", "refused"])

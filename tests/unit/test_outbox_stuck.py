@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from cluster.chain.fees import FeeSettings
-from cluster.chain.outbox import OutboxSettings
+from cluster.chain.outbox import ChainEvent, OutboxSettings
 from cluster.chain.outbox_rows import Intent, RowState
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.lifecycle import WriteState
 from cluster.core.record import Claim
-from cluster.core.types import Wei
+from cluster.core.types import Address, Wei
 from cluster.journal import SqlJournal
-from tests.unit.test_outbox import ALICE, TASK, World, score
+from tests.unit.test_outbox import ALICE, SPENT, TASK, World, gas, score
 
 GWEI = 10**9
 
@@ -145,6 +145,24 @@ def take_back(world: World, keep_in_pool: bool) -> None:
         world.chain.pool[tx_hash] = json.loads(raw)
 
 
+async def test_what_is_counted_is_told(world: World) -> None:
+    heard: list[object] = []
+
+    class Told:
+        def happened(self, event: ChainEvent) -> None:
+            heard.append(event)
+
+        def spent(self, account: Address, wei: Wei) -> None:
+            heard.append((account, wei))
+
+    world.outbox.told = Told()
+    await sent(world)
+    await later(world, 31.0)
+    world.chain.mine()
+    await world.settle()
+    assert heard == ["replaced", (ALICE, SPENT)]
+
+
 async def test_final_once_deep_enough(world: World) -> None:
     world.outbox.head = lambda: 12
     await sent(world)
@@ -186,6 +204,7 @@ async def test_what_a_reorganisation_took_back_is_sent_again(
     assert world.chain.done == ["0x" + b"score".hex()]
     assert len(world.chain.mined) == 1
     assert world.chain.counts[ALICE] == 1, "the same bytes with the same nonce"
+    assert gas(world) == SPENT, "it was paid once"
 
 
 async def test_mined_in_another_block_waits_for_that_one_to_be_deep(world: World) -> None:
@@ -232,6 +251,8 @@ async def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> 
     with sqlite3.connect(file) as connection:
         connection.execute("ALTER TABLE outbox DROP COLUMN offer")
         connection.execute("ALTER TABLE outbox DROP COLUMN block")
+        connection.execute("ALTER TABLE outbox DROP COLUMN cost")
+        connection.execute("DROP TABLE takings")
         connection.execute("UPDATE cursors SET value = '1' WHERE key = 'schema'")
     connection.close()
     world.start()

@@ -30,6 +30,7 @@ from cluster.core.record import (
     Event,
     Fault,
     FaultFound,
+    Noticed,
     Outcome,
     ParametersFetched,
     Progress,
@@ -110,6 +111,8 @@ async def test_a_task_goes_from_seen_to_paid(house: House) -> None:
         "ResultUploaded",
         "Closed",
     ]
+    noticed = [event.stage for event in house.story() if isinstance(event, Noticed)]
+    assert noticed == [Stage.ANSWERED, Stage.WANTED]
     assert house.network.uploaded == [FILES]
     assert house.story()[-1] == Closed(Outcome.SUCCESS, Wei(10**18))
     assert house.ledger.open == {}
@@ -117,7 +120,7 @@ async def test_a_task_goes_from_seen_to_paid(house: House) -> None:
     assert house.reconciler.turns == {}
     rendered = house.metrics.render()
     assert b'crynux_tasks_total{outcome="EndSuccess",type="SD"} 1.0' in rendered
-    assert b"crynux_paid_cnx_total 1.0" in rendered
+    assert b'crynux_paid_cnx_total{gpu_name="",vram_gb="0"} 1.0' in rendered
 
 
 async def test_the_order_is_what_the_task_asks_for(house: House) -> None:
