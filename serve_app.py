@@ -1,156 +1,33 @@
-"""The operator's HTTP face: health, readiness, metrics and status, as a Ray Serve application.
+"""The operator's HTTP face as a Ray Serve application: `cluster.api` over the coordinator's actor.
 
-    GET /healthz     this process is alive, whatever else is gone
-    GET /readyz      200 when tasks can be taken; 503 with what is missing, in words
-    GET /metrics     Prometheus text; 503 while the coordinator is away
-    GET /v1/status   everything at one moment
-    GET /openapi.json, /docs
-
-The coordinator is asked for each answer, and given a short time: this process keeps nothing.
-`create_api` knows nothing of Ray; the deployment at the file's end gives it a source that does.
+The coordinator is asked for each answer, and given a short time: this process keeps nothing but the
+last one, for a moment. It runs on the head, where the token is; the token is never an argument.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import ray
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from fastapi import FastAPI
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-import cluster
 from actors.environment import without_password
-from cluster.metrics import CONTENT_TYPE
-from cluster.status import Status, readiness
+from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.guard import Access, is_loopback, read_token
+from cluster.config import Config
+from cluster.story import UnknownTask
 
 COORDINATOR = "coordinator"
-TIMEOUT_SECONDS = 3.0
-
-Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
-
-
-class SourceAway(Exception):
-    """The coordinator can't be asked now; the message says why, in one line."""
-
-
-class StatusSource(Protocol):
-    """Where the answers come from. Raises `SourceAway`."""
-
-    async def status(self) -> Mapping[str, Any]:
-        """`Status`, as `model_dump(mode="json")` gives it."""
-        ...
-
-    async def metrics_text(self) -> bytes: ...
-
-
-class Health(BaseModel):
-    alive: bool = True
-    version: str = cluster.__version__
-
-
-class Readiness(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    ready: bool
-    missing: tuple[str, ...] = ()
-
-
-class Away(BaseModel):
-    detail: str
-
-
-_HINT = """crynux-cluster {version}
-
-/healthz     this process is alive
-/readyz      can tasks be taken, and if not, why
-/metrics     Prometheus metrics
-/v1/status   identity, accounts, GPUs, tasks (JSON)
-/docs        the API
-"""
-_AWAY: dict[int | str, dict[str, Any]] = {
-    503: {"model": Away, "description": "The coordinator can't be asked now."}
-}
-
-
-def create_api(source: StatusSource, timeout: float = TIMEOUT_SECONDS) -> FastAPI:
-    """The API over `source`, which gets `timeout` seconds for each answer."""
-    api = FastAPI(
-        title="crynux-cluster",
-        version=cluster.__version__,
-        summary="A GPU cluster that serves the Crynux network.",
-    )
-
-    async def look() -> Status:
-        try:
-            return Status.model_validate(await _in_time(source.status(), timeout))
-        except ValidationError as error:
-            # An older coordinator, while a new version rolls out.
-            detail = f"its status is not of this version ({error.error_count()} fields differ)"
-            raise SourceAway(detail) from None
-
-    @api.exception_handler(SourceAway)
-    async def away(_request: Request, error: SourceAway) -> JSONResponse:  # noqa: RUF029
-        return JSONResponse(Away(detail=_away(error)).model_dump(), 503)
-
-    @api.get("/", response_class=PlainTextResponse, include_in_schema=False)
-    async def hint() -> str:  # noqa: RUF029
-        return _HINT.format(version=cluster.__version__)
-
-    @api.get("/healthz", summary="This process is alive")
-    async def healthz() -> Health:  # noqa: RUF029
-        return Health()
-
-    @api.get(
-        "/readyz",
-        summary="Whether tasks can be taken, and what is missing",
-        responses={503: {"model": Readiness, "description": "Tasks can't be taken now."}},
-    )
-    async def readyz(response: Response) -> Readiness:
-        try:
-            ready, missing = readiness(await look())
-        except SourceAway as error:
-            ready, missing = False, (_away(error),)
-        response.status_code = 200 if ready else 503
-        return Readiness(ready=ready, missing=missing)
-
-    @api.get(
-        "/metrics",
-        summary="Prometheus metrics",
-        response_class=PlainTextResponse,
-        responses=_AWAY,
-    )
-    async def metrics() -> Response:
-        text = await _in_time(source.metrics_text(), timeout)
-        return Response(text, headers={"content-type": CONTENT_TYPE})
-
-    @api.get("/v1/status", summary="Everything at one moment", responses=_AWAY)
-    async def status() -> Status:
-        return await look()
-
-    return api
-
-
-def _away(error: SourceAway) -> str:
-    return f"the coordinator is away: {error}"
-
-
-async def _in_time(answer: Coroutine[Any, Any, Answer], timeout: float) -> Answer:  # noqa: ASYNC109
-    try:
-        return await asyncio.wait_for(answer, timeout)
-    except TimeoutError:
-        raise SourceAway(f"no answer within {timeout:g} s") from None
-
-
-# --- Ray ----------------------------------------------------------------------------------------
 
 
 class CoordinatorSource:
@@ -162,22 +39,37 @@ class CoordinatorSource:
         self._handle: ActorHandle[Any] | None = None
 
     async def status(self) -> Mapping[str, Any]:
-        answer: Mapping[str, Any] = await self._ask("status")
-        return answer
+        return cast(Mapping[str, Any], await self._ask("status"))
 
     async def metrics_text(self) -> bytes:
-        answer: bytes = await self._ask("metrics_text")
-        return answer
+        return cast(bytes, await self._ask("metrics_text"))
 
-    async def _ask(self, method: str) -> Any:
+    async def story(self, name: str) -> Mapping[str, Any]:
+        return cast(Mapping[str, Any], await self._ask("story", name))
+
+    async def bundle(self, name: str) -> Mapping[str, Any]:
+        return cast(Mapping[str, Any], await self._ask("bundle", name))
+
+    async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
+        return cast(Mapping[str, Any], await self._ask("earnings", since, step))
+
+    async def audit(self, limit: int) -> list[Mapping[str, Any]]:
+        return cast(list[Mapping[str, Any]], await self._ask("audit", limit))
+
+    async def perform(self, order: Mapping[str, Any], who: str) -> Mapping[str, Any]:
+        return cast(Mapping[str, Any], await self._ask("perform", order, who))
+
+    async def _ask(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - as it says
         try:
             if self._handle is None:
                 # It blocks on the cluster's store, so not in this loop.
                 self._handle = await asyncio.to_thread(
                     ray.get_actor, self._name, namespace=self._namespace
                 )
-            return await getattr(self._handle, method).remote()
+            return await getattr(self._handle, method).remote(*arguments)
         except RayError as error:  # before ValueError: what the actor raised can be both
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UnknownTask):
+                raise NotKnown(str(error.cause)) from None
             self._handle = None
             log.warning("the coordinator did not answer: %s", error)
             raise SourceAway(f"{type(error).__name__} when it was asked") from None
@@ -185,24 +77,51 @@ class CoordinatorSource:
             raise SourceAway("it has not been started, or it is being replaced") from None
 
 
+@dataclass(frozen=True, slots=True)
+class EdgeSettings:
+    """What the deployment is told: where the token is, never what it is."""
+
+    namespace: str
+    token_file: Path | None = None
+    open_reads: bool = False
+    local: bool = True
+
+    @classmethod
+    def of(cls, config: Config) -> EdgeSettings:
+        where = config.serve
+        return cls(
+            config.ray.namespace, where.token_file, where.open_reads, is_loopback(where.host)
+        )
+
+    def access(self) -> Access:
+        """Raises `ConfigError`."""
+        return Access(read_token(self.token_file), self.open_reads, self.local)
+
+
 class Edge:
     """The deployment's class, without its decorators."""
 
-    def __init__(self, namespace: str) -> None:
-        self._source = CoordinatorSource(namespace)
+    def __init__(self, settings: EdgeSettings) -> None:
+        self._source = CoordinatorSource(settings.namespace)
+        self._access = settings.access()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._source)
+        return create_api(self._source, access=self._access)
 
 
-def build(namespace: str) -> serve.Application:
-    """The Serve application that asks the coordinator in `namespace`."""
+def build(config: Config) -> serve.Application:
+    """The Serve application that asks this configuration's coordinator."""
     deployment: serve.Deployment = serve.deployment(
         name="edge",
         num_replicas=1,
-        max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": 0, **without_password()},
+        max_ongoing_requests=512,
+        ray_actor_options={
+            "num_cpus": 0,
+            # The token's file is on the head.
+            "resources": {"node:__internal_head__": 0.001},
+            **without_password(),
+        },
         health_check_timeout_s=10,
         logging_config={"enable_access_log": False},
     )(serve.ingress()(Edge))
-    return deployment.bind(namespace)
+    return deployment.bind(EdgeSettings.of(config))

@@ -119,7 +119,7 @@ class Canaries:
         self._health = health
         self._pool = pool
         self._holds = holds
-        self._settings = settings
+        self.settings = settings
         self._metrics = metrics
         self._clock = clock
         self._new_attempt_id = new_attempt_id
@@ -195,15 +195,15 @@ class Canaries:
             subject.incarnation,
             card in self._health.again(question),
             Timestamp(self._clock()),
-            self._settings.interval,
+            self.settings.interval,
         )
 
     def _subject(self, gpu: Gpu) -> _Subject | None:
         """None for a card that can't be asked, or is to be left alone."""
         report = self._pool.report(gpu.gpu_id)
-        if self._settings.interval <= 0 or report is None or not (gpu.uuid and report.incarnation):
+        if self.settings.interval <= 0 or report is None or not (gpu.uuid and report.incarnation):
             return None
-        model = self._settings.model or self._model_for(gpu, report)
+        model = self.settings.model or self._model_for(gpu, report)
         if model is None or model not in gpu.on_disk:
             if (gpu.uuid, model) not in self._missing:
                 self._missing.add((gpu.uuid, model))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -14,53 +16,47 @@ from actors.coordinator import NAME, RAY_ADDRESS
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.journal import SqlJournal
+from cluster.steering import Done, Order
 
 REACH_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 AUTO = "auto"
 
 
-def clear_quarantine(config: Config, card: str) -> str:
-    """Have the coordinator let a card out of quarantine; what it did, in one line.
+def perform(config: Config, order: Order) -> str:
+    """Have the coordinator carry an order out; what it did, in one line.
 
-    Raises `ConfigError` for a card that it doesn't know, `ClusterError` when it can't be asked.
+    Raises `ConfigError` when what it names isn't known, `ClusterError` when it can't be done now.
     """
-    done = ask(config, "clear_quarantine", card)
-    if done == "unknown":
-        raise ConfigError(f"no card is known as {card}; crynux-cluster status --json shows them")
-    if done == "free":
-        return f"{card} is in no quarantine"
-    return f"{card} is out of quarantine; it computes the canary before it gets a task"
+    with asking(config) as call:
+        return order_done(call, order)
 
 
-def clear_account(config: Config, account: str) -> str:
-    """Have what stops an account forgotten; raises as `clear_quarantine` does."""
-    done = ask(config, "clear_account", account)
-    if done == "unknown":
-        raise ConfigError(f"{account} is none of the node accounts; crynux-cluster status has them")
-    if done == "free":
-        return f"nothing stops {account}"
-    return f"{account} is cleared; it is joined again when its class has a card for it"
+def order_done(call: Callable[..., Any], order: Order) -> str:
+    """As `perform`, in a cluster that was joined already."""
+    plain = call("perform", order.model_dump(mode="json"), _who())
+    done = Done.model_validate(plain)
+    if done.kind == "unknown":
+        raise ConfigError(done.text)
+    if done.kind == "refused":
+        raise ClusterError(done.text)
+    return done.text
 
 
-def drain(config: Config, what: str, name: str = "", now: bool = False) -> None:
-    """Have everything, a card or a node drained; raises as `clear_quarantine` does."""
-    if ask(config, "drain", what, name, now) == "unknown":
-        raise ConfigError(f"no {what} is known as {name}; crynux-cluster status --json shows them")
-
-
-def end_drain(config: Config) -> str:
-    """Raises as `clear_quarantine` does."""
-    if ask(config, "end_drain") == "free":
-        return "nothing was drained"
-    return "the drain has ended; accounts resume as their cards are there"
+def _who() -> str:
+    """As it is written down; who has no name is known by number."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"command line {user}@{socket.gethostname()}"
 
 
 @contextlib.contextmanager
 def asking(config: Config) -> Iterator[Callable[..., Any]]:
     """While the operator's cluster is joined: call one of the coordinator's methods by name.
 
-    Raises `ClusterError` when it can't be asked, or doesn't act.
+    Raises `ClusterError` when it can't be asked.
     """
     _join(config)
 
@@ -73,8 +69,6 @@ def asking(config: Config) -> Iterator[Callable[..., Any]]:
             raise ClusterError("no coordinator is there; is the operator up?") from None
         except RayError as error:
             raise ClusterError(f"the coordinator doesn't answer: {_line(error)}") from error
-        if done == "not acting":
-            raise ClusterError("the coordinator is not acting now; try again")
         return done
 
     try:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import ray
 import structlog
 
+from actors.bundles import Bundles
 from actors.dispatcher import Dispatcher, Outstanding
 from actors.drain import Drains
 from actors.fleet import FleetKeeper, FleetSettings
@@ -28,30 +29,32 @@ from actors.overview import Sight, describe, totals_of
 from actors.pool import RayGpuPool
 from actors.reconciler import Reconciler
 from actors.safeguards import Safeguards, SafeguardSettings
+from actors.steering import NOT_ACTING, Live, Steering
 from actors.stores import FETCHED_BYTES, RayStores, of_class
+from cluster import journal_history
 from cluster.chain import outbox_rows
 from cluster.chain.endpoints import EndpointView
 from cluster.core import declaring
-from cluster.core.errors import LeaseLost, NetworkUnavailable
+from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Artifacts, Lease, Network
-from cluster.core.record import TaskRecord
 from cluster.core.types import (
     AccountView,
     Address,
     AttemptId,
     Commitment,
     GpuClass,
-    GpuId,
     ModelId,
-    NodeStatus,
-    RayNodeId,
     TaskStatus,
     Timestamp,
 )
+from cluster.earnings import SECONDS, Earnings, Step, earnings_of
 from cluster.journal import SqlJournal
+from cluster.logs import Level
 from cluster.metrics import Metrics
-from cluster.status import DrainStatus, Status
+from cluster.status import Status
+from cluster.steering import ORDERS, Done, Order
+from cluster.story import bundle_of, story_of
 
 NAME = "coordinator"
 """The actor's name in its Ray namespace."""
@@ -66,8 +69,6 @@ RAY_ADDRESS = "ray_address"
 KICKED_OUT = "NodeKickedOut"
 SLASHED = "NodeSlashed"
 BETWEEN_TERMS_SECONDS = 0.5
-_NOT_ACTING = "not acting"
-_RESTING = frozenset({NodeStatus.QUIT, NodeStatus.PAUSED})
 POOL_SECONDS = 1.0
 STORES_SECONDS = 3.0
 
@@ -84,6 +85,20 @@ class RunningNetwork(Network, Protocol):
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, in words."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """What can change while the coordinator runs."""
+
+    policy: Policy
+    fleet: FleetSettings
+    safeguards: SafeguardSettings
+    level: Level
+
+
+def _nothing_to_reload() -> tuple[LiveSettings, tuple[str, ...]]:
+    raise ConfigError("this coordinator's configuration came from no file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +125,10 @@ class World:
     new_attempt_id: Callable[[], AttemptId]
     safeguards: SafeguardSettings = SafeguardSettings()
     ray_address: str = ""
+    explorer: str | None = None
+    """A URL with `{hash}` in it, for people."""
+    reload: Callable[[], tuple[LiveSettings, tuple[str, ...]]] = _nothing_to_reload
+    set_level: Callable[[Level], None] = lambda _level: None
 
 
 class Coordinator:
@@ -161,7 +180,7 @@ class Coordinator:
             self._leave_out_strangers(ledger)
             world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
             async with world.open_network(lambda: ledger.lease) as network:
-                self._term = Term(world, ledger, network)
+                self._term = Term(self._world, ledger, network, self)
                 if self._stopping.is_set():
                     self._term.end()
                 await self._term.run()
@@ -201,24 +220,59 @@ class Coordinator:
             metrics.outbox(outbox_rows.states(connection))
         return metrics.render()
 
-    def clear_quarantine(self, card: str) -> str:
-        """`cleared`, `free` (it is in none), `unknown`, or `not acting`."""
-        return _NOT_ACTING if self._term is None else self._term.clear_quarantine(card)
+    async def perform(self, order: Mapping[str, object], who: str) -> dict[str, object]:
+        """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""
+        found = ORDERS.validate_python(order)
+        done = NOT_ACTING if self._term is None else await self._term.perform(found, who)
+        return done.model_dump(mode="json")
 
-    def clear_account(self, account: str) -> str:
-        """`cleared`, `free` (nothing stops it), `unknown`, or `not acting`."""
-        return _NOT_ACTING if self._term is None else self._term.clear_account(Address(account))
+    # --- what the journal tells, read in a thread: it may be much -------------------------------
 
-    def apply_fleet(self) -> str:
-        return _NOT_ACTING if self._term is None else self._term.apply_fleet()
+    async def story(self, name: str) -> dict[str, object]:
+        """`cluster.story.TaskStory`; raises `UnknownTask`."""
+        world = self._world
+        found = await asyncio.to_thread(story_of, world.journal, name, world.explorer)
+        return found.model_dump(mode="json")
 
-    async def drain(self, what: str, name: str = "", now: bool = False) -> str:
-        """`draining`, `unknown`, or `not acting`."""
-        return _NOT_ACTING if self._term is None else await self._term.drain(what, name, now)
+    async def bundle(self, name: str) -> dict[str, object]:
+        """A task's story, parameters and failed attempts; raises `UnknownTask`."""
+        return await asyncio.to_thread(bundle_of, self._world.journal, name)
 
-    def end_drain(self) -> str:
-        """`ended`, `free`, or `not acting`."""
-        return _NOT_ACTING if self._term is None else self._term.end_drain()
+    async def earnings(self, since: float, step: Step) -> dict[str, object]:
+        found = await asyncio.to_thread(self._earnings, Timestamp(since), step)
+        return found.model_dump(mode="json")
+
+    def _earnings(self, since: Timestamp, step: Step) -> Earnings:
+        journal, now = self._world.journal, Timestamp(self._world.clock())
+        # From the step's beginning on, which may be before `since`.
+        begin = Timestamp(since - since % SECONDS[step])
+        classes = {each.address: each.gpu_class for each in journal.assignments()}
+        return earnings_of(journal.takings(begin), classes, since, now, step)
+
+    async def audit(self, limit: int) -> list[dict[str, object]]:
+        """What operators had done, the newest first: `cluster.steering.ActionView`."""
+        return await asyncio.to_thread(self._audit, limit)
+
+    def _audit(self, limit: int) -> list[dict[str, object]]:
+        with self._world.journal.read() as connection:
+            return [asdict(each) for each in journal_history.actions(connection, limit)]
+
+    # --- what can change while it runs ----------------------------------------------------------
+
+    def reload(self) -> tuple[str, ...]:
+        """Take over what has changed in the configuration's file; raises `ConfigError`."""
+        fresh, changed = self._world.reload()
+        self._world = replace(
+            self._world, policy=fresh.policy, fleet=fresh.fleet, safeguards=fresh.safeguards
+        )
+        if self._term is not None:
+            self._term.reconfigure(fresh)
+        if any(key.startswith("logs.") for key in changed):
+            self._world.set_level(fresh.level)
+        return changed
+
+    def set_level(self, level: Level) -> None:
+        self._world.set_level(level)
 
     def release(self) -> str:
         """What the supervisor compares with what it wants; one that has ended passes for none."""
@@ -244,7 +298,7 @@ class Coordinator:
 class Term:
     """From taking the lease to losing it."""
 
-    def __init__(self, world: World, ledger: Ledger, network: RunningNetwork) -> None:
+    def __init__(self, world: World, ledger: Ledger, network: RunningNetwork, live: Live) -> None:
         self._world = world
         self._ledger = ledger
         self._network = network
@@ -279,6 +333,8 @@ class Term:
             world.metrics,
             world.clock,
         )
+        bundles = Bundles(self._ledger, self._reconciler.turns, world.pool.report, world.clock)
+        self._dispatcher.broke = bundles.keep
         self._drains = Drains(self._ledger)
         world.pool.drain(self._drains.covers)
         self._fleet = FleetKeeper(
@@ -295,6 +351,20 @@ class Term:
             world.clock,
         )
         ledger.told = self._fleet.closed
+        self._steering = Steering(
+            self._ledger,
+            world.pool.gpus,
+            self._drains,
+            self._dispatcher,
+            self._safeguards,
+            self._fleet,
+            world.stores,
+            live,
+            world.accounts,
+            lambda address: self._views.get(address),
+            self._settled,
+            world.clock,
+        )
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
         self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
@@ -337,6 +407,11 @@ class Term:
     def end(self) -> None:
         self._end.set()
 
+    def reconfigure(self, fresh: LiveSettings) -> None:
+        self._reconciler.policy = fresh.policy
+        self._fleet.reconfigure(fresh.fleet)
+        self._safeguards.reconfigure(fresh.safeguards)
+
     def add_to(self, sight: Sight) -> Sight:
         """What only the acting coordinator knows."""
         return replace(
@@ -354,7 +429,7 @@ class Term:
             relay_error=self._reconciler.relay_error,
             endpoints=self._network.endpoints(),
             fleet=self._fleet.view,
-            drain=self._drain_status(),
+            drain=self._steering.drain_status(),
             alerts=(
                 *self._network.alerts(),
                 *self._safeguards.alerts(),
@@ -362,77 +437,8 @@ class Term:
             ),
         )
 
-    def clear_quarantine(self, card: str) -> str:
-        return self._safeguards.clear(card)
-
-    # --- what an operator does -------------------------------------------------------------------
-
-    def clear_account(self, account: Address) -> str:
-        return self._fleet.clear(account)
-
-    def apply_fleet(self) -> str:
-        self._fleet.apply()
-        return "applying"
-
-    async def drain(self, what: str, name: str, now: bool) -> str:
-        """`everything`, a `card` by id or UUID, or a `node`; with `now`, what is computed there is
-        begun again elsewhere. `draining`, or `unknown`."""
-        gpus = self._world.pool.gpus()
-        match what:
-            case "card" if any(name in {gpu.gpu_id, gpu.uuid} for gpu in gpus):
-                self._drains.add(cards=frozenset({GpuId(name)}))
-            case "node" if any(name == gpu.ray_node for gpu in gpus):
-                self._drains.add(nodes=frozenset({RayNodeId(name)}))
-            case "everything":
-                self._drains.add(everything=True)
-            case _:
-                return "unknown"
-        self._log.warning("draining", what=what, name=name, now=now)
-        if now and what != "everything":
-            for record in self._on_drained():
-                attempt = record.open_attempt
-                if attempt is not None:
-                    task = record.commitment
-                    await self._dispatcher.cancel(attempt.gpu_id, task, attempt.attempt_id)
-                    self._settled(task)
-        return "draining"
-
-    def end_drain(self) -> str:
-        """`ended`, or `free` when nothing was drained."""
-        if not self._drains.any:
-            return "free"
-        self._drains.end()
-        self._log.info("drain_ended")
-        return "ended"
-
-    def _on_drained(self) -> list[TaskRecord]:
-        """Tasks that are computed on drained cards."""
-        drained = {gpu.gpu_id for gpu in self._world.pool.gpus() if self._drains.covers(gpu)}
-        return [
-            record
-            for record in self._ledger.open.values()
-            if record.open_attempt is not None and record.open_attempt.gpu_id in drained
-        ]
-
-    def _drain_status(self) -> DrainStatus:
-        drains = self._drains
-        left = [f"{count} tasks are computed there" for count in [len(self._on_drained())] if count]
-        if drains.everything:
-            left = [f"{len(self._ledger.open)} tasks are open"] if self._ledger.open else []
-            serving = [
-                address
-                for address in self._world.accounts.values()
-                if (view := self._views.get(address)) is None or view.account.status not in _RESTING
-            ]
-            if serving:
-                left.append(f"{len(serving)} accounts are not paused yet")
-        return DrainStatus(
-            everything=drains.everything,
-            cards=tuple(sorted(drains.cards)),
-            nodes=tuple(sorted(drains.nodes)),
-            done=drains.any and not left,
-            left=tuple(left),
-        )
+    async def perform(self, order: Order, who: str) -> Done:
+        return await self._steering.perform(order, who)
 
     def _chain_error(self) -> str | None:
         """Why the chain isn't reached; None as long as any account can be read."""

@@ -153,6 +153,8 @@ class Dispatcher:
         self._new_attempt_id = new_attempt_id
         self._settled = settled
         self._failed = failed
+        self.broke: Callable[[GpuId, Order, ClusterError], None] = lambda _gpu, _order, _error: None
+        """Called with each attempt that failed, before that is stored."""
         self._wants: dict[Commitment, tuple[Want, Order, Work]] = {}
         self._running: dict[GpuId, _Running] = {}
         self._hinted: dict[GpuId, Commitment] = {}
@@ -296,6 +298,8 @@ class Dispatcher:
         except ClusterError as error:
             if isinstance(error, DeviceFault):
                 self._guard.suspect(gpu)
+            if not isinstance(error, Cancelled | DeadlinePassed):
+                self.broke(gpu, order, error)
             return event_for(order.attempt_id, error)
         except OSError as error:
             # Our own disk: the files couldn't be kept, so there is no result.

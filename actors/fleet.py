@@ -170,6 +170,9 @@ class FleetKeeper:
         self._log.info("account_cleared", account=account, slashed=slashed)
         return "cleared"
 
+    def reconfigure(self, settings: FleetSettings) -> None:
+        self._settings = settings
+
     def apply(self) -> None:
         """Act on the plan until nothing is left of it, whatever `automatic` says."""
         self._applying = True

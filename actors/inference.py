@@ -14,6 +14,7 @@ import contextlib
 import enum
 import os
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ Outcome = Computed | ClusterError
 
 
 VITALS_SECONDS = 10.0
+MOST_TRACE = 20_000
+"""Characters of a traceback that are kept: its end says most."""
 
 
 class EngineState(Protocol):
@@ -193,7 +196,9 @@ class InferenceWorker:
         except ClusterError as error:
             return _bare(error)
         except BaseException as error:  # noqa: BLE001 - the top of the computing thread
-            return DeviceFault(DeviceFaultKind.OTHER, f"{type(error).__name__}: {error}")
+            fault = DeviceFault(DeviceFaultKind.OTHER, f"{type(error).__name__}: {error}")
+            fault.trace = "".join(traceback.format_exception(error))[-MOST_TRACE:]
+            return fault
 
     def _settle(self, attempt: _Attempt, future: asyncio.Future[Outcome]) -> None:
         self._finished += attempt.order.task != canary.TASK
@@ -297,7 +302,9 @@ class InferenceWorker:
 
 
 def _bare(error: ClusterError) -> ClusterError:
-    """The error without its frames: an outcome is kept, and they hold the failed run's tensors."""
+    """The error without its frames: an outcome is kept, and they hold the failed run's tensors.
+    What they were is kept as text."""
+    error.trace = "".join(traceback.format_exception(error))[-MOST_TRACE:]
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 

@@ -88,6 +88,25 @@ class StoreWorker:
                 self._queue.append(model_id)
         self._news.set()
 
+    async def drop(self, model_id: str) -> str:
+        """Remove a model from the disk: `dropped`, or why it stays."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._looker, self._drop, model_id)
+
+    def _drop(self, model_id: str) -> str:
+        ref, disk = of_model_id(model_id), self._keeper.disk
+        if ref in self._keeper.pinned:
+            return "it is configured to stay (models.pin, models.preload)"
+        if disk.manifest(ref.key) is None:
+            return "not among what was fetched there"
+        with disk.try_lock(f"{ref.key}.use") as free:
+            if not free:
+                return "a task uses it"
+            disk.remove(ref.key)
+        self._here.discard(model_id)
+        self._log.info("model_dropped", model=model_id)
+        return "dropped"
+
     async def report(self) -> StoreReport:
         return await asyncio.get_running_loop().run_in_executor(self._looker, self._look)
 

@@ -119,7 +119,7 @@ class Reconciler:
         self._network = network
         self._artifacts = artifacts
         self._dispatcher = dispatcher
-        self._policy = policy
+        self.policy = policy
         self._metrics = metrics
         self._clock = clock
         self._pauses: dict[Commitment, _Pause] = {}
@@ -175,7 +175,7 @@ class Reconciler:
             self._log.warning("writes_unknown", task=task, error=str(error))
             return FIRST_PAUSE
         record = self._notice(record, facts)
-        situation = Situation(facts, record, now, self._policy, writes)
+        situation = Situation(facts, record, now, self.policy, writes)
         action = decide(situation)
         self._note(situation, action)
         if not isinstance(action, Execute):

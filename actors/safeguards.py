@@ -69,6 +69,11 @@ class Safeguards:
             changed,
         )
 
+    def reconfigure(self, settings: SafeguardSettings) -> None:
+        self._canaries.settings = settings.canary
+        self._verifier.fraction = settings.fraction
+        self._canaries.wake()
+
     def attach(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 

@@ -22,6 +22,7 @@ from actors.environment import without_password
 from actors.keeping import StoreActor, StoreReport
 from cluster.core.types import Gpu, GpuClass, ModelId, RayNodeId
 from cluster.models.keeper import Keeper
+from cluster.models.refs import of_model_id
 
 PING_SECONDS = 5.0
 FETCHED_BYTES = "fetched_bytes"
@@ -105,6 +106,21 @@ class RayStores:
             member = self._members.get(node)
             if member is not None:
                 member.actor.want.remote(tuple(models))
+
+    async def drop(self, model: str) -> Mapping[str, str]:
+        """Have every machine remove it; what came of that on each. Raises `ModelUnavailable` or
+        `TaskInvalid` for what is no model's id."""
+        of_model_id(model)
+        nodes = sorted(self._members)
+        asked = [self._drop(self._members[node], model) for node in nodes]
+        return dict(zip(nodes, await asyncio.gather(*asked), strict=True))
+
+    async def _drop(self, member: _Member, model: str) -> str:
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                return cast(str, await member.actor.drop.remote(model))
+        except (RayError, TimeoutError) as error:
+            return f"no answer ({type(error).__name__})"
 
     # --- watching --------------------------------------------------------------------------------
 

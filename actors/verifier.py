@@ -43,7 +43,7 @@ class Verifier:
         self._health = health
         self._pool = pool
         self._holds = holds
-        self._fraction = fraction
+        self.fraction = fraction
         self._metrics = metrics
         self._clock = clock
         self._idle = idle
@@ -63,7 +63,7 @@ class Verifier:
         if self._health.in_quarantine(first.uuid):
             raise _fault(f"card {first.uuid} is in quarantine")
         earlier = self._health.disputed(order.task)
-        if not earlier and not verification.sampled(order.task, self._fraction):
+        if not earlier and not verification.sampled(order.task, self.fraction):
             return computed
         scores = earlier | {first.uuid: computed.score}
         found = {first.uuid: computed}

@@ -102,6 +102,15 @@ def _ws_url(value: object) -> str | None:
     return _http_url(f"http{value.removeprefix('ws')}").replace("http", "ws", 1)
 
 
+def _explorer_url(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or value.count("{hash}") != 1:
+        raise ValueError("expected a URL with {hash} in it, such as https://host/tx/{hash}")
+    _http_url(value.replace("{hash}", "0x00"))
+    return value
+
+
 def _s3_url(value: object) -> str | None:
     if value is None:
         return None
@@ -236,6 +245,8 @@ class NetworkConfig(Section):
     stake: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "400")
     """Written in CNX, held in wei."""
     block_poll_seconds: Seconds = 1.0
+    explorer_url: Annotated[str | None, BeforeValidator(_explorer_url)] = None
+    """Where a transaction is shown to people: a URL with `{hash}` in it."""
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -380,6 +391,12 @@ class GpuConfig(Section):
 
 
 class ServeConfig(Section):
+    """`token_file` holds the bearer token that acting needs (one word of 16 characters or more);
+    without one, only this machine may act, and only where `host` is a loopback address. Reads need
+    it too, unless `open_reads`."""
+
+    token_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
+    open_reads: bool = False
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=1, le=65535)
 
@@ -494,6 +511,17 @@ def digest(config: Config) -> str:
     """Short and stable: the supervisor compares it to see whether the configuration changed."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def changes(before: Config, after: Config) -> tuple[str, ...]:
+    """The keys (`section.key`) whose values differ."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return tuple(
+        f"{section}.{key}"
+        for section in new
+        for key in new[section]
+        if old[section].get(key) != new[section][key]
+    )
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ KINDS: dict[str, type[Event]] = {
     "result_uploaded": ResultUploaded,
     "closed": Closed,
 }
-_NAMES: dict[type[Event], str] = {kind: name for name, kind in KINDS.items()}
+NAMES: dict[type[Event], str] = {kind: name for name, kind in KINDS.items()}
 
 _READERS: Mapping[str, Any] = {
     "task_type": TaskType,
@@ -64,7 +64,7 @@ def _plain(value: object) -> object:
 
 def encode_event(event: Event) -> tuple[str, str]:
     """The event's kind and JSON body."""
-    return _NAMES[type(event)], json.dumps(asdict(event), default=_plain, sort_keys=True)
+    return NAMES[type(event)], json.dumps(asdict(event), default=_plain, sort_keys=True)
 
 
 def decode_event(kind: str, body: str) -> Event:

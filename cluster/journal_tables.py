@@ -79,6 +79,27 @@ takings_table = Table(
 )
 """Sums by the hour (unix time / 3600) and account, in wei, kept as tasks close and gas is spent:
 the history itself is too long to be added up for each look."""
+bundles_table = Table(
+    "bundles",
+    metadata,
+    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
+    Column("commitment", Text, nullable=False, index=True),
+    Column("attempt", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("body", Text, nullable=False),
+)
+"""All that was known where an attempt failed, as JSON: the newest only."""
+audit_table = Table(
+    "audit",
+    metadata,
+    Column("seq", _BigSerial, primary_key=True, autoincrement=True),
+    Column("at", Double, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("arguments", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+)
+"""What operators had done, and what came of it."""
 cursors_table = Table(
     "cursors",
     metadata,

@@ -35,7 +35,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 import cluster
 from actors.canary import CanarySettings
-from actors.coordinator import NAME, CoordinatorActor, RunningNetwork, World
+from actors.coordinator import NAME, CoordinatorActor, LiveSettings, RunningNetwork, World
 from actors.fleet import FleetSettings
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
@@ -43,6 +43,7 @@ from actors.safeguards import SafeguardSettings
 from actors.stores import RayStores
 from cluster import config as configuration
 from cluster import logs
+from cluster.api.guard import is_loopback, read_token
 from cluster.artifacts import FolderArtifacts
 from cluster.chain.endpoints import Endpoints
 from cluster.chain.heads import Heads
@@ -67,6 +68,8 @@ SILENT_LOOKS = 5
 ANSWER_SECONDS = 10.0
 RPC_SECONDS = 10.0
 APPLICATION = "crynux"
+LIVE = frozenset({"policy", "fleet", "canary", "verify", "logs.level"})
+"""Sections and keys of the configuration that can change while it runs."""
 
 
 def release(config: Config) -> str:
@@ -105,7 +108,7 @@ def assemble_from(file: Path, digest: str) -> World:
     configuration may hold credentials. Raises `ConfigError`.
     """
     config = configuration.load(file)
-    world = assemble(config)
+    world = replace(assemble(config), reload=Reloading(file, config).again)
     if world.config_digest != digest:
         # Ray began us anew after an edit. To the supervisor we are still what it asked for:
         # it would else replace us again and again until it is itself begun anew.
@@ -151,11 +154,41 @@ def assemble(config: Config) -> World:
         lease_seconds=config.lease.ttl_seconds,
         clock=time.time,
         new_attempt_id=lambda: AttemptId(uuid.uuid4().hex[:12]),
-        safeguards=SafeguardSettings(
-            CanarySettings(config.canary.interval_seconds, config.canary.model),
-            config.verify.fraction,
-        ),
+        safeguards=safeguard_settings(config),
         ray_address=ray.get_runtime_context().gcs_address if ray.is_initialized() else "",
+        explorer=config.network.explorer_url,
+        set_level=lambda level: logs.setup(level, config.logs.format),
+    )
+
+
+class Reloading:
+    """The configuration's file, read again while the coordinator runs."""
+
+    def __init__(self, file: Path, config: Config) -> None:
+        self._file = file
+        self._running = config
+
+    def again(self) -> tuple[LiveSettings, tuple[str, ...]]:
+        """What can change as it is now, and the keys that have changed. Raises `ConfigError`, also
+        where something changed that can't while it runs."""
+        fresh = configuration.load(self._file)
+        changed = configuration.changes(self._running, fresh)
+        fixed = [key for key in changed if key.split(".")[0] not in LIVE and key not in LIVE]
+        if fixed:
+            raise ConfigError(
+                f"{self._file}: {', '.join(fixed)} can't change while it runs; nothing was taken "
+                "over: start `crynux-cluster up` anew for it"
+            )
+        self._running = fresh
+        live = LiveSettings(
+            fresh.policy.policy, fleet_settings(fresh), safeguard_settings(fresh), fresh.logs.level
+        )
+        return live, changed
+
+
+def safeguard_settings(config: Config) -> SafeguardSettings:
+    return SafeguardSettings(
+        CanarySettings(config.canary.interval_seconds, config.canary.model), config.verify.fraction
     )
 
 
@@ -285,11 +318,11 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
 # --- the supervisor ------------------------------------------------------------------------------
 
 
-def up(config: Config, file: Path, build_api: Callable[[str], serve.Application]) -> int:
+def up(config: Config, file: Path, build_api: Callable[[Config], serve.Application]) -> int:
     """Bring everything up and keep it so until SIGINT or SIGTERM; returns the exit code.
 
     `file` is where `config` was read; the cluster's head must have it at the same path.
-    `build_api` gives the Serve application for a Ray namespace (`serve_app.build`).
+    `build_api` gives the Serve application for a configuration (`serve_app.build`).
     Raises `ConfigError` for what the operator has to mend, before anything is started.
     """
     logs.setup(config.logs.level, config.logs.format)
@@ -331,6 +364,11 @@ def check(config: Config) -> None:
     identity = unlock(config)
     with contextlib.closing(SqlJournal(config.journal.url)) as journal:
         journal.bind(owner(config, identity))
+    token = read_token(config.serve.token_file)
+    if token is None and not is_loopback(config.serve.host):
+        structlog.get_logger("supervisor").warning(
+            "api_without_token", host=config.serve.host, mend="set serve.token_file to act by it"
+        )
     _check_folder("artifacts.path", config.artifacts.path)
     if config.ray.address is None:
         # Elsewhere it is the head's port that matters, which isn't ours to try.
@@ -415,7 +453,7 @@ class Supervisor:
     """Looks at what runs and repairs it, once per `look`."""
 
     def __init__(
-        self, config: Config, file: Path, build_api: Callable[[str], serve.Application]
+        self, config: Config, file: Path, build_api: Callable[[Config], serve.Application]
     ) -> None:
         self._config = config
         self._file = file
@@ -499,6 +537,6 @@ class Supervisor:
         serve.start(
             proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port}
         )
-        serve.run(self._build_api(self._config.ray.namespace), name=APPLICATION, route_prefix="/")
+        serve.run(self._build_api(self._config), name=APPLICATION, route_prefix="/")
         self._served = self._release
         self._log.info("api_deployed", url=f"http://{where.host}:{where.port}")

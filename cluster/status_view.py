@@ -37,6 +37,14 @@ def render(status: Status) -> RenderableType:
     )
 
 
+def accounts_table(status: Status) -> RenderableType:
+    return _accounts(status.accounts)
+
+
+def tasks_table(status: Status) -> RenderableType:
+    return _tasks(status.tasks, status.now)
+
+
 def cnx(wei: str) -> str:
     """Wei as CNX with at most four decimals."""
     amount = Decimal(wei) / _WEI_PER_CNX

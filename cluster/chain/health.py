@@ -164,17 +164,18 @@ def _latency(endpoint: Endpoint) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A rate of calls: holds a second's worth, and never less than one."""
+    """A rate of calls: holds a second's worth, and never less than `burst`."""
 
     rate: float | None
     level: float = 0.0
     at: float | None = None
+    burst: float = 1.0
 
     def take(self, now: float) -> tuple[Bucket, float]:
         """The bucket after one more call, and how long the call has to wait."""
         if self.rate is None:
             return self, 0.0
-        most = max(self.rate, 1.0)
+        most = max(self.rate, self.burst)
         level = most if self.at is None else min(self.level + (now - self.at) * self.rate, most)
         level -= 1.0
         return replace(self, level=level, at=now), max(-level / self.rate, 0.0)

@@ -11,23 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import httpx
-from pydantic import ValidationError
-from rich.console import Console
 
 import cluster
+from cluster.cli.config import config
 from cluster.cli.devnet import devnet
 from cluster.cli.doctor import doctor
 from cluster.cli.fleet import drain, fleet, resume
 from cluster.cli.gpus import gpus
 from cluster.cli.keys import keys
+from cluster.cli.look import accounts, audit, earnings, logs, status, tasks, top
 from cluster.cli.models import models
 from cluster.cli.options import config_option
 from cluster.core.errors import ClusterError, ConfigError
-from cluster.status import Status
-from cluster.status_view import render
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _WRONG_INPUT, _FAILED = 2, 1
 
 
@@ -77,54 +73,28 @@ def up(config_file: Path) -> int:
     watches them and repairs. Stopping it (Ctrl-C) never pauses, quits or unstakes an account.
     """
     import serve_app
-    from cluster import config, runtime
+    from cluster import config as configuration
+    from cluster import runtime
 
-    return runtime.up(config.load(config_file), config_file, serve_app.build)
-
-
-@cli.command()
-@click.option("--url", default=DEFAULT_URL, show_default=True, help="Where the API answers.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def status(url: str, as_json: bool) -> None:
-    """Show accounts, GPUs and tasks as they are now."""
-    now = fetch_status(url)
-    if as_json:
-        click.echo(now.model_dump_json(indent=2))
-    else:
-        Console().print(render(now))
+    return runtime.up(configuration.load(config_file), config_file, serve_app.build)
 
 
-def fetch_status(url: str, transport: httpx.BaseTransport | None = None) -> Status:
-    """`Status` from the API at `url`; raises `ClusterError` with one clear line."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url {url}: expected a URL such as {DEFAULT_URL}")
-    try:
-        with httpx.Client(transport=transport, timeout=10.0) as client:
-            answer = client.get(f"{url.rstrip('/')}/v1/status")
-        body = answer.json()
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"--url {url}: {error}") from None
-    except httpx.ConnectError:
-        raise ClusterError(
-            f"nothing answers at {url}; is the operator up (crynux-cluster up), "
-            "and is this its address (--url)?"
-        ) from None
-    except httpx.HTTPError as error:
-        raise ClusterError(f"{url}: {error or type(error).__name__}") from None
-    except ValueError:
-        raise ClusterError(
-            f"{url}: this is not the operator's API (its answer isn't JSON)"
-        ) from None
-    if answer.status_code == 503 and isinstance(body, dict) and "detail" in body:
-        raise ClusterError(f"{url}: {body['detail']}")
-    try:
-        return Status.model_validate(body)
-    except ValidationError:
-        raise ClusterError(
-            f"{url}: HTTP {answer.status_code}, and no status of version {cluster.__version__}; "
-            "is this the operator's API, and of the same version?"
-        ) from None
-
-
-for _group in (keys, doctor, fleet, drain, resume, gpus, models, devnet):
+for _group in (
+    keys,
+    doctor,
+    status,
+    top,
+    tasks,
+    accounts,
+    earnings,
+    logs,
+    audit,
+    fleet,
+    drain,
+    resume,
+    gpus,
+    models,
+    config,
+    devnet,
+):
     cli.add_command(_group)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cluster.cli.options import config_option
+from cluster.cli.options import config_option, typed
 from cluster.core.errors import ClusterError
 from cluster.status import DrainStatus, FleetStatus, Status
 
@@ -52,10 +52,10 @@ def fleet_apply(config_file: Path) -> None:
     showing, not the doing.
     """
     from actors import client
-    from cluster import config
+    from cluster import config, steering
 
     with client.asking(config.load(config_file)) as call:
-        call("apply_fleet")
+        client.order_done(call, steering.ApplyFleet())
         _follow(lambda: _status(call("status")).fleet)
 
 
@@ -66,9 +66,10 @@ def fleet_clear(account: str, config_file: Path) -> None:
     """Let an account be used again that was slashed, kicked out, or held because somebody else
     seemed to use its key. Find out why first: `crynux-cluster status` has its tasks."""
     from actors import client
-    from cluster import config
+    from cluster import config, steering
 
-    click.echo(client.clear_account(config.load(config_file), account))
+    order = typed(steering.ClearAccount, account=account)
+    click.echo(client.perform(config.load(config_file), order))
 
 
 @click.command(short_help="Finish what runs and take nothing new.")
@@ -93,7 +94,7 @@ def drain(
     restarts.
     """
     from actors import client
-    from cluster import config
+    from cluster import config, steering
 
     if gpu is not None and node is not None:
         raise click.UsageError("--gpu and --node: name one of them")
@@ -101,7 +102,8 @@ def drain(
         raise click.UsageError("--now is for --gpu or --node")
     settings = config.load(config_file)
     what = "card" if gpu else "node" if node else "everything"
-    client.drain(settings, what, gpu or node or "", now)
+    order = typed(steering.Drain, what=what, name=gpu or node or "", now=now)
+    client.perform(settings, order)
     if not wait:
         return 0
     with client.asking(settings) as call:
@@ -113,9 +115,9 @@ def drain(
 def resume(config_file: Path) -> None:
     """End every drain: cards take tasks again, and accounts resume."""
     from actors import client
-    from cluster import config
+    from cluster import config, steering
 
-    click.echo(client.end_drain(config.load(config_file)))
+    click.echo(client.perform(config.load(config_file), steering.EndDrain()))
 
 
 def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values

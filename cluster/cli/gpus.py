@@ -69,6 +69,7 @@ def gpus_clear(gpu_id: str, config_file: Path) -> None:
     it gets a task, and is quarantined again if its answer is still another one.
     """
     from actors import client
-    from cluster import config
+    from cluster import config, steering
 
-    click.echo(client.clear_quarantine(config.load(config_file), gpu_id))
+    order = steering.ClearQuarantine(card=gpu_id)
+    click.echo(client.perform(config.load(config_file), order))

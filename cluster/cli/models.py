@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from cluster.cli.options import config_option
+from cluster.cli.options import config_option, typed
 
 model_names = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 
@@ -65,3 +65,33 @@ def models_drop(config_file: Path, models: tuple[str, ...]) -> None:
     from cluster import config, models_cli
 
     models_cli.drop(config.load(config_file).models.store(), models, Console())
+
+
+@models.command("preload", short_help="Have every machine with cards fetch models.")
+@config_option
+@model_names
+def models_preload(config_file: Path, models: tuple[str, ...]) -> None:
+    """Have the running operator's machines fetch models, behind what tasks need.
+
+    MODEL is a model id as the network writes it: base:, lora: or controlnet:, and a name.
+    """
+    from actors import client
+    from cluster import config, steering
+
+    settings = config.load(config_file)
+    for model in models:
+        click.echo(client.perform(settings, typed(steering.PreloadModel, model=model)))
+
+
+@models.command("drop-everywhere", short_help="Remove models from every machine.")
+@config_option
+@model_names
+def models_drop_everywhere(config_file: Path, models: tuple[str, ...]) -> None:
+    """Remove models from the disks of the running operator's machines; where a task uses one, it
+    stays, and what is configured to stay does."""
+    from actors import client
+    from cluster import config, steering
+
+    settings = config.load(config_file)
+    for model in models:
+        click.echo(client.perform(settings, typed(steering.DropModel, model=model)))

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+from pydantic import BaseModel, ValidationError
+
+from cluster.core.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 config_option = click.option(
     "--config",
@@ -14,3 +20,13 @@ config_option = click.option(
     required=True,
     help="The configuration; configs/ has examples.",
 )
+
+
+def typed(model: type[Model], /, **values: Any) -> Model:  # noqa: ANN401 - as the model says
+    """What was typed, checked by its model. Raises `ConfigError`."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{name}: {first['msg']}, got {str(first['input'])[:80]}") from None

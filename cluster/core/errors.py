@@ -11,7 +11,13 @@ import enum
 
 
 class ClusterError(Exception):
-    """Base of everything this software raises on purpose; the message is one line for a person."""
+    """Base of everything this software raises on purpose; the message is one line for a person.
+
+    `trace` is where it came from, for whoever has to mend it: kept as text, because frames hold
+    what they worked on and don't travel.
+    """
+
+    trace: str = ""
 
 
 class ConfigError(ClusterError):
@@ -41,8 +47,10 @@ class DeviceFault(ClusterError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self) -> tuple[type[DeviceFault], tuple[DeviceFaultKind, str]]:
-        return type(self), (self.kind, str(self))
+    def __reduce__(
+        self,
+    ) -> tuple[type[DeviceFault], tuple[DeviceFaultKind, str], dict[str, str]]:
+        return type(self), (self.kind, str(self)), {"trace": self.trace}
 
 
 class ModelUnavailableKind(enum.Enum):
@@ -60,8 +68,10 @@ class ModelUnavailable(ClusterError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self) -> tuple[type[ModelUnavailable], tuple[ModelUnavailableKind, str]]:
-        return type(self), (self.kind, str(self))
+    def __reduce__(
+        self,
+    ) -> tuple[type[ModelUnavailable], tuple[ModelUnavailableKind, str], dict[str, str]]:
+        return type(self), (self.kind, str(self)), {"trace": self.trace}
 
 
 class Cancelled(ClusterError):

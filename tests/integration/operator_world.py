@@ -496,7 +496,7 @@ def _serve(config: Config) -> None:
     while True:
         try:
             serve.start(proxy_location="HeadOnly", http_options=options)
-            application = serve_app.build(config.ray.namespace)
+            application = serve_app.build(config)
             serve.run(application, name=runtime.APPLICATION, route_prefix="/")
         except (RayError, TimeoutError):
             if time.monotonic() > deadline:

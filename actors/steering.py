@@ -1,0 +1,255 @@
+"""What operators have done: carried out by the acting coordinator, and written down.
+
+An order that can't be carried out changes nothing. Each is written to the journal with who asked
+for it and what came of it, refusals included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import structlog
+
+from actors.dispatcher import Dispatcher
+from actors.drain import Drains
+from actors.fleet import FleetKeeper
+from actors.ledger import Ledger
+from actors.safeguards import Safeguards
+from cluster import journal_history
+from cluster.core.errors import ClusterError, ConfigError, ModelUnavailable, TaskInvalid
+from cluster.core.record import TaskRecord
+from cluster.core.types import (
+    AccountView,
+    Address,
+    Commitment,
+    Gpu,
+    GpuId,
+    ModelId,
+    NodeStatus,
+    RayNodeId,
+    Timestamp,
+)
+from cluster.journal_history import Audited
+from cluster.logs import Level
+from cluster.models.refs import of_model_id
+from cluster.status import DrainStatus
+from cluster.steering import (
+    ApplyFleet,
+    ClearAccount,
+    ClearQuarantine,
+    Done,
+    Drain,
+    DropModel,
+    EndDrain,
+    Order,
+    PreloadModel,
+    ReloadConfig,
+    SetLogLevel,
+)
+
+_RESTING = frozenset({NodeStatus.QUIT, NodeStatus.PAUSED})
+NOT_ACTING = Done(kind="refused", text="the coordinator is not acting now; try again")
+
+
+class Stores(Protocol):
+    def want(self, gpus: tuple[Gpu, ...], models: tuple[ModelId, ...]) -> None: ...
+
+    async def drop(self, model: str) -> Mapping[str, str]:
+        """What came of it on each machine, in a word or some."""
+        ...
+
+
+class Live(Protocol):
+    """What can change while the coordinator runs."""
+
+    def reload(self) -> tuple[str, ...]:
+        """Take over what has changed in the configuration's file: its keys. Raises `ConfigError`,
+        having changed nothing."""
+        ...
+
+    def set_level(self, level: Level) -> None: ...
+
+
+class Steering:
+    """`view_of`: what an account was last seen as. `settled`: give the task its turn."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        gpus: Callable[[], tuple[Gpu, ...]],
+        drains: Drains,
+        dispatcher: Dispatcher,
+        safeguards: Safeguards,
+        fleet: FleetKeeper,
+        stores: Stores,
+        live: Live,
+        accounts: Mapping[int, Address],
+        view_of: Callable[[Address], AccountView | None],
+        settled: Callable[[Commitment], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._ledger = ledger
+        self._gpus = gpus
+        self._drains = drains
+        self._dispatcher = dispatcher
+        self._safeguards = safeguards
+        self._fleet = fleet
+        self._stores = stores
+        self._live = live
+        self._accounts = accounts
+        self._view_of = view_of
+        self._settled = settled
+        self._clock = clock
+        self._log = structlog.get_logger("steering")
+
+    async def perform(self, order: Order, who: str) -> Done:
+        """Carry it out, and write it down. Raises `LeaseLost`."""
+        try:
+            done = await self._perform(order)
+        except ConfigError as error:
+            done = Done(kind="refused", text=str(error))
+        arguments = order.model_dump(mode="json")
+        action = str(arguments.pop("action"))
+        self._log.warning("steered", by=who, action=action, **arguments, outcome=done.text)
+        noted = Audited(Timestamp(self._clock()), who, action, arguments, done.text)
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            journal_history.note_action(connection, noted)
+        return done
+
+    async def _perform(self, order: Order) -> Done:  # noqa: C901 - one line for each
+        match order:
+            case Drain():
+                return await self._drain(order)
+            case EndDrain():
+                return self._end_drain()
+            case ClearQuarantine(card=card):
+                return self._clear_quarantine(card)
+            case ClearAccount(account=account):
+                return self._clear_account(account)
+            case ApplyFleet():
+                self._fleet.apply()
+                return Done(text="the plan is carried out")
+            case PreloadModel(model=model):
+                return self._preload(model)
+            case DropModel(model=model):
+                return await self._drop(model)
+            case SetLogLevel(level=level):
+                self._live.set_level(level)
+                return Done(text=f"the coordinator logs from {level} on")
+            case ReloadConfig():
+                changed = self._live.reload()
+                if not changed:
+                    return Done(kind="nothing", text="the configuration is as it was")
+                return Done(text=f"taken over: {', '.join(changed)}")
+
+    # --- drains ----------------------------------------------------------------------------------
+
+    async def _drain(self, order: Drain) -> Done:
+        name, gpus = order.name, self._gpus()
+        match order.what:
+            case "card" if any(name in {gpu.gpu_id, gpu.uuid} for gpu in gpus if name):
+                self._drains.add(cards=frozenset({GpuId(name)}))
+            case "node" if any(name == gpu.ray_node for gpu in gpus):
+                self._drains.add(nodes=frozenset({RayNodeId(name)}))
+            case "everything":
+                self._drains.add(everything=True)
+            case _:
+                return _unknown(order.what, name)
+        if order.now and order.what != "everything":
+            await self._move_away()
+        what = order.what if order.what == "everything" else f"{order.what} {name}"
+        return Done(text=f"{what} is being drained")
+
+    async def _move_away(self) -> None:
+        for record in self._on_drained():
+            attempt, task = record.open_attempt, record.commitment
+            if attempt is not None:
+                await self._dispatcher.cancel(attempt.gpu_id, task, attempt.attempt_id)
+                self._settled(task)
+
+    def _end_drain(self) -> Done:
+        if not self._drains.any:
+            return Done(kind="nothing", text="nothing was drained")
+        self._drains.end()
+        return Done(text="the drain has ended; accounts resume as their cards are there")
+
+    def _on_drained(self) -> list[TaskRecord]:
+        """Tasks that are computed on drained cards."""
+        drained = {gpu.gpu_id for gpu in self._gpus() if self._drains.covers(gpu)}
+        return [
+            record
+            for record in self._ledger.open.values()
+            if record.open_attempt is not None and record.open_attempt.gpu_id in drained
+        ]
+
+    def drain_status(self) -> DrainStatus:
+        drains = self._drains
+        left = [f"{count} tasks are computed there" for count in [len(self._on_drained())] if count]
+        if drains.everything:
+            left = [f"{len(self._ledger.open)} tasks are open"] if self._ledger.open else []
+            serving = [
+                address
+                for address in self._accounts.values()
+                if (view := self._view_of(address)) is None or view.account.status not in _RESTING
+            ]
+            if serving:
+                left.append(f"{len(serving)} accounts are not paused yet")
+        return DrainStatus(
+            everything=drains.everything,
+            cards=tuple(sorted(drains.cards)),
+            nodes=tuple(sorted(drains.nodes)),
+            done=drains.any and not left,
+            left=tuple(left),
+        )
+
+    # --- cards, accounts, models -----------------------------------------------------------------
+
+    def _clear_quarantine(self, card: str) -> Done:
+        match self._safeguards.clear(card):
+            case "unknown":
+                return _unknown("card", card)
+            case "free":
+                return Done(kind="nothing", text=f"{card} is in no quarantine")
+            case _:
+                after = "it computes the canary before it gets a task"
+                return Done(text=f"{card} is out of quarantine; {after}")
+
+    def _clear_account(self, account: str) -> Done:
+        ours = {address.lower(): address for address in self._accounts.values()}
+        address = ours.get(account.lower())
+        if address is None:
+            text = f"{account} is none of the node accounts; crynux-cluster accounts has them"
+            return Done(kind="unknown", text=text)
+        if self._fleet.clear(address) == "free":
+            return Done(kind="nothing", text=f"nothing stops {address}")
+        after = "it is joined again when its class has a card for it"
+        return Done(text=f"{address} is cleared; {after}")
+
+    def _preload(self, model: str) -> Done:
+        try:
+            of_model_id(model)
+        except (ModelUnavailable, TaskInvalid) as error:
+            return Done(kind="unknown", text=f"{model}: {error}; expected kind:name[+variant]")
+        gpus = self._gpus()
+        if not gpus:
+            return Done(kind="refused", text="no machine with cards is there")
+        self._stores.want(gpus, (ModelId(model),))
+        machines = len({gpu.ray_node for gpu in gpus})
+        return Done(text=f"{model} is fetched by {machines} machines, behind what tasks need")
+
+    async def _drop(self, model: str) -> Done:
+        try:
+            found = await self._stores.drop(model)
+        except ClusterError as error:
+            return Done(kind="refused", text=f"{model}: {error}")
+        if not found:
+            return Done(kind="refused", text="no model store is there")
+        words = [f"{node[:8]}: {word}" for node, word in sorted(found.items())]
+        text = f"{model}: {'; '.join(words)}"
+        return Done(kind="done" if "dropped" in found.values() else "refused", text=text)
+
+
+def _unknown(what: str, name: str) -> Done:
+    text = f"no {what} is known as {name}; crynux-cluster status --json shows them"
+    return Done(kind="unknown", text=text)

@@ -1,0 +1,343 @@
+"""The API, over a source that may be away, slow or of another version.
+
+    GET  /                    the live page
+    GET  /healthz             this process is alive, whatever else is gone
+    GET  /readyz              200 when tasks can be taken; 503 with what is missing, in words
+    GET  /metrics             Prometheus text; 503 while the coordinator is away
+    GET  /v1/status           everything at one moment
+    GET  /v1/events           the same again and again, as server-sent events
+    GET  /v1/tasks/{name}     a task's whole story; /bundle: what is kept of its failed attempts
+    GET  /v1/earnings         what came in, by the hour or day
+    GET  /v1/audit            what operators had done
+    POST /v1/actions          have something done (`cluster.steering`)
+
+Nothing is kept here but the last answer, for a moment, so that many who look cost no more than one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import cluster
+from cluster.api.guard import Access, Guard
+from cluster.api.shared import Shared
+from cluster.earnings import Earnings
+from cluster.metrics import CONTENT_TYPE
+from cluster.status import Status, View, readiness
+from cluster.steering import ORDERS, ActionView, Done, Order
+from cluster.story import TaskStory
+
+TIMEOUT_SECONDS = 3.0
+KEPT_SECONDS = 1.0
+EVENT_SECONDS = 2.0
+MOST_DAYS = 400.0
+
+Answer = TypeVar("Answer")
+
+
+class SourceAway(Exception):
+    """The coordinator can't be asked now; the message says why, in one line."""
+
+
+class NotKnown(Exception):
+    """The coordinator knows no such thing; the message says how to name one."""
+
+
+class Source(Protocol):
+    """Where the answers come from; plain JSON values. Each raises `SourceAway`."""
+
+    async def status(self) -> Mapping[str, Any]: ...
+
+    async def metrics_text(self) -> bytes: ...
+
+    async def story(self, name: str) -> Mapping[str, Any]:
+        """Raises `NotKnown`."""
+        ...
+
+    async def bundle(self, name: str) -> Mapping[str, Any]:
+        """Raises `NotKnown`."""
+        ...
+
+    async def earnings(self, since: float, step: str) -> Mapping[str, Any]: ...
+
+    async def audit(self, limit: int) -> list[Mapping[str, Any]]: ...
+
+    async def perform(self, order: Mapping[str, Any], who: str) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A status, and its JSON text: made once for all who look."""
+
+    status: Status
+    text: str
+
+
+class Health(BaseModel):
+    alive: bool = True
+    version: str = cluster.__version__
+
+
+class Readiness(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    ready: bool
+    missing: tuple[str, ...] = ()
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+class Bundle(View):
+    """`parameters` is the task's own text, a prompt among it."""
+
+    story: TaskStory
+    parameters: str | None
+    attempts: tuple[dict[str, Any], ...] = Field(default=())
+
+
+def _says(code: int, what: str, model: type[BaseModel] = Problem) -> dict[int | str, Any]:
+    return {code: {"model": model, "description": what}}
+
+
+_CLOSED = _says(401, "A token is needed.") | _says(403, "Not from there.")
+_CLOSED |= _says(429, "Too often; `Retry-After` says when again.")
+_AWAY = _says(503, "The coordinator can't be asked now.")
+_UNKNOWN = _says(404, "No such task is known.")
+_READ = _CLOSED | _AWAY
+
+Name = Annotated[str, Path(min_length=1, max_length=80, description="A task's or attempt's id.")]
+
+
+def create_api(
+    source: Source,
+    timeout: float = TIMEOUT_SECONDS,
+    access: Access = Access(),  # noqa: B008 - frozen
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+) -> FastAPI:
+    """The API over `source`, which gets `timeout` seconds for each answer."""
+    api = FastAPI(
+        title="crynux-cluster",
+        version=cluster.__version__,
+        summary="A GPU cluster that serves the Crynux network.",
+    )
+    guard = Guard(access, clock)
+    status_now = Shared(lambda: _look(source, timeout), KEPT_SECONDS, clock)
+    metrics_now = Shared(lambda: _in_time(source.metrics_text(), timeout), KEPT_SECONDS, clock)
+    bearer = HTTPBearer(auto_error=False, description="The token of serve.token_file.")
+    reading = [Depends(guard.read), Depends(bearer)]
+    acting = [Depends(bearer)]
+    _answer_errors(api)
+    _add_page(api)
+    _add_health(api, status_now)
+    _add_tasks(api, source, timeout, guard, reading, acting)
+
+    @api.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=PlainTextResponse,
+        responses=_READ,
+        dependencies=reading,
+    )
+    async def metrics() -> Response:
+        return Response(await metrics_now.get(), headers={"content-type": CONTENT_TYPE})
+
+    @api.get(
+        "/v1/status",
+        summary="Everything at one moment",
+        response_model=Status,
+        responses=_READ,
+        dependencies=reading,
+    )
+    async def status() -> Response:
+        return Response((await status_now.get()).text, media_type="application/json")
+
+    @api.get(
+        "/v1/events",
+        summary="The status again and again, as server-sent events",
+        response_class=StreamingResponse,
+        responses=_CLOSED | {200: {"content": {"text/event-stream": {}}}},
+        dependencies=reading,
+    )
+    async def events(
+        count: Annotated[int | None, Query(ge=1, le=1_000_000, description="End after.")] = None,
+    ) -> StreamingResponse:
+        stream = _stream(status_now, count)
+        return StreamingResponse(
+            stream, media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
+
+    @api.get(
+        "/v1/earnings",
+        summary="What came in and what gas went out, by the hour or day",
+        responses=_READ,
+        dependencies=reading,
+    )
+    async def earnings(
+        days: Annotated[float, Query(gt=0, le=MOST_DAYS, description="How far back.")] = 1.0,
+        step: Literal["hour", "day"] = "hour",
+    ) -> Earnings:
+        since = wall() - days * 86_400
+        found = await _in_time(source.earnings(since, step), timeout)
+        return _valid(Earnings, found)
+
+    return api
+
+
+def _add_tasks(
+    api: FastAPI, source: Source, timeout: float, guard: Guard, reading: Any, acting: Any
+) -> None:
+    @api.get(
+        "/v1/tasks/{name}",
+        summary="A task's whole story, by any of its ids",
+        responses=_READ | _UNKNOWN,
+        dependencies=reading,
+    )
+    async def story(name: Name) -> TaskStory:
+        return _valid(TaskStory, await _in_time(source.story(name), timeout))
+
+    @api.get(
+        "/v1/tasks/{name}/bundle",
+        summary="What is kept of its failed attempts, its parameters among it",
+        responses=_READ | _UNKNOWN,
+        dependencies=[*acting, Depends(guard.act)],
+    )
+    async def bundle(name: Name) -> Bundle:
+        return _valid(Bundle, await _in_time(source.bundle(name), timeout))
+
+    @api.get(
+        "/v1/audit",
+        summary="What operators had done, the newest first",
+        responses=_READ,
+        dependencies=reading,
+    )
+    async def audit(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> tuple[ActionView, ...]:
+        found = await _in_time(source.audit(limit), timeout)
+        return tuple(_valid(ActionView, each) for each in found)
+
+    @api.post(
+        "/v1/actions",
+        summary="Have something done",
+        responses=_READ
+        | _says(404, "What it names isn't known.", Done)
+        | _says(409, "It can't be done now.", Done),
+        dependencies=acting,
+    )
+    async def act(
+        order: Annotated[Order, Body()],
+        who: Annotated[str, Depends(guard.act)],
+        response: Response,
+    ) -> Done:
+        plain = ORDERS.dump_python(order, mode="json")
+        done = _valid(Done, await _in_time(source.perform(plain, who), 10 * timeout))
+        response.status_code = {"unknown": 404, "refused": 409}.get(done.kind, 200)
+        return done
+
+
+def _add_health(api: FastAPI, status_now: Shared[Seen]) -> None:
+    @api.get("/healthz", summary="This process is alive")
+    async def healthz() -> Health:  # noqa: RUF029
+        return Health()
+
+    @api.get(
+        "/readyz",
+        summary="Whether tasks can be taken, and what is missing",
+        responses=_says(503, "Tasks can't be taken now.", Readiness),
+    )
+    async def readyz(response: Response) -> Readiness:
+        try:
+            ready, missing = readiness((await status_now.get()).status)
+        except SourceAway as error:
+            ready, missing = False, (_away(error),)
+        response.status_code = 200 if ready else 503
+        return Readiness(ready=ready, missing=missing)
+
+
+def _add_page(api: FastAPI) -> None:
+    """The page holds no data of its own, so anyone may have it."""
+    folder = resources.files("cluster.api") / "page"
+    headers = {
+        "cache-control": "no-cache",
+        "content-security-policy": "default-src 'self'; img-src 'self' data:; "
+        "style-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+
+    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> Response:  # noqa: RUF029
+        return Response(
+            (folder / "index.html").read_bytes(), media_type="text/html", headers=headers
+        )
+
+    @api.get("/page/{name}", include_in_schema=False)
+    async def part(name: Literal["app.js", "plot.js", "style.css"]) -> Response:  # noqa: RUF029
+        kind = "text/css" if name.endswith(".css") else "text/javascript"
+        return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
+
+
+def _answer_errors(api: FastAPI) -> None:
+    @api.exception_handler(SourceAway)
+    async def away(_request: Request, error: SourceAway) -> JSONResponse:  # noqa: RUF029
+        return JSONResponse(Problem(detail=_away(error)).model_dump(), 503)
+
+    @api.exception_handler(NotKnown)
+    async def not_known(_request: Request, error: NotKnown) -> JSONResponse:  # noqa: RUF029
+        return JSONResponse(Problem(detail=str(error)).model_dump(), 404)
+
+
+async def _stream(status_now: Shared[Seen], count: int | None) -> AsyncIterator[bytes]:
+    sent = 0
+    while count is None or sent < count:
+        try:
+            name, data = "status", (await status_now.get()).text
+        except SourceAway as error:
+            name, data = "away", json.dumps(_away(error))
+        yield f"event: {name}\ndata: {data}\n\n".encode()
+        sent += 1
+        if count is None or sent < count:
+            await asyncio.sleep(EVENT_SECONDS)
+
+
+async def _look(source: Source, timeout: float) -> Seen:  # noqa: ASYNC109
+    status = _valid(Status, await _in_time(source.status(), timeout))
+    return Seen(status, status.model_dump_json())
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _valid(model: type[Model], found: Mapping[str, Any]) -> Model:
+    try:
+        return model.model_validate(found)
+    except ValidationError as error:
+        # An older coordinator, while a new version rolls out.
+        fields = error.error_count()
+        detail = f"its {model.__name__} is not of this version ({fields} fields differ)"
+        raise SourceAway(detail) from None
+
+
+def _away(error: SourceAway) -> str:
+    return f"the coordinator is away: {error}"
+
+
+async def _in_time(answer: Coroutine[Any, Any, Answer], timeout: float) -> Answer:  # noqa: ASYNC109
+    try:
+        return await asyncio.wait_for(answer, timeout)
+    except TimeoutError:
+        raise SourceAway(f"no answer within {timeout:g} s") from None

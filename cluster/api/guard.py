@@ -1,0 +1,131 @@
+"""Who may read and who may act: a bearer token, compared in constant time, and rates.
+
+    a token is set           acting needs it; reading too, unless reads are open
+    none, on loopback        both are allowed to this machine, addressed as such
+    none, on other addresses nobody may act; reading only if reads are open
+
+Without a token, a page in a browser on this machine must not act for whoever wrote it: a request
+that names another host (a rebound DNS name), or that comes from another origin, is refused.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from fastapi import HTTPException, Request
+
+from cluster.chain.health import Bucket
+from cluster.core.errors import ConfigError
+
+ACTIONS_PER_SECOND: Final = 5.0
+FAILURES_PER_SECOND: Final = 0.2
+"""Of wrong tokens, from one address: then it waits, whoever has the right one does not."""
+MOST_ADDRESSES: Final = 1_000
+LEAST_TOKEN: Final = 16
+"""Characters of a token."""
+NOBODY: Final = "no token is set (serve.token_file), so nobody may do this from here"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def read_token(file: Path | None) -> str | None:
+    """Raises `ConfigError` for a file that can't be read, or whose token is too short to be one."""
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"serve.token_file: {file} can't be read: {reason}") from None
+    if len(token) < LEAST_TOKEN or not token.isascii() or any(map(str.isspace, token)):
+        raise ConfigError(
+            f"serve.token_file: {file} must hold one word of at least {LEAST_TOKEN} characters, "
+            "such as `openssl rand -hex 32` makes"
+        )
+    return token
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """`local`: the API listens on a loopback address only."""
+
+    token: str | None = field(default=None, repr=False)
+    open_reads: bool = False
+    local: bool = True
+
+
+@dataclass
+class Guard:
+    """`read` and `act` are FastAPI dependencies; they raise `HTTPException`, and give the name
+    under which what is done is written down."""
+
+    access: Access
+    clock: Callable[[], float]
+    _acting: dict[str, Bucket] = field(default_factory=dict)
+    _failing: dict[str, Bucket] = field(default_factory=dict)
+
+    def read(self, request: Request) -> str:
+        access = self.access
+        if access.open_reads:
+            return "anyone"
+        if access.token is None and not access.local:
+            raise HTTPException(403, "reads are closed (serve.open_reads) and no token is set")
+        return self._known(request)
+
+    def act(self, request: Request) -> str:
+        if self.access.token is None and not self.access.local:
+            raise HTTPException(403, NOBODY)
+        who = self._known(request)
+        self._take(self._acting, _address(request), ACTIONS_PER_SECOND, "too many actions")
+        return who
+
+    def _known(self, request: Request) -> str:
+        token = self.access.token
+        if token is None:
+            _check_local(request)
+            return f"local {_address(request)}"
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode(), token.encode()
+        ):
+            return f"token {_address(request)}"
+        self._take(self._failing, _address(request), FAILURES_PER_SECOND, "too many wrong tokens")
+        raise HTTPException(401, "a bearer token is needed", headers={"www-authenticate": "Bearer"})
+
+    def _take(self, buckets: dict[str, Bucket], key: str, rate: float, problem: str) -> None:
+        now = self.clock()
+        bucket, pause = buckets.get(key, Bucket(rate, burst=5.0)).take(now)
+        if pause > 0:
+            raise HTTPException(429, problem, headers={"retry-after": str(int(pause) + 1)})
+        buckets.pop(key, None)
+        buckets[key] = bucket
+        while len(buckets) > MOST_ADDRESSES:
+            del buckets[next(iter(buckets))]
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client is not None else "unknown"
+
+
+def _check_local(request: Request) -> None:
+    """Raises `HTTPException` unless a program on this machine asks, for itself."""
+    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    if not is_loopback(host):
+        raise HTTPException(403, f"addressed as {host[:100]}: without a token, only as 127.0.0.1")
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPException(403, "another site's page may not ask this")

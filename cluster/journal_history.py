@@ -1,0 +1,115 @@
+"""What the journal keeps for people: bundles of failed attempts, and what operators had done.
+
+Every function works within a transaction of the caller's: one under the lease where it writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select
+
+from cluster.core.types import AttemptId, Commitment, Timestamp
+from cluster.journal_tables import audit_table, bundles_table, events_table, outbox_table
+from cluster.journal_tables import tasks_table as tasks
+
+MOST_BUNDLES = 500
+MOST_AUDITED = 100_000
+LEAST_DIGITS = 8
+"""Of a commitment, by which a task may be called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """`body` is plain JSON values; it holds the task's parameters, which are someone's prompt."""
+
+    attempt: AttemptId
+    at: Timestamp
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    at: Timestamp
+    who: str
+    action: str
+    arguments: Mapping[str, Any]
+    outcome: str
+
+
+def keep_bundle(connection: Connection, task: Commitment, bundle: Bundle) -> None:
+    """Store it; the oldest beyond `MOST_BUNDLES` are forgotten."""
+    body = json.dumps(bundle.body, default=str)
+    values = {"commitment": task, "attempt": bundle.attempt, "at": bundle.at, "body": body}
+    connection.execute(insert(bundles_table).values(**values))
+    _keep_newest(connection, bundles_table, MOST_BUNDLES)
+
+
+def bundles_of(connection: Connection, task: Commitment) -> tuple[Bundle, ...]:
+    """The oldest first."""
+    query = (
+        select(bundles_table)
+        .where(bundles_table.c.commitment == task)
+        .order_by(bundles_table.c.seq)
+    )
+    return tuple(
+        Bundle(AttemptId(row.attempt), Timestamp(row.at), json.loads(row.body))
+        for row in connection.execute(query)
+    )
+
+
+def note_action(connection: Connection, done: Audited) -> None:
+    values = {
+        "at": done.at,
+        "who": done.who,
+        "action": done.action,
+        "arguments": json.dumps(done.arguments),
+        "outcome": done.outcome,
+    }
+    connection.execute(insert(audit_table).values(**values))
+    _keep_newest(connection, audit_table, MOST_AUDITED)
+
+
+def actions(connection: Connection, limit: int) -> tuple[Audited, ...]:
+    """The newest first."""
+    query = select(audit_table).order_by(audit_table.c.seq.desc()).limit(limit)
+    return tuple(
+        Audited(Timestamp(row.at), row.who, row.action, json.loads(row.arguments), row.outcome)
+        for row in connection.execute(query)
+    )
+
+
+def find_task(connection: Connection, name: str) -> tuple[Commitment, ...]:
+    """The tasks that `name` may mean, two at most: a commitment or its first digits, an attempt's
+    id, or a transaction's hash."""
+    name = name.lower()
+    digits = name if name.startswith("0x") else f"0x{name}"
+    if len(digits) >= 2 + LEAST_DIGITS:
+        begins = tasks.c.commitment.startswith(digits, autoescape=True)
+        found = connection.execute(select(tasks.c.commitment).where(begins).limit(2)).scalars()
+        if commitments := tuple(map(Commitment, found)):
+            return commitments
+    sent = (
+        select(outbox_table.c.task)
+        .where(outbox_table.c.tx_hash == digits, outbox_table.c.task.is_not(None))
+        .limit(2)
+    )
+    if commitments := tuple(map(Commitment, connection.execute(sent).scalars())):
+        return commitments
+    of_attempt = (
+        select(events_table.c.commitment)
+        .where(
+            events_table.c.kind == "attempt_started",
+            events_table.c.body.contains(f'"attempt_id": "{name}"', autoescape=True),
+        )
+        .limit(2)
+    )
+    return tuple(map(Commitment, connection.execute(of_attempt).scalars()))
+
+
+def _keep_newest(connection: Connection, table: Any, most: int) -> None:  # noqa: ANN401 - a table
+    newest = connection.execute(select(func.max(table.c.seq))).scalar() or 0
+    connection.execute(delete(table).where(table.c.seq <= newest - most))

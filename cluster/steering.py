@@ -1,0 +1,120 @@
+"""What an operator may have done, by the API and the command line alike: names, arguments, answers.
+
+Each order is a frozen value with its checks; what it does, and that it is written down, is
+`actors.steering`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from cluster.logs import Level
+from cluster.status import View
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+ModelName = Annotated[str, Field(min_length=1, max_length=600)]
+AccountName = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$")]
+
+
+class Drain(View):
+    """Finish what runs and take nothing new. `name`: a card's id or UUID, or a Ray node's id;
+    `now`: what is computed there is begun again elsewhere."""
+
+    action: Literal["drain"] = "drain"
+    what: Literal["everything", "card", "node"] = "everything"
+    name: Annotated[str, Field(max_length=200)] = ""
+    now: bool = False
+
+
+class EndDrain(View):
+    """End every drain."""
+
+    action: Literal["resume"] = "resume"
+
+
+class ClearQuarantine(View):
+    """Let a card, by id or UUID, out of quarantine; it answers the canary before it gets a task."""
+
+    action: Literal["clear_quarantine"] = "clear_quarantine"
+    card: Name
+
+
+class ApplyFleet(View):
+    """Act on the fleet's plan until nothing is left of it."""
+
+    action: Literal["apply_fleet"] = "apply_fleet"
+
+
+class ClearAccount(View):
+    """Let an account be used again that was slashed, kicked out or held."""
+
+    action: Literal["clear_account"] = "clear_account"
+    account: AccountName
+
+
+class PreloadModel(View):
+    """Have every machine with cards fetch a model (`kind:name[+variant]`), behind what tasks
+    need."""
+
+    action: Literal["preload_model"] = "preload_model"
+    model: ModelName
+
+
+class DropModel(View):
+    """Remove a model from every machine's disk; where a task uses it, it stays."""
+
+    action: Literal["drop_model"] = "drop_model"
+    model: ModelName
+
+
+class SetLogLevel(View):
+    """Of the coordinator, until it begins anew."""
+
+    action: Literal["set_log_level"] = "set_log_level"
+    level: Level
+
+
+class ReloadConfig(View):
+    """Read the configuration's file again, and take over what can change while it runs."""
+
+    action: Literal["reload_config"] = "reload_config"
+
+
+Order = Annotated[
+    Drain
+    | EndDrain
+    | ClearQuarantine
+    | ApplyFleet
+    | ClearAccount
+    | PreloadModel
+    | DropModel
+    | SetLogLevel
+    | ReloadConfig,
+    Field(discriminator="action"),
+]
+ORDERS: TypeAdapter[Order] = TypeAdapter(Order)
+
+
+class Done(View):
+    """What came of an order. `nothing`: there was nothing to do; `unknown`: what it names isn't
+    known here; `refused`: it can't be done now, and nothing was."""
+
+    kind: Literal["done", "nothing", "unknown", "refused"] = "done"
+    text: str
+    """In one line, for a person."""
+
+    @property
+    def well(self) -> bool:
+        return self.kind in {"done", "nothing"}
+
+
+class ActionView(View):
+    """One line of the audit log."""
+
+    at: float
+    who: str
+    action: str
+    arguments: dict[str, object]
+    outcome: str
