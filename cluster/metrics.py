@@ -100,27 +100,28 @@ _CLASS_LABELS = ("gpu_name", "vram_gb")
 
 
 def stages(record: TaskRecord) -> tuple[tuple[Stage, float], ...]:
-    """The stages whose both ends the record has, in seconds; of attempts, the last one's."""
+    """The stages whose both ends the record has, in seconds and in their order; of attempts, the
+    last one's."""
     first = record.attempts[0].started_at if record.attempts else None
     stored = None if record.result is None else record.result.stored_at
     claimed = record.claimed_at(Claim.SCORE)
     stands, wanted = record.noticed_at(task.ANSWERED), record.noticed_at(task.WANTED)
+    effort = None if record.result is None else record.result.effort
+    load = Timestamp(0), None if effort is None else Timestamp(effort.load_seconds)
+    computed = None if effort is None else Timestamp(effort.seconds)
     ends: tuple[tuple[Stage, Timestamp | None, Timestamp | None], ...] = (
         ("seen", record.started_at, record.seen_at),
         ("parameters", record.seen_at, record.fetched_at),
         ("queue", record.fetched_at, first),
+        ("load", *load),
+        ("compute", load[1], computed),
         ("score_sent", stored, claimed),
         ("score_mined", claimed, stands),
         ("validated", stands, wanted),
         ("uploaded", wanted, record.uploaded_at),
         ("paid", record.uploaded_at, record.closed_at),
     )
-    effort = None if record.result is None else record.result.effort
-    worked: tuple[tuple[Stage, float], ...] = ()
-    if effort is not None:
-        computing = effort.seconds - effort.load_seconds
-        worked = (("load", effort.load_seconds), ("compute", computing))
-    return worked + tuple(
+    return tuple(
         (stage, until - since)
         for stage, since, until in ends
         if since is not None and until is not None

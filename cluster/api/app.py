@@ -25,7 +25,7 @@ from importlib import resources
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +44,7 @@ EVENT_SECONDS = 2.0
 MOST_DAYS = 400.0
 
 Answer = TypeVar("Answer")
+PagePart = Literal["app.js", "dom.js", "plot.js", "story.js", "views.js", "style.css"]
 
 
 class SourceAway(Exception):
@@ -133,6 +134,8 @@ def create_api(
         title="crynux-cluster",
         version=cluster.__version__,
         summary="A GPU cluster that serves the Crynux network.",
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
     )
     guard = Guard(access, clock)
     status_now = Shared(lambda: _look(source, timeout), KEPT_SECONDS, clock)
@@ -148,8 +151,8 @@ def create_api(
     @api.get(
         "/metrics",
         summary="Prometheus metrics",
-        response_class=PlainTextResponse,
-        responses=_READ,
+        response_class=Response,  # of no content type: the refusals are JSON
+        responses=_READ | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
         dependencies=reading,
     )
     async def metrics() -> Response:
@@ -234,14 +237,15 @@ def _add_tasks(
         "/v1/actions",
         summary="Have something done",
         responses=_READ
+        | _says(400, "It isn't JSON.")
         | _says(404, "What it names isn't known.", Done)
         | _says(409, "It can't be done now.", Done),
         dependencies=acting,
     )
     async def act(
         order: Annotated[Order, Body()],
-        who: Annotated[str, Depends(guard.act)],
         response: Response,
+        who: str = Depends(guard.act),  # noqa: FAST002 - it can't be found by its name
     ) -> Done:
         plain = ORDERS.dump_python(order, mode="json")
         done = _valid(Done, await _in_time(source.perform(plain, who), 10 * timeout))
@@ -286,7 +290,7 @@ def _add_page(api: FastAPI) -> None:
         )
 
     @api.get("/page/{name}", include_in_schema=False)
-    async def part(name: Literal["app.js", "plot.js", "style.css"]) -> Response:  # noqa: RUF029
+    async def part(name: PagePart) -> Response:  # noqa: RUF029
         kind = "text/css" if name.endswith(".css") else "text/javascript"
         return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
 
