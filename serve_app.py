@@ -50,6 +50,9 @@ class CoordinatorSource:
     async def bundle(self, name: str) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], await self._ask("bundle", name))
 
+    async def file(self, name: str, file: str) -> bytes:
+        return cast(bytes, await self._ask("file", name, file))
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], await self._ask("earnings", since, step))
 

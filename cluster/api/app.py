@@ -6,7 +6,8 @@
     GET  /metrics             Prometheus text; 503 while the coordinator is away
     GET  /v1/status           everything at one moment
     GET  /v1/events           the same again and again, as server-sent events
-    GET  /v1/tasks/{name}     a task's whole story; /bundle: what is kept of its failed attempts
+    GET  /v1/tasks/{name}     a task's whole story; /bundle: what is kept of its failed attempts;
+                              /files/{file}: a file of its result, while it is kept
     GET  /v1/earnings         what came in, by the hour or day
     GET  /v1/audit            what operators had done
     POST /v1/actions          have something done (`cluster.steering`)
@@ -70,6 +71,10 @@ class Source(Protocol):
         """Raises `NotKnown`."""
         ...
 
+    async def file(self, name: str, file: str) -> bytes:
+        """Raises `NotKnown`."""
+        ...
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]: ...
 
     async def audit(self, limit: int) -> list[Mapping[str, Any]]: ...
@@ -119,6 +124,15 @@ _AWAY = _says(503, "The coordinator can't be asked now.")
 _UNKNOWN = _says(404, "No such task is known.")
 _READ = _CLOSED | _AWAY
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_AS_A_FILE = {
+    "x-content-type-options": "nosniff",
+    "content-disposition": "attachment",
+    "cache-control": "no-store",
+}
+_FILE_TYPES: Mapping[str, Any] = {"image/png": {}, "application/octet-stream": {}}
+
+FileName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Name = Annotated[str, Path(min_length=1, max_length=80, description="A task's or attempt's id.")]
 
 
@@ -222,6 +236,18 @@ def _add_tasks(
         return _valid(Bundle, await _in_time(source.bundle(name), timeout))
 
     @api.get(
+        "/v1/tasks/{name}/files/{file}",
+        summary="A file of its result, while it is kept",
+        response_class=Response,
+        responses=_READ | _UNKNOWN | {200: {"content": _FILE_TYPES}},
+        dependencies=[*acting, Depends(guard.act)],
+    )
+    async def result_file(name: Name, file: FileName) -> Response:
+        data = await _in_time(source.file(name, file), timeout)
+        kind = "image/png" if data.startswith(_PNG) else "application/octet-stream"
+        return Response(data, media_type=kind, headers=_AS_A_FILE)
+
+    @api.get(
         "/v1/audit",
         summary="What operators had done, the newest first",
         responses=_READ,
@@ -277,7 +303,7 @@ def _add_page(api: FastAPI) -> None:
     folder = resources.files("cluster.api") / "page"
     headers = {
         "cache-control": "no-cache",
-        "content-security-policy": "default-src 'self'; img-src 'self' data:; "
+        "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
         "style-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from cluster.api.app import NotKnown, SourceAway, create_api
@@ -199,7 +201,10 @@ STORY: Mapping[str, Any] = {
         },
         {"write": "abort", "state": "new", "account": f"0x{1:040x}", "link": "javascript:alert(1)"},
     ],
-    "files": [{"name": "0.png", "sha256": "12" * 32, "size": 1_500_000}],
+    "files": [
+        {"name": "0.png", "sha256": "12" * 32, "size": 1_500_000, "kept": True},
+        {"name": "1.png", "sha256": "13" * 32, "size": 1_500_000, "kept": False},
+    ],
     "bundles": ["a1"],
 }
 
@@ -232,6 +237,14 @@ class SaidSource:
 
     async def bundle(self, name: str) -> Mapping[str, Any]:
         return {"story": await self.story(name), "parameters": "{}", "attempts": []}
+
+    async def file(self, name: str, file: str) -> bytes:
+        await self.story(name)
+        if file != "0.png":
+            raise NotKnown(f"{name}: its result has no file {file}")
+        data = io.BytesIO()
+        Image.new("RGB", (64, 48), "seagreen").save(data, "PNG")
+        return data.getvalue()
 
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         self._say()

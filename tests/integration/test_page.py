@@ -129,6 +129,12 @@ def test_a_task_is_told_whole(browser: Browser) -> None:
         assert [link.get_attribute("href") for link in story.get_by_role("link").all()] == [
             "https://explorer.example/tx/0x" + "ef" * 32
         ]
+        assert story.locator("img").count() == 0
+        story.get_by_role("button", name="Show the result").click()
+        expect(story.get_by_alt_text("Result 0.png")).to_be_visible()
+        assert story.locator("img").evaluate_all("all => all.map(each => each.naturalWidth)") == [
+            64
+        ]
         keep_picture(page, "story")
         page.keyboard.press("Escape")
         expect(story).not_to_be_visible()

@@ -95,6 +95,10 @@ class Source:
         story = await self.story(name)
         return {"story": story, "parameters": "a prompt", "attempts": [{"attempt": "a1"}]}
 
+    async def file(self, name: str, file: str) -> bytes:
+        await self.story(name)
+        return b"\x89PNG\r\n\x1a\n" if file == "0.png" else b"<script>"
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         await self._wait()
         return {"step": step, "since": since, "tasks": 1, "paid": "5", "gas": "1"}
@@ -202,6 +206,7 @@ def test_openapi_describes_every_answer() -> None:
         "/v1/earnings": {"get"},
         "/v1/tasks/{name}": {"get"},
         "/v1/tasks/{name}/bundle": {"get"},
+        "/v1/tasks/{name}/files/{file}": {"get"},
         "/v1/audit": {"get"},
         "/v1/actions": {"post"},
     }
@@ -321,6 +326,18 @@ def test_who_may_read_and_who_may_act(
     # Whoever is refused learns what is wrong, and never what the token is.
     assert api.get("/healthz", headers=dict(headers)).status_code == 200
     assert TOKEN not in repr(access)
+
+
+def test_a_result_is_a_file_and_never_a_page() -> None:
+    api = client(Source())
+    for name, kind in (("0.png", "image/png"), ("1.html", "application/octet-stream")):
+        answer = api.get(f"/v1/tasks/{KNOWN}/files/{name}")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["content-disposition"] == "attachment"
+    assert api.get(f"/v1/tasks/{KNOWN}/files/..%2Fkey").status_code in {404, 422}
+    closed = client(Source(), access=Access(TOKEN, open_reads=True))
+    assert closed.get(f"/v1/tasks/{KNOWN}/files/0.png").status_code == 401
 
 
 def test_a_bundle_is_never_open() -> None:

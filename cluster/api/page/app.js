@@ -105,7 +105,8 @@ by("token").addEventListener("submit", (event) => {
 
 async function openStory(name) {
   try {
-    showStory(await json(`v1/tasks/${encodeURIComponent(name)}`));
+    const blob = async (path) => (await ask(path)).blob();
+    showStory(await json(`v1/tasks/${encodeURIComponent(name)}`), blob);
     history.replaceState(null, "", `#task=${encodeURIComponent(name)}`);
   } catch (error) {
     storyProblem(error.message);

@@ -2,7 +2,8 @@
 
 import { by, bytes, date, make, money, pairs, short, span, state } from "./dom.js";
 
-export function showStory(found) {
+/** `ask` fetches a path of the API as a blob. */
+export function showStory(found, ask) {
   by("story-title").textContent = `Task ${short(found.commitment)}`;
   const good = found.outcome !== null && found.fault === null && found.payment !== "0";
   const kind = found.outcome === null ? "busy" : good ? "good" : "bad";
@@ -30,10 +31,34 @@ export function showStory(found) {
     ])),
     ...part("Files", ["Name", "Size", "SHA-256"], found.files.map((each) => [
       each.name, bytes(each.size), make("span", { class: "mono" }, each.sha256)])),
+    pictures(found, ask),
     found.bundles.length ? make("p", { class: "note" },
       `A bundle is kept of its failed attempts: crynux-cluster tasks ${found.commitment.slice(2, 18)} --bundle`) : "",
   );
   if (!by("story").open) by("story").showModal();
+}
+
+/** Thumbnails of the result while it is kept; shown on demand, since they are somebody's. */
+function pictures(found, ask) {
+  const kept = found.files.filter((file) => file.kept && file.name.endsWith(".png"));
+  if (!kept.length) return "";
+  const box = make("div", { class: "pictures" });
+  const button = make("button", { type: "button", click: async () => {
+    button.disabled = true;
+    for (const file of kept) {
+      try {
+        const data = await ask(`v1/tasks/${found.commitment}/files/${encodeURIComponent(file.name)}`);
+        const url = URL.createObjectURL(data);
+        const picture = make("img", { src: url, alt: `Result ${file.name}` });
+        picture.addEventListener("load", () => URL.revokeObjectURL(url));
+        box.append(picture);
+      } catch (error) {
+        box.append(make("p", { role: "alert" }, `${file.name}: ${error.message}`));
+      }
+    }
+  } }, "Show the result");
+  box.append(button);
+  return box;
 }
 
 export function storyProblem(text) {
