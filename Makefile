@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint unit integration docs clean
+.PHONY: help setup demo test lint unit programs integration docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,7 +35,10 @@ lint: $(STAMP)  ## ruff and mypy
 unit: $(STAMP)  ## unit tests: no sockets, no ray
 	@$(BIN)/python -m pytest tests/unit -q
 
-integration: setup  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
+programs: $(STAMP)
+	@$(BIN)/python -m tests.debian
+
+integration: setup programs  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
 	@$(BIN)/python -m pytest tests/integration tests/chaos -q
 
 docs: $(STAMP)  ## write docs/lifecycle.md from the table

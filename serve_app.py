@@ -17,7 +17,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.environment import without_password
 from cluster.api.app import NotKnown, SourceAway, create_api
@@ -50,6 +50,9 @@ class CoordinatorSource:
     async def bundle(self, name: str) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], await self._ask("bundle", name))
 
+    async def file(self, name: str, file: str) -> bytes:
+        return cast(bytes, await self._ask("file", name, file))
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], await self._ask("earnings", since, step))
 
@@ -68,8 +71,10 @@ class CoordinatorSource:
                 )
             return await getattr(self._handle, method).remote(*arguments)
         except RayError as error:  # before ValueError: what the actor raised can be both
-            if isinstance(error, RayTaskError) and isinstance(error.cause, UnknownTask):
-                raise NotKnown(str(error.cause)) from None
+            # Not every kind of it has a cause.
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, UnknownTask):
+                raise NotKnown(str(cause)) from None
             self._handle = None
             log.warning("the coordinator did not answer: %s", error)
             raise SourceAway(f"{type(error).__name__} when it was asked") from None

@@ -20,6 +20,7 @@ from typing import Protocol
 import ray
 import structlog
 
+from actors import lag
 from actors.bundles import Bundles
 from actors.dispatcher import Dispatcher, Outstanding
 from actors.drain import Drains
@@ -35,9 +36,10 @@ from cluster import journal_history
 from cluster.chain import outbox_rows
 from cluster.chain.endpoints import EndpointView
 from cluster.core import declaring
-from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
+from cluster.core.errors import ClusterError, ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import Artifacts, Lease, Network
+from cluster.core.record import TaskRecord
 from cluster.core.types import (
     AccountView,
     Address,
@@ -54,7 +56,8 @@ from cluster.logs import Level
 from cluster.metrics import Metrics
 from cluster.status import Status
 from cluster.steering import ORDERS, Done, Order
-from cluster.story import bundle_of, story_of
+from cluster.story import UnknownTask, bundle_of, file_of, story_of
+from cluster.tracing import NoTraces, Traces
 
 NAME = "coordinator"
 """The actor's name in its Ray namespace."""
@@ -129,6 +132,7 @@ class World:
     """A URL with `{hash}` in it, for people."""
     reload: Callable[[], tuple[LiveSettings, tuple[str, ...]]] = _nothing_to_reload
     set_level: Callable[[Level], None] = lambda _level: None
+    traces: Traces = NoTraces()
 
 
 class Coordinator:
@@ -155,6 +159,7 @@ class Coordinator:
                 await self._pause(BETWEEN_TERMS_SECONDS)
         finally:
             self._ended.set()
+            await asyncio.to_thread(self._world.traces.flush)
 
     def _acquire(self) -> Lease | None:
         world = self._world
@@ -231,8 +236,19 @@ class Coordinator:
     async def story(self, name: str) -> dict[str, object]:
         """`cluster.story.TaskStory`; raises `UnknownTask`."""
         world = self._world
-        found = await asyncio.to_thread(story_of, world.journal, name, world.explorer)
+        found = await asyncio.to_thread(
+            story_of, world.journal, name, world.explorer, world.artifacts.kept
+        )
         return found.model_dump(mode="json")
+
+    async def file(self, name: str, file: str) -> bytes:
+        """A file of a task's result; raises `UnknownTask` for one that isn't kept too."""
+        task, ref = await asyncio.to_thread(file_of, self._world.journal, name, file)
+        try:
+            ((_, data),) = await self._world.artifacts.get(task, (ref,))
+        except ClusterError as error:
+            raise UnknownTask(str(error)) from None
+        return data
 
     async def bundle(self, name: str) -> dict[str, object]:
         """A task's story, parameters and failed attempts; raises `UnknownTask`."""
@@ -350,7 +366,7 @@ class Term:
             self._outstanding,
             world.clock,
         )
-        ledger.told = self._fleet.closed
+        ledger.told = self._closed
         self._steering = Steering(
             self._ledger,
             world.pool.gpus,
@@ -386,6 +402,7 @@ class Term:
                 loops = [
                     self._renew(),
                     self._network.run(),
+                    lag.watch(world.metrics),
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
                     self._fleet.run(),
@@ -406,6 +423,10 @@ class Term:
 
     def end(self) -> None:
         self._end.set()
+
+    def _closed(self, record: TaskRecord) -> None:
+        self._fleet.closed(record)
+        self._world.traces.closed(record)
 
     def reconfigure(self, fresh: LiveSettings) -> None:
         self._reconciler.policy = fresh.policy

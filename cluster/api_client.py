@@ -16,6 +16,8 @@ from cluster.core.errors import ClusterError, ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 10.0
+_NO_PATH = "Not Found"
+"""What FastAPI says of a path it doesn't have."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -62,7 +64,7 @@ class ApiClient:
 
     def _refusal(self, code: int, body: object) -> ClusterError:
         said = body.get("detail") if isinstance(body, Mapping) else None
-        if not isinstance(said, str):
+        if not isinstance(said, str) or said == _NO_PATH:
             return self._stranger(code)
         if code in {401, 403}:
             return ConfigError(f"{self.url}: {said} (--token-file)")

@@ -49,6 +49,13 @@ class FolderArtifacts:
         folder = self._folder(task)
         await asyncio.to_thread(_drop, folder)
 
+    def kept(self, task: Commitment) -> frozenset[str]:
+        """The sha256 of each of the task's files that is still there."""
+        try:
+            return frozenset(filter(_HASH.fullmatch, os.listdir(self._folder(task))))
+        except OSError:
+            return frozenset()
+
     def _folder(self, task: Commitment) -> Path:
         if not _TASK.fullmatch(task):
             raise ClusterError(f"not a task commitment, so no folder for it: {task!r}")

@@ -419,6 +419,11 @@ class LogsConfig(Section):
     format: Literal["auto", "json", "console"] = "auto"
 
 
+class TracingConfig(Section):
+    endpoint: HttpUrl | None = None
+    """Where OTLP over HTTP is taken, whole: `http://collector:4318/v1/traces`."""
+
+
 class LeaseConfig(Section):
     ttl_seconds: Seconds = 15.0
 
@@ -492,6 +497,7 @@ class Config(Section):
     serve: ServeConfig = ServeConfig()
     policy: PolicyConfig = PolicyConfig()
     logs: LogsConfig = LogsConfig()
+    tracing: TracingConfig = TracingConfig()
     lease: LeaseConfig = LeaseConfig()
     canary: CanaryConfig = CanaryConfig()
     verify: VerifyConfig = VerifyConfig()

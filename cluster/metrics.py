@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from cluster.card_metrics import CardMetrics
 from cluster.chain.outbox import ChainEvent
 from cluster.chain.outbox_rows import RowState
-from cluster.core.record import Claim, Fault, Outcome, Progress, TaskRecord
+from cluster.core.record import Fault, Outcome, Progress, TaskRecord
 from cluster.core.types import (
     Address,
     GpuState,
@@ -30,7 +30,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.core.types import Stage as task
+from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
     FleetStatus,
@@ -44,21 +44,6 @@ from cluster.store_metrics import StoreMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Stage = Literal[
-    "seen",
-    "parameters",
-    "queue",
-    "load",
-    "compute",
-    "score_sent",
-    "score_mined",
-    "validated",
-    "uploaded",
-    "paid",
-]
-"""What a task waits for, in the order of its life: until we saw it, had its parameters, a card took
-it, its models were there, it was computed, its score was sent, stood on the network, was validated,
-the files were handed over, and it was paid."""
 RelayCall = Literal["now", "parameters", "checkpoint", "results"]
 RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
 
@@ -90,37 +75,10 @@ RPC_METHODS = (
 
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SLACK = (0, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 _NO_CLASS = GpuClassView(name="", vram=0)
 _CLASS_LABELS = ("gpu_name", "vram_gb")
-
-
-def stages(record: TaskRecord) -> tuple[tuple[Stage, float], ...]:
-    """The stages whose both ends the record has, in seconds; of attempts, the last one's."""
-    first = record.attempts[0].started_at if record.attempts else None
-    stored = None if record.result is None else record.result.stored_at
-    claimed = record.claimed_at(Claim.SCORE)
-    stands, wanted = record.noticed_at(task.ANSWERED), record.noticed_at(task.WANTED)
-    ends: tuple[tuple[Stage, Timestamp | None, Timestamp | None], ...] = (
-        ("seen", record.started_at, record.seen_at),
-        ("parameters", record.seen_at, record.fetched_at),
-        ("queue", record.fetched_at, first),
-        ("score_sent", stored, claimed),
-        ("score_mined", claimed, stands),
-        ("validated", stands, wanted),
-        ("uploaded", wanted, record.uploaded_at),
-        ("paid", record.uploaded_at, record.closed_at),
-    )
-    effort = None if record.result is None else record.result.effort
-    worked: tuple[tuple[Stage, float], ...] = ()
-    if effort is not None:
-        computing = effort.seconds - effort.load_seconds
-        worked = (("load", effort.load_seconds), ("compute", computing))
-    return worked + tuple(
-        (stage, until - since)
-        for stage, since, until in ends
-        if since is not None and until is not None
-    )
 
 
 class Metrics:
@@ -196,6 +154,10 @@ class Metrics:
 
     def relay_called(self, call: RelayCall, result: RelayResult) -> None:
         self._relay_calls.labels(call, result).inc()
+
+    def lagged(self, seconds: float) -> None:
+        """Something that was due in the coordinator's loop had its turn so much later."""
+        self._lag.observe(seconds)
 
     def turn_ended(self, now: Timestamp) -> None:
         """The coordinator's loop is alive; `now` is unix time."""
@@ -323,6 +285,12 @@ class Metrics:
             for task_type in types:
                 self._stages.labels(stage, task_type)
         faults = ["none", *(fault.value for fault in Fault)]
+        self._lag = Histogram(
+            "crynux_loop_lag_seconds",
+            "How late the coordinator's loop is, looked at four times a second.",
+            registry=self.registry,
+            buckets=_LAGS,
+        )
         self._attempts = self._counter(
             "attempts", "Executions ended, by why they gave no result.", fault=faults
         )

@@ -61,6 +61,7 @@ from cluster.metrics import Metrics
 from cluster.models.keeper import Keeper
 from cluster.models.settings import StoreSettings
 from cluster.relay.client import RelayClient
+from cluster.tracing import make_traces
 
 LOOK_SECONDS = 2.0
 SILENT_LOOKS = 5
@@ -158,6 +159,7 @@ def assemble(config: Config) -> World:
         ray_address=ray.get_runtime_context().gcs_address if ray.is_initialized() else "",
         explorer=config.network.explorer_url,
         set_level=lambda level: logs.setup(level, config.logs.format),
+        traces=make_traces(config.tracing.endpoint, cluster.__version__),
     )
 
 

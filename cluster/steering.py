@@ -6,9 +6,9 @@ Each order is a frozen value with its checks; what it does, and that it is writt
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from cluster.logs import Level
 from cluster.status import View
@@ -18,7 +18,16 @@ ModelName = Annotated[str, Field(min_length=1, max_length=600)]
 AccountName = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$")]
 
 
-class Drain(View):
+def _tagged(schema: dict[str, Any]) -> None:
+    """What tells the orders apart is never left out, though in Python it needn't be said."""
+    schema["required"] = ["action", *schema.get("required", ())]
+
+
+class Said(View):
+    model_config = ConfigDict(json_schema_extra=_tagged, strict=True)
+
+
+class Drain(Said):
     """Finish what runs and take nothing new. `name`: a card's id or UUID, or a Ray node's id;
     `now`: what is computed there is begun again elsewhere."""
 
@@ -28,33 +37,33 @@ class Drain(View):
     now: bool = False
 
 
-class EndDrain(View):
+class EndDrain(Said):
     """End every drain."""
 
     action: Literal["resume"] = "resume"
 
 
-class ClearQuarantine(View):
+class ClearQuarantine(Said):
     """Let a card, by id or UUID, out of quarantine; it answers the canary before it gets a task."""
 
     action: Literal["clear_quarantine"] = "clear_quarantine"
     card: Name
 
 
-class ApplyFleet(View):
+class ApplyFleet(Said):
     """Act on the fleet's plan until nothing is left of it."""
 
     action: Literal["apply_fleet"] = "apply_fleet"
 
 
-class ClearAccount(View):
+class ClearAccount(Said):
     """Let an account be used again that was slashed, kicked out or held."""
 
     action: Literal["clear_account"] = "clear_account"
     account: AccountName
 
 
-class PreloadModel(View):
+class PreloadModel(Said):
     """Have every machine with cards fetch a model (`kind:name[+variant]`), behind what tasks
     need."""
 
@@ -62,21 +71,21 @@ class PreloadModel(View):
     model: ModelName
 
 
-class DropModel(View):
+class DropModel(Said):
     """Remove a model from every machine's disk; where a task uses it, it stays."""
 
     action: Literal["drop_model"] = "drop_model"
     model: ModelName
 
 
-class SetLogLevel(View):
+class SetLogLevel(Said):
     """Of the coordinator, until it begins anew."""
 
     action: Literal["set_log_level"] = "set_log_level"
     level: Level
 
 
-class ReloadConfig(View):
+class ReloadConfig(Said):
     """Read the configuration's file again, and take over what can change while it runs."""
 
     action: Literal["reload_config"] = "reload_config"

@@ -6,7 +6,7 @@ and prompts are left out; a failed attempt's bundle has them, for whoever asks f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -29,11 +29,11 @@ from cluster.core.record import (
     TaskRecord,
     fold,
 )
-from cluster.core.types import Commitment, Stage
+from cluster.core.types import Commitment, FileRef, Stage
 from cluster.journal import SqlJournal
 from cluster.journal_events import NAMES
 from cluster.journal_history import LEAST_DIGITS, bundles_of, find_task
-from cluster.metrics import stages
+from cluster.stages import stages
 from cluster.status import View, WeiText
 
 
@@ -76,6 +76,8 @@ class FileView(View):
     name: str
     sha256: str
     size: int
+    kept: bool = False
+    """It is still on the coordinator's disk."""
 
 
 class TaskStory(View):
@@ -123,8 +125,14 @@ def find(journal: SqlJournal, name: str) -> Commitment:
     )
 
 
-def story_of(journal: SqlJournal, name: str, explorer: str | None = None) -> TaskStory:
-    """Raises `UnknownTask`. `explorer`: a URL with `{hash}` where a transaction's hash belongs."""
+def story_of(
+    journal: SqlJournal,
+    name: str,
+    explorer: str | None = None,
+    kept: Callable[[Commitment], frozenset[str]] = lambda _task: frozenset(),
+) -> TaskStory:
+    """Raises `UnknownTask`. `explorer`: a URL with `{hash}` where a transaction's hash belongs;
+    `kept`: the hashes of a task's files that are still there."""
     task = find(journal, name)
     history = journal.story(task)
     record = fold(task, history)
@@ -150,10 +158,25 @@ def story_of(journal: SqlJournal, name: str, explorer: str | None = None) -> Tas
         events=tuple(_event(event, at) for event, at in history),
         attempts=_attempts(record),
         transactions=tuple(_transaction(row, explorer) for row in rows),
-        files=()
-        if result is None
-        else tuple(FileView(name=f.name, sha256=f.sha256, size=f.size) for f in result.files),
+        files=() if result is None else _files(result.files, kept(task)),
         bundles=tuple(bundle.attempt for bundle in bundles),
+    )
+
+
+def file_of(journal: SqlJournal, name: str, file: str) -> tuple[Commitment, FileRef]:
+    """One of the files of a task's result. Raises `UnknownTask` for a file that it hasn't too."""
+    task = find(journal, name)
+    result = fold(task, journal.story(task)).result
+    for ref in () if result is None else result.files:
+        if ref.name == file:
+            return task, ref
+    raise UnknownTask(f"{name}: its result has no file {file}")
+
+
+def _files(files: tuple[FileRef, ...], kept: frozenset[str]) -> tuple[FileView, ...]:
+    return tuple(
+        FileView(name=each.name, sha256=each.sha256, size=each.size, kept=each.sha256 in kept)
+        for each in files
     )
 
 

@@ -6,7 +6,8 @@
     GET  /metrics             Prometheus text; 503 while the coordinator is away
     GET  /v1/status           everything at one moment
     GET  /v1/events           the same again and again, as server-sent events
-    GET  /v1/tasks/{name}     a task's whole story; /bundle: what is kept of its failed attempts
+    GET  /v1/tasks/{name}     a task's whole story; /bundle: what is kept of its failed attempts;
+                              /files/{file}: a file of its result, while it is kept
     GET  /v1/earnings         what came in, by the hour or day
     GET  /v1/audit            what operators had done
     POST /v1/actions          have something done (`cluster.steering`)
@@ -25,7 +26,7 @@ from importlib import resources
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +45,7 @@ EVENT_SECONDS = 2.0
 MOST_DAYS = 400.0
 
 Answer = TypeVar("Answer")
+PagePart = Literal["app.js", "dom.js", "plot.js", "story.js", "views.js", "style.css"]
 
 
 class SourceAway(Exception):
@@ -66,6 +68,10 @@ class Source(Protocol):
         ...
 
     async def bundle(self, name: str) -> Mapping[str, Any]:
+        """Raises `NotKnown`."""
+        ...
+
+    async def file(self, name: str, file: str) -> bytes:
         """Raises `NotKnown`."""
         ...
 
@@ -118,6 +124,15 @@ _AWAY = _says(503, "The coordinator can't be asked now.")
 _UNKNOWN = _says(404, "No such task is known.")
 _READ = _CLOSED | _AWAY
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_AS_A_FILE = {
+    "x-content-type-options": "nosniff",
+    "content-disposition": "attachment",
+    "cache-control": "no-store",
+}
+_FILE_TYPES: Mapping[str, Any] = {"image/png": {}, "application/octet-stream": {}}
+
+FileName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Name = Annotated[str, Path(min_length=1, max_length=80, description="A task's or attempt's id.")]
 
 
@@ -133,6 +148,8 @@ def create_api(
         title="crynux-cluster",
         version=cluster.__version__,
         summary="A GPU cluster that serves the Crynux network.",
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
     )
     guard = Guard(access, clock)
     status_now = Shared(lambda: _look(source, timeout), KEPT_SECONDS, clock)
@@ -148,8 +165,8 @@ def create_api(
     @api.get(
         "/metrics",
         summary="Prometheus metrics",
-        response_class=PlainTextResponse,
-        responses=_READ,
+        response_class=Response,  # of no content type: the refusals are JSON
+        responses=_READ | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
         dependencies=reading,
     )
     async def metrics() -> Response:
@@ -219,6 +236,18 @@ def _add_tasks(
         return _valid(Bundle, await _in_time(source.bundle(name), timeout))
 
     @api.get(
+        "/v1/tasks/{name}/files/{file}",
+        summary="A file of its result, while it is kept",
+        response_class=Response,
+        responses=_READ | _UNKNOWN | {200: {"content": _FILE_TYPES}},
+        dependencies=[*acting, Depends(guard.act)],
+    )
+    async def result_file(name: Name, file: FileName) -> Response:
+        data = await _in_time(source.file(name, file), timeout)
+        kind = "image/png" if data.startswith(_PNG) else "application/octet-stream"
+        return Response(data, media_type=kind, headers=_AS_A_FILE)
+
+    @api.get(
         "/v1/audit",
         summary="What operators had done, the newest first",
         responses=_READ,
@@ -234,14 +263,15 @@ def _add_tasks(
         "/v1/actions",
         summary="Have something done",
         responses=_READ
+        | _says(400, "It isn't JSON.")
         | _says(404, "What it names isn't known.", Done)
         | _says(409, "It can't be done now.", Done),
         dependencies=acting,
     )
     async def act(
         order: Annotated[Order, Body()],
-        who: Annotated[str, Depends(guard.act)],
         response: Response,
+        who: str = Depends(guard.act),  # noqa: FAST002 - it can't be found by its name
     ) -> Done:
         plain = ORDERS.dump_python(order, mode="json")
         done = _valid(Done, await _in_time(source.perform(plain, who), 10 * timeout))
@@ -273,7 +303,7 @@ def _add_page(api: FastAPI) -> None:
     folder = resources.files("cluster.api") / "page"
     headers = {
         "cache-control": "no-cache",
-        "content-security-policy": "default-src 'self'; img-src 'self' data:; "
+        "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
         "style-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
@@ -286,7 +316,7 @@ def _add_page(api: FastAPI) -> None:
         )
 
     @api.get("/page/{name}", include_in_schema=False)
-    async def part(name: Literal["app.js", "plot.js", "style.css"]) -> Response:  # noqa: RUF029
+    async def part(name: PagePart) -> Response:  # noqa: RUF029
         kind = "text/css" if name.endswith(".css") else "text/javascript"
         return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
 

@@ -179,6 +179,10 @@ class Artifacts(Protocol):
 
     async def drop(self, task: Commitment) -> None: ...
 
+    def kept(self, task: Commitment) -> frozenset[str]:
+        """The sha256 of each of the task's files that is still there."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Order:

@@ -181,6 +181,9 @@ class CrashingPool(RayGpuPool):
         return await super().result(gpu, attempt)
 
 
+CONFIG = "operator-behind-the-proxy.yaml"
+
+
 def assemble(config: Config, folder: Path) -> World:
     """`cluster.runtime.assemble` with the parts above, and a log of its own in `folder`."""
     world = runtime.assemble(config)
@@ -203,5 +206,8 @@ def assemble(config: Config, folder: Path) -> World:
             identity,
             journal,
             make_outbox=functools.partial(CrashingOutbox, fuse),
+            called=world.metrics.rpc_called,
+            told=world.metrics,
         ),
+        reload=runtime.Reloading(folder / CONFIG, config).again,
     )

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 import httpx
 import pytest
 import ray
+import yaml
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
@@ -54,7 +55,7 @@ from devnet.models import SD15, SD15_LORA, make_models
 from devnet.network import Devnet, SimulatedCards
 from devnet.rpc_proxy import RpcProxy
 from devnet.tasks import TaskSpec
-from tests.integration.operator_crashes import Fuse, assemble
+from tests.integration.operator_crashes import CONFIG, Fuse, assemble
 from tests.integration.operator_gate import Gate
 from tests.integration.operator_odd import Oddity
 
@@ -213,6 +214,10 @@ class OperatorWorld:
     async def get(self, path: str) -> httpx.Response:
         async with httpx.AsyncClient(timeout=60) as http:
             return await http.get(f"{self.devnet.operator_url}{path}")
+
+    async def post(self, path: str, body: object) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=60) as http:
+            return await http.post(f"{self.devnet.operator_url}{path}", json=body)
 
     async def missing(self) -> tuple[str, ...]:
         """What /readyz finds missing, in words; its code says the same."""
@@ -467,9 +472,11 @@ def _operator_world(folder: Path, hub: Hub) -> Iterator[OperatorWorld]:
             )
         )
         rpc = stack.enter_context(RpcProxy(devnet.deployment.rpc_url))
-        config = load(devnet.config_file)
-        network = config.network.model_copy(update={"rpc_url": rpc.url})
-        config = config.model_copy(update={"network": network})
+        config_file = devnet.directory / CONFIG
+        said = yaml.safe_load(devnet.config_file.read_text())
+        said["network"]["rpc_url"] = rpc.url
+        config_file.write_text(yaml.safe_dump(said))
+        config = load(config_file)
         world = OperatorWorld(devnet, config, SqlJournal(config.journal.url), hub, rpc)
         with pytest.MonkeyPatch.context() as patch:
             for name in SERVE_PATIENCE:

@@ -93,8 +93,9 @@ async def test_openapi_names_every_path(operator: OperatorWorld) -> None:
     document = (await fetched(operator, "/openapi.json")).json()
     assert document["info"]["version"] == cluster.__version__
     assert {"/healthz", "/readyz", "/metrics", "/v1/status"} <= document["paths"].keys()
-    for path in document["paths"]:
-        await fetched(operator, path)
+    for path, verbs in document["paths"].items():
+        if "get" in verbs and "{" not in path:
+            await fetched(operator, f"{path}?count=1" if path == "/v1/events" else path)
     assert (await operator.get("/v1/nothing")).status_code == 404
 
 

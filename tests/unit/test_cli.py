@@ -15,7 +15,8 @@ import actors  # noqa: F401 (its modules are planted)
 import cluster
 import devnet  # noqa: F401 (its modules are planted)
 import serve_app
-from cluster import cli
+from cluster.api_client import ApiClient
+from cluster.cli import main
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.types import GpuState
@@ -33,6 +34,7 @@ from cluster.status import (
     Totals,
 )
 from cluster.status_view import cnx, render
+from cluster.steering import ClearQuarantine
 from tests.unit.fake_nvml import GIB, FakeCard, FakeNvml, error
 
 TASK = "0x" + "ab" * 32
@@ -97,12 +99,12 @@ STATUS = Status(
 
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
+        main(arguments)
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
 
-def answering(handle: Callable[[httpx.Request], httpx.Response]) -> httpx.MockTransport:
+def transport(handle: Callable[[httpx.Request], httpx.Response]) -> httpx.MockTransport:
     return httpx.MockTransport(handle)
 
 
@@ -171,7 +173,7 @@ def test_up_passes_the_configuration_and_its_code(
 ) -> None:
     seen: list[Config] = []
 
-    def up(config: Config, source: Path, build_api: Callable[[str], object]) -> int:
+    def up(config: Config, source: Path, build_api: Callable[[Config], object]) -> int:
         seen.append(config)
         assert source == file
         assert build_api is serve_app.build
@@ -240,7 +242,21 @@ def test_status_is_fetched() -> None:
         assert str(request.url) == "http://h:1/v1/status"
         return httpx.Response(200, json=STATUS.model_dump(mode="json"))
 
-    assert cli.fetch_status("http://h:1/", answering(handle)) == STATUS
+    assert ApiClient("http://h:1/", transport=transport(handle)).get("/v1/status", Status) == STATUS
+
+
+def test_the_token_goes_along(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("0123456789abcdef\n")
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        assert request.headers["authorization"] == "Bearer 0123456789abcdef"
+        assert request.url.query == b"limit=3"
+        return httpx.Response(200, json=[])
+
+    client = ApiClient("http://h", file, transport(handle))
+    assert client.raw("/v1/audit", limit=3) == []
+    assert "0123" not in repr(client)
 
 
 def _refuse(_request: httpx.Request) -> httpx.Response:
@@ -254,15 +270,28 @@ def _refuse(_request: httpx.Request) -> httpx.Response:
         (lambda _: httpx.Response(503, json={"detail": "it is away"}), "it is away"),
         (lambda _: httpx.Response(200, text="<html>"), "isn't JSON"),
         (lambda _: httpx.Response(404, json={"detail": "Not Found"}), "HTTP 404"),
-        (lambda _: httpx.Response(200, json=[1]), "no status of version"),
+        (lambda _: httpx.Response(200, json=[1]), "no answer of version"),
+        (lambda _: httpx.Response(429, json={"detail": "too many"}), "too many"),
     ],
 )
 def test_a_status_that_cannot_be_had(
     handle: Callable[[httpx.Request], httpx.Response], says: str
 ) -> None:
     with pytest.raises(ClusterError, match=says) as caught:
-        cli.fetch_status("http://h", answering(handle))
+        ApiClient("http://h", transport=transport(handle)).get("/v1/status", Status)
     assert not isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [(401, "--token-file"), (403, "--token-file"), (404, "^it says so$")]
+)
+def test_what_was_typed_is_wrong(code: int, says: str) -> None:
+    client = ApiClient(
+        "http://h",
+        transport=transport(lambda _: httpx.Response(code, json={"detail": "it says so"})),
+    )
+    with pytest.raises(ConfigError, match=says):
+        client.raw("/v1/tasks/x")
 
 
 def test_a_refused_connection_is_one_line_and_code_1(
@@ -280,7 +309,7 @@ def test_a_refused_connection_is_one_line_and_code_1(
 def test_status_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    monkeypatch.setattr(cli, "fetch_status", lambda url: STATUS)
+    monkeypatch.setattr(ApiClient, "raw", lambda *_, **__: STATUS.model_dump(mode="json"))
     monkeypatch.setenv("COLUMNS", "160")
     assert run("status", *(["--json"] if as_json else [])) == 0
     out = capsys.readouterr().out
@@ -446,13 +475,13 @@ def test_clear_passes_what_was_typed(
 ) -> None:
     calls: list[tuple[str, str]] = []
 
-    def clear(config: Config, card: str) -> str:
-        calls.append((config.ray.namespace, card))
-        if card == "nobody":
+    def perform(config: Config, order: ClearQuarantine) -> str:
+        calls.append((config.ray.namespace, order.card))
+        if order.card == "nobody":
             raise ConfigError("no card is known as nobody")
-        return f"{card} is out"
+        return f"{order.card} is out"
 
-    plant(monkeypatch, "actors.client", clear_quarantine=clear)
+    plant(monkeypatch, "actors.client", perform=perform)
     file = tmp_path / "c.yaml"
     file.write_text(
         CONFIG.replace('"0x01"', ADDRESS).replace('"0x02"', ADDRESS).replace('"0x03"', ADDRESS)

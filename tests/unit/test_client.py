@@ -14,8 +14,10 @@ from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.types import Timestamp
 from cluster.journal import SqlJournal
+from cluster.steering import ClearQuarantine
 
 ADDRESS = "0x" + "11" * 20
+CLEAR = ClearQuarantine(card="x")
 
 
 def config(tmp_path: Path, address: str | None = None) -> Config:
@@ -34,20 +36,23 @@ def config(tmp_path: Path, address: str | None = None) -> Config:
 
 
 class Method:
-    def __init__(self, answer: object) -> None:
+    def __init__(self, answer: object, asked: list[tuple[object, ...]]) -> None:
         self._answer = answer
+        self._asked = asked
 
-    def remote(self, *_: object) -> object:
+    def remote(self, *arguments: object) -> object:
+        self._asked.append(arguments)
         return self._answer
 
 
 class FakeRay:
-    """As much of ray as `clear_quarantine` uses; an answer that is an error is raised."""
+    """As much of ray as `perform` uses; an answer that is an error is raised."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: object) -> None:
         self.answers = answers
         self.joined: list[dict[str, object]] = []
         self.left = 0
+        self.asked: list[tuple[object, ...]] = []
         monkeypatch.setattr(client, "ray", self)
 
     def init(self, **options: object) -> None:
@@ -56,7 +61,8 @@ class FakeRay:
 
     def get_actor(self, name: str, namespace: str) -> object:
         self._raise(self.answers.get("actor"))
-        return SimpleNamespace(**{each: Method(answer) for each, answer in self.answers.items()})
+        methods = {each: Method(answer, self.asked) for each, answer in self.answers.items()}
+        return SimpleNamespace(**methods)
 
     def get(self, answer: object, timeout: float) -> object:
         self._raise(answer)
@@ -71,22 +77,18 @@ class FakeRay:
 
 
 @pytest.mark.parametrize(("address", "joins"), [(None, "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])
-@pytest.mark.parametrize(
-    ("done", "said"), [("cleared", "x is out of quarantine"), ("free", "x is in no quarantine")]
-)
-def test_a_card_is_cleared_by_the_coordinator(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    address: str | None,
-    joins: str,
-    done: str,
-    said: str,
+@pytest.mark.parametrize("kind", ["done", "nothing"])
+def test_an_order_is_carried_out_by_the_coordinator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, joins: str, kind: str
 ) -> None:
     here = config(tmp_path, address=address)
     reached: list[str] = []
     monkeypatch.setattr(client, "_reach", reached.append)
-    fake = FakeRay(monkeypatch, clear_quarantine=done)
-    assert client.clear_quarantine(here, "x").startswith(said)
+    fake = FakeRay(monkeypatch, perform={"kind": kind, "text": "as asked"})
+    assert client.perform(here, CLEAR) == "as asked"
+    ((order, who),) = fake.asked
+    assert order == {"action": "clear_quarantine", "card": "x"}
+    assert str(who).startswith("command line ")
     assert [options["address"] for options in fake.joined] == [joins]
     assert reached == [joins for joins in [joins] if joins != "auto"]
     assert fake.left == 1
@@ -97,13 +99,13 @@ def test_a_card_is_cleared_by_the_coordinator(
     [
         ({"init": ConnectionError("none")}, ClusterError, "no Ray cluster answers at auto"),
         ({"actor": ValueError("none")}, ClusterError, "is the operator up"),
-        ({"clear_quarantine": RayActorError()}, ClusterError, "doesn't answer"),
-        ({"clear_quarantine": GetTimeoutError("late")}, ClusterError, "doesn't answer"),
-        ({"clear_quarantine": "not acting"}, ClusterError, "not acting"),
-        ({"clear_quarantine": "unknown"}, ConfigError, "no card is known as x"),
+        ({"perform": RayActorError()}, ClusterError, "doesn't answer"),
+        ({"perform": GetTimeoutError("late")}, ClusterError, "doesn't answer"),
+        ({"perform": {"kind": "refused", "text": "not now"}}, ClusterError, "not now"),
+        ({"perform": {"kind": "unknown", "text": "no card x"}}, ConfigError, "no card x"),
     ],
 )
-def test_a_card_that_cant_be_cleared_is_one_line(
+def test_an_order_that_cant_be_carried_out_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     answers: dict[str, object],
@@ -111,9 +113,9 @@ def test_a_card_that_cant_be_cleared_is_one_line(
     said: str,
 ) -> None:
     here = config(tmp_path)
-    FakeRay(monkeypatch, **({"clear_quarantine": "cleared"} | answers))
+    FakeRay(monkeypatch, **({"perform": {"text": "as asked"}} | answers))
     with pytest.raises(ClusterError, match=said) as caught:
-        client.clear_quarantine(here, "x")
+        client.perform(here, CLEAR)
     assert type(caught.value) is kind
     assert "\n" not in str(caught.value)
 
@@ -146,7 +148,7 @@ def test_a_cluster_that_is_gone_is_one_line_at_once(
         raise ConnectionRefusedError(111, "Connection refused")
 
     monkeypatch.setattr("actors.client.socket.create_connection", refuse)
-    FakeRay(monkeypatch, clear_quarantine="cleared")
+    FakeRay(monkeypatch, perform={"text": "as asked"})
     with pytest.raises(ClusterError, match="nothing answers at") as caught:
-        client.clear_quarantine(config(tmp_path, address="10.0.0.1:6379"), "x")
+        client.perform(config(tmp_path, address="10.0.0.1:6379"), CLEAR)
     assert "\n" not in str(caught.value)

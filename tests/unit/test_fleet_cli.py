@@ -11,9 +11,10 @@ import pytest
 
 from actors import client
 from cluster.cli import main
-from cluster.core.errors import ClusterError, ConfigError
+from cluster.core.errors import ClusterError
 from cluster.status import ClassStatus, DrainStatus, FleetStatus
-from tests.unit.test_client import FakeRay, config
+from cluster.steering import Order
+from tests.unit.test_client import ADDRESS
 from tests.unit.test_config import MINIMAL
 
 module: Any = import_module("cluster.cli.fleet")
@@ -93,32 +94,71 @@ def test_what_cant_be_meant_is_refused(
     assert said in capsys.readouterr().err
 
 
-# --- what the coordinator answers -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("done", "said"), [("cleared", "is cleared"), ("free", "nothing stops")])
-def test_an_account_is_cleared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: str, said: str
+@pytest.mark.parametrize(
+    ("words", "order"),
+    [
+        (
+            ("drain", "--no-wait"),
+            {"action": "drain", "what": "everything", "name": "", "now": False},
+        ),
+        (
+            ("drain", "--no-wait", "--gpu", "a", "--now"),
+            {"action": "drain", "what": "card", "name": "a", "now": True},
+        ),
+        (
+            ("drain", "--no-wait", "--node", "b"),
+            {"action": "drain", "what": "node", "name": "b", "now": False},
+        ),
+        (("resume",), {"action": "resume"}),
+        (("fleet", "clear", ADDRESS), {"action": "clear_account", "account": ADDRESS}),
+        (("gpus", "clear", "a"), {"action": "clear_quarantine", "card": "a"}),
+        (("models", "preload", "base:a/b"), {"action": "preload_model", "model": "base:a/b"}),
+        (("models", "drop-everywhere", "lora:a"), {"action": "drop_model", "model": "lora:a"}),
+        (("config", "reload"), {"action": "reload_config"}),
+        (("config", "log-level", "debug"), {"action": "set_log_level", "level": "debug"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_order_is_passed_as_it_was_typed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    order: dict[str, object],
 ) -> None:
-    FakeRay(monkeypatch, clear_account=done)
-    assert said in client.clear_account(config(tmp_path), "0x1")
+    orders: list[object] = []
+
+    def perform(_config: object, given: Order) -> str:
+        orders.append(given.model_dump(mode="json"))
+        return "as asked"
+
+    monkeypatch.setattr(client, "perform", perform)
+    file = tmp_path / "c.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--config", str(file)])
+    assert ended.value.code == 0
+    assert orders == [order]
 
 
-def test_what_nobody_knows_is_the_operators_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("fleet", "clear", "0x1"), "account: "),
+        (("models", "preload", "x" * 601), "model: "),
+        (("config", "log-level", "loud"), "loud"),
+    ],
+)
+def test_an_order_that_says_nothing_sensible_is_never_sent(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    said: str,
 ) -> None:
-    FakeRay(monkeypatch, clear_account="unknown", drain="unknown", end_drain="free")
-    with pytest.raises(ConfigError, match="none of the node accounts"):
-        client.clear_account(config(tmp_path), "0x1")
-    with pytest.raises(ConfigError, match="no card is known as x"):
-        client.drain(config(tmp_path), "card", "x")
-    assert client.end_drain(config(tmp_path)) == "nothing was drained"
-
-
-def test_a_coordinator_that_doesnt_act_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = FakeRay(monkeypatch, drain="not acting")
-    with pytest.raises(ClusterError, match="not acting"):
-        client.drain(config(tmp_path), "everything")
-    assert fake.left == 1
+    monkeypatch.setattr(client, "perform", lambda *_: pytest.fail("it was sent"))
+    file = tmp_path / "c.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--config", str(file)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

@@ -39,7 +39,8 @@ from cluster.core.types import (
     Wei,
 )
 from cluster.core.types import Stage as Stage_
-from cluster.metrics import Metrics, Stage, stages
+from cluster.metrics import Metrics
+from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
     ChainView,

@@ -3,7 +3,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import ray
@@ -12,10 +13,35 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayActorError, RayTaskError
 
 import serve_app
+from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.guard import LEAST_TOKEN, Access, is_loopback, read_token
+from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
 from cluster.metrics import Metrics
 from cluster.status import ChainView, GpuStatus, IdentityView, RelayView, Status, readiness
-from serve_app import CoordinatorSource, SourceAway, create_api
+from cluster.steering import Done
+from cluster.story import UnknownTask
+from serve_app import CoordinatorSource
+from tests.unit.test_client import config
+
+OPEN = Access()
+TOKEN = "0123456789abcdef"
+KNOWN = "ab" * 8
+STORY: dict[str, Any] = {
+    "commitment": "0x" + KNOWN,
+    "account": "0xA",
+    "type": "sd",
+    "models": [],
+    "fee": "1",
+    "payment": "0",
+    "progress": "computing",
+    "outcome": None,
+    "fault": None,
+    "score": None,
+    "tier": None,
+    "seen_at": 1.0,
+    "closed_at": None,
+}
 
 
 def sound(**changes: Any) -> Status:
@@ -43,6 +69,8 @@ class Source:
     now: Status = field(default_factory=sound)
     away: str | None = None
     delay: float = 0.0
+    kind: Literal["done", "nothing", "unknown", "refused"] = "done"
+    done: list[Mapping[str, Any]] = field(default_factory=list)
 
     async def _wait(self) -> None:
         await asyncio.sleep(self.delay)
@@ -57,9 +85,39 @@ class Source:
         await self._wait()
         return Metrics("1", "d").render()
 
+    async def story(self, name: str) -> Mapping[str, Any]:
+        await self._wait()
+        if name != KNOWN:
+            raise NotKnown(f"{name}: no task is known by it")
+        return STORY
 
-def client(source: Source, timeout: float = 60.0) -> TestClient:
-    return TestClient(create_api(source, timeout))
+    async def bundle(self, name: str) -> Mapping[str, Any]:
+        story = await self.story(name)
+        return {"story": story, "parameters": "a prompt", "attempts": [{"attempt": "a1"}]}
+
+    async def file(self, name: str, file: str) -> bytes:
+        await self.story(name)
+        return b"\x89PNG\r\n\x1a\n" if file == "0.png" else b"<script>"
+
+    async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
+        await self._wait()
+        return {"step": step, "since": since, "tasks": 1, "paid": "5", "gas": "1"}
+
+    async def audit(self, limit: int) -> list[Mapping[str, Any]]:
+        await self._wait()
+        return self.done[:limit]
+
+    async def perform(self, order: Mapping[str, Any], who: str) -> Mapping[str, Any]:
+        await self._wait()
+        action = {"at": 1.0, "who": who, "action": order["action"], "arguments": {}, "outcome": "x"}
+        self.done.append(action)
+        return Done(kind=self.kind, text="as asked").model_dump(mode="json")
+
+
+def client(source: Source, timeout: float = 60.0, access: Access = OPEN) -> TestClient:
+    """As a program on this machine asks."""
+    api = create_api(source, timeout, access, clock=lambda: 0.0, wall=lambda: 1e6)
+    return TestClient(api, base_url="http://127.0.0.1:8000")
 
 
 def test_all_is_well() -> None:
@@ -68,7 +126,9 @@ def test_all_is_well() -> None:
     assert api.get("/readyz").status_code == 200
     assert api.get("/readyz").json() == {"ready": True, "missing": []}
     assert Status.model_validate(api.get("/v1/status").json()) == sound()
-    assert "/v1/status" in api.get("/").text
+    page = api.get("/")
+    assert "page/app.js" in page.text
+    assert "default-src 'self'" in page.headers["content-security-policy"]
 
 
 def test_metrics_are_prometheus_text() -> None:
@@ -114,7 +174,9 @@ def test_without_the_coordinator_only_health_is_well(source: Source) -> None:
     api = client(source, timeout=0.05)
     assert api.get("/healthz").status_code == 200
     assert api.get("/").status_code == 200
-    for path in ("/metrics", "/v1/status"):
+    assert api.get("/page/app.js").status_code == 200
+    paths = ("/metrics", "/v1/status", "/v1/earnings", "/v1/audit", f"/v1/tasks/{KNOWN}")
+    for path in paths:
         answer = api.get(path)
         assert answer.status_code == 503
         assert answer.json()["detail"].startswith("the coordinator is away: ")
@@ -135,9 +197,208 @@ def test_a_status_of_another_version_is_no_crash() -> None:
 
 def test_openapi_describes_every_answer() -> None:
     spec = client(Source()).get("/openapi.json").json()
-    assert set(spec["paths"]) == {"/healthz", "/readyz", "/metrics", "/v1/status"}
+    assert {path: set(verbs) for path, verbs in spec["paths"].items()} == {
+        "/healthz": {"get"},
+        "/readyz": {"get"},
+        "/metrics": {"get"},
+        "/v1/status": {"get"},
+        "/v1/events": {"get"},
+        "/v1/earnings": {"get"},
+        "/v1/tasks/{name}": {"get"},
+        "/v1/tasks/{name}/bundle": {"get"},
+        "/v1/tasks/{name}/files/{file}": {"get"},
+        "/v1/audit": {"get"},
+        "/v1/actions": {"post"},
+    }
     assert set(spec["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
-    assert {"Status", "Readiness", "Health", "Away"} <= set(spec["components"]["schemas"])
+    act = spec["paths"]["/v1/actions"]["post"]
+    assert set(act["responses"]) == {"200", "400", "401", "403", "404", "409", "422", "429", "503"}
+    assert act["security"] == [{"HTTPBearer": []}]
+    known = set(spec["components"]["schemas"])
+    assert {"Status", "Readiness", "Health", "Problem", "TaskStory", "Done", "Drain"} <= known
+
+
+# --- tasks, earnings, actions ---------------------------------------------------------------------
+
+
+def test_a_story_is_found_or_not() -> None:
+    api = client(Source())
+    assert api.get(f"/v1/tasks/{KNOWN}").json()["commitment"] == f"0x{KNOWN}"
+    answer = api.get("/v1/tasks/12345678")
+    assert (answer.status_code, answer.json()) == (
+        404,
+        {"detail": "12345678: no task is known by it"},
+    )
+    assert api.get(f"/v1/tasks/{KNOWN}/bundle").json()["parameters"] == "a prompt"
+    assert "a prompt" not in api.get(f"/v1/tasks/{KNOWN}").text
+
+
+def test_earnings_reach_back_as_far_as_asked() -> None:
+    answer = client(Source()).get("/v1/earnings", params={"days": 2, "step": "day"}).json()
+    assert (answer["since"], answer["step"], answer["paid"]) == (1e6 - 172_800, "day", "5")
+    for wrong in ({"days": 0}, {"days": 1e9}, {"step": "year"}):
+        assert client(Source()).get("/v1/earnings", params=wrong).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [("done", 200), ("nothing", 200), ("unknown", 404), ("refused", 409)]
+)
+def test_an_action_is_answered_by_what_came_of_it(
+    kind: Literal["done", "nothing", "unknown", "refused"], code: int
+) -> None:
+    api = client(Source(kind=kind))
+    answer = api.post("/v1/actions", json={"action": "drain"})
+    assert answer.status_code == code
+    assert answer.json() == {"kind": kind, "text": "as asked"}
+    (noted,) = api.get("/v1/audit").json()
+    assert (noted["who"], noted["action"]) == ("local testclient", "drain")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        {},
+        {"action": "explode"},
+        {"action": "drain", "what": "moon"},
+        {"action": "drain", "other": 1},
+        {"action": "clear_account", "account": "0x1"},
+        {"action": "preload_model", "model": ""},
+        [],
+        "drain",
+    ],
+)
+def test_what_is_no_order_is_refused(order: object) -> None:
+    source = Source()
+    assert client(source).post("/v1/actions", json=order).status_code == 422
+    assert source.done == []
+
+
+def test_events_are_the_status_as_it_changes() -> None:
+    answer = client(Source()).get("/v1/events", params={"count": 1})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    kind, data, *_ = answer.text.splitlines()
+    assert kind == "event: status"
+    assert Status.model_validate_json(data.removeprefix("data: ")) == sound()
+    away = client(Source(away="it is gone")).get("/v1/events", params={"count": 1})
+    assert "event: away" in away.text
+    assert "it is gone" in away.text
+
+
+# --- who may --------------------------------------------------------------------------------------
+
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+
+
+def codes(api: TestClient, headers: Mapping[str, str]) -> tuple[int, int]:
+    """Of a read and of an action."""
+    read = api.get("/v1/status", headers=dict(headers))
+    act = api.post("/v1/actions", json={"action": "resume"}, headers=dict(headers))
+    return read.status_code, act.status_code
+
+
+@pytest.mark.parametrize(
+    ("access", "headers", "expected"),
+    [
+        (Access(), {}, (200, 200)),
+        (Access(), {"host": "evil.example:8000"}, (403, 403)),
+        (Access(), {"origin": "http://evil.example"}, (403, 403)),
+        (Access(), {"origin": "null"}, (403, 403)),
+        (Access(), {"origin": "http://127.0.0.1:8000"}, (200, 200)),
+        (Access(local=False), {}, (403, 403)),
+        (Access(local=False, open_reads=True), {}, (200, 403)),
+        (Access(TOKEN), {}, (401, 401)),
+        (Access(TOKEN), BEARER, (200, 200)),
+        (Access(TOKEN, local=False), BEARER, (200, 200)),
+        (Access(TOKEN), {"authorization": f"bearer {TOKEN}"}, (200, 200)),
+        (Access(TOKEN), {"authorization": f"Basic {TOKEN}"}, (401, 401)),
+        (Access(TOKEN), {"authorization": "Bearer 0123456789abcdeX"}, (401, 401)),
+        (Access(TOKEN), {"authorization": "Bearer "}, (401, 401)),
+        (Access(TOKEN, open_reads=True), {}, (200, 401)),
+    ],
+)
+def test_who_may_read_and_who_may_act(
+    access: Access, headers: Mapping[str, str], expected: tuple[int, int]
+) -> None:
+    source = Source()
+    api = client(source, access=access)
+    assert codes(api, headers) == expected
+    assert len(source.done) == (expected[1] == 200)
+    # Whoever is refused learns what is wrong, and never what the token is.
+    assert api.get("/healthz", headers=dict(headers)).status_code == 200
+    assert TOKEN not in repr(access)
+
+
+def test_a_result_is_a_file_and_never_a_page() -> None:
+    api = client(Source())
+    for name, kind in (("0.png", "image/png"), ("1.html", "application/octet-stream")):
+        answer = api.get(f"/v1/tasks/{KNOWN}/files/{name}")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["content-disposition"] == "attachment"
+    assert api.get(f"/v1/tasks/{KNOWN}/files/..%2Fkey").status_code in {404, 422}
+    closed = client(Source(), access=Access(TOKEN, open_reads=True))
+    assert closed.get(f"/v1/tasks/{KNOWN}/files/0.png").status_code == 401
+
+
+def test_a_bundle_is_never_open() -> None:
+    api = client(Source(), access=Access(TOKEN, open_reads=True))
+    path = f"/v1/tasks/{KNOWN}"
+    assert api.get(path).status_code == 200
+    assert api.get(f"{path}/bundle").status_code == 401
+    assert api.get(f"{path}/bundle", headers=BEARER).status_code == 200
+
+
+def test_guessing_is_slowed_down_and_the_owner_isnt() -> None:
+    api = client(Source(), access=Access(TOKEN))
+    wrong = {"authorization": "Bearer " + "x" * LEAST_TOKEN}
+    found = [api.get("/v1/status", headers=wrong) for _ in range(8)]
+    assert [each.status_code for each in found] == [401] * 5 + [429] * 3
+    assert int(found[-1].headers["retry-after"]) >= 1
+    assert api.get("/v1/status", headers=BEARER).status_code == 200
+
+
+def test_too_many_actions_wait() -> None:
+    source = Source()
+    api = client(source, access=Access(TOKEN))
+    found = [
+        api.post("/v1/actions", json={"action": "resume"}, headers=BEARER).status_code
+        for _ in range(8)
+    ]
+    assert found == [200] * 5 + [429] * 3
+    assert len(source.done) == 5
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("LOCALHOST", True),
+        ("0.0.0.0", False),  # noqa: S104
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.evil.example", False),
+        ("", False),
+    ],
+)
+def test_what_is_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize("text", ["", "short", "two words are not one token", "ü" * 20])
+def test_a_token_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "token"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"serve\.token_file: .* at least 16") as caught:
+        read_token(file)
+    assert text == "" or text not in str(caught.value)
+    with pytest.raises(ConfigError, match="can't be read"):
+        read_token(tmp_path / "none")
+    file.write_text(f" {TOKEN}\n")
+    assert read_token(file) == TOKEN
+    assert read_token(None) is None
 
 
 class Actor:
@@ -199,5 +460,18 @@ async def test_an_error_inside_the_coordinator_is_not_taken_for_its_absence(
         await CoordinatorSource("crynux").status()
 
 
-def test_the_application_can_be_built() -> None:
-    assert serve_app.build("crynux") is not None
+async def test_a_task_that_nobody_knows_is_no_absence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Actor):
+        async def remote(self, *_: object) -> dict[str, int]:
+            cause = UnknownTask("x: no task is known by it")
+            raise RayTaskError("story", "trace", cause)  # type: ignore[no-untyped-call]
+
+    actor = Asked()
+    actor.story = actor  # type: ignore[attr-defined]
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: actor)
+    with pytest.raises(NotKnown, match="no task is known"):
+        await CoordinatorSource("crynux").story("x")
+
+
+def test_the_application_can_be_built(tmp_path: Path) -> None:
+    assert serve_app.build(config(tmp_path)) is not None

@@ -129,7 +129,7 @@ class Post:
     serve: FakeServe
 
     def supervisor(self) -> Supervisor:
-        build = cast(Any, lambda namespace: f"API of {namespace}")
+        build = cast(Any, lambda config: f"API of {config.ray.namespace}")
         return Supervisor(self.config, FILE, build)
 
 

@@ -45,6 +45,7 @@ from cluster.journal import SqlJournal
 from cluster.journal_tables import lease_table
 from cluster.metrics import Metrics
 from cluster.status import Status
+from cluster.steering import ClearAccount, ClearQuarantine, Done, Order
 from tests.unit.actor_fakes import (
     ALICE,
     BOB,
@@ -64,9 +65,16 @@ from tests.unit.actor_fakes import (
 )
 
 LIMIT = 60.0
+STRANGER = "0x" + "77" * 20
 LEASE_SECONDS = 0.3
 FIRST = AttemptId("a1")
 ALICES_WAKEUP = Wakeup(ALICE, "TaskStarted")
+
+
+async def told(office: Office, order: Order) -> str:
+    """What kind of answer an order gets."""
+    plain = await office.coordinator.perform(order.model_dump(mode="json"), "a test")
+    return Done.model_validate(plain).kind
 
 
 @pytest.fixture(autouse=True)
@@ -532,10 +540,11 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
         assert office.network.called("join") == []
         assert any("was slashed" in problem for problem in office.status.problems)
         assert any("is stopped" in problem for problem in office.status.problems)
-        assert office.coordinator.clear_account(ALICE) == "cleared"
+        assert await told(office, ClearAccount(account=ALICE)) == "done"
         await until(lambda: {(ALICE,), (BOB,)} <= set(office.network.called("join")))
         assert office.status.problems == ()
-        assert office.coordinator.clear_account(ALICE) == "free"
+        assert await told(office, ClearAccount(account=ALICE)) == "nothing"
+        assert await told(office, ClearAccount(account=STRANGER)) == "unknown"
         assert office.journal.slashed_accounts() == frozenset()
 
 
@@ -669,16 +678,16 @@ async def test_an_operator_clears_a_card(office: Office) -> None:
     async with serving(office):
         await office.acting()
         await quarantine(office, third, CARD, CARD_2)
-        assert office.coordinator.clear_quarantine("nobody") == "unknown"
-        assert office.coordinator.clear_quarantine(str(third)) == "cleared"
-        assert office.coordinator.clear_quarantine(f"GPU-{third}") == "free"
+        assert await told(office, ClearQuarantine(card="nobody")) == "unknown"
+        assert await told(office, ClearQuarantine(card=str(third))) == "done"
+        assert await told(office, ClearQuarantine(card=f"GPU-{third}")) == "nothing"
         assert office.status.problems == ()
         await until(lambda: third in canaries(office))
         office.pool.finish(canaries(office)[third], DONE)
         await until(lambda: not canaries(office))
         assert office.pool.quarantined == frozenset()
         await office.coordinator.stop()
-        assert office.coordinator.clear_quarantine(str(third)) == "not acting"
+        assert await told(office, ClearQuarantine(card=str(third))) == "refused"
 
 
 async def test_a_task_waits_for_the_canary_of_a_new_card(office: Office) -> None:

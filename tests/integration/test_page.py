@@ -1,0 +1,185 @@
+"""The live page in a real Chromium: what it shows, what it asks, at desktop and phone width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from cluster.api.guard import Access
+from tests.integration.page_world import (
+    TASK,
+    SaidSource,
+    browsing,
+    busy_status,
+    keep_picture,
+    serving,
+)
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with browsing() as found:
+        yield found
+
+
+class Complaints(list[str]):
+    """What the browser has to complain of: errors, refused content."""
+
+    def watch(self, page: Page) -> Page:
+        page.on("pageerror", lambda error: self.append(str(error)))
+        page.on(
+            "console",
+            lambda message: self.append(message.text) if message.type == "error" else None,
+        )
+        return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)], ids=["desktop", "phone"])
+def test_everything_is_there_and_fits(
+    browser: Browser, width: int, height: int, scheme: Literal["light", "dark"]
+) -> None:
+    complaints = Complaints()
+    with serving(SaidSource()) as url:
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme
+        )
+        page = complaints.watch(context.new_page())
+        page.goto(url)
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        expect(page.locator("#gpus article")).to_have_count(7)
+        expect(page.locator("#accounts tbody tr")).to_have_count(5)
+        expect(page.locator("#tasks tbody tr")).to_have_count(10)
+        expect(page.locator("#plot rect.bar")).to_have_count(24)
+        expect(page.locator("#alert-list")).to_contain_text("node-2 is quarantined")
+        # Each state is told by a sign and a word.
+        for words in ("▶ busy", "✓ ready", "✕ quarantined", "! starting"):
+            expect(page.locator("#gpus")).to_contain_text(words)
+        for words in ("NVIDIA GeForce RTX 4090", "11 of 25", "62 °C", "power cap", "30 min ago"):
+            expect(page.locator("#gpus")).to_contain_text(words)
+        expect(page.locator("#glance")).to_contain_text("1,234 CNX")
+        expect(page.locator("#endpoints")).to_contain_text("✕ timed out")
+        expect(page.locator("#stores")).to_contain_text("base:acme/large 50 %")
+        # Nothing makes the page itself wider than the screen, and what comes from tasks is text.
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.locator("img").count() == 0
+        assert page.title() == "crynux-cluster"
+        keep_picture(page, f"page-{width}-{scheme}")
+        context.close()
+    assert complaints == []
+
+
+def test_it_follows_what_happens(browser: Browser) -> None:
+    source = SaidSource()
+    with serving(source) as url:
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator("#gpus article")).to_have_count(7)
+        source.now = busy_status().model_copy(update={"gpus": busy_status().gpus[:2]})
+        expect(page.locator("#gpus article")).to_have_count(2)
+        source.away = "it is being replaced"
+        expect(page.locator("#state")).to_contain_text("it is being replaced")
+        source.away = None
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        source.now = busy_status().model_copy(update={"acting": False})
+        expect(page.locator("#state")).to_have_text("✕ not serving")
+        expect(page.locator("#alert-list")).to_contain_text("doesn't hold the lease")
+        page.close()
+
+
+def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
+    cards = tuple(
+        busy_status().gpus[0].model_copy(update={"gpu_id": f"node-{n}", "problem": "x" * (n == 7)})
+        for n in range(200)
+    )
+    with serving(SaidSource(busy_status().model_copy(update={"gpus": cards}))) as url:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(url)
+        expect(page.locator("#gpus article")).to_have_count(200)
+        expect(page.locator("#gpus details[open]")).to_have_count(1)
+        expect(page.locator("#gpus article").first).to_contain_text("node-7")
+        # What a person opens stays open, and keeps the focus, while the page goes on.
+        second = page.locator("#gpus summary").nth(1)
+        second.click()
+        marked = page.evaluate("document.querySelector('#gpus').firstChild.dataset.old = '1'")
+        assert marked == "1"
+        expect(page.locator("#gpus article").first).not_to_have_attribute("data-old", "1")
+        expect(page.locator("#gpus details[open]")).to_have_count(2)
+        expect(second).to_be_focused()
+        keep_picture(page, "many")
+        page.close()
+
+
+def test_a_task_is_told_whole(browser: Browser) -> None:
+    complaints = Complaints()
+    with serving(SaidSource()) as url:
+        page = complaints.watch(browser.new_page())
+        page.goto(url)
+        page.locator("#tasks tbody tr").first.get_by_role("button").click()
+        story = page.locator("#story")
+        expect(story).to_be_visible()
+        for words in (TASK, "out of memory", "the network gave it to us", "11.0 s", "--bundle"):
+            expect(story).to_contain_text(words)
+        # A link leads to the explorer, and to nowhere that isn't the web.
+        assert [link.get_attribute("href") for link in story.get_by_role("link").all()] == [
+            "https://explorer.example/tx/0x" + "ef" * 32
+        ]
+        assert story.locator("img").count() == 0
+        story.get_by_role("button", name="Show the result").click()
+        expect(story.get_by_alt_text("Result 0.png")).to_be_visible()
+        assert story.locator("img").evaluate_all("all => all.map(each => each.naturalWidth)") == [
+            64
+        ]
+        keep_picture(page, "story")
+        page.keyboard.press("Escape")
+        expect(story).not_to_be_visible()
+        page.locator("#tasks-find").fill("12345678")
+        page.locator("#tasks-open").click()
+        expect(story).to_contain_text("no task is known by it")
+        page.keyboard.press("Escape")
+        page.goto(f"{url}#task=abababab")
+        page.reload()
+        expect(story).to_contain_text(TASK)
+        page.close()
+    # The one answer that isn't well is the unknown task's.
+    assert [each for each in complaints if "404" not in each] == []
+
+
+def test_actions_are_asked_for_and_written_down(browser: Browser) -> None:
+    source = SaidSource()
+    with serving(source) as url:
+        page = browser.new_page()
+        page.goto(url)
+        drain = page.get_by_role("button", name="Drain everything")
+        page.once("dialog", lambda dialog: dialog.dismiss())
+        drain.click()
+        assert source.orders == []
+        page.once("dialog", lambda dialog: dialog.accept())
+        drain.click()
+        expect(page.locator("#action-said")).to_have_text("drain: as asked")
+        assert [order["action"] for order in source.orders] == ["drain"]
+        expect(page.locator("#audit")).to_contain_text("drain everything")
+        page.close()
+
+
+def test_a_token_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
+    with serving(SaidSource(), Access(TOKEN)) as url:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        expect(page.locator("#token")).to_be_visible()
+        page.locator("#secret").fill("wrong-wrong-wrong")
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#token-problem")).to_contain_text("a bearer token is needed")
+        page.locator("#secret").fill(TOKEN)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#token")).not_to_be_visible()
+        expect(page.locator("#gpus article")).to_have_count(7)
+        assert page.evaluate("localStorage.length") == 0
+        assert TOKEN not in page.url
+        context.close()
