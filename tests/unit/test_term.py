@@ -489,9 +489,9 @@ async def test_one_whose_loop_broke_doesnt_pass_for_a_good_one(office: Office) -
 async def test_metrics_tell_who_acts(office: Office) -> None:
     async with serving(office):
         await office.acting()
-        assert b"crynux_lease_held 1.0" in office.coordinator.metrics_text()
+        assert b"crynux_lease_held 1.0" in await office.coordinator.metrics_text()
         await office.coordinator.stop()
-        assert b"crynux_lease_held 0.0" in office.coordinator.metrics_text()
+        assert b"crynux_lease_held 0.0" in await office.coordinator.metrics_text()
 
 
 async def test_who_lost_the_lease_to_its_own_successor_waits(
@@ -651,7 +651,7 @@ async def test_a_card_in_quarantine_is_shown_and_counted_as_such(office: Office)
         assert states[CARD] == (GpuState.READY, f"GPU-{CARD}")
         (problem,) = office.status.problems
         assert f"card GPU-{third} (Card+docker) is in quarantine" in problem
-        text = office.coordinator.metrics_text().decode()
+        text = (await office.coordinator.metrics_text()).decode()
         line = 'crynux_gpus{gpu_name="Card+docker",state="quarantined",vram_gb="8"} 1.0'
         assert line in text
 
