@@ -361,7 +361,6 @@ class Term:
             world.stores,
             live,
             world.accounts,
-            lambda address: self._views.get(address),
             self._settled,
             world.clock,
         )

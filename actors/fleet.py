@@ -16,6 +16,7 @@ import structlog
 
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
+from actors.draining import Draining
 from actors.ledger import Ledger
 from actors.stores import RayStores, of_class
 from cluster.core import capacity, standing
@@ -101,6 +102,7 @@ class FleetKeeper:
         self._network = network
         self._stores = stores
         self._drains = drains
+        self.draining = Draining(drains)
         self._accounts = accounts
         self._treasury = treasury
         self._settings = settings
@@ -157,6 +159,10 @@ class FleetKeeper:
 
     # --- what an operator does -------------------------------------------------------------------
 
+    def left_to_drain(self) -> list[str]:
+        """What the accounts still have to do until all that is drained is empty."""
+        return self.draining.left(self._node_accounts())
+
     def clear(self, account: Address) -> str:
         """`cleared`, `free` (nothing stops it), or `unknown`."""
         if account not in self._accounts.values():
@@ -206,6 +212,7 @@ class FleetKeeper:
 
     async def turn(self) -> None:
         """Plan anew, and act unless the operator wants to say when."""
+        begun = self.draining.begin_turn()
         found = await self.plan()
         if not (self._settings.automatic or self._applying):
             return
@@ -216,6 +223,7 @@ class FleetKeeper:
                 self._log.warning("fleet_action_failed", action=words(action), error=str(error))
         if not found.actions and not self.view.moving:
             self._applying = False
+        self.draining.ended_turn(begun)
 
     async def plan(self) -> Plan:
         """What there is to do now; kept to be shown."""
@@ -325,13 +333,18 @@ class FleetKeeper:
 
     def _targets(self, accounts: Sequence[NodeAccount]) -> dict[GpuClass, Target]:
         here: dict[GpuClass, int] = {}
-        for gpu in self._gpus():
+        gpus = self._gpus()
+        for gpu in gpus:
             if gpu.state in _USABLE:
                 here[gpu.gpu_class] = here.get(gpu.gpu_class, 0) + 1
         # A term that has just begun doesn't know yet which cards will come.
         settled = self._clock() - self._began >= self._settings.patience
         self._cards = capacity.counted(
-            self._cards, here, self._now(), self._settings.patience, settled
+            self.draining.before_count(self._cards, gpus),
+            here,
+            self._now(),
+            self._settings.patience,
+            settled,
         )
         stopped, drained = self._stopped(), self._drains.everything
         classes = {*here, *(c for each in accounts if (c := belongs(each)) is not None)}
@@ -341,10 +354,15 @@ class FleetKeeper:
             slots = self._slots_of(gpu_class)
             serving = sum(_serves(each, gpu_class) for each in accounts)
             limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
-            targets[gpu_class] = capacity.target(
-                self._cards, gpu_class, slots, limit, stopped, drained, settled
-            )
+            found = capacity.target(self._cards, gpu_class, slots, limit, stopped, drained, settled)
+            kept = self._cards.kept.get(gpu_class, 0)
+            known = slots if self._knows_slots(gpu_class) else None
+            targets[gpu_class] = self.draining.target(gpu_class, found, serving, kept, known)
         return targets
+
+    def _knows_slots(self, gpu_class: GpuClass) -> bool:
+        measured = self._cycles.get(gpu_class, Cycle()).tasks >= capacity.FEW
+        return self._settings.slots is not None or measured
 
     def _slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
