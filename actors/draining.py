@@ -13,7 +13,7 @@ from dataclasses import replace
 from actors.drain import Drains
 from cluster.core import draining
 from cluster.core.capacity import NO_LIMIT, Cards, Target
-from cluster.core.fleet import NodeAccount, belongs
+from cluster.core.fleet import FleetAction, Fund, Join, NodeAccount, Resume, belongs
 from cluster.core.types import Gpu, GpuClass, NodeStatus
 
 _RESTING = frozenset({NodeStatus.QUIT, NodeStatus.PAUSED})
@@ -72,6 +72,10 @@ class Draining:
         """A whole turn has been made with what was drained as it began."""
         self._carried_out = begun
 
+    def outdates(self, action: FleetAction, begun: int) -> bool:
+        """Whether an order came after the turn began that this action may be against."""
+        return isinstance(action, Join | Resume | Fund) and begun != self._drains.revision
+
     # --- what is left to do ----------------------------------------------------------------------
 
     def left(self, accounts: Sequence[NodeAccount]) -> list[str]:
@@ -83,16 +87,29 @@ class Draining:
 
     def _too_many(self, accounts: Sequence[NodeAccount]) -> Iterable[str]:
         for gpu_class in sorted(self._drains.classes, key=lambda each: (-each.vram, each.name)):
-            serving = sum(belongs(each) == gpu_class and _may_serve(each) for each in accounts)
-            beyond = serving - self._allowed.get(gpu_class, 0)
+            serving = [each for each in accounts if belongs(each) == gpu_class and _serves(each)]
+            beyond = len(serving) - self._allowed.get(gpu_class, 0)
             if beyond > 0:
                 yield f"{beyond} accounts of {gpu_class.name} serve more than its other cards can"
+                yield from _left_alone(serving)
 
 
 def _not_resting(accounts: Sequence[NodeAccount]) -> Iterable[str]:
-    count = sum(not at_rest(account) for account in accounts)
-    if count:
-        yield f"{count} accounts are not paused yet"
+    waited_for = [each for each in accounts if not at_rest(each)]
+    held = [each for each in waited_for if each.held]
+    if len(waited_for) > len(held):
+        yield f"{len(waited_for) - len(held)} accounts are not paused yet"
+    yield from _left_alone(held)
+
+
+def _left_alone(accounts: Iterable[NodeAccount]) -> Iterable[str]:
+    """Nothing of ours will ever pause these."""
+    for account in accounts:
+        if account.held:
+            yield (
+                f"account {account.address} is held and serves: see why, then crynux-cluster "
+                f"fleet clear {account.address}"
+            )
 
 
 def at_rest(account: NodeAccount) -> bool:
@@ -101,6 +118,6 @@ def at_rest(account: NodeAccount) -> bool:
     return facts is not None and not account.moving and facts.status in _RESTING
 
 
-def _may_serve(account: NodeAccount) -> bool:
+def _serves(account: NodeAccount) -> bool:
     facts = account.facts
     return not at_rest(account) and (facts is None or facts.status not in _GOING)

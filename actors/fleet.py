@@ -217,6 +217,8 @@ class FleetKeeper:
         if not (self._settings.automatic or self._applying):
             return
         for action in found.actions:
+            if self.draining.outdates(action, begun):
+                continue
             try:
                 await self._apply(action)
             except NetworkUnavailable as error:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from actors.fleet import FleetSettings
+from actors.fleet import TREASURY_SECONDS, FleetSettings
+from cluster.core.ports import Movement
 from cluster.core.record import AttemptFailed
+from cluster.core.standing import STRANGE_SECONDS
 from cluster.core.types import (
     Address,
     Commitment,
@@ -238,3 +240,88 @@ def test_without_now_what_is_computed_is_finished_there(two: Site) -> None:
     asyncio.run(run())
     assert two.house.kinds() == ["Seen", "ParametersFetched", "AttemptStarted"]
     assert "1 tasks are computed there" in two.status.left
+
+
+# --- draining everything --------------------------------------------------------------------------
+
+
+def test_it_isnt_done_before_a_whole_turn_of_the_fleet(two: Site) -> None:
+    for account in (ALICE, BOB):
+        two.see(account, NodeStatus.PAUSED)
+    two.drain()
+    assert not two.status.done
+    two.turn()
+    assert two.status.done
+    two.begin()
+    assert not two.status.done
+    two.turn()
+    assert two.status.done
+
+
+@pytest.mark.parametrize("status", [NodeStatus.QUIT, NodeStatus.PAUSED])
+def test_it_isnt_done_while_something_is_on_its_way_for_an_account(
+    two: Site, status: NodeStatus
+) -> None:
+    for account in (ALICE, BOB):
+        two.see(account, status)
+    two.drain()
+    two.moving(BOB)
+    two.turn()
+    assert two.status.left == ("1 accounts are not paused yet",)
+    # It came to be in a block that the last look is older than.
+    two.network.moving = {BOB: Movement(block=101)}
+    two.turn()
+    assert not two.status.done
+    two.see(BOB, status, at=101)
+    two.turn()
+    assert two.status.done
+
+
+def test_what_was_heard_of_an_account_is_looked_at_before_it_counts_as_paused(two: Site) -> None:
+    for account in (ALICE, BOB):
+        two.see(account, NodeStatus.PAUSED)
+    two.drain()
+    two.stale.add(BOB)
+    two.turn()
+    assert not two.status.done
+    two.stale.clear()
+    assert two.status.done
+
+
+@pytest.mark.parametrize(("what", "name"), [("everything", ""), ("card", "b-0")])
+def test_a_plan_from_before_the_drain_wakes_nobody_after_it(
+    tmp_path: Path, what: str, name: str
+) -> None:
+    accounts = {1: ALICE, 2: BOB, 3: CAROL}
+    site = Site(tmp_path, card("a-0", "a"), card("b-0", "b"), card("b-1", "b"), accounts=accounts)
+    site.see(ALICE, NodeStatus.PAUSED)
+    site.see(BOB, NodeStatus.QUIT, balance=420)
+    site.see(CAROL, NodeStatus.QUIT, balance=0)
+    site.turn()
+    site.later(TREASURY_SECONDS + 1)
+
+    async def run() -> list[tuple[object, ...]]:
+        site.network.gates["balance"] = asyncio.Event()
+        turn = asyncio.create_task(site.turning())
+        await site.house.calm_but_for(1)
+        await site.order(Drain(what=what, name=name))  # type: ignore[arg-type]
+        site.network.gates["balance"].set()
+        return await turn
+
+    assert asyncio.run(run()) == []
+    # The next plan knows of it.
+    woken = {call[0] for call in site.turn()}
+    assert woken == (set() if what == "everything" else {"resume", "join"})
+
+
+def test_an_account_that_is_left_alone_and_serves_is_named(two: Site) -> None:
+    two.see(BOB, NodeStatus.PAUSED)
+    two.later(STRANGE_SECONDS + 1)
+    two.see(BOB, NodeStatus.PAUSED)
+    two.see(ALICE, NodeStatus.PAUSED)
+    two.see(BOB, NodeStatus.AVAILABLE)
+    two.drain()
+    two.turn()
+    (left,) = two.status.left
+    assert f"account {BOB} is held and serves" in left
+    assert "fleet clear" in left
