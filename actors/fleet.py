@@ -62,17 +62,20 @@ MONEY_SECONDS = 60.0
 """Between two looks at it for people's eyes."""
 LOAD_SECONDS = 10.0
 """Between two changes of a class's limit by its load."""
+APPLY_SECONDS = 3600.0
+"""How long a plan that was to be applied is acted on."""
 MOST_MODELS = 16
 _STANDING = "standing:"
 _ALL_MONEY = Wei(2**255)
+_BY_HAND = Assign | Fund | Join | Quit | Sweep
 _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
     """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that.
-    `patience`: seconds before accounts of cards that left are paused. `automatic`: False plans
-    only, and acts when it is told to."""
+    `patience`: seconds before accounts of cards that left are paused. `automatic`: False spends
+    nothing, and changes nobody's place in the fleet, until it is told to."""
 
     policy: FleetPolicy
     slots: int | None = 1
@@ -119,6 +122,7 @@ class FleetKeeper:
         self._money: tuple[float, Wei] | None = None
         self._treasury_had: Wei | None = None
         self._applying = False
+        self._apply_until = 0.0
         self._looked_at_money = float("-inf")
         self.view = FleetStatus(automatic=settings.automatic)
         stored = ledger.journal.cursors(_STANDING)
@@ -180,8 +184,10 @@ class FleetKeeper:
         self._settings = settings
 
     def apply(self) -> None:
-        """Act on the plan until nothing is left of it, whatever `automatic` says."""
+        """Act on the plan until nothing is left of it, whatever `automatic` says; not for ever,
+        for what is left may never come to be."""
         self._applying = True
+        self._apply_until = self._clock() + APPLY_SECONDS
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line each."""
@@ -214,10 +220,10 @@ class FleetKeeper:
         """Plan anew, and act unless the operator wants to say when."""
         begun = self.draining.begin_turn()
         found = await self.plan()
-        if not (self._settings.automatic or self._applying):
-            return
+        if self._now() >= self._apply_until:
+            self._applying = False
         for action in found.actions:
-            if self.draining.outdates(action, begun):
+            if self.draining.outdates(action, begun) or self._waits_for_a_word(action):
                 continue
             try:
                 await self._apply(action)
@@ -226,6 +232,17 @@ class FleetKeeper:
         if not found.actions and not self.view.moving:
             self._applying = False
         self.draining.ended_turn(begun)
+
+    def _waits_for_a_word(self, action: FleetAction) -> bool:
+        """Whether the operator wants to say when: what spends, or changes who is in the fleet. That
+        accounts rest and wake with their cards and drains, and have gas, is never up to that."""
+        if self._settings.automatic or self._applying or not isinstance(action, _BY_HAND):
+            return False
+        if not isinstance(action, Assign):
+            return True
+        view = self._view_of(action.address)
+        # As which class an account is joined is only written down.
+        return view is None or view.account.gpu_class != action.gpu_class
 
     async def plan(self) -> Plan:
         """What there is to do now; kept to be shown."""
