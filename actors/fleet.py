@@ -24,6 +24,7 @@ from cluster.core.capacity import Cards, Cycle, Load, Target
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import (
     Assign,
+    BringHome,
     FleetAction,
     FleetPolicy,
     Fund,
@@ -66,8 +67,9 @@ APPLY_SECONDS = 3600.0
 """How long a plan that was to be applied is acted on."""
 MOST_MODELS = 16
 _STANDING = "standing:"
+_RETIRED = "retired:"
 _ALL_MONEY = Wei(2**255)
-_BY_HAND = Assign | Fund | Join | Quit | Sweep
+_BY_HAND = Assign | Fund | Join | Quit | Sweep | BringHome
 _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 
 
@@ -75,13 +77,15 @@ _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 class FleetSettings:
     """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that.
     `patience`: seconds before accounts of cards that left are paused. `automatic`: False spends
-    nothing, and changes nobody's place in the fleet, until it is told to."""
+    nothing, and changes nobody's place in the fleet, until it is told to. Accounts of an index
+    above `most_accounts` leave for good; None for no bound."""
 
     policy: FleetPolicy
     slots: int | None = 1
     most_slots: int = 8
     patience: float = 120.0
     automatic: bool = True
+    most_accounts: int | None = None
 
 
 class FleetKeeper:
@@ -127,6 +131,7 @@ class FleetKeeper:
         self.view = FleetStatus(automatic=settings.automatic)
         stored = ledger.journal.cursors(_STANDING)
         self._standings = {Address(each): standing.parsed(text) for each, text in stored.items()}
+        self._retired = {Address(a) for a, said in ledger.journal.cursors(_RETIRED).items() if said}
         self._log = structlog.get_logger("fleet")
 
     # --- what happens ----------------------------------------------------------------------------
@@ -171,14 +176,37 @@ class FleetKeeper:
         """`cleared`, `free` (nothing stops it), or `unknown`."""
         if account not in self._accounts.values():
             return "unknown"
-        slashed = account in self._ledger.slashed
-        if not (slashed or self._standing(account).held or self._standing(account).kicks):
+        slashed, retired = account in self._ledger.slashed, account in self._retired
+        before = self._standing(account)
+        if not (slashed or retired or before.held or before.kicks):
             return "free"
+        if retired:
+            self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", "")
+            self._retired.discard(account)
         if slashed:
             self._ledger.clear_slashed(account)
         self._keep(account, standing.cleared(self._standing(account)))
         self._log.info("account_cleared", account=account, slashed=slashed)
         return "cleared"
+
+    def retire(self, account: Address) -> bool:
+        """Have it leave for good, and its money go back to the treasury; whether that is new."""
+        if account in self._retired:
+            return False
+        at = str(self._now())
+        self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", at)
+        self._retired.add(account)
+        return True
+
+    def is_beyond(self, account: Address) -> bool:
+        """Whether the configuration has so many accounts no more."""
+        most = self._settings.most_accounts
+        return most is not None and any(
+            index > most and address == account for index, address in self._accounts.items()
+        )
+
+    def _is_retired(self, account: Address) -> bool:
+        return account in self._retired or self.is_beyond(account)
 
     def reconfigure(self, settings: FleetSettings) -> None:
         self._settings = settings
@@ -238,6 +266,8 @@ class FleetKeeper:
         accounts rest and wake with their cards and drains, and have gas, is never up to that."""
         if self._settings.automatic or self._applying or not isinstance(action, _BY_HAND):
             return False
+        if action.address in self._retired:
+            return False
         if not isinstance(action, Assign):
             return True
         view = self._view_of(action.address)
@@ -265,6 +295,7 @@ class FleetKeeper:
             moving=sum(each.moving for each in accounts),
             lacks=found.lacks,
             limits=found.limits,
+            retired=tuple(each.address for each in accounts if each.retired),
             classes=tuple(self._class_status(each, targets[each]) for each in sorted_(targets)),
         )
         return found
@@ -340,6 +371,7 @@ class FleetKeeper:
             barred=address in self._ledger.slashed,
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,
+            retired=self._is_retired(address),
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:
@@ -445,14 +477,8 @@ class FleetKeeper:
             case Assign(index, address, gpu_class):
                 assignment = Assignment(index, address, gpu_class)
                 self._ledger.journal.assign(self._ledger.lease, assignment)
-            case Fund(_, amount):
-                self._money = None
-                await network.transfer(self._treasury, account, amount, "fund")
-            case TopUp(_, amount):
-                self._money = None
-                await network.transfer(self._treasury, account, amount, "gas")
-            case Sweep(_, recipient, amount):
-                await network.transfer(account, recipient, amount, "sweep")
+            case Fund() | TopUp() | Sweep() | BringHome():
+                await self._pay(action)
             case Join(_, gpu_class):
                 self._expect(account, Place.SERVING)
                 models = self._models_on_disk(gpu_class)
@@ -466,6 +492,20 @@ class FleetKeeper:
             case Quit():
                 self._expect(account, Place.OUT)
                 await network.quit(account)
+
+    async def _pay(self, action: Fund | TopUp | Sweep | BringHome) -> None:
+        account, amount, treasury = action.address, action.amount, self._treasury
+        match action:
+            case Fund():
+                self._money = None
+                await self._network.transfer(treasury, account, amount, "fund")
+            case TopUp():
+                self._money = None
+                await self._network.transfer(treasury, account, amount, "gas")
+            case Sweep(recipient=recipient):
+                await self._network.transfer(account, recipient, amount, "sweep")
+            case BringHome():
+                await self._network.transfer(account, treasury, amount, "home")
 
     def _expect(self, account: Address, place: Place) -> None:
         self._keep(account, standing.asked(self._standing(account), place))
@@ -498,6 +538,8 @@ def words(action: FleetAction) -> str:
             return f"send {address} {amount} wei for gas"
         case Sweep(address, recipient, amount):
             return f"sweep {amount} wei of {address} to {recipient}"
+        case BringHome(address, amount):
+            return f"send {amount} wei of {address} back to the treasury"
         case Join(address, gpu_class):
             return f"join {address} for {gpu_class.name}"
         case _:
@@ -507,6 +549,7 @@ def words(action: FleetAction) -> str:
 def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
     return (
         belongs(account) == gpu_class
+        and not account.retired
         and account.facts is not None
         and standing.place_of(account.facts.status) is Place.SERVING
     )

@@ -41,6 +41,7 @@ from cluster.steering import (
     Order,
     PreloadModel,
     ReloadConfig,
+    RetireAccount,
     SetLogLevel,
 )
 
@@ -118,6 +119,8 @@ class Steering:
                 return self._end_drain()
             case ClearQuarantine(card=card):
                 return self._clear_quarantine(card)
+            case RetireAccount(account=account):
+                return self._retire_account(account)
             case ClearAccount(account=account):
                 return self._clear_account(account)
             case ApplyFleet():
@@ -209,16 +212,31 @@ class Steering:
                 after = "it computes the canary before it gets a task"
                 return Done(text=f"{card} is out of quarantine; {after}")
 
-    def _clear_account(self, account: str) -> Done:
+    def _account(self, name: str) -> Address | None:
         ours = {address.lower(): address for address in self._accounts.values()}
-        address = ours.get(account.lower())
-        if address is None:
-            text = f"{account} is none of the node accounts; crynux-cluster accounts has them"
-            return Done(kind="unknown", text=text)
-        if self._fleet.clear(address) == "free":
-            return Done(kind="nothing", text=f"nothing stops {address}")
+        return ours.get(name.lower())
+
+    def _retire_account(self, name: str) -> Done:
+        account = self._account(name)
+        if account is None:
+            return _no_account(name)
+        if not self._fleet.retire(account):
+            return Done(kind="nothing", text=f"{account} is retired already")
+        after = "finishes what it has, quits, and what it owns goes back to the treasury"
+        return Done(text=f"{account} {after}")
+
+    def _clear_account(self, name: str) -> Done:
+        account = self._account(name)
+        if account is None:
+            return _no_account(name)
+        cleared = self._fleet.clear(account)
+        if self._fleet.is_beyond(account):
+            text = f"{account} is beyond identity.accounts, and leaves for that: raise it"
+            return Done(kind="refused", text=text)
+        if cleared == "free":
+            return Done(kind="nothing", text=f"nothing stops {account}")
         after = "it is joined again when its class has a card for it"
-        return Done(text=f"{address} is cleared; {after}")
+        return Done(text=f"{account} is cleared; {after}")
 
     def _preload(self, model: str) -> Done:
         try:
@@ -253,6 +271,11 @@ def _meant(order: Drain, gpus: Sequence[Gpu]) -> list[Gpu]:
             return [gpu for gpu in gpus if order.name == gpu.ray_node]
         case _:
             return []
+
+
+def _no_account(name: str) -> Done:
+    text = f"{name} is none of the node accounts; crynux-cluster accounts has them"
+    return Done(kind="unknown", text=text)
 
 
 def _unknown(what: str, name: str) -> Done:

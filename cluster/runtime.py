@@ -129,7 +129,7 @@ def assemble(config: Config) -> World:
         config_digest=digest,
         chain_id=config.network.chain_id,
         treasury=identity.address(TREASURY),
-        accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
+        accounts={index: identity.address(index) for index in tended(config, journal)},
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
@@ -159,6 +159,13 @@ def assemble(config: Config) -> World:
         explorer=config.network.explorer_url,
         set_level=lambda level: logs.setup(level, config.logs.format),
     )
+
+
+def tended(config: Config, journal: SqlJournal) -> list[int]:
+    """The accounts to look after: those of the configuration, and those that were ever used before
+    it had fewer, for they may still have stakes."""
+    used = {each.index for each in journal.assignments()}
+    return sorted({*range(1, config.identity.accounts + 1), *used})
 
 
 class Reloading:
@@ -200,6 +207,7 @@ def fleet_settings(config: Config) -> FleetSettings:
         fleet.max_slots,
         fleet.pause_after_seconds,
         fleet.auto,
+        config.identity.accounts,
     )
 
 

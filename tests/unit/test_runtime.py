@@ -204,3 +204,22 @@ def test_a_ray_cluster_that_cannot_be_had_is_one_line(
     monkeypatch.setattr("cluster.runtime.ray.init", init)
     with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
         runtime.connect(config(tmp_path, address=address))
+
+
+def test_accounts_that_were_ever_assigned_are_tended_beyond_the_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would go on taking tasks that nobody answers, with their stakes."""
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    mine = config(tmp_path)
+    before = runtime.assemble(mine)
+    assert before.fleet.most_accounts == len(before.accounts) == 8
+    lease = before.journal.acquire("me", Timestamp(0), 1.0)
+    assert lease is not None
+    for index in (2, 7):
+        assignment = Assignment(index, before.accounts[index], GpuClass("Card", GigaBytes(8)))
+        before.journal.assign(lease, assignment)
+    fewer = mine.identity.model_copy(update={"accounts": 3})
+    after = runtime.assemble(mine.model_copy(update={"identity": fewer}))
+    assert after.accounts == {index: before.accounts[index] for index in (1, 2, 3, 7)}
+    assert after.fleet.most_accounts == 3
