@@ -207,9 +207,12 @@ def test_it_is_asked_for_by_the_accounts_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(
-        "actors.client.perform", lambda _config, order: asked.append(order) or "it leaves"
-    )
+
+    def perform(_config: object, order: object) -> str:
+        asked.append(order)
+        return "it leaves"
+
+    monkeypatch.setattr("actors.client.perform", perform)
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
 
