@@ -64,6 +64,8 @@ BUSY_LOOK_SECONDS = 10.0
 """How often an account with a task is looked at when nothing wakes it."""
 FIRST_LOOKS = 8
 """Of how many accounts at one time, as a term begins."""
+REFUSED = "refused: "
+"""Begins the answer of one that can't act for what the operator has to mend, and says what."""
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
@@ -609,5 +611,15 @@ class CoordinatorActor(Coordinator):
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
-        Coordinator.__init__(self, assemble(), f"coordinator:{holder}")
+        self._refusal = ""
+        try:
+            world = assemble()
+        except ConfigError as error:
+            # It lives on to be asked why: of what one died of, only a text is left.
+            self._refusal = str(error)
+            return
+        Coordinator.__init__(self, world, f"coordinator:{holder}")
         self._running = asyncio.get_running_loop().create_task(self.run())
+
+    def release(self) -> str:
+        return f"{REFUSED}{self._refusal}" if self._refusal else Coordinator.release(self)
