@@ -23,6 +23,7 @@ import structlog
 from actors.bundles import Bundles
 from actors.dispatcher import Dispatcher, Outstanding
 from actors.drain import Drains
+from actors.evidence import Evidence
 from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.overview import Sight, describe, totals_of
@@ -366,6 +367,7 @@ class Term:
             self._settled,
             world.clock,
         )
+        self._evidence = Evidence(ledger, world.artifacts, world.clock)
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
         self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
@@ -392,6 +394,7 @@ class Term:
                     self._fleet.run(),
                     self._tend_stores(),
                     self._safeguards.run(),
+                    self._evidence.run(),
                     self._sweep(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
@@ -435,6 +438,7 @@ class Term:
                 *self._network.alerts(),
                 *self._safeguards.alerts(),
                 *self._fleet.alerts(),
+                *self._evidence.alerts(),
             ),
         )
 

@@ -179,6 +179,10 @@ class Artifacts(Protocol):
 
     async def drop(self, task: Commitment) -> None: ...
 
+    def where(self, task: Commitment) -> str | None:
+        """Where a person finds the task's files; None when there are none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
