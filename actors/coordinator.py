@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -50,7 +51,7 @@ from cluster.core.types import (
     Timestamp,
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of
-from cluster.journal import SqlJournal
+from cluster.journal import HOST, SqlJournal
 from cluster.logs import Level
 from cluster.metrics import Metrics
 from cluster.status import Status
@@ -182,6 +183,7 @@ class Coordinator:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
             world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
+            world.journal.set_cursor(lease, HOST, socket.gethostname())
             async with world.open_network(lambda: ledger.lease) as network:
                 self._term = Term(self._world, ledger, network, self)
                 if self._stopping.is_set():

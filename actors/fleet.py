@@ -53,6 +53,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
+from cluster.journal import STANDING as _STANDING
 from cluster.journal import Assignment
 from cluster.status import ClassStatus, FleetStatus
 
@@ -66,7 +67,6 @@ LOAD_SECONDS = 10.0
 APPLY_SECONDS = 3600.0
 """How long a plan that was to be applied is acted on."""
 MOST_MODELS = 16
-_STANDING = "standing:"
 _RETIRED = "retired:"
 _ALL_MONEY = Wei(2**255)
 _BY_HAND = Assign | Fund | Join | Quit | Sweep | BringHome
