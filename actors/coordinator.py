@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -24,6 +25,7 @@ from actors import lag
 from actors.bundles import Bundles
 from actors.dispatcher import Dispatcher, Outstanding
 from actors.drain import Drains
+from actors.evidence import Evidence
 from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.overview import Sight, describe, totals_of
@@ -51,7 +53,7 @@ from cluster.core.types import (
     Timestamp,
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of
-from cluster.journal import SqlJournal
+from cluster.journal import HOST, SqlJournal
 from cluster.logs import Level
 from cluster.metrics import Metrics
 from cluster.status import Status
@@ -67,6 +69,8 @@ BUSY_LOOK_SECONDS = 10.0
 """How often an account with a task is looked at when nothing wakes it."""
 FIRST_LOOKS = 8
 """Of how many accounts at one time, as a term begins."""
+REFUSED = "refused: "
+"""Begins the answer of one that can't act for what the operator has to mend, and says what."""
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 KICKED_OUT = "NodeKickedOut"
@@ -185,6 +189,7 @@ class Coordinator:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
             world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
+            world.journal.set_cursor(lease, HOST, socket.gethostname())
             async with world.open_network(lambda: ledger.lease) as network:
                 self._term = Term(self._world, ledger, network, self)
                 if self._stopping.is_set():
@@ -384,10 +389,10 @@ class Term:
             world.stores,
             live,
             world.accounts,
-            lambda address: self._views.get(address),
             self._settled,
             world.clock,
         )
+        self._evidence = Evidence(ledger, world.artifacts, world.clock)
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
         self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
@@ -415,6 +420,7 @@ class Term:
                     self._fleet.run(),
                     self._tend_stores(),
                     self._safeguards.run(),
+                    self._evidence.run(),
                     self._sweep(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
@@ -462,6 +468,7 @@ class Term:
                 *self._network.alerts(),
                 *self._safeguards.alerts(),
                 *self._fleet.alerts(),
+                *self._evidence.alerts(),
             ),
         )
 
@@ -638,5 +645,15 @@ class CoordinatorActor(Coordinator):
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
-        Coordinator.__init__(self, assemble(), f"coordinator:{holder}")
+        self._refusal = ""
+        try:
+            world = assemble()
+        except ConfigError as error:
+            # It lives on to be asked why: of what one died of, only a text is left.
+            self._refusal = str(error)
+            return
+        Coordinator.__init__(self, world, f"coordinator:{holder}")
         self._running = asyncio.get_running_loop().create_task(self.run())
+
+    def release(self) -> str:
+        return f"{REFUSED}{self._refusal}" if self._refusal else Coordinator.release(self)

@@ -16,6 +16,7 @@ import structlog
 
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
+from actors.draining import Draining
 from actors.ledger import Ledger
 from actors.stores import RayStores, of_class
 from cluster.core import capacity, standing
@@ -23,6 +24,7 @@ from cluster.core.capacity import Cards, Cycle, Load, Target
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import (
     Assign,
+    BringHome,
     FleetAction,
     FleetPolicy,
     Fund,
@@ -51,6 +53,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
+from cluster.journal import STANDING as _STANDING
 from cluster.journal import Assignment
 from cluster.status import ClassStatus, FleetStatus
 
@@ -61,23 +64,28 @@ MONEY_SECONDS = 60.0
 """Between two looks at it for people's eyes."""
 LOAD_SECONDS = 10.0
 """Between two changes of a class's limit by its load."""
+APPLY_SECONDS = 3600.0
+"""How long a plan that was to be applied is acted on."""
 MOST_MODELS = 16
-_STANDING = "standing:"
+_RETIRED = "retired:"
 _ALL_MONEY = Wei(2**255)
+_BY_HAND = Assign | Fund | Join | Quit | Sweep | BringHome
 _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
     """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that.
-    `patience`: seconds before accounts of cards that left are paused. `automatic`: False plans
-    only, and acts when it is told to."""
+    `patience`: seconds before accounts of cards that left are paused. `automatic`: False spends
+    nothing, and changes nobody's place in the fleet, until it is told to. Accounts of an index
+    above `most_accounts` leave for good; None for no bound."""
 
     policy: FleetPolicy
     slots: int | None = 1
     most_slots: int = 8
     patience: float = 120.0
     automatic: bool = True
+    most_accounts: int | None = None
 
 
 class FleetKeeper:
@@ -101,6 +109,7 @@ class FleetKeeper:
         self._network = network
         self._stores = stores
         self._drains = drains
+        self.draining = Draining(drains)
         self._accounts = accounts
         self._treasury = treasury
         self._settings = settings
@@ -117,10 +126,12 @@ class FleetKeeper:
         self._money: tuple[float, Wei] | None = None
         self._treasury_had: Wei | None = None
         self._applying = False
+        self._apply_until = 0.0
         self._looked_at_money = float("-inf")
         self.view = FleetStatus(automatic=settings.automatic)
         stored = ledger.journal.cursors(_STANDING)
         self._standings = {Address(each): standing.parsed(text) for each, text in stored.items()}
+        self._retired = {Address(a) for a, said in ledger.journal.cursors(_RETIRED).items() if said}
         self._log = structlog.get_logger("fleet")
 
     # --- what happens ----------------------------------------------------------------------------
@@ -157,25 +168,54 @@ class FleetKeeper:
 
     # --- what an operator does -------------------------------------------------------------------
 
+    def left_to_drain(self) -> list[str]:
+        """What the accounts still have to do until all that is drained is empty."""
+        return self.draining.left(self._node_accounts())
+
     def clear(self, account: Address) -> str:
         """`cleared`, `free` (nothing stops it), or `unknown`."""
         if account not in self._accounts.values():
             return "unknown"
-        slashed = account in self._ledger.slashed
-        if not (slashed or self._standing(account).held or self._standing(account).kicks):
+        slashed, retired = account in self._ledger.slashed, account in self._retired
+        before = self._standing(account)
+        if not (slashed or retired or before.held or before.kicks):
             return "free"
+        if retired:
+            self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", "")
+            self._retired.discard(account)
         if slashed:
             self._ledger.clear_slashed(account)
         self._keep(account, standing.cleared(self._standing(account)))
         self._log.info("account_cleared", account=account, slashed=slashed)
         return "cleared"
 
+    def retire(self, account: Address) -> bool:
+        """Have it leave for good, and its money go back to the treasury; whether that is new."""
+        if account in self._retired:
+            return False
+        at = str(self._now())
+        self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", at)
+        self._retired.add(account)
+        return True
+
+    def is_beyond(self, account: Address) -> bool:
+        """Whether the configuration has so many accounts no more."""
+        most = self._settings.most_accounts
+        return most is not None and any(
+            index > most and address == account for index, address in self._accounts.items()
+        )
+
+    def _is_retired(self, account: Address) -> bool:
+        return account in self._retired or self.is_beyond(account)
+
     def reconfigure(self, settings: FleetSettings) -> None:
         self._settings = settings
 
     def apply(self) -> None:
-        """Act on the plan until nothing is left of it, whatever `automatic` says."""
+        """Act on the plan until nothing is left of it, whatever `automatic` says; not for ever,
+        for what is left may never come to be."""
         self._applying = True
+        self._apply_until = self._clock() + APPLY_SECONDS
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line each."""
@@ -206,16 +246,33 @@ class FleetKeeper:
 
     async def turn(self) -> None:
         """Plan anew, and act unless the operator wants to say when."""
+        begun = self.draining.begin_turn()
         found = await self.plan()
-        if not (self._settings.automatic or self._applying):
-            return
+        if self._now() >= self._apply_until:
+            self._applying = False
         for action in found.actions:
+            if self.draining.outdates(action, begun) or self._waits_for_a_word(action):
+                continue
             try:
                 await self._apply(action)
             except NetworkUnavailable as error:
                 self._log.warning("fleet_action_failed", action=words(action), error=str(error))
         if not found.actions and not self.view.moving:
             self._applying = False
+        self.draining.ended_turn(begun)
+
+    def _waits_for_a_word(self, action: FleetAction) -> bool:
+        """Whether the operator wants to say when: what spends, or changes who is in the fleet. That
+        accounts rest and wake with their cards and drains, and have gas, is never up to that."""
+        if self._settings.automatic or self._applying or not isinstance(action, _BY_HAND):
+            return False
+        if action.address in self._retired:
+            return False
+        if not isinstance(action, Assign):
+            return True
+        view = self._view_of(action.address)
+        # As which class an account is joined is only written down.
+        return view is None or view.account.gpu_class != action.gpu_class
 
     async def plan(self) -> Plan:
         """What there is to do now; kept to be shown."""
@@ -238,6 +295,7 @@ class FleetKeeper:
             moving=sum(each.moving for each in accounts),
             lacks=found.lacks,
             limits=found.limits,
+            retired=tuple(each.address for each in accounts if each.retired),
             classes=tuple(self._class_status(each, targets[each]) for each in sorted_(targets)),
         )
         return found
@@ -313,6 +371,7 @@ class FleetKeeper:
             barred=address in self._ledger.slashed,
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,
+            retired=self._is_retired(address),
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:
@@ -325,13 +384,18 @@ class FleetKeeper:
 
     def _targets(self, accounts: Sequence[NodeAccount]) -> dict[GpuClass, Target]:
         here: dict[GpuClass, int] = {}
-        for gpu in self._gpus():
+        gpus = self._gpus()
+        for gpu in gpus:
             if gpu.state in _USABLE:
                 here[gpu.gpu_class] = here.get(gpu.gpu_class, 0) + 1
         # A term that has just begun doesn't know yet which cards will come.
         settled = self._clock() - self._began >= self._settings.patience
         self._cards = capacity.counted(
-            self._cards, here, self._now(), self._settings.patience, settled
+            self.draining.before_count(self._cards, gpus),
+            here,
+            self._now(),
+            self._settings.patience,
+            settled,
         )
         stopped, drained = self._stopped(), self._drains.everything
         classes = {*here, *(c for each in accounts if (c := belongs(each)) is not None)}
@@ -341,10 +405,15 @@ class FleetKeeper:
             slots = self._slots_of(gpu_class)
             serving = sum(_serves(each, gpu_class) for each in accounts)
             limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
-            targets[gpu_class] = capacity.target(
-                self._cards, gpu_class, slots, limit, stopped, drained, settled
-            )
+            found = capacity.target(self._cards, gpu_class, slots, limit, stopped, drained, settled)
+            kept = self._cards.kept.get(gpu_class, 0)
+            known = slots if self._knows_slots(gpu_class) else None
+            targets[gpu_class] = self.draining.target(gpu_class, found, serving, kept, known)
         return targets
+
+    def _knows_slots(self, gpu_class: GpuClass) -> bool:
+        measured = self._cycles.get(gpu_class, Cycle()).tasks >= capacity.FEW
+        return self._settings.slots is not None or measured
 
     def _slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
@@ -408,14 +477,8 @@ class FleetKeeper:
             case Assign(index, address, gpu_class):
                 assignment = Assignment(index, address, gpu_class)
                 self._ledger.journal.assign(self._ledger.lease, assignment)
-            case Fund(_, amount):
-                self._money = None
-                await network.transfer(self._treasury, account, amount, "fund")
-            case TopUp(_, amount):
-                self._money = None
-                await network.transfer(self._treasury, account, amount, "gas")
-            case Sweep(_, recipient, amount):
-                await network.transfer(account, recipient, amount, "sweep")
+            case Fund() | TopUp() | Sweep() | BringHome():
+                await self._pay(action)
             case Join(_, gpu_class):
                 self._expect(account, Place.SERVING)
                 models = self._models_on_disk(gpu_class)
@@ -429,6 +492,20 @@ class FleetKeeper:
             case Quit():
                 self._expect(account, Place.OUT)
                 await network.quit(account)
+
+    async def _pay(self, action: Fund | TopUp | Sweep | BringHome) -> None:
+        account, amount, treasury = action.address, action.amount, self._treasury
+        match action:
+            case Fund():
+                self._money = None
+                await self._network.transfer(treasury, account, amount, "fund")
+            case TopUp():
+                self._money = None
+                await self._network.transfer(treasury, account, amount, "gas")
+            case Sweep(recipient=recipient):
+                await self._network.transfer(account, recipient, amount, "sweep")
+            case BringHome():
+                await self._network.transfer(account, treasury, amount, "home")
 
     def _expect(self, account: Address, place: Place) -> None:
         self._keep(account, standing.asked(self._standing(account), place))
@@ -461,6 +538,8 @@ def words(action: FleetAction) -> str:
             return f"send {address} {amount} wei for gas"
         case Sweep(address, recipient, amount):
             return f"sweep {amount} wei of {address} to {recipient}"
+        case BringHome(address, amount):
+            return f"send {amount} wei of {address} back to the treasury"
         case Join(address, gpu_class):
             return f"join {address} for {gpu_class.name}"
         case _:
@@ -470,6 +549,7 @@ def words(action: FleetAction) -> str:
 def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
     return (
         belongs(account) == gpu_class
+        and not account.retired
         and account.facts is not None
         and standing.place_of(account.facts.status) is Place.SERVING
     )

@@ -453,8 +453,8 @@ class FleetConfig(Section):
     stakes of all accounts together. `gas_reserve` is what an account must own beyond its stake to
     join; below `gas_low` the treasury tops it up to `gas_target`. Earnings beyond `gas_target` go
     to `beneficiary` once they are more than `sweep_above`. Accounts of cards that left are paused
-    after `pause_after_seconds`. `auto` false: nothing is done without `crynux-cluster fleet
-    apply`."""
+    after `pause_after_seconds`. `auto` false: what spends or changes the fleet waits for
+    `crynux-cluster fleet apply`."""
 
     auto: bool = True
     slots_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_slots)] = 1

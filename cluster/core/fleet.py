@@ -44,6 +44,7 @@ class NodeAccount:
     `facts` is None until they were read. `moving`: something of ours concerning it is on its way,
     or done and not yet in the facts; `paying`: that is money for it. `barred`: it is not to be
     joined (slashed), or left alone altogether when `held`. `rejoin_at`: not to be joined before.
+    `retired`: it leaves for good, and what it owns goes back to the treasury.
     """
 
     index: int
@@ -55,6 +56,7 @@ class NodeAccount:
     barred: bool = False
     held: bool = False
     rejoin_at: Timestamp = Timestamp(0)
+    retired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,15 @@ class Sweep:
     amount: Wei
 
 
-FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | Sweep
+@dataclass(frozen=True, slots=True)
+class BringHome:
+    """Send what a retired account owns back to the treasury, but for some gas."""
+
+    address: Address
+    amount: Wei
+
+
+FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | Sweep | BringHome
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +218,10 @@ def plan(
     ordered = sorted(accounts, key=lambda account: account.index)
     committed = sum(_staked(account, policy) for account in ordered)
     draft = _Draft(policy, treasury, committed)
-    _assign(draft, targets, ordered)
+    staying = [account for account in ordered if not account.retired]
+    _assign(draft, targets, staying)
     for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):
-        members = [each for each in ordered if belongs(each) == gpu_class]
+        members = [each for each in staying if belongs(each) == gpu_class]
         serving = sum(_serves(each) for each in members)
         wanted = targets[gpu_class]
         if serving > wanted.most:
@@ -220,6 +231,8 @@ def plan(
     for account in ordered:
         if account.index not in draft.actions and account.facts is not None and not account.held:
             _tend(draft, account)
+        if account.retired and account.index not in draft.actions and _free(account):
+            _send_home(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
     return Plan(actions, tuple(draft.lacks), tuple(draft.limits))
 
@@ -338,12 +351,26 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
         if draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return
-    if account.moving or policy.beneficiary is None or policy.sweep_above is None:
+    if account.moving or account.retired:
+        return
+    if policy.beneficiary is None or policy.sweep_above is None:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
     if balance - own > policy.sweep_above:
         amount = Wei(balance - own)
         draft.actions[account.index] = Sweep(account.address, policy.beneficiary, amount)
+
+
+def _send_home(draft: _Draft, account: NodeAccount) -> None:
+    """It finishes what it has, leaves, and gives back what it owns; what is less than its gas for
+    a while isn't worth the gas."""
+    status, spare = _status(account), _balance(account) - draft.policy.gas_reserve
+    if status in {NodeStatus.AVAILABLE, NodeStatus.BUSY}:
+        draft.actions[account.index] = Pause(account.address)
+    elif status is NodeStatus.PAUSED:
+        draft.actions[account.index] = Quit(account.address)
+    elif status is NodeStatus.QUIT and spare >= draft.policy.gas_low:
+        draft.actions[account.index] = BringHome(account.address, Wei(spare))
 
 
 def _balance(account: NodeAccount) -> int:

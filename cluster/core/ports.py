@@ -183,6 +183,10 @@ class Artifacts(Protocol):
         """The sha256 of each of the task's files that is still there."""
         ...
 
+    def where(self, task: Commitment) -> str | None:
+        """Where a person finds the task's files; None when there are none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Order:

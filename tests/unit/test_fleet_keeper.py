@@ -182,9 +182,9 @@ def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
     assert world.turn() == [("join", ALICE)]
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
     assert world.turn() == []
-    assert world.keeper.view.plan == (f"resume {ALICE}",)
+    assert world.keeper.view.plan == (f"join {ALICE} for {KIND.name}",)
 
 
 def test_an_action_that_fails_stops_no_other(world: World) -> None:
@@ -325,3 +325,67 @@ def test_drained_is_drained_until_it_is_ended(world: World) -> None:
     assert world.turn() == []
     world.drains.end()
     assert world.turn() == [("resume", ALICE)]
+
+
+# --- where the operator says when -----------------------------------------------------------------
+
+
+@pytest.fixture
+def manual(tmp_path: Path) -> World:
+    """With `fleet.auto: false`."""
+    policy = replace(POLICY, beneficiary=OWNER, sweep_above=Wei(50))
+    return World(tmp_path, FleetSettings(policy, automatic=False))
+
+
+def test_by_hand_nothing_is_spent_and_nobody_joins_or_leaves(manual: World) -> None:
+    manual.cards.append(gpu_of(CARD_2))
+    manual.see(ALICE, NodeStatus.QUIT, balance=420)
+    manual.see(BOB, NodeStatus.AVAILABLE, balance=500)
+    for _ in range(3):
+        assert manual.turn() == []
+        manual.later(10)
+    # What the chain says of an account is only written down.
+    assert [each.address for each in manual.journal.assignments()] == [BOB]
+    assert set(manual.keeper.view.plan) == {
+        f"account 1 is for {KIND.name}",
+        f"sweep 480 wei of {BOB} to {OWNER}",
+    }
+
+
+def test_by_hand_a_drain_and_its_end_are_carried_out_all_the_same(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    manual.turn()
+    manual.drains.add(everything=True)
+    assert manual.turn() == [("pause", ALICE)]
+    manual.see(ALICE, NodeStatus.PAUSED, balance=20)
+    assert manual.turn() == []
+    manual.drains.end()
+    assert manual.turn() == [("resume", ALICE)]
+
+
+def test_by_hand_a_slashed_class_pauses_all_the_same(manual: World) -> None:
+    manual.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        manual.see(account, NodeStatus.AVAILABLE, balance=20)
+    manual.turn()
+    manual.keeper.slashed(ALICE, KIND)
+    manual.ledger.mark_slashed(ALICE)
+    assert ("pause", BOB) in manual.turn()
+
+
+def test_by_hand_an_account_that_runs_dry_gets_gas_all_the_same(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.AVAILABLE, balance=1)
+    manual.turn()
+    assert manual.turn() == [("transfer", TREASURY, ALICE, 19, "gas")]
+
+
+def test_applying_ends_after_a_while_although_something_is_left(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.QUIT, balance=420)
+    manual.keeper.apply()
+    manual.turn()
+    assert manual.turn() == [("join", ALICE)]
+    # The network refuses it, again and again.
+    manual.later(module.APPLY_SECONDS - 1)
+    assert manual.turn() == [("join", ALICE)]
+    manual.later(2)
+    assert manual.turn() == []
