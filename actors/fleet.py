@@ -47,7 +47,6 @@ from cluster.core.types import (
     GpuClass,
     GpuState,
     ModelId,
-    NodeStatus,
     Timestamp,
     Wei,
 )
@@ -114,6 +113,8 @@ class FleetKeeper:
         self._slots: dict[GpuClass, int] = {}
         self._limits: dict[GpuClass, int] = {}
         self._limited_at: dict[GpuClass, float] = {}
+        self._seen_well: dict[Address, int] = {}
+        """Moments at which accounts were last found as they should be, in this term."""
         self._money: tuple[float, Wei] | None = None
         self._treasury_had: Wei | None = None
         self._applying = False
@@ -125,26 +126,51 @@ class FleetKeeper:
 
     # --- what happens ----------------------------------------------------------------------------
 
-    def looked(self, account: Address, status: NodeStatus) -> None:
-        """The account was looked at, and all that we asked for shows in it."""
+    def looked(self, view: AccountView, sure: bool = True) -> None:
+        """The account was looked at, and all that we asked for shows in it. `sure`: all is known
+        that the network did to it until then."""
+        account, gas = view.account.address, self._most_gas()
+        before, paid = self._standing(account), self._paid_block(account)
+        after = standing.judged(before, view.account, self._now(), sure, paid, gas)
+        self._keep(account, after)
+        if not after.is_doubtful:
+            self._seen_well[account] = view.moment
+        if after.held and not before.held:
+            self._log.error("account_held", account=account, reason=after.held)
+        elif after.is_doubtful and not before.is_doubtful:
+            status = view.account.status.name.lower()
+            self._log.warning("account_in_doubt", account=account, status=status)
+
+    def puzzled(self, view: AccountView) -> bool:
+        """Whether something happened to the account that nobody has heard of."""
+        account = view.account.address
+        before, paid = self._standing(account), self._paid_block(account)
+        return standing.is_puzzling(before, view.account, paid, self._most_gas())
+
+    def doubts(self, account: Address) -> bool:
+        return self._standing(account).is_doubtful
+
+    def kicked(self, account: Address, moment: int = 0) -> bool:
+        """False for a kick that has been counted."""
         before = self._standing(account)
-        after = standing.looked(before, status, self._now())
-        if after != before:
-            self._keep(account, after)
-            if after.held and not before.held:
-                self._log.error("account_held", account=account, reason=after.held)
+        after = standing.kicked(before, self._now(), moment)
+        self._keep(account, after)
+        return after != before
 
-    def kicked(self, account: Address) -> None:
-        self._keep(account, standing.kicked(self._standing(account), self._now()))
-
-    def slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
-        """The account lost its stake, as one of this class, if the network says so."""
+    def slashed(self, account: Address, gpu_class: GpuClass | None, moment: int = 0) -> bool:
+        """The account lost its stake, as one of this class, if the network says so. False when
+        that is an old story."""
+        before = self._standing(account)
+        after = standing.slashed(before, moment)
+        if after is before:
+            return False
         index = next((i for i, each in self._accounts.items() if each == account), None)
         if gpu_class is not None and index is not None and account not in self._classes():
             # What is stopped is found by it, for as long as the operator hasn't cleared it.
             assignment = Assignment(index, account, gpu_class)
             self._ledger.journal.assign(self._ledger.lease, assignment)
-        self._keep(account, standing.slashed(self._standing(account)))
+        self._keep(account, after)
+        return True
 
     def closed(self, record: TaskRecord) -> None:
         """Learn from a task that was paid how long it was on a card and in the network's hands."""
@@ -161,8 +187,8 @@ class FleetKeeper:
         """`cleared`, `free` (nothing stops it), or `unknown`."""
         if account not in self._accounts.values():
             return "unknown"
-        slashed = account in self._ledger.slashed
-        if not (slashed or self._standing(account).held or self._standing(account).kicks):
+        slashed, there = account in self._ledger.slashed, self._standing(account)
+        if not (slashed or there.held or there.kicks or there.is_doubtful):
             return "free"
         if slashed:
             self._ledger.clear_slashed(account)
@@ -313,12 +339,22 @@ class FleetKeeper:
             barred=address in self._ledger.slashed,
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,
+            doubtful=now_standing.is_doubtful,
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:
-        """Whether the look shows everything that we have asked for."""
+        """Whether the look shows everything that we have asked for, and heard of."""
         there = self._network.movements().get(account, Movement())
-        return not there.is_open and view.moment >= there.block
+        newest = max(there.block, self._standing(account).told)
+        return not there.is_open and view.moment >= newest
+
+    def _paid_block(self, account: Address) -> int:
+        return self._network.movements().get(account, Movement()).paid_block
+
+    def _most_gas(self) -> int:
+        """More than this is never missing because of gas."""
+        policy = self._settings.policy
+        return max(policy.stake // 20, policy.gas_target)
 
     def _classes(self) -> dict[Address, GpuClass]:
         return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
@@ -400,8 +436,7 @@ class FleetKeeper:
 
     async def _apply(self, action: FleetAction) -> None:
         network, account = self._network, action.address
-        if isinstance(action, Join) and not self._ready_to_join(action.gpu_class):
-            # A join says which models are there, and the first ones are still to come.
+        if not self._may(action):
             return
         self._log.info("fleet", action=words(action))
         match action:
@@ -409,12 +444,13 @@ class FleetKeeper:
                 assignment = Assignment(index, address, gpu_class)
                 self._ledger.journal.assign(self._ledger.lease, assignment)
             case Fund(_, amount):
-                self._money = None
+                self._owe(account, amount)
                 await network.transfer(self._treasury, account, amount, "fund")
             case TopUp(_, amount):
-                self._money = None
+                self._owe(account, amount)
                 await network.transfer(self._treasury, account, amount, "gas")
             case Sweep(_, recipient, amount):
+                self._keep(account, standing.gave(self._standing(account), amount))
                 await network.transfer(account, recipient, amount, "sweep")
             case Join(_, gpu_class):
                 self._expect(account, Place.SERVING)
@@ -430,8 +466,20 @@ class FleetKeeper:
                 self._expect(account, Place.OUT)
                 await network.quit(account)
 
+    def _may(self, action: FleetAction) -> bool:
+        there = self._standing(action.address)
+        if there.held or there.is_doubtful:
+            return False  # since the plan was made
+        # A join says which models are there, and the first ones are still to come.
+        return not isinstance(action, Join) or self._ready_to_join(action.gpu_class)
+
     def _expect(self, account: Address, place: Place) -> None:
         self._keep(account, standing.asked(self._standing(account), place))
+
+    def _owe(self, account: Address, amount: Wei) -> None:
+        self._money = None
+        paid = self._paid_block(account)
+        self._keep(account, standing.owed(self._standing(account), amount, paid))
 
     def _ready_to_join(self, gpu_class: GpuClass) -> bool:
         return self._stores.settled(of_class(self._gpus(), gpu_class))

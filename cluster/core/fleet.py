@@ -43,7 +43,8 @@ class NodeAccount:
 
     `facts` is None until they were read. `moving`: something of ours concerning it is on its way,
     or done and not yet in the facts; `paying`: that is money for it. `barred`: it is not to be
-    joined (slashed), or left alone altogether when `held`. `rejoin_at`: not to be joined before.
+    joined (slashed), or left alone altogether when `held`. `doubtful`: found where nobody put it,
+    and not explained yet: left alone too, but it may serve. `rejoin_at`: not to be joined before.
     """
 
     index: int
@@ -55,6 +56,11 @@ class NodeAccount:
     barred: bool = False
     held: bool = False
     rejoin_at: Timestamp = Timestamp(0)
+    doubtful: bool = False
+
+    @property
+    def left_alone(self) -> bool:
+        return self.held or self.doubtful
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +188,15 @@ def _serves(account: NodeAccount) -> bool:
     return place is Place.SERVING or (account.moving and place is Place.OUT and not account.barred)
 
 
+def _comes(account: NodeAccount) -> bool:
+    """It doesn't serve as far as was seen, but nobody is woken in its place: it may serve yet, or
+    can be woken itself in a moment."""
+    return account.doubtful and not (account.held or account.barred or _serves(account))
+
+
 def _free(account: NodeAccount) -> bool:
     """Something may be done for it now."""
-    return account.facts is not None and not account.moving and not account.held
+    return account.facts is not None and not account.moving and not account.left_alone
 
 
 def _staked(account: NodeAccount, policy: FleetPolicy) -> int:
@@ -192,7 +204,8 @@ def _staked(account: NodeAccount, policy: FleetPolicy) -> int:
     if facts is None:
         return policy.stake
     if facts.status is NodeStatus.QUIT:
-        return policy.stake if account.moving and not account.barred else 0
+        joins = (account.moving or account.doubtful) and not account.barred
+        return policy.stake if joins else 0
     return max(facts.stake, policy.stake)
 
 
@@ -213,13 +226,15 @@ def plan(
         members = [each for each in ordered if belongs(each) == gpu_class]
         serving = sum(_serves(each) for each in members)
         wanted = targets[gpu_class]
+        coming = sum(_comes(each) for each in members)
         if serving > wanted.most:
             _pause(draft, members, serving - wanted.most)
-        elif serving < wanted.least:
-            _wake(draft, members, gpu_class, wanted.least - serving, now)
+        elif serving + coming < wanted.least:
+            _wake(draft, members, gpu_class, wanted.least - serving - coming, now)
     for account in ordered:
-        if account.index not in draft.actions and account.facts is not None and not account.held:
-            _tend(draft, account)
+        if account.index in draft.actions or account.facts is None or account.left_alone:
+            continue
+        _tend(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
     return Plan(actions, tuple(draft.lacks), tuple(draft.limits))
 
@@ -231,7 +246,7 @@ def _assign(
     is to be had, one leaves a class that has too many."""
     for account in accounts:
         found = _on_chain(account)
-        if found is not None and found != account.assigned:
+        if found is not None and found != account.assigned and not account.doubtful:
             draft.actions[account.index] = Assign(account.index, account.address, found)
     held = Counter(
         each for a in accounts if not (a.barred or a.held) and (each := belongs(a)) is not None

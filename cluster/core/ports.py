@@ -36,14 +36,20 @@ from cluster.core.types import (
     Wei,
 )
 
+KICKED_OUT = "NodeKickedOut"
+SLASHED = "NodeSlashed"
+"""Reasons of wake-ups that say what the network did to an account, by its own name for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wakeup:
-    """Look now, at every account if `account` is None; `models` are wanted on disk."""
+    """Look now, at every account if `account` is None; `models` are wanted on disk. `moment`, of
+    what was done to the account: by it a story that is told twice is known; 0 elsewhere."""
 
     account: Address | None
     reason: str
     models: tuple[ModelId, ...] = ()
+    moment: int = 0
 
 
 @dataclass(frozen=True, slots=True)

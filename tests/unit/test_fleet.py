@@ -245,6 +245,22 @@ def test_what_is_on_its_way_or_held_is_left_alone(more: dict[str, Any]) -> None:
             assert planned({BIG: wanted}, left) == ()
 
 
+@pytest.mark.parametrize("status", [NodeStatus.QUIT, NodeStatus.PAUSED, NodeStatus.PENDING_QUIT])
+def test_an_account_in_doubt_may_serve_so_nobody_takes_its_place(status: NodeStatus) -> None:
+    on_chain = None if status is NodeStatus.QUIT else BIG
+    doubted = account(1, status, BIG, on_chain, doubtful=True)
+    out = account(2, assigned=BIG)
+    assert planned({BIG: 1}, doubted, out) == ()
+    assert planned({BIG: 2}, doubted, out) == (join(2, BIG),)
+    # Nor is another paused for what may not even serve.
+    assert planned({BIG: 1}, doubted, serving(2, BIG)) == ()
+    # Its stake may be there still.
+    policy = replace(POLICY, stake_budget=Wei(STAKE))
+    assert planned({BIG: 2}, doubted, out, policy=policy) == ()
+    # Held, it is the operator's, and another takes its place.
+    assert planned({BIG: 1}, replace(doubted, held=True), out) == (join(2, BIG),)
+
+
 def test_what_the_chain_says_goes_before_what_was_written_down() -> None:
     moved = serving(1, BIG, balance=GAS)
     assert planned({BIG: 1}, replace(moved, assigned=SMALL)) == (assign(1, BIG),)
@@ -262,6 +278,7 @@ ACCOUNTS = st.lists(
         st.sampled_from([(False, False), (True, False), (True, True)]),
         st.booleans(),
         st.booleans(),
+        st.booleans(),
     ),
     max_size=7,
 ).map(
@@ -276,8 +293,11 @@ ACCOUNTS = st.lists(
             paying=moving[1],
             barred=barred,
             held=held,
+            doubtful=doubtful,
         )
-        for index, (status, gpu_class, balance, moving, barred, held) in enumerate(rows, 1)
+        for index, (status, gpu_class, balance, moving, barred, held, doubtful) in enumerate(
+            rows, 1
+        )
     ]
 )
 TARGETS = st.dictionaries(
@@ -306,6 +326,7 @@ def test_one_action_each_within_the_means_and_never_for_what_isnt_known(
     for action in found:
         there = known[action.address]
         assert there.facts is not None
+        assert not there.doubtful
         if not isinstance(action, Assign):
             assert not there.held
             assert not there.paying or not isinstance(action, TopUp)

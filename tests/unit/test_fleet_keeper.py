@@ -76,7 +76,14 @@ class World:
         facts = AccountFacts(account, status, gpu_class, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.clock()), facts, ())
         if self.keeper.settled(account, self.views[account]):
-            self.keeper.looked(account, status)
+            self.keeper.looked(self.views[account])
+
+    def rounds(self, account: Address, status: NodeStatus, balance: int, seconds: float) -> None:
+        """Looks, and turns of the fleet between them that ask for nothing."""
+        for _ in range(int(seconds // 10) + 1):
+            self.see(account, status, balance)
+            assert self.turn() == []
+            self.later(10)
 
     def turn(self) -> list[tuple[object, ...]]:
         """What one turn of the fleet asks of the network."""
@@ -182,9 +189,10 @@ def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
     assert world.turn() == [("join", ALICE)]
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.cards.append(gpu_of(CARD_2))
+    world.see(BOB, NodeStatus.QUIT)
     assert world.turn() == []
-    assert world.keeper.view.plan == (f"resume {ALICE}",)
+    assert world.keeper.view.plan == (f"account 2 is for {KIND.name}",)
 
 
 def test_an_action_that_fails_stops_no_other(world: World) -> None:
@@ -252,6 +260,131 @@ def test_an_account_that_somebody_else_moved_is_left_alone_and_said(
     assert [entry["account"] for entry in logs if entry["event"] == "account_held"] == [ALICE]
     assert world.keeper.clear(ALICE) == "cleared"
     assert world.turn() == [("resume", ALICE)]
+
+
+def test_a_thief_who_quits_an_account_gets_nothing_more(world: World, logs: list[Any]) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    # Quit, and the stake is not where it went back to: no event will explain that.
+    world.see(ALICE, NodeStatus.QUIT, balance=0)
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert "420 wei are gone" in alert
+    assert [entry["account"] for entry in logs if entry["event"] == "account_held"] == [ALICE]
+    world.rounds(ALICE, NodeStatus.QUIT, 0, 2 * STRANGE_SECONDS)
+    world.begin()
+    world.rounds(ALICE, NodeStatus.QUIT, 0, 2 * STRANGE_SECONDS)
+
+
+@pytest.mark.parametrize("found", [NodeStatus.QUIT, NodeStatus.PAUSED])
+def test_what_somebody_else_did_is_never_undone_by_itself(world: World, found: NodeStatus) -> None:
+    world.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    balance = 420 if found is NodeStatus.QUIT else 20
+    for _ in range(3):
+        world.rounds(ALICE, found, balance, STRANGE_SECONDS / 6)
+        world.begin()
+        world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    world.rounds(ALICE, found, balance, STRANGE_SECONDS)
+    (alert,) = world.keeper.alerts()
+    assert "did somebody else use its key?" in alert
+
+
+def test_what_the_account_was_funded_with_and_lost_is_not_paid_again(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    world.network.moving = {ALICE: Movement(block=101, paid_block=101)}
+    # It came, and somebody took it before it was ever seen.
+    world.see(ALICE, NodeStatus.QUIT, balance=0, at=102)
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert "420 wei are gone" in alert
+
+
+def test_what_was_asked_for_and_refused_is_nobodys_theft(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    # Nothing of it came to be, so it is paid again.
+    world.see(ALICE, NodeStatus.QUIT)
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    world.network.moving = {ALICE: Movement(block=101, paid_block=101)}
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=101)
+    assert world.turn() == [("join", ALICE)]
+    world.see(ALICE, NodeStatus.QUIT, balance=419, at=102)
+    assert world.turn() == [("join", ALICE)]
+    assert world.keeper.alerts() == ()
+
+
+def test_a_sweep_is_nobodys_theft(tmp_path: Path) -> None:
+    policy = replace(POLICY, beneficiary=OWNER, sweep_above=Wei(50))
+    world = World(tmp_path, FleetSettings(policy))
+    world.see(ALICE, NodeStatus.BUSY, balance=1000)
+    world.turn()
+    assert world.turn() == [("transfer", ALICE, OWNER, 980, "sweep")]
+    world.see(ALICE, NodeStatus.BUSY, balance=18)
+    assert world.keeper.alerts() == ()
+
+
+def test_a_kick_that_is_seen_before_it_is_heard_of_waits_all_the_same(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.rounds(ALICE, NodeStatus.QUIT, 420, 10)
+    assert world.keeper.kicked(ALICE, 100)
+    assert not world.keeper.kicked(ALICE, 100), "the same one, heard of twice"
+    world.rounds(ALICE, NodeStatus.QUIT, 420, 40)
+    (alert,) = world.keeper.alerts()
+    assert "was kicked out 1 times" in alert
+    world.later(20)
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    assert world.turn() == [("join", ALICE)]
+
+
+def test_a_look_that_is_older_than_what_was_heard_says_nothing(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.keeper.kicked(ALICE, 105)
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20, at=104)
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=105)
+    world.later(STRANGE_SECONDS + 1)
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=106)
+    assert world.turn() == [("join", ALICE)]
+
+
+def test_as_long_as_not_all_is_known_an_account_is_doubted_and_not_held(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    facts = AccountFacts(ALICE, NodeStatus.QUIT, None, Wei(0), Wei(0), 0, None)
+    view = AccountView(110, Timestamp(world.clock()), facts, ())
+    world.views[ALICE] = view
+    assert world.keeper.puzzled(view)
+    for _ in range(2):
+        world.keeper.looked(view, sure=False)
+        world.later(STRANGE_SECONDS)
+        assert world.turn() == []
+    assert world.keeper.alerts() == ()
+    world.keeper.slashed(ALICE, KIND, 108)
+    world.ledger.mark_slashed(ALICE)
+    assert not world.keeper.puzzled(view)
+    world.keeper.looked(view)
+    (alert,) = world.keeper.alerts()
+    assert "is stopped" in alert
+
+
+def test_what_is_found_while_a_plan_is_made_stops_its_action(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=1)
+    world.turn()
+    world.later(module.TREASURY_SECONDS + 1)
+
+    def meanwhile(method: str) -> None:
+        if method == "balance":
+            world.see(ALICE, NodeStatus.PAUSED, balance=1)
+
+    world.network.before = meanwhile
+    assert world.turn() == []
 
 
 # --- cards, slots and load ------------------------------------------------------------------------

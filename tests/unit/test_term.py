@@ -22,10 +22,11 @@ from actors.fleet import FleetSettings
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
+from cluster.core import standing
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
-from cluster.core.ports import Lease, Wakeup
+from cluster.core.ports import KICKED_OUT, Lease, Wakeup
 from cluster.core.record import Closed, Outcome
 from cluster.core.types import (
     Address,
@@ -515,6 +516,7 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
 ) -> None:
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
     monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(standing, "FIRST_REJOIN_SECONDS", 0.0)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
@@ -522,6 +524,8 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
         office.network.holding = Wei(10**24)
         office.network.node_status = NodeStatus.QUIT
         office.network.move(TASK, status=end, stage=Stage.ENDED)
+        for account in (ALICE, BOB) if joins else (BOB,):
+            office.network.wakeups.put_nowait(Wakeup(account, KICKED_OUT))
         await until(lambda: "Closed" in office.kinds())
         await several_plans(office)
         if joins:
