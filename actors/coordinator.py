@@ -496,7 +496,8 @@ class Term:
             self._slashed(account, view.account.gpu_class, view.moment)
             self._invalidated |= lost
         if self._fleet.settled(account, view):
-            self._fleet.looked(view)
+            sure = not self._fleet.puzzled(view) or await self._inquired(view)
+            self._fleet.looked(view, sure)
         # Only now: nothing is done for what was found and not judged.
         self._views[account] = view
         # What is heard while looking may not be in what was seen.
@@ -509,6 +510,18 @@ class Term:
         # One without a task, and as it should be, waits for what wakes it, be it only the sweep.
         longest = BUSY_LOOK_SECONDS if busy or self._fleet.doubts(account) else None
         return min((each for each in (due, longest) if each is not None), default=None)
+
+    async def _inquired(self, view: AccountView) -> bool:
+        """The account isn't as it should be. Whether all is known that the network did to it."""
+        account = view.account.address
+        since = self._fleet.seen_well(account)
+        try:
+            for wakeup in await self._network.befell(account, since, view.moment):
+                self._befell(wakeup)
+        except NetworkUnavailable as error:
+            self._log.warning("account_in_doubt", account=account, error=str(error))
+            return False
+        return True
 
     def _befell(self, wakeup: Wakeup) -> None:
         """What the network did to an account, whose story may come more than once."""

@@ -147,6 +147,10 @@ class FleetKeeper:
         before, paid = self._standing(account), self._paid_block(account)
         return standing.is_puzzling(before, view.account, paid, self._most_gas())
 
+    def seen_well(self, account: Address) -> int | None:
+        """When it was last found as it should be, in this term."""
+        return self._seen_well.get(account)
+
     def doubts(self, account: Address) -> bool:
         return self._standing(account).is_doubtful
 

@@ -53,7 +53,7 @@ from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
+from cluster.core.types import Address, AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
 from cluster.keystore import PASSWORD
@@ -246,9 +246,16 @@ async def open_network(
                 endpoints,
                 Heads(network.ws_url),
                 told,
+                _own(config, identity, journal),
             )
     finally:
         await rpc.close()
+
+
+def _own(config: Config, identity: Identity, journal: SqlJournal) -> frozenset[Address]:
+    """The accounts to hear of: the configured ones, and those that ever served."""
+    configured = {identity.address(i) for i in range(1, config.identity.accounts + 1)}
+    return frozenset(configured | {each.address for each in journal.assignments()})
 
 
 def open_endpoints(

@@ -130,7 +130,15 @@ class Network(Protocol):
         ...
 
     async def next_wakeup(self) -> Wakeup:
-        """Wait for the network to say that something has changed; losing one is never fatal."""
+        """Wait for the network to say that something has changed; losing one is never fatal. To
+        ask for the next one says that the one before was handled: after a crash, what wasn't is
+        said again."""
+        ...
+
+    async def befell(self, account: Address, since: int | None, until: int) -> tuple[Wakeup, ...]:
+        """What the network did to the account (`KICKED_OUT`, `SLASHED`) after moment `since`, up to
+        `until`; None: since what was handled when this began. All that is known, however often it
+        was said. Raises `NetworkUnavailable` while something may still be on its way here."""
         ...
 
 

@@ -90,12 +90,12 @@ def test_money_is_missed_only_where_it_should_be() -> None:
     rich = counted(SERVING, 420)
     assert missing(rich, 400, 9) == 20
     assert missing(rich, 500, 9) < 0
-    assert missing(gave(rich, 300), 120, 9) == 0
-    paid = owed(rich, 100, 9)
+    assert missing(gave(rich, Wei(300)), 120, 9) == 0
+    paid = owed(rich, Wei(100), 9)
     assert missing(paid, 420, 9) == 0, "it didn't come"
     assert missing(paid, 420, 10) == 100
-    assert missing(owed(paid, 50, 10), 420, 11) == 150
-    assert missing(owed(paid, 50, 9), 420, 10) == 50
+    assert missing(owed(paid, Wei(50), 10), 420, 11) == 150
+    assert missing(owed(paid, Wei(50), 9), 420, 10) == 50
     assert counted(paid, 519) == counted(SERVING, 519)
     assert missing(slashed(rich, 7), 0, 9) == 0
     held = robbed(rich, 420)
@@ -181,7 +181,7 @@ def test_what_we_and_the_network_do_holds_no_account(
 
 def test_the_text_form_keeps_everything() -> None:
     held = strange(kicked(SERVING, NOW), NodeStatus.PAUSED)
-    rich = owed(counted(kicked(held, NOW, 7), 10**24), 5, 9)
+    rich = owed(counted(kicked(held, NOW, 7), 10**24), Wei(5), 9)
     for each in (Standing(), SERVING, held, rich):
         assert module.parsed(module.text(each)) == each
 

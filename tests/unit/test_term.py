@@ -597,6 +597,28 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
         assert (ALICE,) not in office.network.called("join")
 
 
+async def test_a_kick_that_nobody_heard_of_is_asked_for_before_anything_is_thought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    monkeypatch.setattr(standing, "STRANGE_SECONDS", 0.0)
+    office = Office(tmp_path, {1: ALICE})
+    kick = Wakeup(ALICE, KICKED_OUT, moment=101)
+    office.network.befallen[ALICE] = [kick]
+    async with serving(office):
+        await until(lambda: ALICE in {each.address for each in office.journal.assignments()})
+        office.network.faults["befell"] = [NetworkUnavailable("not yet")] * 3
+        office.network.node_status = NodeStatus.QUIT
+        await until(lambda: named(logs, "kicked_out") == 1)
+        # Heard of at last by itself too: it is the same one.
+        office.network.wakeups.put_nowait(kick)
+        office.network.wakeups.put_nowait(kick)
+        await until(lambda: office.network.wakeups.empty())
+        await several_plans(office)
+    assert named(logs, "kicked_out") == 1
+    assert named(logs, "account_held") == 0
+    assert office.network.called("join") == []
+
+
 # --- cards in quarantine --------------------------------------------------------------------------
 
 
