@@ -17,9 +17,10 @@ import structlog
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
 from actors.ledger import Ledger
+from actors.measures import Measures
 from actors.stores import RayStores, of_class
 from cluster.core import capacity, standing
-from cluster.core.capacity import Cards, Cycle, Load, Target
+from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import (
     Assign,
@@ -38,7 +39,7 @@ from cluster.core.fleet import (
     plan,
 )
 from cluster.core.ports import Movement, Network
-from cluster.core.record import Outcome, TaskRecord
+from cluster.core.record import TaskRecord
 from cluster.core.standing import Place, Standing
 from cluster.core.types import (
     AccountView,
@@ -109,8 +110,7 @@ class FleetKeeper:
         self._clock = clock
         self._began = clock()
         self._cards = Cards()
-        self._cycles: dict[GpuClass, Cycle] = {}
-        self._slots: dict[GpuClass, int] = {}
+        self._measures = Measures(ledger)
         self._limits: dict[GpuClass, int] = {}
         self._limited_at: dict[GpuClass, float] = {}
         self._seen_well: dict[Address, int] = {}
@@ -178,12 +178,9 @@ class FleetKeeper:
 
     def closed(self, record: TaskRecord) -> None:
         """Learn from a task that was paid how long it was on a card and in the network's hands."""
-        gpu_class, times = self._classes().get(record.account), _times(record)
-        if gpu_class is None or times is None:
-            return
-        compute, network = times
-        cycle = self._cycles.get(gpu_class, Cycle())
-        self._cycles[gpu_class] = capacity.measured(cycle, compute, network)
+        gpu_class = self._classes().get(record.account)
+        if gpu_class is not None:
+            self._measures.learn(gpu_class, record)
 
     # --- what an operator does -------------------------------------------------------------------
 
@@ -276,7 +273,7 @@ class FleetKeeper:
         return ClassStatus(
             name=gpu_class.name,
             vram=gpu_class.vram,
-            slots=self._slots.get(gpu_class, 1),
+            slots=self._slots_of(gpu_class),
             least=wanted.least,
             most=None if wanted.most == capacity.NO_LIMIT else wanted.most,
             stopped=gpu_class in self._stopped(),
@@ -381,23 +378,19 @@ class FleetKeeper:
             slots = self._slots_of(gpu_class)
             serving = sum(_serves(each, gpu_class) for each in accounts)
             limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
+            most = self._most_slots_of(gpu_class)
             targets[gpu_class] = capacity.target(
-                self._cards, gpu_class, slots, limit, stopped, drained, settled
+                self._cards, gpu_class, slots, limit, stopped, drained, settled, most
             )
         return targets
 
     def _slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
-        if settings.slots is not None:
-            self._slots[gpu_class] = settings.slots
-        else:
-            cycle = self._cycles.get(gpu_class, Cycle())
-            present = self._slots.get(gpu_class, 1)
-            slots = capacity.slots_for(cycle, present, settings.most_slots)
-            if slots != present:
-                self._log.info("slots_changed", gpu_class=gpu_class.name, slots=slots)
-            self._slots[gpu_class] = slots
-        return self._slots[gpu_class]
+        return self._measures.slots(gpu_class, settings.slots, settings.most_slots)
+
+    def _most_slots_of(self, gpu_class: GpuClass) -> int:
+        settings = self._settings
+        return self._measures.most_slots(gpu_class, settings.slots, settings.most_slots)
 
     def _loads(self, classes: Iterable[GpuClass]) -> dict[GpuClass, Load]:
         """How near to their deadlines the tasks of each class come, if each card of the class
@@ -525,16 +518,3 @@ def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
         and account.facts is not None
         and standing.place_of(account.facts.status) is Place.SERVING
     )
-
-
-def _times(record: TaskRecord) -> tuple[float, float] | None:
-    """Seconds on the card, and in the network's hands before and after; None for a task that tells
-    nothing: one that wasn't paid, or needed more than one attempt."""
-    paid = record.outcome in {Outcome.SUCCESS, Outcome.GROUP_SUCCESS, Outcome.GROUP_REFUND}
-    if not paid or len(record.attempts) != 1 or record.closed_at is None:
-        return None
-    (attempt,) = record.attempts
-    if attempt.ended_at is None or record.fetched_at is None:
-        return None
-    before = record.fetched_at - record.seen_at
-    return attempt.ended_at - attempt.started_at, before + record.closed_at - attempt.ended_at

@@ -7,12 +7,13 @@ that is rolled, an estimate that wavers) moves no account.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from cluster.core.types import GpuClass, Timestamp
+from cluster.core.types import GigaBytes, GpuClass, Timestamp
 
 NO_LIMIT: Final = 2**31
 MOST_SLOTS: Final = 16
@@ -98,6 +99,33 @@ def slots_for(cycle: Cycle, present: int, most: int) -> int:
     return max(1, min(math.ceil(exact), most, MOST_SLOTS))
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of a class. `slots`: as many were wanted of late."""
+
+    cycle: Cycle = Cycle()
+    slots: int = 1
+
+
+def text(gpu_class: GpuClass, there: Measured) -> str:
+    cycle = there.cycle
+    return json.dumps(
+        {
+            "class": [gpu_class.name, gpu_class.vram],
+            "cycle": [cycle.compute, cycle.network, cycle.tasks],
+            "slots": there.slots,
+        }
+    )
+
+
+def parsed(words: str) -> tuple[GpuClass, Measured]:
+    """What `text` wrote."""
+    said = json.loads(words)
+    (name, vram), (compute, network, tasks) = said["class"], said["cycle"]
+    cycle = Cycle(compute, network, tasks)
+    return GpuClass(name, GigaBytes(vram)), Measured(cycle, said["slots"])
+
+
 # --- load -----------------------------------------------------------------------------------------
 
 HIGH, LOW = 0.8, 0.4
@@ -133,12 +161,15 @@ def target(
     stopped: Collection[GpuClass] = (),
     drained: bool = False,
     settled: bool = True,
+    most_slots: int = 0,
 ) -> Target:
-    """`stopped` classes and a `drained` operator serve nothing."""
+    """`stopped` classes and a `drained` operator serve nothing. More than `most_slots` accounts for
+    each card are too many, as far as they are more than `slots`."""
     if drained or gpu_class in stopped:
         return NONE
     here = cards.here.get(gpu_class, 0) * slots
-    kept = max(cards.kept.get(gpu_class, 0) * slots, here) if settled else NO_LIMIT
+    each = max(slots, most_slots)
+    kept = max(cards.kept.get(gpu_class, 0) * each, here) if settled else NO_LIMIT
     found = Target(here, kept)
     if limit is None:
         return found

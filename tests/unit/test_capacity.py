@@ -15,12 +15,15 @@ from cluster.core.capacity import (
     Cards,
     Cycle,
     Load,
+    Measured,
     Target,
     counted,
     limit_for,
     measured,
+    parsed,
     slots_for,
     target,
+    text,
 )
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
 
@@ -101,6 +104,11 @@ def test_a_mean_follows_what_is_measured() -> None:
     assert found.network == pytest.approx(0.0, abs=0.1)
 
 
+def test_what_was_measured_travels_as_text() -> None:
+    for each in (Measured(), Measured(Cycle(4.5, 12.25, 7), 4)):
+        assert parsed(text(BIG, each)) == (BIG, each)
+
+
 # --- load and targets -----------------------------------------------------------------------------
 
 
@@ -127,6 +135,13 @@ def test_a_target_is_what_is_here_to_what_may_come_back() -> None:
     assert target(CARDS, BIG, 2, 3) == Target(2, 3)
     assert target(CARDS, BIG, 2, 1) == Target(1, 1)
     assert target(CARDS, BIG, 2, None, settled=False) == Target(2, NO_LIMIT)
+
+
+def test_more_than_is_sure_to_be_too_much_is_not_too_much() -> None:
+    """One slot as far as is known, and up to four may yet turn out to be right."""
+    assert target(CARDS, BIG, 1, None, most_slots=4) == Target(1, 8)
+    assert target(CARDS, BIG, 5, None, most_slots=4) == Target(5, 10)
+    assert target(Cards(), BIG, 1, None, most_slots=4) == NONE
 
 
 def test_stopped_and_drained_nothing_serves() -> None:

@@ -17,21 +17,44 @@ from actors.drain import Drains
 from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.stores import RayStores
+from cluster.core.capacity import FEW
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.ports import Movement
+from cluster.core.record import (
+    AttemptStarted,
+    Closed,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+    Seen,
+)
 from cluster.core.standing import STRANGE_SECONDS
 from cluster.core.types import (
     AccountFacts,
     AccountView,
     Address,
+    AttemptId,
+    Commitment,
     GpuState,
     NodeStatus,
+    TaskType,
     Timestamp,
     Wei,
 )
 from cluster.journal import SqlJournal
-from tests.unit.actor_fakes import ALICE, BOB, CARD, CARD_2, KIND, START, Clock, FakeNetwork, gpu_of
+from tests.unit.actor_fakes import (
+    ALICE,
+    BOB,
+    CARD,
+    CARD_2,
+    KIND,
+    SCORE,
+    START,
+    Clock,
+    FakeNetwork,
+    gpu_of,
+)
 
 TREASURY, OWNER = Address("0x" + "ee" * 20), Address("0x" + "dd" * 20)
 POLICY = FleetPolicy(Wei(400), Wei(10), Wei(5), Wei(20))
@@ -69,6 +92,7 @@ class World:
             lambda: self.tasks,
             self.clock,
         )
+        self.ledger.told = self.keeper.closed
 
     def see(self, account: Address, status: NodeStatus, balance: int = 0, at: int = 100) -> None:
         gpu_class = None if status is NodeStatus.QUIT else KIND
@@ -426,6 +450,62 @@ def test_more_slots_want_more_accounts(tmp_path: Path) -> None:
     assert set(world.turn()) == {("resume", ALICE), ("resume", BOB)}
     (shown,) = world.keeper.view.classes
     assert (shown.slots, shown.least) == (2, 2)
+
+
+def paid(world: World, number: int, account: Address, compute: float, network: float) -> None:
+    """A task of the account that was paid, as its record tells."""
+    task = Commitment(f"0x{number:064x}")
+    began, ledger = world.clock.now, world.ledger
+    ledger.append(task, Seen(account, TaskType.SD, (), Wei(5)))
+    ledger.append(task, ParametersFetched("{}"))
+    ledger.append(task, AttemptStarted(AttemptId("a1"), CARD))
+    world.later(compute)
+    ledger.append(task, ResultStored(AttemptId("a1"), SCORE, ()))
+    world.later(network)
+    ledger.append(task, Closed(Outcome.SUCCESS, Wei(5)))
+    assert world.clock.now - began == compute + network
+
+
+def test_slots_that_were_measured_last_over_restarts(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=None))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    for number in range(FEW):
+        paid(world, number, ALICE, compute=10.0, network=9.0)
+    for _ in range(3):
+        assert world.turn() == []
+        assert [each.slots for each in world.keeper.view.classes] == [2]
+        world.begin()
+        # Long enough to be sure which cards there are.
+        world.turn()
+        world.later(world.settings.patience + 1)
+
+
+def test_as_long_as_slots_werent_measured_nobody_is_paused_for_want_of_them(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=None))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.later(world.settings.patience + 1)
+    assert world.turn() == []
+    # Where no card is left they are.
+    world.cards = []
+    world.turn()
+    world.later(world.settings.patience + 1)
+    assert world.turn() == [("pause", ALICE), ("pause", BOB)]
+
+
+def test_what_was_measured_is_one_slot_and_pauses_the_others(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=None))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    for number in range(FEW):
+        paid(world, number, ALICE, compute=100.0, network=2.0)
+    assert world.turn() == [("pause", BOB)]
 
 
 def test_a_queue_that_would_miss_its_deadlines_pauses_an_account(tmp_path: Path) -> None:
