@@ -59,8 +59,6 @@ TREASURY_SECONDS = 15.0
 """How long the treasury's balance is believed while nothing of ours changes it."""
 MONEY_SECONDS = 60.0
 """Between two looks at it for people's eyes."""
-LOAD_SECONDS = 10.0
-"""Between two changes of a class's limit by its load."""
 MOST_MODELS = 16
 _STANDING = "standing:"
 _ALL_MONEY = Wei(2**255)
@@ -111,8 +109,6 @@ class FleetKeeper:
         self._began = clock()
         self._cards = Cards()
         self._measures = Measures(ledger)
-        self._limits: dict[GpuClass, int] = {}
-        self._limited_at: dict[GpuClass, float] = {}
         self._seen_well: dict[Address, int] = {}
         """Moments at which accounts were last found as they should be, in this term."""
         self._money: tuple[float, Wei] | None = None
@@ -377,7 +373,7 @@ class FleetKeeper:
         for gpu_class in classes:
             slots = self._slots_of(gpu_class)
             serving = sum(_serves(each, gpu_class) for each in accounts)
-            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
+            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load()), serving)
             most = self._most_slots_of(gpu_class)
             targets[gpu_class] = capacity.target(
                 self._cards, gpu_class, slots, limit, stopped, drained, settled, most
@@ -405,29 +401,17 @@ class FleetKeeper:
         found: dict[GpuClass, Load] = {}
         for gpu_class, tasks in waiting.items():
             cards = max(1, self._cards.here.get(gpu_class, 0))
-            slack = [each.deadline - now for each in tasks if each.deadline is not None]
-            if slack:
-                seconds = sum(each.seconds for each in tasks) / cards
-                found[gpu_class] = Load(seconds / max(min(slack), 1.0), len(tasks))
+            known = [
+                (each.seconds, at - now) for each in tasks if (at := each.deadline) is not None
+            ]
+            names = frozenset(each.task for each in tasks)
+            found[gpu_class] = Load(capacity.share_of(known, cards), names)
         return found
 
     def _limit_of(self, gpu_class: GpuClass, load: Load, serving: int) -> int | None:
-        before = self._limits.get(gpu_class)
-        now = self._clock()
-        if now - self._limited_at.get(gpu_class, 0.0) < LOAD_SECONDS:
-            return before
-        after = capacity.limit_for(before, load, serving)
-        if after == before:
-            return before
-        self._limited_at[gpu_class] = now
-        self._log.info(
-            "limited_by_load", gpu_class=gpu_class.name, accounts=after, share=round(load.share, 2)
-        )
-        if after is None:
-            del self._limits[gpu_class]
-        else:
-            self._limits[gpu_class] = after
-        return after
+        cards = self._cards.here.get(gpu_class, 0)
+        wanted = cards * self._slots_of(gpu_class)
+        return self._measures.limit(gpu_class, load, serving, cards, wanted, self._clock())
 
     # --- acting ----------------------------------------------------------------------------------
 

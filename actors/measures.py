@@ -9,9 +9,9 @@ import structlog
 
 from actors.ledger import Ledger
 from cluster.core import capacity
-from cluster.core.capacity import FEW, Measured
+from cluster.core.capacity import FEW, Limit, Load, Measured
 from cluster.core.record import Outcome, TaskRecord
-from cluster.core.types import GpuClass
+from cluster.core.types import GpuClass, Timestamp
 
 _MEASURED = "measured:"
 WRITE_EVERY = 10
@@ -23,6 +23,7 @@ class Measures:
         self._ledger = ledger
         stored = ledger.journal.cursors(_MEASURED).values()
         self._found: dict[GpuClass, Measured] = dict(map(capacity.parsed, stored))
+        self._limits: dict[GpuClass, Limit] = {}
         self._log = structlog.get_logger("fleet")
 
     def of(self, gpu_class: GpuClass) -> Measured:
@@ -50,6 +51,23 @@ class Measures:
         """More accounts than these for each card are paused."""
         there = self.of(gpu_class)
         return fixed or (there.slots if there.cycle.tasks >= FEW else max(there.slots, most))
+
+    def limit(
+        self, gpu_class: GpuClass, load: Load, serving: int, cards: int, wanted: int, now: float
+    ) -> int | None:
+        """How many accounts may serve, by the load."""
+        there, at = self.of(gpu_class), Timestamp(now)
+        before = self._limits.get(gpu_class, Limit(there.limit, at))
+        window = capacity.window_of(there.cycle)
+        after = capacity.limited(before, load, serving, cards, wanted, at, window)
+        self._limits[gpu_class] = after
+        if after.accounts != there.limit:
+            share = round(load.share, 2)
+            self._log.info(
+                "limited_by_load", gpu_class=gpu_class.name, accounts=after.accounts, share=share
+            )
+            self._keep(gpu_class, replace(there, limit=after.accounts))
+        return after.accounts
 
     def _keep(self, gpu_class: GpuClass, after: Measured, write: bool = True) -> None:
         self._found[gpu_class] = after

@@ -17,7 +17,7 @@ from actors.drain import Drains
 from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.stores import RayStores
-from cluster.core.capacity import FEW
+from cluster.core.capacity import FEW, WINDOW_SECONDS
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.ports import Movement
@@ -49,8 +49,10 @@ from tests.unit.actor_fakes import (
     CARD,
     CARD_2,
     KIND,
+    OTHER,
     SCORE,
     START,
+    TASK,
     Clock,
     FakeNetwork,
     gpu_of,
@@ -514,15 +516,33 @@ def test_a_queue_that_would_miss_its_deadlines_pauses_an_account(tmp_path: Path)
         world.see(account, NodeStatus.AVAILABLE, balance=20)
     world.turn()
     deadline = Timestamp(START + 100)
-    world.tasks = [Outstanding(ALICE, 50.0, deadline), Outstanding(BOB, 50.0, deadline)]
-    world.later(module.LOAD_SECONDS + 1)
+    world.tasks = [
+        Outstanding(ALICE, 45.0, deadline, TASK),
+        Outstanding(BOB, 45.0, deadline, OTHER),
+    ]
     assert world.turn() == [("pause", BOB)]
     world.see(BOB, NodeStatus.PAUSED, balance=20)
-    world.later(module.LOAD_SECONDS + 1)
-    world.tasks = [Outstanding(ALICE, 30.0, Timestamp(world.clock() + 50))]
-    assert world.turn() == []  # in between: as it is
-    world.tasks = [Outstanding(ALICE, 1.0, Timestamp(world.clock() + 50))]
+    # It lasts over a restart, and longer than what waited.
+    world.begin()
+    world.tasks = []
+    assert world.turn() == []
+    world.later(WINDOW_SECONDS - 1)
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    assert world.turn() == []
+    world.later(2)
     assert world.turn() == [("resume", BOB)]
+
+
+def test_what_is_urgent_and_nearly_done_makes_no_task_behind_it_late(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.tasks = [
+        Outstanding(ALICE, 5.0, Timestamp(START + 60), TASK),
+        Outstanding(BOB, 60.0, Timestamp(START + 175), OTHER),
+    ]
+    assert world.turn() == []
 
 
 def test_drained_is_drained_until_it_is_ended(world: World) -> None:
