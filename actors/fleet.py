@@ -400,7 +400,7 @@ class FleetKeeper:
                 waiting[gpu_class].append(task)
         found: dict[GpuClass, Load] = {}
         for gpu_class, tasks in waiting.items():
-            cards = max(1, self._cards.here.get(gpu_class, 0))
+            cards = max(1, self._cards.kept.get(gpu_class, 0))
             known = [
                 (each.seconds, at - now) for each in tasks if (at := each.deadline) is not None
             ]
@@ -409,9 +409,13 @@ class FleetKeeper:
         return found
 
     def _limit_of(self, gpu_class: GpuClass, load: Load, serving: int) -> int | None:
-        cards = self._cards.here.get(gpu_class, 0)
+        """Cards that may come back count: until it is sure that they don't, nobody is paused for
+        what waits for them."""
+        now, cards = self._clock(), self._cards.kept.get(gpu_class, 0)
+        if now - self._began < self._settings.patience:
+            return self._measures.of(gpu_class).limit
         wanted = cards * self._slots_of(gpu_class)
-        return self._measures.limit(gpu_class, load, serving, cards, wanted, self._clock())
+        return self._measures.limit(gpu_class, load, serving, cards, wanted, now)
 
     # --- acting ----------------------------------------------------------------------------------
 

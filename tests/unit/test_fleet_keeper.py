@@ -51,7 +51,6 @@ from tests.unit.actor_fakes import (
     KIND,
     OTHER,
     SCORE,
-    START,
     TASK,
     Clock,
     FakeNetwork,
@@ -515,7 +514,8 @@ def test_a_queue_that_would_miss_its_deadlines_pauses_an_account(tmp_path: Path)
     for account in (ALICE, BOB):
         world.see(account, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    deadline = Timestamp(START + 100)
+    world.later(world.settings.patience)
+    deadline = Timestamp(world.clock() + 100)
     world.tasks = [
         Outstanding(ALICE, 45.0, deadline, TASK),
         Outstanding(BOB, 45.0, deadline, OTHER),
@@ -525,6 +525,8 @@ def test_a_queue_that_would_miss_its_deadlines_pauses_an_account(tmp_path: Path)
     # It lasts over a restart, and longer than what waited.
     world.begin()
     world.tasks = []
+    assert world.turn() == []
+    world.later(world.settings.patience)
     assert world.turn() == []
     world.later(WINDOW_SECONDS - 1)
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
@@ -538,10 +540,29 @@ def test_what_is_urgent_and_nearly_done_makes_no_task_behind_it_late(tmp_path: P
     for account in (ALICE, BOB):
         world.see(account, NodeStatus.AVAILABLE, balance=20)
     world.turn()
+    world.later(world.settings.patience)
+    now = world.clock()
     world.tasks = [
-        Outstanding(ALICE, 5.0, Timestamp(START + 60), TASK),
-        Outstanding(BOB, 60.0, Timestamp(START + 175), OTHER),
+        Outstanding(ALICE, 5.0, Timestamp(now + 60), TASK),
+        Outstanding(BOB, 60.0, Timestamp(now + 175), OTHER),
     ]
+    assert world.turn() == []
+
+
+def test_what_waits_for_a_card_that_is_begun_anew_pauses_nobody(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=2))
+    world.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.later(world.settings.patience)
+    world.turn()
+    deadline = Timestamp(world.clock() + 100)
+    world.tasks = [Outstanding(a, 60.0, deadline, t) for a, t in ((ALICE, TASK), (BOB, OTHER))]
+    world.cards = [gpu_of(CARD)]
+    assert world.turn() == []
+    world.cards = []
+    world.begin()
     assert world.turn() == []
 
 
