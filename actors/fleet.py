@@ -337,6 +337,7 @@ class FleetKeeper:
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,
             doubtful=now_standing.is_doubtful,
+            refused={each.verb: each for each in there.refused},
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:

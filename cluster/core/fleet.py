@@ -12,11 +12,13 @@ next. What isn't known, what is on its way, and what is held, is left alone.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.core.capacity import Target
+from cluster.core.ports import Refusal
 from cluster.core.standing import Place, place_of
 from cluster.core.types import AccountFacts, Address, GpuClass, NodeStatus, Timestamp, Wei
 
@@ -57,6 +59,8 @@ class NodeAccount:
     held: bool = False
     rejoin_at: Timestamp = Timestamp(0)
     doubtful: bool = False
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    """By the verb, as `Refusal` names it."""
 
     @property
     def left_alone(self) -> bool:
@@ -140,9 +144,29 @@ class _Draft:
     policy: FleetPolicy
     treasury: Wei | None
     committed: int
+    now: Timestamp
     actions: dict[int, FleetAction] = field(default_factory=dict)
     lacks: dict[str, None] = field(default_factory=dict)
     limits: dict[str, None] = field(default_factory=dict)
+    refused: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def may(self, account: NodeAccount, verb: str) -> bool:
+        """Not where it was refused a short while ago; that is noted."""
+        there = account.refused.get(verb)
+        if there is None or there.again <= self.now:
+            return True
+        self.refused.setdefault((verb, there.reason), []).append(account.index)
+        return False
+
+    def some(self, accounts: Iterable[NodeAccount], verb: str, count: int) -> list[NodeAccount]:
+        """The first of them, `count` at most, of which it may be asked."""
+        able = (account for account in accounts if self.may(account, verb))
+        return list(itertools.islice(able, max(0, count)))
+
+    def refusals(self) -> Iterable[str]:
+        for (verb, reason), indexes in self.refused.items():
+            which = ", ".join(map(str, indexes))
+            yield f"{verb} of account{'s' * (len(indexes) > 1)} {which} is refused: {reason}"
 
     def affords_stake(self) -> bool:
         budget = self.policy.stake_budget
@@ -220,7 +244,7 @@ def plan(
     nobody. `treasury` is its balance, None while that isn't known."""
     ordered = sorted(accounts, key=lambda account: account.index)
     committed = sum(_staked(account, policy) for account in ordered)
-    draft = _Draft(policy, treasury, committed)
+    draft = _Draft(policy, treasury, committed, now)
     _assign(draft, targets, ordered)
     for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):
         members = [each for each in ordered if belongs(each) == gpu_class]
@@ -230,13 +254,13 @@ def plan(
         if serving > wanted.most:
             _pause(draft, members, serving - wanted.most)
         elif serving + coming < wanted.least:
-            _wake(draft, members, gpu_class, wanted.least - serving - coming, now)
+            _wake(draft, members, gpu_class, wanted.least - serving - coming)
     for account in ordered:
         if account.index in draft.actions or account.facts is None or account.left_alone:
             continue
         _tend(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
-    return Plan(actions, tuple(draft.lacks), tuple(draft.limits))
+    return Plan(actions, (*draft.lacks, *draft.refusals()), tuple(draft.limits))
 
 
 def _assign(
@@ -282,6 +306,7 @@ def _mover(
         and (gpu_class := belongs(account)) is not None
         and surplus.get(gpu_class, 0) > 0
         and _status(account) in {NodeStatus.QUIT, NodeStatus.PAUSED}
+        and (_status(account) is NodeStatus.QUIT or draft.may(account, "quit"))
     ]
     movable.sort(key=lambda account: _status(account) is not NodeStatus.QUIT)
     if not movable:
@@ -309,37 +334,49 @@ def _pause(draft: _Draft, members: Sequence[NodeAccount], count: int) -> None:
         and _status(account) in {NodeStatus.AVAILABLE, NodeStatus.BUSY}
     ]
     able.sort(key=lambda each: (_status(each) is NodeStatus.BUSY, -each.index))
-    for account in able[:count]:
+    for account in draft.some(able, "pause", count):
         draft.actions[account.index] = Pause(account.address)
 
 
-def _wake(
-    draft: _Draft,
-    members: Sequence[NodeAccount],
-    gpu_class: GpuClass,
-    count: int,
-    now: Timestamp,
-) -> None:
+def _wake(draft: _Draft, members: Sequence[NodeAccount], gpu_class: GpuClass, count: int) -> None:
     """So many more serve: resuming costs no stake, so the paused go first; then those that can pay
     their own."""
-    policy = draft.policy
-    need = policy.stake + policy.gas_reserve
+    need = draft.policy.stake + draft.policy.gas_reserve
     able = [a for a in members if a.index not in draft.actions and _free(a) and not a.barred]
     paused = [a for a in able if _status(a) is NodeStatus.PAUSED]
-    out = [a for a in able if _status(a) is NodeStatus.QUIT and a.rejoin_at <= now]
-    out.sort(key=lambda each: _balance(each) < need)
-    for account in paused[:count]:
+    out = [a for a in able if _status(a) is NodeStatus.QUIT and a.rejoin_at <= draft.now]
+    resumed = draft.some(paused, "resume", count)
+    for account in resumed:
         draft.actions[account.index] = Resume(account.address)
-    for account in out[: max(0, count - len(paused))]:
+    count -= len(resumed)
+    rich = [account for account in out if _balance(account) >= need]
+    for account in draft.some(rich, "join", count):
         if not draft.affords_stake():
             return
+        draft.actions[account.index] = Join(account.address, gpu_class)
+        draft.committed += draft.policy.stake
+        count -= 1
+    poor = [account for account in out if _balance(account) < need]
+    # Another one's stake would lie there too: the network refuses it for all of them.
+    tried = [account for account in members if _is_refused(account, draft.now)]
+    if tried:
+        poor = [a for a in poor if a in tried and draft.may(a, "join")]
+    _fund(draft, draft.some(poor, "fund", count))
+
+
+def _is_refused(account: NodeAccount, now: Timestamp) -> bool:
+    """It is to join, and the network won't have it."""
+    out = _status(account) is NodeStatus.QUIT and account.rejoin_at <= now
+    return out and "join" in account.refused and not (account.barred or account.left_alone)
+
+
+def _fund(draft: _Draft, accounts: Iterable[NodeAccount]) -> None:
+    policy = draft.policy
+    for account in accounts:
         lack = policy.stake + policy.gas_target - _balance(account)
-        if _balance(account) >= need:
-            draft.actions[account.index] = Join(account.address, gpu_class)
-        elif draft.pays(lack, f"fund account {account.index}"):
-            draft.actions[account.index] = Fund(account.address, Wei(lack))
-        else:
+        if not draft.affords_stake() or not draft.pays(lack, f"fund account {account.index}"):
             return
+        draft.actions[account.index] = Fund(account.address, Wei(lack))
         draft.committed += policy.stake
 
 
@@ -350,13 +387,13 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
     # Also while something of its own is on its way: that may be waiting for just this.
     if joined and balance < policy.gas_low and not account.paying:
         lack = policy.gas_target - balance
-        if draft.pays(lack, f"top up account {account.index}"):
+        if draft.may(account, "gas") and draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return
     if account.moving or policy.beneficiary is None or policy.sweep_above is None:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
-    if balance - own > policy.sweep_above:
+    if balance - own > policy.sweep_above and draft.may(account, "sweep"):
         amount = Wei(balance - own)
         draft.actions[account.index] = Sweep(account.address, policy.beneficiary, amount)
 

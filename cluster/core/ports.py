@@ -53,14 +53,26 @@ class Wakeup:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """The network would not do it, the last time that it was asked: `verb` is an account's own
+    write, or what a payment to it is for. It is not asked again before `again`."""
+
+    verb: str
+    reason: str
+    again: Timestamp
+
+
+@dataclass(frozen=True, slots=True)
 class Movement:
     """Writes of ours that concern an account: `is_open` when one is on its way; a look at moment
-    `block` or later shows those that have come to be. The same of what was paid to it."""
+    `block` or later shows those that have come to be. The same of what was paid to it. `refused`:
+    what didn't come to be so far, also while it is tried again."""
 
     is_open: bool = False
     block: int = 0
     paying: bool = False
     paid_block: int = 0
+    refused: tuple[Refusal, ...] = ()
 
 
 class Network(Protocol):

@@ -27,6 +27,7 @@ from cluster.core.fleet import (
     TopUp,
     plan,
 )
+from cluster.core.ports import Refusal
 from cluster.core.types import (
     AccountFacts,
     Address,
@@ -148,6 +149,70 @@ def test_a_slashed_account_is_neither_joined_nor_funded_nor_moved() -> None:
     slashed = account(1, assigned=BIG, barred=True)
     assert planned({BIG: 1}, slashed) == ()
     assert planned({BIG: 0, SMALL: 1}, slashed) == ()
+
+
+# --- what the network refuses ---------------------------------------------------------------------
+
+
+def refused(verb: str, reason: str = "Network is full", after: float = 60) -> dict[str, Refusal]:
+    return {verb: Refusal(verb, reason, Timestamp(NOW + after))}
+
+
+def test_what_was_refused_is_asked_for_again_only_after_a_while_and_said() -> None:
+    full = account(1, assigned=BIG, refused=refused("join"))
+    found = whole({BIG: 1}, full)
+    assert found.actions == ()
+    assert found.lacks == ("join of account 1 is refused: Network is full",)
+    assert planned({BIG: 1}, replace(full, refused=refused("join", after=0))) == (join(1, BIG),)
+    # Where nobody wants it, nobody has to hear of it.
+    assert whole({BIG: 0}, full) == Plan()
+    several = [account(n, assigned=BIG, refused=refused("join")) for n in (1, 2, 4)]
+    (line,) = whole({BIG: 3}, *several).lacks
+    assert line == "join of accounts 1, 2, 4 is refused: Network is full"
+
+
+def test_nobody_is_funded_while_one_of_the_class_that_was_is_refused() -> None:
+    full = account(1, assigned=BIG, refused=refused("join"))
+    poor = account(2, assigned=BIG, balance=0)
+    assert planned({BIG: 1}, full, poor) == ()
+    assert planned({BIG: 2}, full, poor) == ()
+    # Nor while it is tried again.
+    again = account(1, assigned=BIG, moving=True, refused=refused("join", after=-1))
+    assert planned({BIG: 2}, again, poor) == ()
+    # But for what it has lost of its own by trying.
+    poorer = replace(again, moving=False, facts=account(1, balance=RICH - 1).facts)
+    assert planned({BIG: 2}, poorer, poor) == (fund(1, STAKE + GAS - RICH + 1),)
+    assert planned({BIG: 2}, replace(poorer, refused=refused("join")), poor) == ()
+    # What was refused to one that serves by now, or isn't to join, is an old story.
+    for old in (
+        serving(1, BIG, refused=refused("join")),
+        replace(full, barred=True),
+        replace(full, held=True),
+        replace(full, rejoin_at=Timestamp(NOW + 9)),
+    ):
+        assert planned({BIG: 2}, old, poor) == (fund(2, STAKE + GAS),)
+    # One that has its stake may try; another class has nothing to do with it.
+    assert planned({BIG: 2}, full, account(2, assigned=BIG)) == (join(2, BIG),)
+    other = account(2, assigned=SMALL, balance=0)
+    assert planned({BIG: 1, SMALL: 1}, full, other) == (fund(2, STAKE + GAS),)
+
+
+def test_another_is_paused_or_resumed_where_one_is_refused() -> None:
+    stuck = serving(2, BIG, refused=refused("pause", "no"))
+    found = whole({BIG: 1}, serving(1, BIG), stuck)
+    assert found.actions == (Pause(Address("0x1")),)
+    assert found.lacks == ("pause of account 2 is refused: no",)
+    stuck = account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, refused=refused("resume"))
+    paused = account(2, NodeStatus.PAUSED, BIG, BIG, balance=GAS)
+    assert planned({BIG: 1}, stuck, paused) == (Resume(Address("0x2")),)
+    quitting = account(1, NodeStatus.PAUSED, SMALL, SMALL, refused=refused("quit"))
+    assert planned({SMALL: 0, BIG: 1}, quitting) == ()
+    low = serving(1, BIG, balance=0, refused=refused("gas"))
+    assert whole({BIG: 1}, low).lacks == ("gas of account 1 is refused: Network is full",)
+    earned = serving(1, BIG, balance=GAS + 101, refused=refused("sweep"))
+    assert planned({BIG: 1}, earned, policy=SWEEPING) == ()
+    poor = account(1, assigned=BIG, balance=0, refused=refused("fund"))
+    assert planned({BIG: 1}, poor) == ()
 
 
 # --- money ----------------------------------------------------------------------------------------

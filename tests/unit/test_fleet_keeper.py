@@ -20,7 +20,7 @@ from actors.stores import RayStores
 from cluster.core.capacity import FEW, WINDOW_SECONDS
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
-from cluster.core.ports import Movement
+from cluster.core.ports import Movement, Refusal
 from cluster.core.record import (
     AttemptStarted,
     Closed,
@@ -218,6 +218,22 @@ def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
     world.see(BOB, NodeStatus.QUIT)
     assert world.turn() == []
     assert world.keeper.view.plan == (f"account 2 is for {KIND.name}",)
+
+
+def test_applying_ends_when_all_that_is_left_is_refused(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, automatic=False))
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    world.keeper.apply()
+    world.turn()
+    assert world.turn() == [("join", ALICE)]
+    again = Timestamp(world.clock() + 30)
+    full = Refusal("join", "Network is full", again)
+    world.network.moving = {ALICE: Movement(refused=(full,))}
+    assert world.turn() == []
+    assert world.keeper.alerts() == ("join of account 1 is refused: Network is full",)
+    world.later(31)
+    assert world.turn() == [], "it is applied no more"
+    assert world.keeper.view.plan == (f"join {ALICE} for {KIND.name}",)
 
 
 def test_an_action_that_fails_stops_no_other(world: World) -> None:
