@@ -495,9 +495,8 @@ class Term:
             # Before the fleet can see that the account has quit.
             self._slashed(account, view.account.gpu_class, view.moment)
             self._invalidated |= lost
-        if self._fleet.settled(account, view):
-            sure = not self._fleet.puzzled(view) or await self._inquired(view)
-            self._fleet.looked(view, sure)
+        sure = not self._fleet.puzzled(view) or await self._inquired(view)
+        self._fleet.looked(view, sure)
         # Only now: nothing is done for what was found and not judged.
         self._views[account] = view
         # What is heard while looking may not be in what was seen.

@@ -111,7 +111,7 @@ class FleetKeeper:
         self._measures = Measures(ledger)
         self._seen_well: dict[Address, int] = {}
         """Moments at which accounts were last found as they should be, in this term."""
-        self._money: tuple[float, Wei] | None = None
+        self._money: tuple[float, Wei, Movement] | None = None
         self._treasury_had: Wei | None = None
         self._applying = False
         self._looked_at_money = float("-inf")
@@ -123,13 +123,13 @@ class FleetKeeper:
     # --- what happens ----------------------------------------------------------------------------
 
     def looked(self, view: AccountView, sure: bool = True) -> None:
-        """The account was looked at, and all that we asked for shows in it. `sure`: all is known
-        that the network did to it until then."""
-        account, gas = view.account.address, self._most_gas()
-        before, paid = self._standing(account), self._paid_block(account)
-        after = standing.judged(before, view.account, self._now(), sure, paid, gas)
+        """The account was looked at. `sure`: all is known that the network did to it until then."""
+        account, gas = view.account.address, self._settings.policy.most_gas
+        before, settled = self._standing(account), self.settled(account, view)
+        paid, now = self._paid_block(view), self._now()
+        after = standing.judged(before, view.account, now, sure, paid, gas, settled)
         self._keep(account, after)
-        if not after.is_doubtful:
+        if settled and not after.is_doubtful:
             self._seen_well[account] = view.moment
         if after.held and not before.held:
             self._log.error("account_held", account=account, reason=after.held)
@@ -139,9 +139,9 @@ class FleetKeeper:
 
     def puzzled(self, view: AccountView) -> bool:
         """Whether something happened to the account that nobody has heard of."""
-        account = view.account.address
-        before, paid = self._standing(account), self._paid_block(account)
-        return standing.is_puzzling(before, view.account, paid, self._most_gas())
+        account, gas = view.account.address, self._settings.policy.most_gas
+        before, settled = self._standing(account), self.settled(account, view)
+        return standing.is_puzzling(before, view.account, self._paid_block(view), gas, settled)
 
     def seen_well(self, account: Address) -> int | None:
         """When it was last found as it should be, in this term."""
@@ -276,15 +276,14 @@ class FleetKeeper:
         )
 
     async def _balance(self) -> Wei | None:
-        """The treasury's, asked for only when something is to be paid."""
-        if self._network.movements().get(self._treasury, Movement()).is_open:
-            self._money = None
-            return None
-        now = self._clock()
-        if self._money is None or now - self._money[0] > TREASURY_SECONDS:
+        """The treasury's, without what it is paying; asked for only when something is to be
+        paid."""
+        there, now = self._network.movements().get(self._treasury, Movement()), self._clock()
+        known = self._money
+        if known is None or now - known[0] > TREASURY_SECONDS or known[2] != there:
             self._treasury_had = await self._network.balance(self._treasury)
-            self._money = (now, self._treasury_had)
-        return self._money[1]
+            known = self._money = (now, self._treasury_had, there)
+        return Wei(max(0, known[1] - there.owes))
 
     # --- facts for the plan ----------------------------------------------------------------------
 
@@ -338,6 +337,7 @@ class FleetKeeper:
             rejoin_at=now_standing.rejoin_at,
             doubtful=now_standing.is_doubtful,
             refused={each.verb: each for each in there.refused},
+            lacks=there.lacks,
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:
@@ -346,13 +346,10 @@ class FleetKeeper:
         newest = max(there.block, self._standing(account).told)
         return not there.is_open and view.moment >= newest
 
-    def _paid_block(self, account: Address) -> int:
-        return self._network.movements().get(account, Movement()).paid_block
-
-    def _most_gas(self) -> int:
-        """More than this is never missing because of gas."""
-        policy = self._settings.policy
-        return max(policy.stake // 20, policy.gas_target)
+    def _paid_block(self, view: AccountView) -> int:
+        """The moment of the newest payment to the account; 0 when the look is older."""
+        there = self._network.movements().get(view.account.address, Movement())
+        return there.paid_block if there.paid_block <= view.moment else 0
 
     def _classes(self) -> dict[Address, GpuClass]:
         return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
@@ -464,7 +461,7 @@ class FleetKeeper:
 
     def _owe(self, account: Address, amount: Wei) -> None:
         self._money = None
-        paid = self._paid_block(account)
+        paid = self._network.movements().get(account, Movement()).paid_block
         self._keep(account, standing.owed(self._standing(account), amount, paid))
 
     def _ready_to_join(self, gpu_class: GpuClass) -> bool:

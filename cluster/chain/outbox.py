@@ -130,6 +130,8 @@ class Outbox:
         """Until the network doesn't take the write any more, as far as is known."""
         self.told: Told = Untold()
         self._alerts: dict[Address, str] = {}
+        self._lacking: dict[str, tuple[Address, Wei]] = {}
+        """By a new row's key, what its account has too little for it."""
         with journal.read() as connection:
             self._refusals = Refusals(rows.refused(connection), self._patience)
         self._due = asyncio.Event()
@@ -191,10 +193,16 @@ class Outbox:
 
     def movements(self) -> Mapping[Address, Movement]:
         with self._journal.read() as connection:
-            found = dict(rows.movements(connection))
+            found = defaultdict(Movement, rows.movements(connection))
+            owed = rows.owed(connection)
         for account, refusals in self._refusals.by_account().items():
-            found[account] = replace(found.get(account, Movement()), refused=refusals)
-        return found
+            found[account] = replace(found[account], refused=refusals)
+        for account, amount in owed.items():
+            found[account] = replace(found[account], owes=amount)
+        for account, amount in self._lacking.values():
+            lacks = max(found[account].lacks, amount)
+            found[account] = replace(found[account], lacks=lacks)
+        return dict(found)
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line for each account."""
@@ -293,8 +301,10 @@ class Outbox:
             return None
         need = intent.value + gas * offer.fee
         if balance < need:
+            self._lacking[intent.key] = intent.account, Wei(need - balance)
             self._alert(intent, f"has {balance} wei and needs {need}: top it up")
         self._alerts.pop(intent.account, None)
+        self._lacking.pop(intent.key, None)
         return self._bytes(intent, self._nonce(intent.account, count), offer, gas)
 
     def _alert(self, intent: Intent, problem: str) -> NoReturn:
@@ -470,6 +480,7 @@ class Outbox:
     def _resolve(self, row: OutboxRow) -> None:
         row = replace(row, updated_at=self._clock())
         self._put(row)
+        self._lacking.pop(row.intent.key, None)
         self._refusals.resolved(row)
         said = {"reason": row.reason, "means": verdict(row.reason).value} if row.reason else {}
         _log.info("outbox_resolved", row=row.intent.key, state=row.state.value, **said)

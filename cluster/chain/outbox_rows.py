@@ -322,6 +322,19 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
     return found
 
 
+def owed(connection: Connection) -> Mapping[Address, Wei]:
+    """What accounts' own writes that are on their way will take from each, gas aside."""
+    open_states = [state.value for state in IN_FLIGHT | {RowState.NEW}]
+    query = select(table.c.account, table.c.value)
+    found: dict[Address, Wei] = {}
+    for row in connection.execute(
+        query.where(table.c.task.is_(None), table.c.state.in_(open_states))
+    ):
+        account = Address(row.account)
+        found[account] = Wei(found.get(account, 0) + int(row.value))
+    return found
+
+
 def refused(connection: Connection) -> tuple[OutboxRow, ...]:
     """Accounts' own writes that the network would not have, the last time that they were tried."""
     states = [state.value for state in REFUSED]

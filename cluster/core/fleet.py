@@ -38,6 +38,11 @@ class FleetPolicy:
     beneficiary: Address | None = None
     sweep_above: Wei | None = None
 
+    @property
+    def most_gas(self) -> int:
+        """What an account spends, or needs, that is more than this, isn't for gas."""
+        return max(self.stake // 20, self.gas_target)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeAccount:
@@ -61,6 +66,8 @@ class NodeAccount:
     doubtful: bool = False
     refused: Mapping[str, Refusal] = field(default_factory=dict)
     """By the verb, as `Refusal` names it."""
+    lacks: Wei = Wei(0)
+    """For a transaction of its own that waits for it."""
 
     @property
     def left_alone(self) -> bool:
@@ -381,12 +388,16 @@ def _fund(draft: _Draft, accounts: Iterable[NodeAccount]) -> None:
 
 
 def _tend(draft: _Draft, account: NodeAccount) -> None:
-    """Gas for those that serve or are paused; earnings to the beneficiary."""
+    """Gas for those that serve or are paused, and whose transactions wait for it; earnings to the
+    beneficiary."""
     policy, balance = draft.policy, _balance(account)
     joined = _status(account) not in {None, NodeStatus.QUIT}
+    lack = policy.gas_target - balance if joined and balance < policy.gas_low else 0
+    # More than gas would be its stake, which isn't where it was.
+    if 0 < account.lacks <= policy.most_gas and not account.barred:
+        lack = max(lack, policy.gas_target + account.lacks)
     # Also while something of its own is on its way: that may be waiting for just this.
-    if joined and balance < policy.gas_low and not account.paying:
-        lack = policy.gas_target - balance
+    if lack and not account.paying:
         if draft.may(account, "gas") and draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return

@@ -66,13 +66,16 @@ class Refusal:
 class Movement:
     """Writes of ours that concern an account: `is_open` when one is on its way; a look at moment
     `block` or later shows those that have come to be. The same of what was paid to it. `refused`:
-    what didn't come to be so far, also while it is tried again."""
+    what didn't come to be so far, also while it is tried again. `owes`: what those on their way
+    take from it, gas aside; `lacks`: what it has too little for one of them, or a task's write."""
 
     is_open: bool = False
     block: int = 0
     paying: bool = False
     paid_block: int = 0
     refused: tuple[Refusal, ...] = ()
+    owes: Wei = Wei(0)
+    lacks: Wei = Wei(0)
 
 
 class Network(Protocol):

@@ -177,24 +177,34 @@ def counted(standing: Standing, owns: int) -> Standing:
 
 
 def judged(
-    standing: Standing, found: AccountFacts, now: Timestamp, sure: bool, paid: int, gas: int
+    standing: Standing,
+    found: AccountFacts,
+    now: Timestamp,
+    sure: bool,
+    paid: int,
+    gas: int,
+    settled: bool = True,
 ) -> Standing:
-    """`looked`, and its money counted: where more than `gas` is missing, it is held at once."""
-    after, owns = looked(standing, found.status, now, sure), found.stake + found.balance
+    """`looked`, and its money counted: where more than `gas` is missing, it is held at once; that
+    is so also before the look shows all that we have asked for, and is `settled`."""
+    after, owns = standing, found.stake + found.balance
+    if settled:
+        after = looked(standing, found.status, now, sure)
     gone = missing(after, owns, paid)
     if gone > gas:
         return robbed(after, gone) if sure else doubted(after, now)
-    if after.due is None and after.worth is not None and abs(owns - after.worth) <= gas // 4:
-        return after  # not worth a write
-    return counted(after, owns)
+    known = after.due is None and after.worth is not None and abs(owns - after.worth) <= gas // 4
+    return counted(after, owns) if settled and not known else after
 
 
-def is_puzzling(standing: Standing, found: AccountFacts, paid: int, gas: int) -> bool:
+def is_puzzling(
+    standing: Standing, found: AccountFacts, paid: int, gas: int, settled: bool = True
+) -> bool:
     """Whether something must have happened to the account that isn't known."""
     if standing.held:
         return False
     gone = missing(standing, found.stake + found.balance, paid)
-    return gone > gas or not standing.expects(found.status)
+    return gone > gas or (settled and not standing.expects(found.status))
 
 
 def robbed(standing: Standing, amount: int) -> Standing:

@@ -299,6 +299,21 @@ def test_gas_comes_also_to_what_is_on_its_way_and_may_wait_for_it() -> None:
     assert planned({BIG: 1}, replace(low, paying=True)) == ()
 
 
+def test_what_a_write_needs_beyond_the_usual_is_paid_wherever_the_account_stands() -> None:
+    for short in (
+        serving(1, BIG, balance=LOW, moving=True, lacks=Wei(2)),
+        account(1, assigned=BIG, balance=RICH, moving=True, lacks=Wei(2)),
+        account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, moving=True, lacks=Wei(2)),
+        serving(1, BIG, balance=LOW, lacks=Wei(2)),  # a task's write
+    ):
+        assert planned({BIG: 1}, short)[-1] == TopUp(Address("0x1"), Wei(GAS + 2))
+        assert not any(isinstance(a, TopUp) for a in planned({}, replace(short, paying=True)))
+        assert planned({}, replace(short, held=True)) == ()
+    # More than any gas is its stake, and somebody took that.
+    assert planned({}, account(1, assigned=BIG, moving=True, lacks=Wei(STAKE))) == ()
+    assert planned({}, account(1, assigned=BIG, barred=True, lacks=Wei(2))) == ()
+
+
 @pytest.mark.parametrize("more", [{"moving": True, "paying": True}, {"held": True}])
 def test_what_is_on_its_way_or_held_is_left_alone(more: dict[str, Any]) -> None:
     for left in (

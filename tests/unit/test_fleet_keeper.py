@@ -100,8 +100,7 @@ class World:
         stake = Wei(0 if status is NodeStatus.QUIT else 400)
         facts = AccountFacts(account, status, gpu_class, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.clock()), facts, ())
-        if self.keeper.settled(account, self.views[account]):
-            self.keeper.looked(self.views[account])
+        self.keeper.looked(self.views[account])
 
     def rounds(self, account: Address, status: NodeStatus, balance: int, seconds: float) -> None:
         """Looks, and turns of the fleet between them that ask for nothing."""
@@ -178,6 +177,53 @@ def test_a_treasury_that_cannot_be_asked_stops_nothing_that_costs_nothing(world:
     world.turn()
     assert world.turn() == [("resume", ALICE)]
     assert world.keeper.view.treasury is None
+
+
+def test_what_the_treasury_is_paying_is_not_there_any_more_and_stops_nothing(world: World) -> None:
+    world.network.treasury_has = Wei(1000)
+    world.cards.append(gpu_of(CARD_2))
+    world.see(ALICE, NodeStatus.QUIT)
+    world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    world.see(BOB, NodeStatus.AVAILABLE, balance=1)
+    # It doesn't come to be for long, and has its money bound.
+    world.network.moving = {
+        TREASURY: Movement(is_open=True, owes=Wei(990)),
+        ALICE: Movement(is_open=True, paying=True),
+    }
+    assert world.turn() == []
+    assert any("the treasury has 10 wei" in each for each in world.keeper.alerts())
+    world.network.moving[TREASURY] = Movement(is_open=True, owes=Wei(420))
+    assert world.turn() == [("transfer", TREASURY, BOB, 19, "gas")]
+    assert world.keeper.alerts() == ()
+    # As soon as it is paid what is left is looked up again, however lately that was done.
+    world.network.moving = {TREASURY: Movement(block=101)}
+    world.network.treasury_has = Wei(10)
+    assert world.turn() == []
+    assert any("the treasury has 10 wei" in each for each in world.keeper.alerts())
+
+
+def test_what_is_gone_while_something_is_on_its_way_shows_all_the_same(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    world.turn()
+    assert world.turn() == [("join", ALICE)]
+    world.network.moving = {ALICE: Movement(is_open=True, lacks=Wei(400))}
+    world.see(ALICE, NodeStatus.QUIT, balance=0)
+    assert world.turn() == []
+    assert "420 wei are gone" in world.keeper.alerts()[0]
+
+
+def test_what_is_paid_and_not_yet_in_the_look_isnt_missed(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT, balance=50)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 370, "fund")]
+    world.network.moving = {ALICE: Movement(block=105, paid_block=105)}
+    world.see(ALICE, NodeStatus.QUIT, balance=50, at=104)
+    assert world.keeper.alerts() == ()
+    world.network.moving = {ALICE: Movement(is_open=True, block=105, paid_block=105)}
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=106)
+    assert world.keeper.alerts() == ()
 
 
 def test_a_treasury_that_has_too_little_is_an_alert(world: World) -> None:

@@ -583,7 +583,7 @@ async def test_what_is_on_its_way_shows_for_both_who_sends_and_who_gets_it(world
     assert world.outbox.movements() == {}  # a task's write is no account's own
     world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(5))
     assert world.outbox.movements()[BOB] == Movement(is_open=True, paying=True)
-    assert world.outbox.movements()[ALICE] == Movement(is_open=True)
+    assert world.outbox.movements()[ALICE] == Movement(is_open=True, owes=Wei(5))
     await world.settle()
     paid = world.outbox.movements()[BOB]
     assert paid.block == paid.paid_block > 0
@@ -669,3 +669,36 @@ async def test_what_reverts_waits_as_what_is_refused(world: World) -> None:
         assert reason.startswith("reverted in block")
         assert wait == expected
         world.now += wait
+
+
+# --- what accounts lack ---------------------------------------------------------------------------
+
+
+async def test_what_an_account_lacks_for_a_write_is_known_until_it_has_it(world: World) -> None:
+    world.chain.balance = 10**6
+    world.outbox.ensure(score())
+    with pytest.raises(ChainError, match="top it up"):
+        await world.outbox.pump()
+    need = 104_000 * 12
+    assert world.outbox.movements()[ALICE] == Movement(lacks=Wei(need - 10**6))
+    # What it is to pay belongs to it.
+    world.outbox.ensure_verb(BOB, "join", CONTRACT, b"join", Wei(400))
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.outbox.movements()[BOB].lacks == need + 400 - 10**6
+    world.chain.refusing["0x" + b"join".hex()] = "Network is full"
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.outbox.movements()[BOB].lacks == 0
+    world.chain.balance = 10**18
+    await world.settle()
+    assert world.outbox.movements().get(ALICE, Movement()).lacks == 0
+
+
+async def test_what_is_on_its_way_is_owed(world: World) -> None:
+    for recipient, amount in ((BOB, 10**17), (CONTRACT, 3)):
+        world.outbox.ensure_verb(ALICE, f"fund:{recipient}", recipient, b"", Wei(amount))
+    assert world.outbox.movements()[ALICE].owes == 10**17 + 3
+    assert world.outbox.movements()[BOB].owes == 0
+    await world.settle()
+    assert world.outbox.movements()[ALICE].owes == 0
