@@ -222,7 +222,11 @@ def _serves(account: NodeAccount) -> bool:
 def _comes(account: NodeAccount) -> bool:
     """It doesn't serve as far as was seen, but nobody is woken in its place: it may serve yet, or
     can be woken itself in a moment."""
-    return account.doubtful and not (account.held or account.barred or _serves(account))
+    if account.facts is None or account.held or account.barred or _serves(account):
+        return False
+    pausing = account.facts.status is NodeStatus.PENDING_PAUSE
+    paused = account.facts.status is NodeStatus.PAUSED
+    return account.doubtful or pausing or (paused and account.moving)
 
 
 def _free(account: NodeAccount) -> bool:

@@ -280,6 +280,19 @@ def test_what_is_pending_is_waited_for() -> None:
     assert planned({BIG: 0}, pausing, quitting) == ()
 
 
+def test_nobody_is_funded_or_joined_for_one_that_can_resume_in_a_moment() -> None:
+    pausing = account(1, NodeStatus.PENDING_PAUSE, BIG, BIG, balance=GAS)
+    resuming = account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, moving=True)
+    for out in (account(2, assigned=BIG), account(2, assigned=BIG, balance=0)):
+        for coming in (pausing, resuming):
+            assert planned({BIG: 1}, coming, out) == ()
+            assert planned({BIG: 2}, coming, out) != ()
+            # One that nothing may be done for can't.
+            assert planned({BIG: 1}, replace(coming, held=True), out) != ()
+            # Nor is one that serves paused for it.
+            assert planned({BIG: 1}, coming, serving(3, BIG)) == ()
+
+
 def test_a_class_that_lacks_an_account_gets_one_of_a_class_that_has_too_many() -> None:
     paused = account(1, NodeStatus.PAUSED, SMALL, SMALL, balance=GAS)
     assert planned({SMALL: 0, BIG: 1}, paused) == (Quit(Address("0x1")),)
