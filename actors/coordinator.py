@@ -564,7 +564,8 @@ class Term:
             await stores.refresh({gpu.ray_node for gpu in gpus})
             self._count_store_events()
             here = {kind: stores.here(of_class(gpus, kind)) for kind in {g.gpu_class for g in gpus}}
-            for account, model in declaring.reports(self._views.values(), here, declared):
+            quiet = self._fleet.quiet()
+            for account, model in declaring.reports(self._views.values(), here, declared, quiet):
                 try:
                     await self._network.report_model(account, model)
                 except NetworkUnavailable as error:

@@ -143,6 +143,15 @@ class FleetKeeper:
         before, settled = self._standing(account), self.settled(account, view)
         return standing.is_puzzling(before, view.account, self._paid_block(view), gas, settled)
 
+    def quiet(self) -> frozenset[Address]:
+        """Accounts for which nothing is to be sent that can wait."""
+        if self._drains.everything:
+            return frozenset(self._accounts.values())
+        movements = self._network.movements()
+        moving = {a for a, each in movements.items() if each.is_open or each.reports}
+        odd = {a for a, each in self._standings.items() if each.held or each.is_doubtful}
+        return frozenset(moving | odd)
+
     def seen_well(self, account: Address) -> int | None:
         """When it was last found as it should be, in this term."""
         return self._seen_well.get(account)

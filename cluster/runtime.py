@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -108,7 +108,8 @@ def assemble_from(file: Path, digest: str) -> World:
     configuration may hold credentials. Raises `ConfigError`.
     """
     config = configuration.load(file)
-    world = replace(assemble(config), reload=Reloading(file, config).again)
+    world = assemble(config)
+    world = replace(world, reload=Reloading(file, config, world.accounts).again)
     if world.config_digest != digest:
         # Ray began us anew after an edit. To the supervisor we are still what it asked for:
         # it would else replace us again and again until it is itself begun anew.
@@ -120,6 +121,8 @@ def assemble(config: Config) -> World:
     """The world around the coordinator. Raises `ConfigError` when key or configuration is wrong."""
     logs.setup(config.logs.level, config.logs.format)
     identity = unlock(config)
+    accounts = {i: identity.address(i) for i in range(1, config.identity.accounts + 1)}
+    config.fleet.check_accounts(accounts)
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
     digest = configuration.digest(config)
@@ -129,7 +132,7 @@ def assemble(config: Config) -> World:
         config_digest=digest,
         chain_id=config.network.chain_id,
         treasury=identity.address(TREASURY),
-        accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
+        accounts=accounts,
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
@@ -164,9 +167,10 @@ def assemble(config: Config) -> World:
 class Reloading:
     """The configuration's file, read again while the coordinator runs."""
 
-    def __init__(self, file: Path, config: Config) -> None:
+    def __init__(self, file: Path, config: Config, accounts: Mapping[int, Address]) -> None:
         self._file = file
         self._running = config
+        self._accounts = accounts
 
     def again(self) -> tuple[LiveSettings, tuple[str, ...]]:
         """What can change as it is now, and the keys that have changed. Raises `ConfigError`, also
@@ -179,6 +183,7 @@ class Reloading:
                 f"{self._file}: {', '.join(fixed)} can't change while it runs; nothing was taken "
                 "over: start `crynux-cluster up` anew for it"
             )
+        fresh.fleet.check_accounts(self._accounts)
         self._running = fresh
         live = LiveSettings(
             fresh.policy.policy, fleet_settings(fresh), safeguard_settings(fresh), fresh.logs.level

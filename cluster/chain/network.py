@@ -14,7 +14,7 @@ from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
 from cluster.chain.outbox import Clock, Outbox, Told, Untold
-from cluster.chain.outbox_rows import Intent, OutboxRow, task_intent
+from cluster.chain.outbox_rows import REPORT, Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
 from cluster.chain.task_contract import TaskContract
@@ -321,7 +321,7 @@ class ChainNetwork:
         because `join` names all models."""
         node = self._contracts.node
         self._outbox.ensure_verb(
-            account, f"model:{model}", node.address, node.report_model(model), once=True
+            account, f"{REPORT}:{model}", node.address, node.report_model(model), once=True
         )
 
     async def transfer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,8 @@ IN_FLIGHT = frozenset({RowState.SIGNED, RowState.SENT})
 UNRESOLVED = IN_FLIGHT | {RowState.NEW, RowState.MINED}
 IN_THE_CHAIN = frozenset({RowState.MINED, RowState.FINAL})
 REFUSED = frozenset({RowState.REFUSED, RowState.REVERTED})
+REPORT = "model"
+"""The verb of a write that says which model an account holds."""
 LONGEST_WAIT = 900.0
 """Seconds, before an account's own write is tried again, however often it was refused."""
 _ANSWERS = frozenset({Claim.SCORE, Claim.ERROR})
@@ -301,16 +304,17 @@ def count_mined(connection: Connection, account: Address, prefix: str) -> int:
 def movements(connection: Connection) -> Mapping[Address, Movement]:
     """Of the accounts' own writes (not tasks'), by each account that they are from or to."""
     open_states = {state.value for state in IN_FLIGHT | {RowState.NEW}}
-    found: dict[Address, Movement] = {}
+    found: dict[Address, Movement] = defaultdict(Movement)
+    report = table.c.key.like(f"account:%:{REPORT}:%")
     for side in (table.c.account, table.c.recipient):
         query = (
             select(side.label("address"), table.c.state, func.max(table.c.block).label("block"))
-            .where(table.c.task.is_(None))
+            .where(table.c.task.is_(None), ~report)
             .group_by(side, table.c.state)
         )
         for row in connection.execute(query):
             address, block = Address(row.address), row.block or 0
-            last, is_open = found.get(address, Movement()), row.state in open_states
+            last, is_open = found[address], row.state in open_states
             after = replace(last, is_open=last.is_open or is_open, block=max(last.block, block))
             if side is table.c.recipient:
                 after = replace(
@@ -319,6 +323,10 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
                     paid_block=max(last.paid_block, block),
                 )
             found[address] = after
+    reporting = select(table.c.account).where(report, table.c.state.in_(open_states)).distinct()
+    for row in connection.execute(reporting):
+        account = Address(row.account)
+        found[account] = replace(found[account], reports=True)
     return found
 
 

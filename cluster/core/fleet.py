@@ -405,7 +405,9 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
         if draft.may(account, "gas") and draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return
-    if account.moving or policy.beneficiary is None or policy.sweep_above is None:
+    if account.moving or policy.sweep_above is None:
+        return
+    if policy.beneficiary is None or policy.beneficiary == account.address:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
     if balance - own > policy.sweep_above and draft.may(account, "sweep"):

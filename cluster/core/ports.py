@@ -67,7 +67,8 @@ class Movement:
     """Writes of ours that concern an account: `is_open` when one is on its way; a look at moment
     `block` or later shows those that have come to be. The same of what was paid to it. `refused`:
     what didn't come to be so far, also while it is tried again. `owes`: what those on their way
-    take from it, gas aside; `lacks`: what it has too little for one of them, or a task's write."""
+    take from it, gas aside; `lacks`: what it has too little for one of them, or a task's write.
+    A report of a model on its way is `reports`, and nothing else: nobody has to wait for it."""
 
     is_open: bool = False
     block: int = 0
@@ -76,6 +77,7 @@ class Movement:
     refused: tuple[Refusal, ...] = ()
     owes: Wei = Wei(0)
     lacks: Wei = Wei(0)
+    reports: bool = False
 
 
 class Network(Protocol):

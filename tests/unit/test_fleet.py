@@ -253,6 +253,9 @@ def test_earnings_beyond_the_threshold_go_to_the_beneficiary() -> None:
     assert planned({BIG: 1}, earned, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)
     assert planned({BIG: 1}, earned) == ()
     assert planned({BIG: 1}, serving(1, BIG, balance=GAS + 100), policy=SWEEPING) == ()
+    # Nobody pays itself.
+    itself = replace(SWEEPING, beneficiary=earned.address)
+    assert planned({BIG: 1}, earned, policy=itself) == ()
     # One that is out keeps its next stake.
     out = account(1, assigned=BIG, balance=STAKE + GAS + 101)
     assert planned({BIG: 0}, out, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)

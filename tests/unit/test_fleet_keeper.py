@@ -292,6 +292,21 @@ def test_an_action_that_fails_stops_no_other(world: World) -> None:
     assert world.turn() == [("resume", ALICE), ("resume", BOB)]
 
 
+def test_what_can_wait_waits_for_what_is_on_its_way_and_for_a_drain(world: World) -> None:
+    world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    assert world.keeper.quiet() == frozenset()
+    world.network.moving = {ALICE: Movement(is_open=True)}
+    assert world.keeper.quiet() == {ALICE}
+    world.network.moving = {ALICE: Movement(reports=True)}
+    assert world.keeper.quiet() == {ALICE}
+    world.see(BOB, NodeStatus.PAUSED, balance=20)
+    assert world.keeper.quiet() == {ALICE, BOB}
+    world.network.moving = {}
+    world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    world.drains.add(everything=True)
+    assert world.keeper.quiet() == {ALICE, BOB}
+
+
 # --- what happens to accounts ---------------------------------------------------------------------
 
 

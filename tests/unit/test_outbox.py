@@ -702,3 +702,13 @@ async def test_what_is_on_its_way_is_owed(world: World) -> None:
     assert world.outbox.movements()[BOB].owes == 0
     await world.settle()
     assert world.outbox.movements()[ALICE].owes == 0
+
+
+async def test_a_report_of_a_model_moves_no_account(world: World) -> None:
+    world.outbox.ensure_verb(ALICE, "model:base:a", CONTRACT, b"a", once=True)
+    assert world.outbox.movements()[ALICE] == Movement(reports=True)
+    await world.settle()
+    there = world.outbox.movements().get(ALICE, Movement())
+    assert (there.is_open, there.block, there.reports) == (False, 0, False)
+    world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    assert world.outbox.movements()[ALICE] == Movement(is_open=True)
