@@ -35,8 +35,10 @@ from cluster.core.fleet import (
     Resume,
     Sweep,
     TopUp,
+    UpdateVersion,
     belongs,
     plan,
+    words,
 )
 from cluster.core.ports import Movement, Network
 from cluster.core.record import TaskRecord
@@ -435,12 +437,10 @@ class FleetKeeper:
             case Assign(index, address, gpu_class):
                 assignment = Assignment(index, address, gpu_class)
                 self._ledger.journal.assign(self._ledger.lease, assignment)
-            case Fund(_, amount):
+            case Fund(_, amount) | TopUp(_, amount):
                 self._owe(account, amount)
-                await network.transfer(self._treasury, account, amount, "fund")
-            case TopUp(_, amount):
-                self._owe(account, amount)
-                await network.transfer(self._treasury, account, amount, "gas")
+                purpose = "fund" if isinstance(action, Fund) else "gas"
+                await network.transfer(self._treasury, account, amount, purpose)
             case Sweep(_, recipient, amount):
                 self._keep(account, standing.gave(self._standing(account), amount))
                 await network.transfer(account, recipient, amount, "sweep")
@@ -454,6 +454,8 @@ class FleetKeeper:
             case Pause():
                 self._expect(account, Place.PAUSED)
                 await network.pause(account)
+            case UpdateVersion():
+                await network.update_version(account)
             case Quit():
                 self._expect(account, Place.OUT)
                 await network.quit(account)
@@ -488,23 +490,6 @@ class FleetKeeper:
 
 def sorted_(classes: Iterable[GpuClass]) -> list[GpuClass]:
     return sorted(classes, key=lambda each: (-each.vram, each.name))
-
-
-def words(action: FleetAction) -> str:
-    """An action in a line for a person."""
-    match action:
-        case Assign(index, _, gpu_class):
-            return f"account {index} is for {gpu_class.name}"
-        case Fund(address, amount):
-            return f"fund {address} with {amount} wei for its stake"
-        case TopUp(address, amount):
-            return f"send {address} {amount} wei for gas"
-        case Sweep(address, recipient, amount):
-            return f"sweep {amount} wei of {address} to {recipient}"
-        case Join(address, gpu_class):
-            return f"join {address} for {gpu_class.name}"
-        case _:
-            return f"{type(action).__name__.lower()} {action.address}"
 
 
 def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:

@@ -237,7 +237,15 @@ class ChainNetwork:
                 self._holders.learn(facts.commitment, account)
             self._learn_deadline(facts)
         facts_of_account = AccountFacts(
-            account, info.status, info.gpu_class, stake, balance, qos, current, info.models
+            account,
+            info.status,
+            info.gpu_class,
+            stake,
+            balance,
+            qos,
+            current,
+            info.models,
+            info.version != self._version,
         )
         view = AccountView(at, now, facts_of_account, tasks)
         if block.hash:
@@ -315,6 +323,9 @@ class ChainNetwork:
 
     async def quit(self, account: Address) -> None:
         self._verb(account, "quit", self._contracts.node.quit())
+
+    async def update_version(self, account: Address) -> None:
+        self._verb(account, "version", self._contracts.node.update_version(self._version))
 
     async def report_model(self, account: Address, model: ModelId) -> None:
         """Once for each model: what a node has reported it still has after it joins again,

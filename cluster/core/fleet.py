@@ -7,7 +7,7 @@ next. What isn't known, what is on its way, and what is held, is left alone.
 
     Assign ─▶ Fund ─▶ Join ─▶ (serves) ─▶ Pause ─▶ Resume
                                   │          └──▶ Quit ─▶ Assign to another class
-                                  └─ TopUp, Sweep
+                                  └─ TopUp, UpdateVersion, Sweep
 """
 
 from __future__ import annotations
@@ -123,6 +123,13 @@ class Quit:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateVersion:
+    """Say which version of tasks it takes now: other tasks fit it (protocol.md section 2)."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """Send what the account has earned to the beneficiary."""
 
@@ -131,7 +138,26 @@ class Sweep:
     amount: Wei
 
 
-FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | Sweep
+FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | UpdateVersion | Sweep
+
+
+def words(action: FleetAction) -> str:
+    """An action in a line for a person."""
+    match action:
+        case Assign(index, _, gpu_class):
+            return f"account {index} is for {gpu_class.name}"
+        case Fund(address, amount):
+            return f"fund {address} with {amount} wei for its stake"
+        case TopUp(address, amount):
+            return f"send {address} {amount} wei for gas"
+        case Sweep(address, recipient, amount):
+            return f"sweep {amount} wei of {address} to {recipient}"
+        case Join(address, gpu_class):
+            return f"join {address} for {gpu_class.name}"
+        case UpdateVersion(address):
+            return f"say the new version of {address}"
+        case _:
+            return f"{type(action).__name__.lower()} {action.address}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,8 +418,8 @@ def _fund(draft: _Draft, accounts: Iterable[NodeAccount]) -> None:
 
 
 def _tend(draft: _Draft, account: NodeAccount) -> None:
-    """Gas for those that serve or are paused, and whose transactions wait for it; earnings to the
-    beneficiary."""
+    """Gas for those that serve or are paused, and whose transactions wait for it; what they say of
+    themselves; earnings to the beneficiary."""
     policy, balance = draft.policy, _balance(account)
     joined = _status(account) not in {None, NodeStatus.QUIT}
     lack = policy.gas_target - balance if joined and balance < policy.gas_low else 0
@@ -405,12 +431,27 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
         if draft.may(account, "gas") and draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return
-    if account.moving or policy.sweep_above is None:
+    if account.moving:
         return
+    if _is_outdated(account) and draft.may(account, "version"):
+        draft.actions[account.index] = UpdateVersion(account.address)
+    elif policy.sweep_above is not None:
+        _sweep(draft, account, policy.sweep_above)
+
+
+def _is_outdated(account: NodeAccount) -> bool:
+    leaving = {None, NodeStatus.QUIT, NodeStatus.PENDING_QUIT}
+    facts = account.facts
+    return facts is not None and facts.outdated and facts.status not in leaving
+
+
+def _sweep(draft: _Draft, account: NodeAccount, above: Wei) -> None:
+    policy, balance = draft.policy, _balance(account)
+    joined = _status(account) not in {None, NodeStatus.QUIT}
     if policy.beneficiary is None or policy.beneficiary == account.address:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
-    if balance - own > policy.sweep_above and draft.may(account, "sweep"):
+    if balance - own > above and draft.may(account, "sweep"):
         amount = Wei(balance - own)
         draft.actions[account.index] = Sweep(account.address, policy.beneficiary, amount)
 

@@ -246,6 +246,9 @@ class FakeNetwork(Faulty):
     async def quit(self, account: Address) -> None:
         await self.arrive("quit", account)
 
+    async def update_version(self, account: Address) -> None:
+        await self.arrive("update_version", account)
+
     async def report_model(self, account: Address, model: ModelId) -> None:
         await self.arrive("report_model", account, model)
 

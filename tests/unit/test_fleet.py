@@ -25,6 +25,7 @@ from cluster.core.fleet import (
     Resume,
     Sweep,
     TopUp,
+    UpdateVersion,
     plan,
 )
 from cluster.core.ports import Refusal
@@ -54,6 +55,7 @@ def account(
     assigned: GpuClass | None = None,
     on_chain: GpuClass | None = None,
     balance: int = RICH,
+    outdated: bool = False,
     **more: Any,
 ) -> NodeAccount:
     """An account; with status None its facts were not read yet."""
@@ -61,7 +63,9 @@ def account(
     if status is None:
         return NodeAccount(index, address, assigned, None, **more)
     stake = 0 if status is NodeStatus.QUIT else STAKE
-    facts = AccountFacts(address, status, on_chain, Wei(stake), Wei(balance), 0, None)
+    facts = AccountFacts(
+        address, status, on_chain, Wei(stake), Wei(balance), 0, None, outdated=outdated
+    )
     return NodeAccount(index, address, assigned, facts, **more)
 
 
@@ -260,6 +264,24 @@ def test_earnings_beyond_the_threshold_go_to_the_beneficiary() -> None:
     out = account(1, assigned=BIG, balance=STAKE + GAS + 101)
     assert planned({BIG: 0}, out, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)
     assert planned({BIG: 0}, account(1, balance=STAKE + GAS), policy=SWEEPING) == ()
+
+
+def test_who_joined_with_another_version_says_the_new_one_while_it_is_joined() -> None:
+    for old in (
+        serving(1, BIG, outdated=True),
+        serving(1, BIG, busy=True, outdated=True),
+        account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, outdated=True),
+    ):
+        assert planned({}, old) == (UpdateVersion(Address("0x1")),)
+        assert planned({}, replace(old, moving=True)) == ()
+        assert planned({}, replace(old, refused=refused("version"))) == ()
+        assert planned({}, replace(old, doubtful=True)) == ()
+    for status in (NodeStatus.QUIT, NodeStatus.PENDING_QUIT):
+        assert planned({}, account(1, status, BIG, BIG, outdated=True)) == ()
+    # What it stands for goes before, and so does the gas for it.
+    assert planned({BIG: 0}, serving(1, BIG, outdated=True)) == (Pause(Address("0x1")),)
+    poor = serving(1, BIG, balance=0, outdated=True)
+    assert isinstance(planned({BIG: 1}, poor)[0], TopUp)
 
 
 # --- pausing and moving ---------------------------------------------------------------------------

@@ -247,6 +247,14 @@ def test_earnings_go_to_the_beneficiary(tmp_path: Path) -> None:
     assert world.turn() == [("transfer", ALICE, OWNER, 80, "sweep")]
 
 
+def test_a_new_version_reaches_accounts_that_joined_with_another(world: World) -> None:
+    world.see(ALICE, NodeStatus.BUSY, balance=20)
+    world.turn()
+    view = world.views[ALICE]
+    world.views[ALICE] = replace(view, account=replace(view.account, outdated=True))
+    assert world.turn() == [("update_version", ALICE)]
+
+
 def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
     tmp_path: Path,
 ) -> None:
