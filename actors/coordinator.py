@@ -40,7 +40,7 @@ from cluster.chain.endpoints import EndpointView
 from cluster.core import declaring
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
-from cluster.core.ports import Artifacts, Lease, Network
+from cluster.core.ports import KICKED_OUT, SLASHED, Artifacts, Lease, Network, Wakeup
 from cluster.core.record import TaskRecord
 from cluster.core.types import (
     AccountView,
@@ -73,8 +73,6 @@ REFUSED = "refused: "
 """Begins the answer of one that can't act for what the operator has to mend, and says what."""
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
-KICKED_OUT = "NodeKickedOut"
-SLASHED = "NodeSlashed"
 BETWEEN_TERMS_SECONDS = 0.5
 POOL_SECONDS = 1.0
 STORES_SECONDS = 3.0
@@ -492,14 +490,7 @@ class Term:
     async def _listen(self) -> None:
         while True:
             wakeup = await self._network.next_wakeup()
-            if wakeup.reason == KICKED_OUT:
-                self._log.error("kicked_out", account=wakeup.account)
-                self._world.metrics.kicked_out()
-                if wakeup.account is not None:
-                    self._fleet.kicked(wakeup.account)
-            elif wakeup.reason == SLASHED and wakeup.account is not None:
-                view = self._views.get(wakeup.account)
-                self._slashed(wakeup.account, None if view is None else view.account.gpu_class)
+            self._befell(wakeup)
             if wakeup.models and wakeup.account is not None:
                 self._want(wakeup.account, wakeup.models)
             for address, event in self._wake.items():
@@ -537,11 +528,12 @@ class Term:
         }
         if lost - self._invalidated:
             # Before the fleet can see that the account has quit.
-            self._slashed(account, view.account.gpu_class)
+            self._slashed(account, view.account.gpu_class, view.moment)
             self._invalidated |= lost
+        sure = not self._fleet.puzzled(view) or await self._inquired(view)
+        self._fleet.looked(view, sure)
+        # Only now: nothing is done for what was found and not judged.
         self._views[account] = view
-        if not heard and self._fleet.settled(account, view):
-            self._fleet.looked(account, view.account.status)
         # What is heard while looking may not be in what was seen.
         self._stale -= heard
         self._ahead = view.now - self._world.clock()
@@ -549,15 +541,41 @@ class Term:
         self._dispatch()
         self._world.metrics.turn_ended(Timestamp(self._world.clock()))
         busy = bool(self._ledger.of_account(account))
-        # One without a task waits for what wakes it, be it only the sweep.
-        longest = BUSY_LOOK_SECONDS if busy else None
+        # One without a task, and as it should be, waits for what wakes it, be it only the sweep.
+        longest = BUSY_LOOK_SECONDS if busy or self._fleet.doubts(account) else None
         return min((each for each in (due, longest) if each is not None), default=None)
 
-    def _slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
+    async def _inquired(self, view: AccountView) -> bool:
+        """The account isn't as it should be. Whether all is known that the network did to it."""
+        account = view.account.address
+        since = self._fleet.seen_well(account)
+        try:
+            for wakeup in await self._network.befell(account, since, view.moment):
+                self._befell(wakeup)
+        except NetworkUnavailable as error:
+            self._log.warning("account_in_doubt", account=account, error=str(error))
+            return False
+        return True
+
+    def _befell(self, wakeup: Wakeup) -> None:
+        """What the network did to an account, whose story may come more than once."""
+        account = wakeup.account
+        if account is None:
+            return
+        if wakeup.reason == KICKED_OUT and self._fleet.kicked(account, wakeup.moment):
+            self._log.error("kicked_out", account=account)
+            self._world.metrics.kicked_out()
+        elif wakeup.reason == SLASHED:
+            view = self._views.get(account)
+            gpu_class = None if view is None else view.account.gpu_class
+            self._slashed(account, gpu_class, wakeup.moment)
+
+    def _slashed(self, account: Address, gpu_class: GpuClass | None, moment: int) -> None:
         """The account lost its stake: its task's record may never show it, so it is marked."""
         if account not in self._ledger.slashed:
+            if not self._fleet.slashed(account, gpu_class, moment):
+                return
             self._log.error("slashed", account=account)
-            self._fleet.slashed(account, gpu_class)
         self._ledger.mark_slashed(account)
 
     async def _sweep(self) -> None:
@@ -581,7 +599,8 @@ class Term:
             await stores.refresh({gpu.ray_node for gpu in gpus})
             self._count_store_events()
             here = {kind: stores.here(of_class(gpus, kind)) for kind in {g.gpu_class for g in gpus}}
-            for account, model in declaring.reports(self._views.values(), here, declared):
+            quiet = self._fleet.quiet()
+            for account, model in declaring.reports(self._views.values(), here, declared, quiet):
                 try:
                     await self._network.report_model(account, model)
                 except NetworkUnavailable as error:

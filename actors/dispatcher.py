@@ -130,6 +130,7 @@ class Outstanding:
     account: Address
     seconds: float
     deadline: Timestamp | None
+    task: Commitment
 
 
 class Dispatcher:
@@ -193,7 +194,7 @@ class Dispatcher:
             for running in self._running.values()
         ]
         return [
-            Outstanding(record.account, seconds, deadline)
+            Outstanding(record.account, seconds, deadline, task)
             for task, seconds, deadline in found
             if (record := self._ledger.open.get(task)) is not None
         ]

@@ -18,9 +18,10 @@ from actors.dispatcher import Outstanding
 from actors.drain import Drains
 from actors.draining import Draining
 from actors.ledger import Ledger
+from actors.measures import Measures
 from actors.stores import RayStores, of_class
 from cluster.core import capacity, standing
-from cluster.core.capacity import Cards, Cycle, Load, Target
+from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import (
     Assign,
@@ -36,11 +37,13 @@ from cluster.core.fleet import (
     Resume,
     Sweep,
     TopUp,
+    UpdateVersion,
     belongs,
     plan,
+    words,
 )
 from cluster.core.ports import Movement, Network
-from cluster.core.record import Outcome, TaskRecord
+from cluster.core.record import TaskRecord
 from cluster.core.standing import Place, Standing
 from cluster.core.types import (
     AccountView,
@@ -49,7 +52,6 @@ from cluster.core.types import (
     GpuClass,
     GpuState,
     ModelId,
-    NodeStatus,
     Timestamp,
     Wei,
 )
@@ -62,8 +64,6 @@ TREASURY_SECONDS = 15.0
 """How long the treasury's balance is believed while nothing of ours changes it."""
 MONEY_SECONDS = 60.0
 """Between two looks at it for people's eyes."""
-LOAD_SECONDS = 10.0
-"""Between two changes of a class's limit by its load."""
 APPLY_SECONDS = 3600.0
 """How long a plan that was to be applied is acted on."""
 MOST_MODELS = 16
@@ -119,11 +119,10 @@ class FleetKeeper:
         self._clock = clock
         self._began = clock()
         self._cards = Cards()
-        self._cycles: dict[GpuClass, Cycle] = {}
-        self._slots: dict[GpuClass, int] = {}
-        self._limits: dict[GpuClass, int] = {}
-        self._limited_at: dict[GpuClass, float] = {}
-        self._money: tuple[float, Wei] | None = None
+        self._measures = Measures(ledger)
+        self._seen_well: dict[Address, int] = {}
+        """Moments at which accounts were last found as they should be, in this term."""
+        self._money: tuple[float, Wei, Movement] | None = None
         self._treasury_had: Wei | None = None
         self._applying = False
         self._apply_until = 0.0
@@ -136,35 +135,70 @@ class FleetKeeper:
 
     # --- what happens ----------------------------------------------------------------------------
 
-    def looked(self, account: Address, status: NodeStatus) -> None:
-        """The account was looked at, and all that we asked for shows in it."""
+    def looked(self, view: AccountView, sure: bool = True) -> None:
+        """The account was looked at. `sure`: all is known that the network did to it until then."""
+        account, gas = view.account.address, self._settings.policy.most_gas
+        before, settled = self._standing(account), self.settled(account, view)
+        paid, now = self._paid_block(view), self._now()
+        after = standing.judged(before, view.account, now, sure, paid, gas, settled)
+        self._keep(account, after)
+        if settled and not after.is_doubtful:
+            self._seen_well[account] = view.moment
+        if after.held and not before.held:
+            self._log.error("account_held", account=account, reason=after.held)
+        elif after.is_doubtful and not before.is_doubtful:
+            status = view.account.status.name.lower()
+            self._log.warning("account_in_doubt", account=account, status=status)
+
+    def puzzled(self, view: AccountView) -> bool:
+        """Whether something happened to the account that nobody has heard of."""
+        account, gas = view.account.address, self._settings.policy.most_gas
+        before, settled = self._standing(account), self.settled(account, view)
+        return standing.is_puzzling(before, view.account, self._paid_block(view), gas, settled)
+
+    def quiet(self) -> frozenset[Address]:
+        """Accounts for which nothing is to be sent that can wait."""
+        if self._drains.everything:
+            return frozenset(self._accounts.values())
+        movements = self._network.movements()
+        moving = {a for a, each in movements.items() if each.is_open or each.reports}
+        odd = {a for a, each in self._standings.items() if each.held or each.is_doubtful}
+        return frozenset(moving | odd)
+
+    def seen_well(self, account: Address) -> int | None:
+        """When it was last found as it should be, in this term."""
+        return self._seen_well.get(account)
+
+    def doubts(self, account: Address) -> bool:
+        return self._standing(account).is_doubtful
+
+    def kicked(self, account: Address, moment: int = 0) -> bool:
+        """False for a kick that has been counted."""
         before = self._standing(account)
-        after = standing.looked(before, status, self._now())
-        if after != before:
-            self._keep(account, after)
-            if after.held and not before.held:
-                self._log.error("account_held", account=account, reason=after.held)
+        after = standing.kicked(before, self._now(), moment)
+        self._keep(account, after)
+        return after != before
 
-    def kicked(self, account: Address) -> None:
-        self._keep(account, standing.kicked(self._standing(account), self._now()))
-
-    def slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
-        """The account lost its stake, as one of this class, if the network says so."""
+    def slashed(self, account: Address, gpu_class: GpuClass | None, moment: int = 0) -> bool:
+        """The account lost its stake, as one of this class, if the network says so. False when
+        that is an old story."""
+        before = self._standing(account)
+        after = standing.slashed(before, moment)
+        if after is before:
+            return False
         index = next((i for i, each in self._accounts.items() if each == account), None)
         if gpu_class is not None and index is not None and account not in self._classes():
             # What is stopped is found by it, for as long as the operator hasn't cleared it.
             assignment = Assignment(index, account, gpu_class)
             self._ledger.journal.assign(self._ledger.lease, assignment)
-        self._keep(account, standing.slashed(self._standing(account)))
+        self._keep(account, after)
+        return True
 
     def closed(self, record: TaskRecord) -> None:
         """Learn from a task that was paid how long it was on a card and in the network's hands."""
-        gpu_class, times = self._classes().get(record.account), _times(record)
-        if gpu_class is None or times is None:
-            return
-        compute, network = times
-        cycle = self._cycles.get(gpu_class, Cycle())
-        self._cycles[gpu_class] = capacity.measured(cycle, compute, network)
+        gpu_class = self._classes().get(record.account)
+        if gpu_class is not None:
+            self._measures.learn(gpu_class, record)
 
     # --- what an operator does -------------------------------------------------------------------
 
@@ -177,8 +211,8 @@ class FleetKeeper:
         if account not in self._accounts.values():
             return "unknown"
         slashed, retired = account in self._ledger.slashed, account in self._retired
-        before = self._standing(account)
-        if not (slashed or retired or before.held or before.kicks):
+        there = self._standing(account)
+        if not (slashed or retired or there.held or there.kicks or there.is_doubtful):
             return "free"
         if retired:
             self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", "")
@@ -304,22 +338,21 @@ class FleetKeeper:
         return ClassStatus(
             name=gpu_class.name,
             vram=gpu_class.vram,
-            slots=self._slots.get(gpu_class, 1),
+            slots=self._slots_of(gpu_class),
             least=wanted.least,
             most=None if wanted.most == capacity.NO_LIMIT else wanted.most,
             stopped=gpu_class in self._stopped(),
         )
 
     async def _balance(self) -> Wei | None:
-        """The treasury's, asked for only when something is to be paid."""
-        if self._network.movements().get(self._treasury, Movement()).is_open:
-            self._money = None
-            return None
-        now = self._clock()
-        if self._money is None or now - self._money[0] > TREASURY_SECONDS:
+        """The treasury's, without what it is paying; asked for only when something is to be
+        paid."""
+        there, now = self._network.movements().get(self._treasury, Movement()), self._clock()
+        known = self._money
+        if known is None or now - known[0] > TREASURY_SECONDS or known[2] != there:
             self._treasury_had = await self._network.balance(self._treasury)
-            self._money = (now, self._treasury_had)
-        return self._money[1]
+            known = self._money = (now, self._treasury_had, there)
+        return Wei(max(0, known[1] - there.owes))
 
     # --- facts for the plan ----------------------------------------------------------------------
 
@@ -372,12 +405,21 @@ class FleetKeeper:
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,
             retired=self._is_retired(address),
+            doubtful=now_standing.is_doubtful,
+            refused={each.verb: each for each in there.refused},
+            lacks=there.lacks,
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:
-        """Whether the look shows everything that we have asked for."""
+        """Whether the look shows everything that we have asked for, and heard of."""
         there = self._network.movements().get(account, Movement())
-        return not there.is_open and view.moment >= there.block
+        newest = max(there.block, self._standing(account).told)
+        return not there.is_open and view.moment >= newest
+
+    def _paid_block(self, view: AccountView) -> int:
+        """The moment of the newest payment to the account; 0 when the look is older."""
+        there = self._network.movements().get(view.account.address, Movement())
+        return there.paid_block if there.paid_block <= view.moment else 0
 
     def _classes(self) -> dict[Address, GpuClass]:
         return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
@@ -404,29 +446,27 @@ class FleetKeeper:
         for gpu_class in classes:
             slots = self._slots_of(gpu_class)
             serving = sum(_serves(each, gpu_class) for each in accounts)
-            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
-            found = capacity.target(self._cards, gpu_class, slots, limit, stopped, drained, settled)
+            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load()), serving)
+            most = self._most_slots_of(gpu_class)
+            found = capacity.target(
+                self._cards, gpu_class, slots, limit, stopped, drained, settled, most
+            )
             kept = self._cards.kept.get(gpu_class, 0)
             known = slots if self._knows_slots(gpu_class) else None
             targets[gpu_class] = self.draining.target(gpu_class, found, serving, kept, known)
         return targets
 
     def _knows_slots(self, gpu_class: GpuClass) -> bool:
-        measured = self._cycles.get(gpu_class, Cycle()).tasks >= capacity.FEW
+        measured = self._measures.of(gpu_class).cycle.tasks >= capacity.FEW
         return self._settings.slots is not None or measured
 
     def _slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
-        if settings.slots is not None:
-            self._slots[gpu_class] = settings.slots
-        else:
-            cycle = self._cycles.get(gpu_class, Cycle())
-            present = self._slots.get(gpu_class, 1)
-            slots = capacity.slots_for(cycle, present, settings.most_slots)
-            if slots != present:
-                self._log.info("slots_changed", gpu_class=gpu_class.name, slots=slots)
-            self._slots[gpu_class] = slots
-        return self._slots[gpu_class]
+        return self._measures.slots(gpu_class, settings.slots, settings.most_slots)
+
+    def _most_slots_of(self, gpu_class: GpuClass) -> int:
+        settings = self._settings
+        return self._measures.most_slots(gpu_class, settings.slots, settings.most_slots)
 
     def _loads(self, classes: Iterable[GpuClass]) -> dict[GpuClass, Load]:
         """How near to their deadlines the tasks of each class come, if each card of the class
@@ -440,37 +480,28 @@ class FleetKeeper:
                 waiting[gpu_class].append(task)
         found: dict[GpuClass, Load] = {}
         for gpu_class, tasks in waiting.items():
-            cards = max(1, self._cards.here.get(gpu_class, 0))
-            slack = [each.deadline - now for each in tasks if each.deadline is not None]
-            if slack:
-                seconds = sum(each.seconds for each in tasks) / cards
-                found[gpu_class] = Load(seconds / max(min(slack), 1.0), len(tasks))
+            cards = max(1, self._cards.kept.get(gpu_class, 0))
+            known = [
+                (each.seconds, at - now) for each in tasks if (at := each.deadline) is not None
+            ]
+            names = frozenset(each.task for each in tasks)
+            found[gpu_class] = Load(capacity.share_of(known, cards), names)
         return found
 
     def _limit_of(self, gpu_class: GpuClass, load: Load, serving: int) -> int | None:
-        before = self._limits.get(gpu_class)
-        now = self._clock()
-        if now - self._limited_at.get(gpu_class, 0.0) < LOAD_SECONDS:
-            return before
-        after = capacity.limit_for(before, load, serving)
-        if after == before:
-            return before
-        self._limited_at[gpu_class] = now
-        self._log.info(
-            "limited_by_load", gpu_class=gpu_class.name, accounts=after, share=round(load.share, 2)
-        )
-        if after is None:
-            del self._limits[gpu_class]
-        else:
-            self._limits[gpu_class] = after
-        return after
+        """Cards that may come back count: until it is sure that they don't, nobody is paused for
+        what waits for them."""
+        now, cards = self._clock(), self._cards.kept.get(gpu_class, 0)
+        if now - self._began < self._settings.patience:
+            return self._measures.of(gpu_class).limit
+        wanted = cards * self._slots_of(gpu_class)
+        return self._measures.limit(gpu_class, load, serving, cards, wanted, now)
 
     # --- acting ----------------------------------------------------------------------------------
 
     async def _apply(self, action: FleetAction) -> None:
         network, account = self._network, action.address
-        if isinstance(action, Join) and not self._ready_to_join(action.gpu_class):
-            # A join says which models are there, and the first ones are still to come.
+        if not self._may(action):
             return
         self._log.info("fleet", action=words(action))
         match action:
@@ -489,26 +520,39 @@ class FleetKeeper:
             case Pause():
                 self._expect(account, Place.PAUSED)
                 await network.pause(account)
+            case UpdateVersion():
+                await network.update_version(account)
             case Quit():
                 self._expect(account, Place.OUT)
                 await network.quit(account)
 
     async def _pay(self, action: Fund | TopUp | Sweep | BringHome) -> None:
         account, amount, treasury = action.address, action.amount, self._treasury
-        match action:
-            case Fund():
-                self._money = None
-                await self._network.transfer(treasury, account, amount, "fund")
-            case TopUp():
-                self._money = None
-                await self._network.transfer(treasury, account, amount, "gas")
-            case Sweep(recipient=recipient):
-                await self._network.transfer(account, recipient, amount, "sweep")
-            case BringHome():
-                await self._network.transfer(account, treasury, amount, "home")
+        if isinstance(action, Fund | TopUp):
+            self._owe(account, amount)
+            purpose = "fund" if isinstance(action, Fund) else "gas"
+            await self._network.transfer(treasury, account, amount, purpose)
+            return
+        self._keep(account, standing.gave(self._standing(account), amount))
+        if isinstance(action, Sweep):
+            await self._network.transfer(account, action.recipient, amount, "sweep")
+        else:
+            await self._network.transfer(account, treasury, amount, "home")
+
+    def _may(self, action: FleetAction) -> bool:
+        there = self._standing(action.address)
+        if there.held or there.is_doubtful:
+            return False  # since the plan was made
+        # A join says which models are there, and the first ones are still to come.
+        return not isinstance(action, Join) or self._ready_to_join(action.gpu_class)
 
     def _expect(self, account: Address, place: Place) -> None:
         self._keep(account, standing.asked(self._standing(account), place))
+
+    def _owe(self, account: Address, amount: Wei) -> None:
+        self._money = None
+        paid = self._network.movements().get(account, Movement()).paid_block
+        self._keep(account, standing.owed(self._standing(account), amount, paid))
 
     def _ready_to_join(self, gpu_class: GpuClass) -> bool:
         return self._stores.settled(of_class(self._gpus(), gpu_class))
@@ -527,25 +571,6 @@ def sorted_(classes: Iterable[GpuClass]) -> list[GpuClass]:
     return sorted(classes, key=lambda each: (-each.vram, each.name))
 
 
-def words(action: FleetAction) -> str:
-    """An action in a line for a person."""
-    match action:
-        case Assign(index, _, gpu_class):
-            return f"account {index} is for {gpu_class.name}"
-        case Fund(address, amount):
-            return f"fund {address} with {amount} wei for its stake"
-        case TopUp(address, amount):
-            return f"send {address} {amount} wei for gas"
-        case Sweep(address, recipient, amount):
-            return f"sweep {amount} wei of {address} to {recipient}"
-        case BringHome(address, amount):
-            return f"send {amount} wei of {address} back to the treasury"
-        case Join(address, gpu_class):
-            return f"join {address} for {gpu_class.name}"
-        case _:
-            return f"{type(action).__name__.lower()} {action.address}"
-
-
 def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
     return (
         belongs(account) == gpu_class
@@ -553,16 +578,3 @@ def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
         and account.facts is not None
         and standing.place_of(account.facts.status) is Place.SERVING
     )
-
-
-def _times(record: TaskRecord) -> tuple[float, float] | None:
-    """Seconds on the card, and in the network's hands before and after; None for a task that tells
-    nothing: one that wasn't paid, or needed more than one attempt."""
-    paid = record.outcome in {Outcome.SUCCESS, Outcome.GROUP_SUCCESS, Outcome.GROUP_REFUND}
-    if not paid or len(record.attempts) != 1 or record.closed_at is None:
-        return None
-    (attempt,) = record.attempts
-    if attempt.ended_at is None or record.fetched_at is None:
-        return None
-    before = record.fetched_at - record.seen_at
-    return attempt.ended_at - attempt.started_at, before + record.closed_at - attempt.ended_at

@@ -473,6 +473,15 @@ class FleetConfig(Section):
             raise ValueError("gas_low, gas_reserve and gas_target: expected in rising order")
         return self
 
+    def check_accounts(self, accounts: Mapping[int, Address]) -> None:
+        """Raises `ConfigError` where earnings would go to an account that they are swept from."""
+        for index, account in accounts.items():
+            if account == self.beneficiary:
+                raise ConfigError(
+                    f"fleet.beneficiary: {account} is node account {index} itself; name an address "
+                    "that isn't one, the treasury's if need be"
+                )
+
     def policy(self, stake: Wei) -> FleetPolicy:
         beneficiary = None if self.beneficiary is None else Address(self.beneficiary)
         return FleetPolicy(

@@ -42,7 +42,8 @@ def examine(
 ) -> list[Check]:
     """Every check, in the order in which an operator would mend them."""
     identity, key = check_key(config, environment, prompt)
-    found = [key, *check_journal(config, identity, clock), *check_disk(config)]
+    found = [key, *check_earnings(config, identity)]
+    found += [*check_journal(config, identity, clock), *check_disk(config)]
     cards, count = check_cards(config)
     found += [check_models(config), cards, check_ray(config, environment)]
     found += asyncio.run(_network(config, identity, clock, count))
@@ -92,6 +93,19 @@ def check_key(
         mend = "crynux-cluster keys import FILE --from PATH encrypts it"
         return identity, warn("key", f"{found}; in plain text", mend)
     return identity, ok("key", found)
+
+
+def check_earnings(config: Config, identity: Identity | None) -> list[Check]:
+    """Whether they go where they can stay."""
+    beneficiary = config.fleet.beneficiary
+    if identity is None or beneficiary is None:
+        return []
+    try:
+        indexes = range(1, config.identity.accounts + 1)
+        config.fleet.check_accounts({index: identity.address(index) for index in indexes})
+    except ConfigError as error:
+        return [fail("earnings", str(error), "change fleet.beneficiary")]
+    return [ok("earnings", f"go to {beneficiary}")]
 
 
 def check_disk(config: Config) -> list[Check]:

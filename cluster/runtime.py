@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -52,7 +52,7 @@ from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
+from cluster.core.types import Address, AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
 from cluster.handover import Handover, take
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
@@ -113,7 +113,8 @@ def assemble_from(file: Path, digest: str, handover: Path | None = None) -> Worl
     configuration may hold credentials. Raises `ConfigError`.
     """
     config = configuration.load(file)
-    world = replace(assemble(config, handover), reload=Reloading(file, config).again)
+    world = assemble(config, handover)
+    world = replace(world, reload=Reloading(file, config, world.accounts).again)
     if world.config_digest != digest:
         # Ray began us anew after an edit. To the supervisor we are still what it asked for:
         # it would else replace us again and again until it is itself begun anew.
@@ -128,6 +129,8 @@ def assemble(config: Config, handover: Path | None = None) -> World:
     identity = unlock(config, None if handover is None else functools.partial(take, handover))
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
+    accounts = {index: identity.address(index) for index in tended(config, journal)}
+    config.fleet.check_accounts(accounts)
     digest = configuration.digest(config)
     metrics = Metrics(cluster.__version__, digest)
     return World(
@@ -135,7 +138,7 @@ def assemble(config: Config, handover: Path | None = None) -> World:
         config_digest=digest,
         chain_id=config.network.chain_id,
         treasury=identity.address(TREASURY),
-        accounts={index: identity.address(index) for index in tended(config, journal)},
+        accounts=accounts,
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
@@ -178,9 +181,10 @@ def tended(config: Config, journal: SqlJournal) -> list[int]:
 class Reloading:
     """The configuration's file, read again while the coordinator runs."""
 
-    def __init__(self, file: Path, config: Config) -> None:
+    def __init__(self, file: Path, config: Config, accounts: Mapping[int, Address]) -> None:
         self._file = file
         self._running = config
+        self._accounts = accounts
 
     def again(self) -> tuple[LiveSettings, tuple[str, ...]]:
         """What can change as it is now, and the keys that have changed. Raises `ConfigError`, also
@@ -193,6 +197,7 @@ class Reloading:
                 f"{self._file}: {', '.join(fixed)} can't change while it runs; nothing was taken "
                 "over: start `crynux-cluster up` anew for it"
             )
+        fresh.fleet.check_accounts(self._accounts)
         self._running = fresh
         live = LiveSettings(
             fresh.policy.policy, fleet_settings(fresh), safeguard_settings(fresh), fresh.logs.level
@@ -261,9 +266,16 @@ async def open_network(
                 endpoints,
                 Heads(network.ws_url),
                 told,
+                _own(config, identity, journal),
             )
     finally:
         await rpc.close()
+
+
+def _own(config: Config, identity: Identity, journal: SqlJournal) -> frozenset[Address]:
+    """The accounts to hear of: the configured ones, and those that ever served."""
+    configured = {identity.address(i) for i in range(1, config.identity.accounts + 1)}
+    return frozenset(configured | {each.address for each in journal.assignments()})
 
 
 def open_endpoints(

@@ -130,11 +130,12 @@ class Site:
         kind: GpuClass = KIND,
     ) -> None:
         out = status is NodeStatus.QUIT
+        # A stake that is given back is the account's again.
         stake = Wei(0 if out else 400)
+        balance += 400 * out
         facts = AccountFacts(account, status, None if out else kind, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.house.clock()), facts, ())
-        if self.keeper.settled(account, self.views[account]):
-            self.keeper.looked(account, status)
+        self.keeper.looked(self.views[account])
 
     def moving(self, *accounts: Address) -> None:
         self.network.moving = {each: Movement(is_open=True) for each in accounts}

@@ -366,3 +366,16 @@ async def test_accounts_that_cant_be_read_fail(tmp_path: Path) -> None:
 def test_the_worst_decides(checks: list[Check], level: Level) -> None:
     assert worst(checks) is level
     assert all(check.plain()["level"] == check.level.value for check in checks)
+
+
+def test_earnings_that_would_go_round_in_a_circle_are_found(tmp_path: Path) -> None:
+    key(tmp_path, PHRASE)
+    named = {"identity": {"seed_file": "key"}}
+    assert doctor.check_earnings(config(tmp_path, **named), None) == []
+    identity, _ = doctor.check_key(config(tmp_path, **named), {})
+    assert doctor.check_earnings(config(tmp_path, **named), identity) == []
+    for index, level in ((0, Level.OK), (2, Level.FAIL)):
+        mine = config(tmp_path, **named, fleet={"beneficiary": FIRST[index]})
+        (check,) = doctor.check_earnings(mine, identity)
+        assert check.level is level
+        assert FIRST[index] in check.found

@@ -161,6 +161,26 @@ def test_a_cluster_that_runs_already_has_the_password_itself(
     assert runtime.hand_over(sealed(tmp_path, address="auto")) is None
 
 
+def test_earnings_that_would_go_round_in_a_circle_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(SECRETIVE)
+    world = runtime.assemble_from(file, digest(load(file)))
+    own = f'fleet: {{beneficiary: "{world.accounts[2]}"}}\n'
+    file.write_text(SECRETIVE + own)
+    with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
+        world.reload()
+    with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
+        runtime.assemble(load(file))
+    # The treasury may have them, to pay the stakes of others.
+    file.write_text(SECRETIVE + f'fleet: {{beneficiary: "{world.treasury}"}}\n')
+    assert world.reload()[0].fleet.policy.beneficiary == world.treasury
+    assert runtime.assemble(load(file)).fleet.policy.beneficiary == world.treasury
+
+
 @pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
 def test_a_wrong_chain_stops_and_an_absent_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception

@@ -22,10 +22,11 @@ from actors.fleet import FleetSettings
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
+from cluster.core import standing
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
-from cluster.core.ports import Lease, Wakeup
+from cluster.core.ports import KICKED_OUT, Lease, Wakeup
 from cluster.core.record import Closed, Outcome
 from cluster.core.types import (
     Address,
@@ -523,6 +524,7 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
 ) -> None:
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
     monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(standing, "FIRST_REJOIN_SECONDS", 0.0)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
@@ -530,6 +532,8 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
         office.network.holding = Wei(10**24)
         office.network.node_status = NodeStatus.QUIT
         office.network.move(TASK, status=end, stage=Stage.ENDED)
+        for account in (ALICE, BOB) if joins else (BOB,):
+            office.network.wakeups.put_nowait(Wakeup(account, KICKED_OUT))
         await until(lambda: "Closed" in office.kinds())
         await several_plans(office)
         if joins:
@@ -600,6 +604,28 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
         await several_plans(office)
         assert "Closed" not in office.kinds()
         assert (ALICE,) not in office.network.called("join")
+
+
+async def test_a_kick_that_nobody_heard_of_is_asked_for_before_anything_is_thought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    monkeypatch.setattr(standing, "STRANGE_SECONDS", 0.0)
+    office = Office(tmp_path, {1: ALICE})
+    kick = Wakeup(ALICE, KICKED_OUT, moment=101)
+    office.network.befallen[ALICE] = [kick]
+    async with serving(office):
+        await until(lambda: ALICE in {each.address for each in office.journal.assignments()})
+        office.network.faults["befell"] = [NetworkUnavailable("not yet")] * 3
+        office.network.node_status = NodeStatus.QUIT
+        await until(lambda: named(logs, "kicked_out") == 1)
+        # Heard of at last by itself too: it is the same one.
+        office.network.wakeups.put_nowait(kick)
+        office.network.wakeups.put_nowait(kick)
+        await until(lambda: office.network.wakeups.empty())
+        await several_plans(office)
+    assert named(logs, "kicked_out") == 1
+    assert named(logs, "account_held") == 0
+    assert office.network.called("join") == []
 
 
 # --- cards in quarantine --------------------------------------------------------------------------
