@@ -259,9 +259,15 @@ class FleetKeeper:
             "crynux-cluster fleet clear"
             for gpu_class in sorted_(self._stopped())
         ]
-        now = self._now()
+        now, ours = self._now(), set(self._accounts.values())
+        lines += [
+            f"account {account}: it isn't as it should be, and not all that the network did to it "
+            "could be read; nothing is done for it"
+            for account, each in self._standings.items()
+            if account in ours and standing.is_unclear(each, now)
+        ]
         for account, each in self._standings.items():
-            if each.rejoin_at > now and account in self._accounts.values():
+            if each.rejoin_at > now and account in ours:
                 lines.append(
                     f"account {account} was kicked out {len(each.kicks)} times; it joins again in "
                     f"{each.rejoin_at - now:.0f} s"

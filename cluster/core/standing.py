@@ -145,6 +145,12 @@ def doubted(standing: Standing, now: Timestamp) -> Standing:
     return standing if standing.is_doubtful else replace(standing, strange_since=now)
 
 
+def is_unclear(standing: Standing, now: Timestamp) -> bool:
+    """It is strange for longer than takes to hold it, and it can't be said why."""
+    since = standing.strange_since
+    return since is not None and not standing.held and now - since > STRANGE_SECONDS
+
+
 def cleared(standing: Standing) -> Standing:
     """The operator has looked at it: it is taken as it is found next, and kicks are forgotten."""
     return Standing(told=standing.told)

@@ -473,9 +473,12 @@ def test_as_long_as_not_all_is_known_an_account_is_doubted_and_not_held(world: W
     assert world.keeper.puzzled(view)
     for _ in range(2):
         world.keeper.looked(view, sure=False)
-        world.later(STRANGE_SECONDS)
+        world.later(STRANGE_SECONDS / 2)
+        assert world.keeper.alerts() == ()
         assert world.turn() == []
-    assert world.keeper.alerts() == ()
+    world.later(STRANGE_SECONDS / 2)
+    (alert,) = world.keeper.alerts()
+    assert "not all that the network did to it could be read" in alert
     world.keeper.slashed(ALICE, KIND, 108)
     world.ledger.mark_slashed(ALICE)
     assert not world.keeper.puzzled(view)
