@@ -37,12 +37,14 @@ unit: $(STAMP)  ## unit tests: no sockets, no ray
 
 programs: $(STAMP)
 	@$(BIN)/python -m tests.debian
+	@$(BIN)/python -m tests.prometheus_tools
 
 integration: setup programs  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
 	@$(BIN)/python -m pytest tests/integration tests/chaos -q
 
-docs: $(STAMP)  ## write docs/lifecycle.md from the table
+docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, configs/grafana/dashboards
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python configs/grafana/generate.py
 
 clean:  ## remove what the devnet and the demo left behind (not .venv)
 	rm -rf .devnet/run demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
