@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -24,6 +25,7 @@ from actors import lag
 from actors.bundles import Bundles
 from actors.dispatcher import Dispatcher, Outstanding
 from actors.drain import Drains
+from actors.evidence import Evidence
 from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.overview import Sight, describe, totals_of
@@ -38,7 +40,7 @@ from cluster.chain.endpoints import EndpointView
 from cluster.core import declaring
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import Policy
-from cluster.core.ports import Artifacts, Lease, Network
+from cluster.core.ports import KICKED_OUT, SLASHED, Artifacts, Lease, Network, Wakeup
 from cluster.core.record import TaskRecord
 from cluster.core.types import (
     AccountView,
@@ -51,7 +53,7 @@ from cluster.core.types import (
     Timestamp,
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of
-from cluster.journal import SqlJournal
+from cluster.journal import HOST, SqlJournal
 from cluster.logs import Level
 from cluster.metrics import Metrics
 from cluster.status import Status
@@ -67,10 +69,10 @@ BUSY_LOOK_SECONDS = 10.0
 """How often an account with a task is looked at when nothing wakes it."""
 FIRST_LOOKS = 8
 """Of how many accounts at one time, as a term begins."""
+REFUSED = "refused: "
+"""Begins the answer of one that can't act for what the operator has to mend, and says what."""
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
-KICKED_OUT = "NodeKickedOut"
-SLASHED = "NodeSlashed"
 BETWEEN_TERMS_SECONDS = 0.5
 POOL_SECONDS = 1.0
 STORES_SECONDS = 3.0
@@ -144,6 +146,7 @@ class Coordinator:
         self._term: Term | None = None
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
+        self._rendering = asyncio.Lock()
         self._log = structlog.get_logger("coordinator")
 
     async def run(self) -> None:
@@ -184,6 +187,7 @@ class Coordinator:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
             world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
+            world.journal.set_cursor(lease, HOST, socket.gethostname())
             async with world.open_network(lambda: ledger.lease) as network:
                 self._term = Term(self._world, ledger, network, self)
                 if self._stopping.is_set():
@@ -218,9 +222,15 @@ class Coordinator:
         """`cluster.status.Status` as plain JSON values."""
         return self._status().model_dump(mode="json")
 
-    def metrics_text(self) -> bytes:
+    async def metrics_text(self) -> bytes:
+        """In a thread: with hundreds of cards it takes tens of milliseconds of the loop's."""
+        status = self._status()
+        async with self._rendering:
+            return await asyncio.to_thread(self._render, status)
+
+    def _render(self, status: Status) -> bytes:
         metrics = self._world.metrics
-        metrics.observe(self._status())
+        metrics.observe(status)
         with self._world.journal.read() as connection:
             metrics.outbox(outbox_rows.states(connection))
         return metrics.render()
@@ -377,10 +387,10 @@ class Term:
             world.stores,
             live,
             world.accounts,
-            lambda address: self._views.get(address),
             self._settled,
             world.clock,
         )
+        self._evidence = Evidence(ledger, world.artifacts, world.clock)
         self._wake = {address: asyncio.Event() for address in world.accounts.values()}
         self._looking = asyncio.Semaphore(FIRST_LOOKS)
         self._views: dict[Address, AccountView] = {}
@@ -408,6 +418,7 @@ class Term:
                     self._fleet.run(),
                     self._tend_stores(),
                     self._safeguards.run(),
+                    self._evidence.run(),
                     self._sweep(),
                     *(self._tend(address) for address in world.accounts.values()),
                 ]
@@ -455,6 +466,7 @@ class Term:
                 *self._network.alerts(),
                 *self._safeguards.alerts(),
                 *self._fleet.alerts(),
+                *self._evidence.alerts(),
             ),
         )
 
@@ -478,14 +490,7 @@ class Term:
     async def _listen(self) -> None:
         while True:
             wakeup = await self._network.next_wakeup()
-            if wakeup.reason == KICKED_OUT:
-                self._log.error("kicked_out", account=wakeup.account)
-                self._world.metrics.kicked_out()
-                if wakeup.account is not None:
-                    self._fleet.kicked(wakeup.account)
-            elif wakeup.reason == SLASHED and wakeup.account is not None:
-                view = self._views.get(wakeup.account)
-                self._slashed(wakeup.account, None if view is None else view.account.gpu_class)
+            self._befell(wakeup)
             if wakeup.models and wakeup.account is not None:
                 self._want(wakeup.account, wakeup.models)
             for address, event in self._wake.items():
@@ -523,11 +528,12 @@ class Term:
         }
         if lost - self._invalidated:
             # Before the fleet can see that the account has quit.
-            self._slashed(account, view.account.gpu_class)
+            self._slashed(account, view.account.gpu_class, view.moment)
             self._invalidated |= lost
+        sure = not self._fleet.puzzled(view) or await self._inquired(view)
+        self._fleet.looked(view, sure)
+        # Only now: nothing is done for what was found and not judged.
         self._views[account] = view
-        if not heard and self._fleet.settled(account, view):
-            self._fleet.looked(account, view.account.status)
         # What is heard while looking may not be in what was seen.
         self._stale -= heard
         self._ahead = view.now - self._world.clock()
@@ -535,15 +541,41 @@ class Term:
         self._dispatch()
         self._world.metrics.turn_ended(Timestamp(self._world.clock()))
         busy = bool(self._ledger.of_account(account))
-        # One without a task waits for what wakes it, be it only the sweep.
-        longest = BUSY_LOOK_SECONDS if busy else None
+        # One without a task, and as it should be, waits for what wakes it, be it only the sweep.
+        longest = BUSY_LOOK_SECONDS if busy or self._fleet.doubts(account) else None
         return min((each for each in (due, longest) if each is not None), default=None)
 
-    def _slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
+    async def _inquired(self, view: AccountView) -> bool:
+        """The account isn't as it should be. Whether all is known that the network did to it."""
+        account = view.account.address
+        since = self._fleet.seen_well(account)
+        try:
+            for wakeup in await self._network.befell(account, since, view.moment):
+                self._befell(wakeup)
+        except NetworkUnavailable as error:
+            self._log.warning("account_in_doubt", account=account, error=str(error))
+            return False
+        return True
+
+    def _befell(self, wakeup: Wakeup) -> None:
+        """What the network did to an account, whose story may come more than once."""
+        account = wakeup.account
+        if account is None:
+            return
+        if wakeup.reason == KICKED_OUT and self._fleet.kicked(account, wakeup.moment):
+            self._log.error("kicked_out", account=account)
+            self._world.metrics.kicked_out()
+        elif wakeup.reason == SLASHED:
+            view = self._views.get(account)
+            gpu_class = None if view is None else view.account.gpu_class
+            self._slashed(account, gpu_class, wakeup.moment)
+
+    def _slashed(self, account: Address, gpu_class: GpuClass | None, moment: int) -> None:
         """The account lost its stake: its task's record may never show it, so it is marked."""
         if account not in self._ledger.slashed:
+            if not self._fleet.slashed(account, gpu_class, moment):
+                return
             self._log.error("slashed", account=account)
-            self._fleet.slashed(account, gpu_class)
         self._ledger.mark_slashed(account)
 
     async def _sweep(self) -> None:
@@ -567,7 +599,8 @@ class Term:
             await stores.refresh({gpu.ray_node for gpu in gpus})
             self._count_store_events()
             here = {kind: stores.here(of_class(gpus, kind)) for kind in {g.gpu_class for g in gpus}}
-            for account, model in declaring.reports(self._views.values(), here, declared):
+            quiet = self._fleet.quiet()
+            for account, model in declaring.reports(self._views.values(), here, declared, quiet):
                 try:
                     await self._network.report_model(account, model)
                 except NetworkUnavailable as error:
@@ -631,5 +664,15 @@ class CoordinatorActor(Coordinator):
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
-        Coordinator.__init__(self, assemble(), f"coordinator:{holder}")
+        self._refusal = ""
+        try:
+            world = assemble()
+        except ConfigError as error:
+            # It lives on to be asked why: of what one died of, only a text is left.
+            self._refusal = str(error)
+            return
+        Coordinator.__init__(self, world, f"coordinator:{holder}")
         self._running = asyncio.get_running_loop().create_task(self.run())
+
+    def release(self) -> str:
+        return f"{REFUSED}{self._refusal}" if self._refusal else Coordinator.release(self)

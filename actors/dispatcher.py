@@ -9,13 +9,14 @@ after its attempt was given up is dropped.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
 from actors.ledger import Ledger
+from cluster.core.draining import movable
 from cluster.core.errors import (
     AttemptLost,
     Cancelled,
@@ -119,6 +120,7 @@ class _Running:
     pipeline: str
     free_at: Timestamp
     deadline: Timestamp | None
+    want: Want
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Outstanding:
     account: Address
     seconds: float
     deadline: Timestamp | None
+    task: Commitment
 
 
 class Dispatcher:
@@ -191,7 +194,7 @@ class Dispatcher:
             for running in self._running.values()
         ]
         return [
-            Outstanding(record.account, seconds, deadline)
+            Outstanding(record.account, seconds, deadline, task)
             for task, seconds, deadline in found
             if (record := self._ledger.open.get(task)) is not None
         ]
@@ -241,8 +244,22 @@ class Dispatcher:
         follower.add_done_callback(self._surface)
         free_at = Timestamp(now + want.compute_seconds)
         self._running[gpu] = _Running(
-            want.task, order.attempt_id, work, want.pipeline, free_at, want.deadline
+            want.task, order.attempt_id, work, want.pipeline, free_at, want.deadline, want
         )
+
+    def movable(
+        self, cards: Set[GpuId], now: Timestamp
+    ) -> list[tuple[GpuId, Commitment, AttemptId]]:
+        """What is computed on these cards, and would be done in time on another."""
+        there = {gpu: each for gpu, each in self._running.items() if gpu in cards}
+        held = self._held()
+        found = movable(
+            [each.want for each in there.values()],
+            [want for want, _, _ in self._wants.values()],
+            [self._card(gpu, now, held) for gpu in self._pool.gpus() if gpu.gpu_id not in cards],
+            now,
+        )
+        return [(gpu, each.task, each.attempt) for gpu, each in there.items() if each.task in found]
 
     async def cancel(self, gpu: GpuId, task: Commitment, attempt: AttemptId) -> None:
         """Give the attempt up: what it may still answer is dropped."""

@@ -335,8 +335,9 @@ class Reconciler:
         slashed = outcome is Outcome.INVALIDATED
         log = self._log.error if slashed else self._log.info
         log("task_closed", task=task, outcome=outcome.value, payment=str(payment))
-        if outcome is not Outcome.LOST:
-            # What the network only seems to have forgotten may be wanted yet.
+        if outcome not in {Outcome.LOST, Outcome.INVALIDATED}:
+            # What the network only seems to have forgotten may be wanted yet; and by what was
+            # wrong, its reason is found (actors.evidence).
             await self._artifacts.drop(task)
 
     def _pause(self, task: Commitment, action: Action, length: float | None = None) -> float:

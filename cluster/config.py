@@ -453,8 +453,8 @@ class FleetConfig(Section):
     stakes of all accounts together. `gas_reserve` is what an account must own beyond its stake to
     join; below `gas_low` the treasury tops it up to `gas_target`. Earnings beyond `gas_target` go
     to `beneficiary` once they are more than `sweep_above`. Accounts of cards that left are paused
-    after `pause_after_seconds`. `auto` false: nothing is done without `crynux-cluster fleet
-    apply`."""
+    after `pause_after_seconds`. `auto` false: what spends or changes the fleet waits for
+    `crynux-cluster fleet apply`."""
 
     auto: bool = True
     slots_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_slots)] = 1
@@ -472,6 +472,15 @@ class FleetConfig(Section):
         if not self.gas_low <= self.gas_reserve <= self.gas_target:
             raise ValueError("gas_low, gas_reserve and gas_target: expected in rising order")
         return self
+
+    def check_accounts(self, accounts: Mapping[int, Address]) -> None:
+        """Raises `ConfigError` where earnings would go to an account that they are swept from."""
+        for index, account in accounts.items():
+            if account == self.beneficiary:
+                raise ConfigError(
+                    f"fleet.beneficiary: {account} is node account {index} itself; name an address "
+                    "that isn't one, the treasury's if need be"
+                )
 
     def policy(self, stake: Wei) -> FleetPolicy:
         beneficiary = None if self.beneficiary is None else Address(self.beneficiary)

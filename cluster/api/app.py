@@ -42,6 +42,8 @@ from cluster.story import TaskStory
 TIMEOUT_SECONDS = 3.0
 KEPT_SECONDS = 1.0
 EVENT_SECONDS = 2.0
+SCRAPED_SECONDS = 5.0
+"""Prometheus asks every 15 s, unless it is told to ask more often."""
 MOST_DAYS = 400.0
 
 Answer = TypeVar("Answer")
@@ -153,7 +155,8 @@ def create_api(
     )
     guard = Guard(access, clock)
     status_now = Shared(lambda: _look(source, timeout), KEPT_SECONDS, clock)
-    metrics_now = Shared(lambda: _in_time(source.metrics_text(), timeout), KEPT_SECONDS, clock)
+    events_now = Shared(status_now.get, EVENT_SECONDS, clock)
+    metrics_now = Shared(lambda: _in_time(source.metrics_text(), timeout), SCRAPED_SECONDS, clock)
     bearer = HTTPBearer(auto_error=False, description="The token of serve.token_file.")
     reading = [Depends(guard.read), Depends(bearer)]
     acting = [Depends(bearer)]
@@ -192,7 +195,7 @@ def create_api(
     async def events(
         count: Annotated[int | None, Query(ge=1, le=1_000_000, description="End after.")] = None,
     ) -> StreamingResponse:
-        stream = _stream(status_now, count)
+        stream = _stream(events_now, count)
         return StreamingResponse(
             stream, media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
@@ -331,11 +334,11 @@ def _answer_errors(api: FastAPI) -> None:
         return JSONResponse(Problem(detail=str(error)).model_dump(), 404)
 
 
-async def _stream(status_now: Shared[Seen], count: int | None) -> AsyncIterator[bytes]:
+async def _stream(events_now: Shared[Seen], count: int | None) -> AsyncIterator[bytes]:
     sent = 0
     while count is None or sent < count:
         try:
-            name, data = "status", (await status_now.get()).text
+            name, data = "status", (await events_now.get()).text
         except SourceAway as error:
             name, data = "away", json.dumps(_away(error))
         yield f"event: {name}\ndata: {data}\n\n".encode()

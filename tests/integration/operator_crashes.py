@@ -209,5 +209,5 @@ def assemble(config: Config, folder: Path) -> World:
             called=world.metrics.rpc_called,
             told=world.metrics,
         ),
-        reload=runtime.Reloading(folder / CONFIG, config).again,
+        reload=runtime.Reloading(folder / CONFIG, config, world.accounts).again,
     )

@@ -15,6 +15,7 @@ import moto.settings
 import pytest
 from boto3.session import Session  # type: ignore[import-untyped]
 from botocore.exceptions import EndpointConnectionError  # type: ignore[import-untyped]
+from botocore.loaders import create_loader  # type: ignore[import-untyped]
 from moto.server import ThreadedMotoServer
 
 from cluster.core.errors import ClusterError, ModelUnavailable
@@ -38,6 +39,10 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LORA_FILES = {"pytorch_lora_weights.safetensors": b"lora" * 500}
 
 
+LOADER = create_loader()
+"""Parses the description of S3, which takes long, once for all tests."""
+
+
 @pytest.fixture(autouse=True)
 def _credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Dummy ones, and no others wherever boto3 would look."""
@@ -50,6 +55,7 @@ def _credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("botocore.session.create_loader", lambda *_: LOADER)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from eth_account.hdaccount import seed_from_mnemonic
-from eth_account.hdaccount.deterministic import HDPath
 
 from cluster.core.record import AttemptFailed
 from cluster.core.types import GpuState
@@ -26,6 +23,7 @@ from tests.integration.operator_world import (
     answer_of,
     task,
 )
+from tests.integration.process_memory import memory, secrets
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -104,37 +102,9 @@ async def test_a_drained_card_gives_its_work_away(operator: OperatorWorld) -> No
 # --- the key --------------------------------------------------------------------------------------
 
 
-def secrets(phrase: str) -> dict[str, bytes]:
-    """All that gives somebody an account: the phrase, its seed, each private key; also as hex."""
-    seed = seed_from_mnemonic(phrase, "")
-    found = {"the phrase": phrase.encode(), "the seed": seed}
-    for index in range(ACCOUNTS + 1):
-        found[f"key {index}"] = bytes(HDPath(f"m/44'/60'/0'/0/{index}").derive(seed))
-    return found | {f"{name} as hex": each.hex().encode() for name, each in found.items()}
-
-
 def files(*folders: Path) -> Iterator[Path]:
     for folder in folders:
         yield from (each for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
-
-
-def memory(process: psutil.Process) -> Iterator[bytes]:
-    """The process's writable memory, piece by piece; nothing of one that has ended."""
-    with contextlib.suppress(OSError):
-        with Path(f"/proc/{process.pid}/maps").open() as maps:
-            ranges = [line.split() for line in maps]
-        with Path(f"/proc/{process.pid}/mem").open("rb", buffering=0) as opened:
-            for (
-                where,
-                rights,
-                *_,
-            ) in ranges:
-                begin, end = (int(each, 16) for each in where.split("-"))
-                if not rights.startswith("rw") or end - begin > 2**30:
-                    continue
-                with contextlib.suppress(OSError, OverflowError, ValueError):
-                    opened.seek(begin)
-                    yield opened.read(end - begin)
 
 
 async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld) -> None:
@@ -144,7 +114,7 @@ async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld
     await operator.assert_paid_once(report)
     assert operator.config.identity.seed_file is not None
     seed_file = operator.config.identity.seed_file
-    wanted = secrets(seed_file.read_text().strip())
+    wanted = secrets(seed_file.read_text().strip(), ACCOUNTS)
 
     node = ray._private.worker._global_node
     assert node is not None

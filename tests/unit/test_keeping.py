@@ -118,6 +118,23 @@ async def test_what_was_evicted_is_here_no_more(house: House) -> None:
     await report_when(worker, lambda r: r.here == {A})
 
 
+async def test_what_is_dropped_is_gone_unless_it_is_needed(house: House) -> None:
+    worker = house.begin(A)
+    await worker.want((B,))
+    await report_when(worker, lambda r: r.here == {A, B})
+    assert house.keeper is not None
+    disk = house.keeper.disk
+    with disk.try_lock(f"{of_model_id(B).key}.use") as free:
+        assert free
+        assert await worker.drop(B) == "a task uses it"
+    assert await worker.drop(B) == "dropped"
+    assert (await worker.report()).here == {A}
+    assert disk.manifest(of_model_id(B).key) is None
+    assert await worker.drop(B) == "not among what was fetched there"
+    house.keeper.pinned = frozenset({of_model_id(A)})
+    assert "configured to stay" in await worker.drop(A)
+
+
 async def test_a_download_that_runs_is_seen(house: House) -> None:
     worker = house.begin()
     gate = threading.Event()

@@ -22,10 +22,11 @@ from actors.fleet import FleetSettings
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
+from cluster.core import standing
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
-from cluster.core.ports import Lease, Wakeup
+from cluster.core.ports import KICKED_OUT, Lease, Wakeup
 from cluster.core.record import Closed, Outcome
 from cluster.core.types import (
     Address,
@@ -489,9 +490,9 @@ async def test_one_whose_loop_broke_doesnt_pass_for_a_good_one(office: Office) -
 async def test_metrics_tell_who_acts(office: Office) -> None:
     async with serving(office):
         await office.acting()
-        assert b"crynux_lease_held 1.0" in office.coordinator.metrics_text()
+        assert b"crynux_lease_held 1.0" in await office.coordinator.metrics_text()
         await office.coordinator.stop()
-        assert b"crynux_lease_held 0.0" in office.coordinator.metrics_text()
+        assert b"crynux_lease_held 0.0" in await office.coordinator.metrics_text()
 
 
 async def test_who_lost_the_lease_to_its_own_successor_waits(
@@ -523,6 +524,7 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
 ) -> None:
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
     monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(standing, "FIRST_REJOIN_SECONDS", 0.0)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
@@ -530,6 +532,8 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
         office.network.holding = Wei(10**24)
         office.network.node_status = NodeStatus.QUIT
         office.network.move(TASK, status=end, stage=Stage.ENDED)
+        for account in (ALICE, BOB) if joins else (BOB,):
+            office.network.wakeups.put_nowait(Wakeup(account, KICKED_OUT))
         await until(lambda: "Closed" in office.kinds())
         await several_plans(office)
         if joins:
@@ -602,6 +606,28 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
         assert (ALICE,) not in office.network.called("join")
 
 
+async def test_a_kick_that_nobody_heard_of_is_asked_for_before_anything_is_thought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    monkeypatch.setattr(standing, "STRANGE_SECONDS", 0.0)
+    office = Office(tmp_path, {1: ALICE})
+    kick = Wakeup(ALICE, KICKED_OUT, moment=101)
+    office.network.befallen[ALICE] = [kick]
+    async with serving(office):
+        await until(lambda: ALICE in {each.address for each in office.journal.assignments()})
+        office.network.faults["befell"] = [NetworkUnavailable("not yet")] * 3
+        office.network.node_status = NodeStatus.QUIT
+        await until(lambda: named(logs, "kicked_out") == 1)
+        # Heard of at last by itself too: it is the same one.
+        office.network.wakeups.put_nowait(kick)
+        office.network.wakeups.put_nowait(kick)
+        await until(lambda: office.network.wakeups.empty())
+        await several_plans(office)
+    assert named(logs, "kicked_out") == 1
+    assert named(logs, "account_held") == 0
+    assert office.network.called("join") == []
+
+
 # --- cards in quarantine --------------------------------------------------------------------------
 
 
@@ -651,7 +677,7 @@ async def test_a_card_in_quarantine_is_shown_and_counted_as_such(office: Office)
         assert states[CARD] == (GpuState.READY, f"GPU-{CARD}")
         (problem,) = office.status.problems
         assert f"card GPU-{third} (Card+docker) is in quarantine" in problem
-        text = office.coordinator.metrics_text().decode()
+        text = (await office.coordinator.metrics_text()).decode()
         line = 'crynux_gpus{gpu_name="Card+docker",state="quarantined",vram_gb="8"} 1.0'
         assert line in text
 

@@ -1,0 +1,194 @@
+"""What watching costs: 25 scrapers and 25 page viewers for 30 s while tasks run, and 30 s without.
+
+A whole operator on a devnet, as `crynux-cluster up` starts it, with tasks that never end. Each
+scraper asks for /metrics once a second, each viewer follows /v1/events. The two states take turns
+every ten seconds, so that a slow moment of the machine falls on both; the coordinator's own loop
+says how late it is (crynux_loop_lag_seconds).
+
+    python -m benchmarks.serve_load --json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.report import arguments, progress, publish
+from cluster.core.types import GigaBytes, TaskType
+from cluster.status import Status
+from devnet.application import Application
+from devnet.demo import Operator, operator
+from devnet.demo_tasks import FEE, parameters
+from devnet.models import SD15
+from devnet.network import MODELS, Devnet, SimulatedCards
+from devnet.tasks import TaskSpec
+
+RUN = Path(".devnet/serve-load")
+SCRAPERS, VIEWERS = 25, 25
+TURN_SECONDS, TURNS = 10.0, 3
+SCRAPE_SECONDS = 1.0
+READY_SECONDS = 300.0
+CARDS = (SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),)
+
+
+@dataclass
+class Watched:
+    """What those who watch have met: seconds of each answer, and failures."""
+
+    scrapes: list[float] = field(default_factory=list)
+    events: int = 0
+    failed: int = 0
+
+    async def scrape(self, http: httpx.AsyncClient, url: str) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                answer = await http.get(f"{url}/metrics")
+                self.failed += not answer.is_success
+                self.scrapes.append(time.monotonic() - began)
+            except httpx.HTTPError:
+                self.failed += 1
+            await asyncio.sleep(max(0.0, SCRAPE_SECONDS - (time.monotonic() - began)))
+
+    async def view(self, http: httpx.AsyncClient, url: str) -> None:
+        async with http.stream("GET", f"{url}/v1/events") as answer:
+            async for line in answer.aiter_lines():
+                self.events += line.startswith("event: status")
+                self.failed += line.startswith("event: away")
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """Of the coordinator's loop since it began: how often it was looked at, how late it was."""
+
+    looks: float
+    seconds: float
+
+    @classmethod
+    async def now(cls, http: httpx.AsyncClient, url: str) -> Lag:
+        while True:
+            answer = await http.get(f"{url}/metrics")
+            if answer.is_success:
+                break
+            await asyncio.sleep(0.2)
+        found = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(answer.text)
+            if family.name == "crynux_loop_lag_seconds"
+            for sample in family.samples
+        }
+        name = "crynux_loop_lag_seconds"
+        return cls(found[f"{name}_count"], found[f"{name}_sum"])
+
+    def since(self, before: Lag) -> float:
+        """Seconds, as a mean."""
+        return (self.seconds - before.seconds) / max(self.looks - before.looks, 1.0)
+
+
+@contextlib.asynccontextmanager
+async def watching(watched: Watched, url: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+        tasks = [asyncio.create_task(watched.scrape(http, url)) for _ in range(SCRAPERS)]
+        tasks += [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def spec(number: int) -> TaskSpec:
+    args = parameters(SD15[0], "a red fox in the snow", number)
+    return TaskSpec(
+        name=f"watched-{number}",
+        type=TaskType.SD,
+        parameters=args,
+        model_ids=(f"base:{SD15[0]}",),
+        min_vram=8,
+        fee=FEE,
+    )
+
+
+async def keep_busy(application: Application) -> None:
+    """Two tasks always wait."""
+    number = 0
+    while True:
+        number += 2
+        await application.run([spec(number), spec(number + 1)])
+
+
+async def ready(running: Operator, http: httpx.AsyncClient) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        status: Status | None = await running.status(http)
+        if (
+            status is not None
+            and status.accounts
+            and all(each.status in {"available", "busy"} for each in status.accounts)
+        ):
+            return
+        await asyncio.sleep(0.5)
+    raise SystemExit(f"error: the operator is not ready: see {running.log}")
+
+
+async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
+    watched = Watched()
+    without: list[float] = []
+    with_: list[float] = []
+    async with httpx.AsyncClient(timeout=30) as http:
+        await ready(running, http)
+        busy = [asyncio.create_task(keep_busy(devnet.application())) for _ in range(2)]
+        await asyncio.sleep(TURN_SECONDS)
+        for turn in range(TURNS):
+            for lags, load in ((without, False), (with_, True)):
+                progress(f"turn {turn + 1} of {TURNS}, {'watched' if load else 'alone'}")
+                before = await Lag.now(http, running.url)
+                if load:
+                    async with watching(watched, running.url):
+                        await asyncio.sleep(TURN_SECONDS)
+                        after = await Lag.now(http, running.url)
+                else:
+                    await asyncio.sleep(TURN_SECONDS)
+                    after = await Lag.now(http, running.url)
+                lags.append(after.since(before))
+        for task in busy:
+            task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+    ordered = sorted(watched.scrapes)
+    seconds = TURN_SECONDS * TURNS
+    return {
+        "ratio_loop_lag": round(statistics.fmean(with_) / statistics.fmean(without), 3),
+        "lag_alone_ms": round(1000 * statistics.fmean(without), 3),
+        "lag_watched_ms": round(1000 * statistics.fmean(with_), 3),
+        "requests_per_second": round((len(watched.scrapes) + watched.events) / seconds, 1),
+        "scrape_p50_ms": round(1000 * ordered[len(ordered) // 2], 1),
+        "scrape_p99_ms": round(1000 * ordered[math.ceil(len(ordered) * 0.99) - 1], 1),
+        "failed": watched.failed,
+    }
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0]).parse_args()
+    RUN.mkdir(parents=True, exist_ok=True)
+    progress("starting a devnet and an operator")
+    log = RUN / "operator.log"
+    with Devnet(RUN, models=MODELS, cards=CARDS) as devnet, operator(devnet, log) as running:
+        found = asyncio.run(measure(devnet, running))
+    if found["failed"]:
+        raise SystemExit(f"error: {found['failed']:.0f} answers failed: {json.dumps(found)}")
+    publish("serve_load", found, "cpu", options.json)
+
+
+if __name__ == "__main__":
+    main()
