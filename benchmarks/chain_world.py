@@ -19,9 +19,10 @@ from typing import Any, cast
 from PIL import Image
 from web3 import HTTPProvider, Web3
 
-from actors.coordinator import Coordinator, RunningNetwork, World
+from actors.coordinator import Coordinator
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
+from actors.world import RunningNetwork, World
 from cluster import config as configuration
 from cluster import runtime
 from cluster.core.ports import Computed, Lease, Order

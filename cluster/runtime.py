@@ -34,12 +34,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 import cluster
 from actors.canary import CanarySettings
-from actors.coordinator import NAME, REFUSED, CoordinatorActor, LiveSettings, RunningNetwork, World
+from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.fleet import FleetSettings
 from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
 from actors.safeguards import SafeguardSettings
 from actors.stores import RayStores
+from actors.world import LiveSettings, RunningNetwork, World
 from cluster import config as configuration
 from cluster import logs
 from cluster.api.guard import is_loopback, read_token

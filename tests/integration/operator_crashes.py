@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.coordinator import World
 from actors.pool import EngineFactory, RayGpuPool
+from actors.world import World
 from cluster import logs, runtime
 from cluster.artifacts import FolderArtifacts
 from cluster.chain.outbox import Outbox

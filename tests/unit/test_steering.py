@@ -12,6 +12,7 @@ import yaml
 
 from actors import coordinator as module
 from actors import fleet as fleet_module
+from actors import term as term_module
 from actors.inference import Health, Report
 from cluster import runtime
 from cluster.config import load
@@ -40,8 +41,9 @@ WHO = "a test"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SWEEP_SECONDS", "BUSY_LOOK_SECONDS", "BETWEEN_TERMS_SECONDS", "POOL_SECONDS"):
-        monkeypatch.setattr(module, name, 0.01)
+    for name in ("SWEEP_SECONDS", "BUSY_LOOK_SECONDS", "POOL_SECONDS"):
+        monkeypatch.setattr(term_module, name, 0.01)
+    monkeypatch.setattr(module, "BETWEEN_TERMS_SECONDS", 0.01)
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.01)
 
 

@@ -17,11 +17,13 @@ from structlog.testing import capture_logs
 
 from actors import coordinator as module
 from actors import fleet as fleet_module
-from actors.coordinator import Coordinator, RunningNetwork, World
+from actors import term as term_module
+from actors.coordinator import Coordinator
 from actors.fleet import FleetSettings
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
+from actors.world import RunningNetwork, World
 from cluster.core import standing
 from cluster.core.errors import LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
@@ -80,13 +82,9 @@ async def told(office: Office, order: Order) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "SWEEP_SECONDS",
-        "BUSY_LOOK_SECONDS",
-        "BETWEEN_TERMS_SECONDS",
-        "POOL_SECONDS",
-    ):
-        monkeypatch.setattr(module, name, 0.01)
+    for name in ("SWEEP_SECONDS", "BUSY_LOOK_SECONDS", "POOL_SECONDS"):
+        monkeypatch.setattr(term_module, name, 0.01)
+    monkeypatch.setattr(module, "BETWEEN_TERMS_SECONDS", 0.01)
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.01)
 
 
@@ -244,7 +242,7 @@ async def test_the_lease_is_renewed_for_as_long_as_it_acts(office: Office) -> No
 async def test_a_wakeup_makes_it_look_at_once(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 1000.0)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 1000.0)
     async with serving(office):
         await until(lambda: len(office.network.called("look")) == 2)
         await asyncio.sleep(0.05)
@@ -259,7 +257,7 @@ async def test_a_wakeup_makes_it_look_at_once(
 async def test_an_attempts_end_makes_it_look_at_once(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUSY_LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(term_module, "BUSY_LOOK_SECONDS", 1000.0)
     office.network.add(facts_of())
     async with serving(office):
         await until(lambda: FIRST in office.pool.attempts)
@@ -523,7 +521,7 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
     office: Office, monkeypatch: pytest.MonkeyPatch, end: TaskStatus, joins: bool
 ) -> None:
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 0.02)
     monkeypatch.setattr(standing, "FIRST_REJOIN_SECONDS", 0.0)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
@@ -590,7 +588,7 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
 ) -> None:
     """The task's turn may wait, for a file or for the relay, before it is closed as invalidated."""
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 0.02)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
