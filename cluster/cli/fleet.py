@@ -180,7 +180,11 @@ def _wait_drained(
 ) -> int:
     began, shown = clock(), ""
     while True:
-        found = look()
+        try:
+            found = look()
+        except ClusterError as error:
+            # It lasts over a coordinator that begins anew.
+            found = DrainStatus(left=(f"{error}; waiting for it",))
         if found.done:
             click.echo("drained")
             return 0

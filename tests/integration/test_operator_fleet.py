@@ -48,7 +48,9 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(operator: Operat
     assert (code, error.strip()) == (1, "not drained yet; it goes on"), out
     await operator.hear("it is being drained: 1 tasks are open")
     # It lasts over a restart.
+    before = await operator.until_status(lambda status: status.epoch, "a coordinator acts")
     operator.kill_coordinator()
+    await operator.until_status(lambda s: (s.epoch or 0) > before or None, "it acts again")
     await operator.hear("it is being drained: 1 tasks are open")
     operator.gate.open()
     code, out, error = await cli(operator, "drain")
