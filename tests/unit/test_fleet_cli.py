@@ -75,8 +75,8 @@ def test_waiting_for_a_drain(capsys: pytest.CaptureFixture[str]) -> None:
     def away() -> DrainStatus:
         raise ClusterError("the coordinator doesn't answer")
 
-    asks = iter([away, lambda: DrainStatus(everything=True, done=True)])
-    assert module._wait_drained(lambda: next(asks)(), None, lambda _: None) == 0
+    asks: list[Callable[[], DrainStatus]] = [lambda: DrainStatus(everything=True, done=True), away]
+    assert module._wait_drained(lambda: asks.pop()(), None, lambda _: None) == 0
     assert "doesn't answer; waiting for it\ndrained" in capsys.readouterr().out
     clock = pops(0.0, 1.0, 6.0)
     assert module._wait_drained(lambda: busy, 5.0, lambda _: None, clock) == 1
