@@ -71,7 +71,7 @@ TEST_SECONDS = 1500
 """What a test may take before it counts as hung."""
 LEASE_SECONDS = 15.0
 """Where two coordinators run, the one that acts must not lose it because the machine is busy."""
-PATIENCE = 120.0
+PATIENCE = 400.0
 """How long anything is waited for. Machines that run tests are slow and busy."""
 CARDS = (
     SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),
