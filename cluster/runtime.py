@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import os
 import signal
@@ -36,7 +35,6 @@ import cluster
 from actors.canary import CanarySettings
 from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.fleet import FleetSettings
-from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
 from actors.safeguards import SafeguardSettings
 from actors.stores import RayStores
@@ -53,14 +51,13 @@ from cluster.chain.rpc import Rpc, http_transport
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import Address, AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
+from cluster.core.types import Address, AttemptId, GigaBytes, GpuClass, Timestamp
+from cluster.engines import EngineSettings, engine_factory, make_keeper
 from cluster.handover import Handover, take
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
 from cluster.keystore import PASSWORD
 from cluster.metrics import Metrics
-from cluster.models.keeper import Keeper
-from cluster.models.settings import StoreSettings
 from cluster.relay.client import RelayClient
 from cluster.tracing import make_traces
 
@@ -294,53 +291,6 @@ def open_endpoints(
 
 def wall_clock() -> Timestamp:
     return Timestamp(time.time())
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
-
-    models: StoreSettings
-    platform: str
-    host_bytes: int
-    preload: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: Config) -> EngineSettings:
-        host_bytes = int(config.gpu.host_memory_gb * 2**30)
-        models = config.models
-        return cls(models.store(), config.ray.platform, host_bytes, models.preload)
-
-
-def make_keeper(settings: StoreSettings) -> Keeper:
-    """The keeper of a machine's store, in a process of its own."""
-    from cluster.models.assembly import open_keeper
-
-    return open_keeper(settings)
-
-
-def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
-    """How the actor of a card makes its engine; torch is imported there and nowhere else."""
-    return functools.partial(make_engine, settings, simulated)
-
-
-def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
-    # It warns about optional parts that nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from cluster.inference import devices, engine
-    from cluster.inference.mounted import MountedEngine
-    from cluster.models.assembly import open_keeper
-
-    if simulated is not None:
-        device = devices.simulated(0, simulated.name, simulated.vram)
-        # One thread: simulated cards share the machine's cores, and results depend on the number.
-        limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
-    else:
-        device = devices.claim(settings.platform, os.environ)
-        limits = engine.Limits(host_bytes=settings.host_bytes)
-    keeper = open_keeper(settings.models)
-    made = engine.Engine(device, keeper.store, time.time, limits)
-    return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload, device.simulated)
 
 
 # --- the supervisor ------------------------------------------------------------------------------

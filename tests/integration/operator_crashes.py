@@ -20,7 +20,7 @@ from typing import Any
 
 from actors.pool import EngineFactory, RayGpuPool
 from actors.world import World
-from cluster import logs, runtime
+from cluster import engines, logs, runtime
 from cluster.artifacts import FolderArtifacts
 from cluster.chain.outbox import Outbox
 from cluster.chain.outbox_rows import OutboxRow, RowState, Signed
@@ -193,7 +193,7 @@ def assemble(config: Config, folder: Path) -> World:
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
     gate = Gate(folder)
-    gated = functools.partial(operator_gate.engine_factory, gate, runtime.EngineSettings.of(config))
+    gated = functools.partial(operator_gate.engine_factory, gate, engines.EngineSettings.of(config))
     make_engine = functools.partial(operator_odd.engine_factory, Oddity(folder), gated)
     return replace(
         world,

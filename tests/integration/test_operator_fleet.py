@@ -39,6 +39,15 @@ async def cli(operator: OperatorWorld, *words: str) -> tuple[int, str, str]:
     return process.returncode, out.decode(), error.decode()
 
 
+async def restart(operator: OperatorWorld) -> None:
+    """The coordinator dies, and the next one acts: what is shown isn't the former's any more."""
+    before = await operator.until_status(lambda status: status.epoch, "a coordinator acts")
+    operator.kill_coordinator()
+    await operator.until_status(
+        lambda status: (status.epoch or 0) > before or None, "another coordinator acts"
+    )
+
+
 async def test_a_drain_finishes_what_runs_and_takes_nothing_new(operator: OperatorWorld) -> None:
     await operator.until_serving()
     operator.gate.close()
@@ -48,9 +57,7 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(operator: Operat
     assert (code, error.strip()) == (1, "not drained yet; it goes on"), out
     await operator.hear("it is being drained: 1 tasks are open")
     # It lasts over a restart.
-    before = await operator.until_status(lambda status: status.epoch, "a coordinator acts")
-    operator.kill_coordinator()
-    await operator.until_status(lambda s: (s.epoch or 0) > before or None, "it acts again")
+    await restart(operator)
     await operator.hear("it is being drained: 1 tasks are open")
     operator.gate.open()
     code, out, error = await cli(operator, "drain")
@@ -99,6 +106,36 @@ async def test_a_drained_card_gives_its_work_away(operator: OperatorWorld) -> No
     assert "no card is known as nobody" in error
     assert (await cli(operator, "resume"))[0] == 0
     await operator.until_serving()
+
+
+async def test_an_account_that_is_told_to_quit_brings_its_stake_home(
+    operator: OperatorWorld,
+) -> None:
+    await operator.until_serving()
+    before = await operator.status()
+    assert before is not None
+    leaver = next(each for each in before.accounts if each.status == "available")
+    reserve = operator.config.fleet.gas_reserve
+    code, out, error = await cli(operator, "fleet", "quit", leaver.address)
+    assert code == 0, error
+    assert "goes back to the treasury" in out
+
+    def gone(status: Status) -> bool:
+        (account,) = (each for each in status.accounts if each.address == leaver.address)
+        return account.status == "quit" and int(account.balance) <= reserve
+
+    await operator.until_status(gone, "it has quit, and its money is with the treasury")
+    # It stays so, over a restart too, while another serves in its place.
+    await restart(operator)
+    await operator.until_serving()
+    status = await operator.until_status(
+        lambda status: status if status.fleet.retired else None, "the fleet has planned"
+    )
+    assert status.fleet.retired == (leaver.address,)
+    assert gone(status)
+    code, out, error = await cli(operator, "fleet", "clear", leaver.address)
+    assert code == 0, error
+    await operator.until_status(lambda status: not status.fleet.retired, "it may be used again")
 
 
 # --- the key --------------------------------------------------------------------------------------
