@@ -222,7 +222,14 @@ class Dispatcher:
             want, order, work = self._wants.pop(placement.task)
             attempt = self._new_attempt_id()
             self._ledger.append(want.task, AttemptStarted(attempt, placement.gpu_id))
-            self._log.info("attempt_started", task=want.task, gpu=placement.gpu_id, attempt=attempt)
+            account = self._ledger.open[want.task].account
+            self._log.info(
+                "attempt_started",
+                task=want.task,
+                account=account,
+                gpu=placement.gpu_id,
+                attempt=attempt,
+            )
             self.follow(placement.gpu_id, replace(order, attempt_id=attempt), want, work, now)
         self._read_ahead(now)
 
@@ -275,6 +282,8 @@ class Dispatcher:
 
     async def _follow(self, gpu: GpuId, order: Order) -> None:
         try:
+            there = self._ledger.open.get(order.task)
+            account = "" if there is None else there.account
             event = await self._outcome(gpu, order)
             fault = event.fault if isinstance(event, AttemptFailed) else None
             self._metrics.attempt_ended(fault, self._uuid_of(gpu))
@@ -284,6 +293,7 @@ class Dispatcher:
                 self._log.info(
                     "attempt_ended",
                     task=order.task,
+                    account=account,
                     gpu=gpu,
                     attempt=order.attempt_id,
                     outcome=type(event).__name__,
