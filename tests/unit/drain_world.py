@@ -125,14 +125,15 @@ class Site:
         self,
         account: Address,
         status: NodeStatus,
-        balance: int = 20,
+        balance: int | None = None,
         at: int = 100,
         kind: GpuClass = KIND,
     ) -> None:
         out = status is NodeStatus.QUIT
-        # A stake that is given back is the account's again.
         stake = Wei(0 if out else 400)
-        balance += 400 * out
+        if balance is None:
+            # A stake that is given back is the account's again.
+            balance = 420 if out else 20
         facts = AccountFacts(account, status, None if out else kind, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.house.clock()), facts, ())
         self.keeper.looked(self.views[account])
