@@ -71,10 +71,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Log:
+    """`block_hash` is empty and `index` None where the endpoint doesn't say them; with them no two
+    logs are equal."""
+
     address: Address
     topics: tuple[bytes, ...]
     data: bytes
     block: int
+    block_hash: str = ""
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +224,9 @@ def _log(value: object) -> Log | None:
             return None
         topics = tuple(_bytes("log", topic) for topic in value.get("topics") or ())
         data, block = _bytes("log", value.get("data")), _int("log", value.get("blockNumber"))
-        return Log(Address(to_checksum_address(str(address))), topics, data, block)
+        index = None if value.get("logIndex") is None else _int("log", value.get("logIndex"))
+        where = Address(to_checksum_address(str(address)))
+        return Log(where, topics, data, block, _hash(value.get("blockHash")), index)
     except (ChainError, TypeError):
         return None
 
