@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -65,6 +65,10 @@ class Endpoints:
         self._closes = [transport.close for transport in transports]
         self._states = [Endpoint(transport.name) for transport in transports]
         self._buckets = [Bucket(rate) for _ in transports]
+        self._complete = [False for _ in transports]
+        """Which were seen to have all contracts."""
+        self.contracts: Collection[str] = ()
+        """That an endpoint must have to be asked anything."""
         self._chain_id = chain_id
         self._clock = clock
         self._sleep = sleep
@@ -187,13 +191,8 @@ class Endpoints:
         if state.patience_until > now or (state.is_open and state.open_until > now):
             return
         try:
-            if self._chain_id is not None:
-                answer = await self._ask(index, "eth_chainId", ())
-                found = _quantity(answer.get("result"))
-                other = None if found in {self._chain_id, None} else found
-                self._judge(index, replace(self._states[index], chain_id=other))
-                if other is not None:
-                    return
+            if not await self._is_suitable(index):
+                return
             if state.head is not None and now - state.head_at < CHECK_SECONDS:
                 return  # asked for just now anyway
             params = ("latest", False)
@@ -201,6 +200,43 @@ class Endpoints:
             self._learn(index, HEAD, params, answer)
         except ChainError:
             return  # noted where it was asked
+
+    async def _is_suitable(self, index: int) -> bool:
+        """Whether it serves our chain, and has all contracts."""
+        if self._chain_id is not None:
+            answer = await self._ask(index, "eth_chainId", ())
+            found = _quantity(answer.get("result"))
+            if found is not None:  # else it stays as it was judged
+                other = None if found == self._chain_id else found
+                self._judge(index, replace(self._states[index], chain_id=other))
+        if self._states[index].chain_id is not None:
+            return False
+        if not self._complete[index]:
+            lacks = await self._lacks(index)
+            if lacks is not None:
+                self._complete[index] = not lacks
+                self._judge(index, replace(self._states[index], lacks=lacks))
+        return not self._states[index].lacks
+
+    async def _lacks(self, index: int) -> str | None:
+        """A contract that it hasn't; empty for none, None where it doesn't say."""
+        for address in self.contracts:
+            code = (await self._ask(index, "eth_getCode", (address, "latest"))).get("result")
+            if not isinstance(code, str):
+                return None
+            if code in {"0x", "0x0", ""}:
+                return address
+        return ""
+
+    def unsuitable(self) -> Transport | None:
+        """The first of them, where all of them are of another chain or without the contracts."""
+        if any(each.chain_id is None and not each.lacks for each in self._states):
+            return None
+
+        async def send(method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+            return await self._ask(0, method, params)
+
+        return send
 
     async def _compare_forks(self) -> None:
         now = self._clock()
@@ -211,7 +247,7 @@ class Endpoints:
         hashes: dict[int, str] = {}
         for index, each in enumerate(self._states):
             fresh = each.head is not None and now - each.head_at <= health.STALE_SECONDS
-            if each.chain_id is not None or not fresh or (each.head or 0) < number:
+            if each.chain_id is not None or each.lacks or not fresh or (each.head or 0) < number:
                 continue
             with contextlib.suppress(ChainError):
                 answer = await self._ask(index, HEAD, (hex(number), False))

@@ -40,6 +40,8 @@ class Endpoint:
     head_at: float = 0.0
     chain_id: int | None = None
     """Where it isn't the one that is wanted; such an endpoint is asked for nothing else."""
+    lacks: str = ""
+    """A contract that isn't on it: it may not have come so far in the chain yet."""
     forked: bool = False
     """Its blocks aren't those that the others tell of."""
 
@@ -52,6 +54,8 @@ class Endpoint:
         """Why it is never believed; empty for one that is."""
         if self.chain_id is not None:
             return f"serves chain {self.chain_id}"
+        if self.lacks:
+            return f"has no contract at {self.lacks}"
         return "tells of another fork" if self.forked else ""
 
 

@@ -256,6 +256,18 @@ async def test_another_chain_is_never_asked(rig: Rig) -> None:
     assert rig.problems() == [""] * 3
 
 
+async def test_another_chain_stays_one_when_it_no_longer_says(rig: Rig) -> None:
+    first = rig.nodes[0]
+    first.chain = 6
+    await rig.endpoints.check()
+    first.error = {"code": -32603, "message": "no"}
+    rig.time.now += CHECK_SECONDS
+    await rig.endpoints.check()
+    first.error = None
+    assert await rig.ask() == "b"
+    assert rig.problems()[0] == "serves chain 6"
+
+
 async def test_one_on_a_fork_of_its_own_is_not_believed_until_it_is_back(rig: Rig) -> None:
     rig.nodes[0].fork = "b"
     await rig.endpoints.check()

@@ -23,7 +23,7 @@ from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
 from cluster.core import standing
-from cluster.core.errors import LeaseLost, NetworkUnavailable
+from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import KICKED_OUT, Lease, Wakeup
@@ -45,7 +45,7 @@ from cluster.inference import canary
 from cluster.journal import SqlJournal
 from cluster.journal_tables import lease_table
 from cluster.metrics import Metrics
-from cluster.status import Status
+from cluster.status import Status, readiness
 from cluster.steering import ClearAccount, ClearQuarantine, Done, Order
 from tests.unit.actor_fakes import (
     ALICE,
@@ -385,6 +385,23 @@ async def test_a_network_that_cant_be_opened_is_tried_again(
     async with serving(office):
         await office.acting()
     assert named(logs, "term_broke") == 2
+
+
+async def test_why_no_term_can_begin_is_said(office: Office) -> None:
+    wrong = [True]
+
+    async def opening() -> None:
+        await asyncio.sleep(0)
+        if wrong:
+            raise ConfigError("the endpoint serves chain 6, not 5")
+
+    office.opening = opening
+    async with serving(office):
+        await until(lambda: bool(office.status.not_acting))
+        assert any("serves chain 6, not 5" in each for each in readiness(office.status)[1])
+        wrong.clear()
+        await office.acting()
+        assert office.status.not_acting == ""
 
 
 # --- ending ---------------------------------------------------------------------------------------
