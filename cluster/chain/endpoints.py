@@ -20,7 +20,7 @@ from typing import Any, Final
 import structlog
 
 from cluster.chain import health
-from cluster.chain.health import Bucket, Endpoint
+from cluster.chain.health import Bucket, Endpoint, Head
 from cluster.chain.rpc import HttpTransport, Throttled, Transport
 from cluster.core.errors import ChainError
 
@@ -65,6 +65,9 @@ class Endpoints:
         self._closes = [transport.close for transport in transports]
         self._states = [Endpoint(transport.name) for transport in transports]
         self._buckets = [Bucket(rate) for _ in transports]
+        self._best: Head | None = None
+        """The best head of those that were compared, and when it was seen."""
+        self._best_at = 0.0
         self._complete = [False for _ in transports]
         """Which were seen to have all contracts."""
         self.contracts: Collection[str] = ()
@@ -167,9 +170,9 @@ class Endpoints:
     ) -> None:
         """A head that was asked for anyway says how far the endpoint is."""
         if method == HEAD and params and params[0] == "latest":
-            number = _number(answer.get("result"))
-            if number is not None:
-                self._states[index] = health.saw_head(self._states[index], number, self._clock())
+            head = _head(answer.get("result"))
+            if head is not None:
+                self._states[index] = health.saw_head(self._states[index], head, self._clock())
 
     # --- checking them ---------------------------------------------------------------------------
 
@@ -180,37 +183,64 @@ class Endpoints:
             await self._sleep(CHECK_SECONDS)
 
     async def check(self) -> None:
-        """One look at each: its chain, its head, and its block some way below the best head."""
-        await asyncio.gather(*(self._check(index) for index in range(len(self._states))))
+        """One look at each: its chain, its head, and its block some way below the best head. Heads
+        are asked for together: those of different moments can't be compared."""
+        everyone = range(len(self._states))
+        suitable = await asyncio.gather(*(self._is_suitable(index) for index in everyone))
+        asked = [index for index in everyone if suitable[index] and not self._is_known(index)]
+        heads = await asyncio.gather(*(self._head(index) for index in asked))
+        found = {i: head for i, head in zip(asked, heads, strict=True) if head is not None}
+        self._compare_heads(found)
         if len(self._states) > 1:
-            await self._compare_forks()
+            await self._compare_forks(found)
 
-    async def _check(self, index: int) -> None:
-        now = self._clock()
+    def _is_known(self, index: int) -> bool:
+        """Whether there is nobody to compare it with, and it was asked just now anyway."""
         state = self._states[index]
-        if state.patience_until > now or (state.is_open and state.open_until > now):
-            return
-        try:
-            if not await self._is_suitable(index):
-                return
-            if state.head is not None and now - state.head_at < CHECK_SECONDS:
-                return  # asked for just now anyway
-            params = ("latest", False)
+        if len(self._states) > 1 or state.head is None:
+            return False
+        return self._clock() - state.head_at < CHECK_SECONDS
+
+    async def _head(self, index: int) -> Head | None:
+        params = ("latest", False)
+        with contextlib.suppress(ChainError):  # noted where it was asked
             answer = await self._ask(index, HEAD, params)
             self._learn(index, HEAD, params, answer)
-        except ChainError:
-            return  # noted where it was asked
+            return _head(answer.get("result"))
+        return None
+
+    def _compare_heads(self, heads: Mapping[int, Head]) -> None:
+        now = self._clock()
+        best = health.vouched([head for i, head in heads.items() if not self._states[i].wrong])
+        if self._best is not None and now - self._best_at <= health.STALE_SECONDS:
+            best = health.vouched([self._best, *([] if best is None else [best])])
+        if best is None:
+            return
+        if best != self._best:
+            self._best, self._best_at = best, now
+        for index, head in heads.items():
+            self._states[index] = health.compared(self._states[index], head, best, now)
 
     async def _is_suitable(self, index: int) -> bool:
-        """Whether it serves our chain, and has all contracts."""
+        """Whether it answers, serves our chain, and has all contracts."""
+        state, now = self._states[index], self._clock()
+        if state.patience_until > now or (state.is_open and state.open_until > now):
+            return False
+        try:
+            return await self._is_ours(index) and await self._is_complete(index)
+        except ChainError:
+            return False  # noted where it was asked
+
+    async def _is_ours(self, index: int) -> bool:
         if self._chain_id is not None:
             answer = await self._ask(index, "eth_chainId", ())
             found = _quantity(answer.get("result"))
             if found is not None:  # else it stays as it was judged
                 other = None if found == self._chain_id else found
                 self._judge(index, replace(self._states[index], chain_id=other))
-        if self._states[index].chain_id is not None:
-            return False
+        return self._states[index].chain_id is None
+
+    async def _is_complete(self, index: int) -> bool:
         if not self._complete[index]:
             lacks = await self._lacks(index)
             if lacks is not None:
@@ -238,25 +268,24 @@ class Endpoints:
 
         return send
 
-    async def _compare_forks(self) -> None:
-        now = self._clock()
-        best = health.best_head(self._states, now)
-        if best is None:
+    async def _compare_forks(self, heads: Mapping[int, Head]) -> None:
+        if self._best is None:
             return
-        number = max(best - FORK_DEPTH, 0)
-        hashes: dict[int, str] = {}
-        for index, each in enumerate(self._states):
-            fresh = each.head is not None and now - each.head_at <= health.STALE_SECONDS
-            if each.chain_id is not None or each.lacks or not fresh or (each.head or 0) < number:
-                continue
-            with contextlib.suppress(ChainError):
-                answer = await self._ask(index, HEAD, (hex(number), False))
-                block = answer.get("result")
-                if isinstance(block, Mapping) and isinstance(block.get("hash"), str):
-                    hashes[index] = block["hash"]
+        number = max(self._best.number - FORK_DEPTH, 0)
+        asked = [index for index, head in heads.items() if head.number >= number]
+        found = await asyncio.gather(*(self._hash(index, number) for index in asked))
+        hashes = {i: each for i, each in zip(asked, found, strict=True) if each is not None}
         strangers = health.outvoted(hashes)
         for index in hashes:
             self._judge(index, replace(self._states[index], forked=index in strangers))
+
+    async def _hash(self, index: int, number: int) -> str | None:
+        with contextlib.suppress(ChainError):
+            answer = await self._ask(index, HEAD, (hex(number), False))
+            block = answer.get("result")
+            if isinstance(block, Mapping) and isinstance(block.get("hash"), str):
+                return str(block["hash"])
+        return None
 
     def _judge(self, index: int, now: Endpoint) -> None:
         before = self._states[index]
@@ -269,9 +298,7 @@ class Endpoints:
     def views(self) -> tuple[EndpointView, ...]:
         now = self._clock()
         return tuple(
-            EndpointView(
-                each.name, health.problem(each, self._states, now), each.latency, each.head
-            )
+            EndpointView(each.name, health.problem(each, now), each.latency, each.head)
             for each in self._states
         )
 
@@ -290,8 +317,11 @@ def _is_behind(answer: Mapping[str, Any]) -> bool:
     return any(word in words for word in ("header not found", "unknown block", "block not found"))
 
 
-def _number(block: object) -> int | None:
-    return _quantity(block.get("number")) if isinstance(block, Mapping) else None
+def _head(block: object) -> Head | None:
+    if not isinstance(block, Mapping):
+        return None
+    number, timestamp = _quantity(block.get("number")), _quantity(block.get("timestamp"))
+    return None if number is None or timestamp is None else Head(number, timestamp)
 
 
 def _quantity(value: object) -> int | None:
