@@ -4,7 +4,7 @@ What each has done lately decides whom to ask (`cluster.chain.health`). A check 
 at all of them: their heads, their chain, and whether they tell of the same fork; so one that lags,
 or is on a fork of its own, isn't believed, and one that is back is asked again.
 
-    call ─▶ first healthy one ── no answer, 429, malformed ──▶ the next one, at once
+    call ─▶ first healthy one ── no answer, 429, malformed, refused ──▶ the next one, at once
     send ─▶ all healthy ones: taken by any is taken
 """
 
@@ -19,9 +19,10 @@ from typing import Any, Final
 
 import structlog
 
-from cluster.chain import health
+from cluster.chain import answers, health
+from cluster.chain.answers import Meaning, Throttled, TooLong
 from cluster.chain.health import Bucket, Endpoint, Head
-from cluster.chain.rpc import HttpTransport, Throttled, Transport
+from cluster.chain.rpc import HttpTransport, Transport
 from cluster.core.errors import ChainError
 
 _log = structlog.get_logger(__name__)
@@ -33,8 +34,6 @@ FORK_DEPTH: Final = 6
 """How many blocks below the best head the endpoints' blocks are compared."""
 DEFAULT_PATIENCE: Final = 5.0
 """Seconds after a 429 that doesn't say how many."""
-_NOT_HERE_YET: Final = frozenset({-32000, -32001, -32014, -39001})
-"""Codes under which clients say that they don't have a block (yet)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +83,37 @@ class Endpoints:
         if method == SEND:
             return await self._send_to_all(method, params)
         failure = ChainError(f"{method}: {self.why_none()}")
+        refused: dict[int, Mapping[str, Any]] = {}
         tried: set[int] = set()
-        refusal: Mapping[str, Any] | None = None
         # Asked anew after each failure, because that failure may change the order.
         while (index := self._next(tried)) is not None:
             tried.add(index)
             try:
                 answer = await self._ask(index, method, params)
+            except TooLong:
+                raise  # of all of them, most likely
             except ChainError as error:
                 failure = error
                 continue
-            if not _is_behind(answer):
+            if answers.meaning(method, answer) is Meaning.ANSWER:
                 self._learn(index, method, params, answer)
+                self._note_refusals(method, refused)
                 return answer
-            refusal = answer
-        if refusal is not None:
-            return refusal
+            refused[index] = answer
+        if refused:
+            # The question may be what is wrong; one that has no such block says the least of it.
+            return min(refused.values(), key=lambda each: _is_behind(method, each))
         raise failure
+
+    def _note_refusals(self, method: str, refused: Mapping[int, Mapping[str, Any]]) -> None:
+        """Another has answered what these would not."""
+        for index, answer in refused.items():
+            if _is_behind(method, answer):
+                continue
+            before, why = self._states[index], f"refuses calls ({_code(answer)})"
+            self._states[index] = health.refused(before, self._clock(), why)
+            if self._states[index].is_open and not before.is_open:
+                _log.warning("endpoint_given_up", endpoint=before.name, reason=why)
 
     async def close(self) -> None:
         await asyncio.gather(*(close() for close in self._closes))
@@ -113,14 +126,21 @@ class Endpoints:
         """One endpoint's answer, and what it says about the endpoint."""
         if self._states[index].is_open:
             self._states[index] = replace(self._states[index], probing=True)
+        began = self._clock()
         try:
             await self._wait_for_turn(index)
             began = self._clock()
             answer = await self._sends[index](method, params)
+            if answers.meaning(method, answer) is Meaning.BUSY:
+                raise Throttled(f"{method}: too many calls", answers.patience(answer))
         except Throttled as error:
             patience = DEFAULT_PATIENCE if error.retry_after is None else error.retry_after
             self._states[index] = health.put_off(self._states[index], self._clock(), patience)
             self._called(method, "throttled")
+            raise
+        except TooLong:
+            self._note_answer(index, self._clock() - began)
+            self._called(method, "refused")
             raise
         except ChainError as error:
             self._note_failure(index, error)
@@ -130,16 +150,22 @@ class Endpoints:
             # Given up by the caller: says nothing of the endpoint.
             self._states[index] = replace(self._states[index], probing=False)
             raise
-        was_open = self._states[index].is_open
-        self._states[index] = health.answered(self._states[index], self._clock() - began)
-        if was_open:
-            _log.info("endpoint_back", endpoint=self._states[index].name)
+        self._note_answer(index, self._clock() - began)
+        if answers.meaning(method, answer) is Meaning.ANSWER:
+            self._states[index] = replace(self._states[index], refusals=0)
         self._called(method, "refused" if answer.get("error") is not None else "ok")
         return answer
 
+    def _note_answer(self, index: int, seconds: float) -> None:
+        was_open = self._states[index].is_open
+        self._states[index] = health.answered(self._states[index], seconds)
+        if was_open:
+            _log.info("endpoint_back", endpoint=self._states[index].name)
+
     def _note_failure(self, index: int, error: ChainError) -> None:
         before = self._states[index]
-        self._states[index] = health.failed(before, self._clock())
+        why = str(error).partition(": ")[2]
+        self._states[index] = health.failed(before, self._clock(), why)
         if self._states[index].is_open and not before.is_open:
             _log.warning("endpoint_given_up", endpoint=before.name, reason=str(error))
 
@@ -308,13 +334,14 @@ class Endpoints:
         return "no endpoint answers" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
-def _is_behind(answer: Mapping[str, Any]) -> bool:
-    """Whether the endpoint only doesn't have the block yet that was asked about."""
+def _is_behind(method: str, answer: Mapping[str, Any]) -> bool:
+    return answers.meaning(method, answer) is Meaning.BEHIND
+
+
+def _code(answer: Mapping[str, Any]) -> object:
     error = answer.get("error")
-    if not isinstance(error, Mapping) or error.get("code") not in _NOT_HERE_YET:
-        return False
-    words = str(error.get("message", "")).lower()
-    return any(word in words for word in ("header not found", "unknown block", "block not found"))
+    code = error.get("code") if isinstance(error, Mapping) else None
+    return code if isinstance(code, int) else "without a code"
 
 
 def _head(block: object) -> Head | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 FAILURES_TO_OPEN: Final = 3
+REFUSALS_TO_OPEN: Final = 5
+"""In a row, of what another endpoint has answered."""
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 120.0
 MOST_LAG: Final = 3
 LAG_SECONDS: Final = 6.0
@@ -35,6 +37,9 @@ class Endpoint:
 
     name: str
     failures: int = 0
+    refusals: int = 0
+    why: str = ""
+    """What the last failure was, in words that hold no key."""
     open_until: float = 0.0
     patience_until: float = 0.0
     probing: bool = False
@@ -73,13 +78,22 @@ def answered(endpoint: Endpoint, seconds: float) -> Endpoint:
     return replace(endpoint, failures=0, open_until=0.0, probing=False, latency=mean)
 
 
-def failed(endpoint: Endpoint, now: float) -> Endpoint:
+def failed(endpoint: Endpoint, now: float, why: str = "") -> Endpoint:
     """No answer, or none that can be one."""
     failures = endpoint.failures + 1
     beyond = failures - FAILURES_TO_OPEN
     pause = min(FIRST_PAUSE * 2.0 ** max(beyond, 0), LONGEST_PAUSE)
     until = now + pause if beyond >= 0 else 0.0
-    return replace(endpoint, failures=failures, open_until=until, probing=False)
+    return replace(endpoint, failures=failures, open_until=until, probing=False, why=why)
+
+
+def refused(endpoint: Endpoint, now: float, why: str) -> Endpoint:
+    """It wouldn't do what another one did: after some of these in a row, as failed."""
+    refusals = endpoint.refusals + 1
+    if refusals < REFUSALS_TO_OPEN:
+        return replace(endpoint, refusals=refusals)
+    failures = max(endpoint.failures, FAILURES_TO_OPEN - 1)
+    return failed(replace(endpoint, refusals=refusals, failures=failures), now, why)
 
 
 def put_off(endpoint: Endpoint, now: float, seconds: float) -> Endpoint:
@@ -125,7 +139,8 @@ def problem(endpoint: Endpoint, now: float) -> str:
     if endpoint.wrong:
         return endpoint.wrong
     if endpoint.is_open and (endpoint.open_until > now or endpoint.probing):
-        return f"failed {endpoint.failures} times"
+        why = f": {endpoint.why}" if endpoint.why else ""
+        return f"failed {max(endpoint.failures, endpoint.refusals)} times{why}"
     if endpoint.patience_until > now:
         return f"asked to wait {endpoint.patience_until - now:.0f} s"
     return f"{endpoint.behind} blocks behind" if lags(endpoint, now) else ""

@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 from eth_utils.address import is_address, to_checksum_address
-from pydantic_core import from_json
 
-from cluster.chain import reverts
+from cluster.chain import answers, reverts
+from cluster.chain.answers import MOST_PATIENCE, Throttled, TooLong
 from cluster.chain.fees import Market
 from cluster.chain.reverts import Revert
 from cluster.core.errors import ChainError, ConfigError
@@ -32,8 +32,6 @@ PENDING = "pending"
 MAX_ANSWER = 64 * 2**20
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _LAST_TIMESTAMP = 2**40
-MOST_PATIENCE = 300.0
-"""Seconds that an endpoint may have us wait."""
 
 
 class RpcRefused(ChainError):
@@ -109,14 +107,6 @@ class Call:
         return fields
 
 
-class Throttled(ChainError):
-    """The endpoint has too much to do (HTTP 429); `retry_after` in seconds, where it says so."""
-
-    def __init__(self, message: str, retry_after: float | None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 @dataclass(frozen=True, slots=True)
 class HttpTransport:
     """`name` is the endpoint's host, which may be shown; the URL may hold a key."""
@@ -146,7 +136,7 @@ def http_transport(url: str, timeout: float) -> HttpTransport:
             raise ChainError(f"{method}: the endpoint doesn't answer: {what}") from None
         if response.status_code == 429:
             raise Throttled(f"{method}: HTTP 429", _retry_after(response))
-        return _answer(method, number, response.status_code, body)
+        return answers.read(method, number, response.status_code, body)
 
     return HttpTransport(httpx.URL(url).netloc.decode("ascii"), send, client.aclose)
 
@@ -165,18 +155,8 @@ async def _post(
         async for part in response.aiter_bytes():
             body += part
             if len(body) > MAX_ANSWER:
-                raise httpx.DecodingError("the answer is too long")
+                raise TooLong(f"{question['method']}: an answer of more than {MAX_ANSWER} bytes")
     return response, bytes(body)
-
-
-def _answer(method: str, number: int, status: int, body: bytes) -> Mapping[str, Any]:
-    try:
-        answer = from_json(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict) or answer.get("id", number) not in (number, None):
-        raise ChainError(f"{method}: HTTP {status}, and no JSON-RPC answer to what was asked")
-    return answer
 
 
 def _failure(method: str, error: object) -> ChainError:
@@ -184,7 +164,7 @@ def _failure(method: str, error: object) -> ChainError:
         return ChainError(f"{method}: malformed error {brief(error)}")
     code, message, data = error.get("code"), brief(error.get("message", "")), error.get("data")
     payload = _bytes(method, data) if isinstance(data, str) and data.startswith("0x") else b""
-    if code == 3 or payload or "revert" in message.lower():
+    if answers.is_revert(error):
         return Reverted(reverts.decode(payload, message))
     return RpcRefused(method, code if isinstance(code, int) else 0, message)
 

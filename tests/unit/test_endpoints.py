@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.chain import health
+from cluster.chain.answers import Throttled, TooLong
 from cluster.chain.endpoints import CHECK_SECONDS, SEND, Endpoints
 from cluster.chain.health import Bucket, Endpoint
-from cluster.chain.rpc import HttpTransport, Throttled
+from cluster.chain.rpc import HttpTransport
 from cluster.core.errors import ChainError
 
 HEAD = ("eth_getBlockByNumber", ("latest", False))
@@ -126,6 +127,64 @@ async def test_an_answer_that_refuses_is_an_answer(rig: Rig) -> None:
     assert rig.problems() == [""] * 3
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": -32603, "message": "Internal error"},
+        {"code": -32601, "message": "no such method"},
+        "no",
+    ],
+)
+async def test_what_one_refuses_another_is_asked(rig: Rig, error: Any) -> None:
+    rig.nodes[0].error = error
+    for _ in range(20):
+        assert await rig.ask() == "b"
+    assert len(rig.nodes[0].asked) == health.REFUSALS_TO_OPEN, "and then it is left alone"
+    assert "refuses calls" in rig.problems()[0]
+    rig.nodes[0].error = None
+    rig.time.now += 3.0
+    await rig.endpoints.check()
+    assert await rig.ask() == "a"
+
+
+async def test_what_all_refuse_is_the_questions_fault(rig: Rig) -> None:
+    for node, code in zip(rig.nodes, (-1, -2, -3), strict=True):
+        node.error = {"code": code, "message": "no"}
+    for _ in range(20):
+        assert await rig.ask() == rig.nodes[0].error
+    assert rig.problems() == [""] * 3
+
+
+async def test_a_refusal_now_and_then_is_none_to_speak_of(rig: Rig) -> None:
+    for _ in range(20):
+        rig.nodes[0].error = {"code": -32601, "message": "no"}
+        assert await rig.ask() == "b"
+        rig.nodes[0].error = None
+        assert await rig.ask() == "a"
+
+
+async def test_out_of_quota_inside_an_answer_is_as_429(rig: Rig) -> None:
+    rig.nodes[0].error = {
+        "code": -32005,
+        "message": "daily request count exceeded",
+        "data": {"rate": {"backoff_seconds": 30}},
+    }
+    assert await rig.ask() == "b"
+    assert await rig.ask() == "b"
+    assert len(rig.nodes[0].asked) == 1
+    assert rig.problems()[0] == "asked to wait 30 s"
+    assert rig.calls["eth_call", "throttled"] == 1
+
+
+async def test_an_answer_that_is_too_long_is_nobodys_failure(rig: Rig) -> None:
+    rig.nodes[0].trouble = TooLong("eth_getLogs: too long")
+    for _ in range(5):
+        with pytest.raises(TooLong):
+            await rig.ask("eth_getLogs")
+    assert rig.nodes[1].asked == []
+    assert rig.problems() == [""] * 3
+
+
 async def test_one_that_has_not_got_the_block_yet_is_passed_over(rig: Rig) -> None:
     rig.nodes[0].error = {"code": -32000, "message": "header not found"}
     assert await rig.ask() == "b"
@@ -135,7 +194,7 @@ async def test_one_that_has_not_got_the_block_yet_is_passed_over(rig: Rig) -> No
 
 async def test_the_circuit_opens_and_is_tried_by_one_call_after_a_growing_pause(rig: Rig) -> None:
     first = rig.nodes[0]
-    first.trouble = ChainError("no answer")
+    first.trouble = ChainError("eth_call: no answer")
     for _ in range(5):
         assert await rig.ask() == "b"
     assert len(first.asked) == health.FAILURES_TO_OPEN
@@ -148,7 +207,7 @@ async def test_the_circuit_opens_and_is_tried_by_one_call_after_a_growing_pause(
     with pytest.raises(ChainError):
         await rig.ask()
     assert len(first.asked) == health.FAILURES_TO_OPEN + 1
-    assert "failed 4 times" in rig.problems()[0]
+    assert rig.problems()[0] == "failed 4 times: no answer"
     rig.time.now += 3.0
     with pytest.raises(ChainError):
         await rig.ask()
