@@ -89,6 +89,9 @@ class Endpoints:
         while (index := self._next(tried)) is not None:
             tried.add(index)
             try:
+                if not await self._reaches(index, method, params):
+                    failure = ChainError(f"{method}: {self._states[index].name} has no such block")
+                    continue
                 answer = await self._ask(index, method, params)
             except TooLong:
                 raise  # of all of them, most likely
@@ -104,6 +107,18 @@ class Endpoints:
             # The question may be what is wrong; one that has no such block says the least of it.
             return min(refused.values(), key=lambda each: _is_behind(method, each))
         raise failure
+
+    async def _reaches(self, index: int, method: str, params: Sequence[Any]) -> bool:
+        """Whether the endpoint has the blocks whose logs are asked for: of those that it hasn't it
+        says that there is nothing in them. What else is asked of a block it refuses without it."""
+        if method != answers.LOGS or len(self._states) == 1:
+            return True
+        last = _quantity(params[0].get("toBlock")) or 0
+        known = self._states[index].head
+        if known is None or known < last:
+            head = await self._head(index)
+            known = None if head is None else head.number
+        return known is not None and known >= last
 
     def _note_refusals(self, method: str, refused: Mapping[int, Mapping[str, Any]]) -> None:
         """Another has answered what these would not."""

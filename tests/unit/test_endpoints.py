@@ -177,10 +177,12 @@ async def test_out_of_quota_inside_an_answer_is_as_429(rig: Rig) -> None:
 
 
 async def test_an_answer_that_is_too_long_is_nobodys_failure(rig: Rig) -> None:
+    await rig.endpoints.check()
+    rig.nodes[1].asked.clear()
     rig.nodes[0].trouble = TooLong("eth_getLogs: too long")
     for _ in range(5):
         with pytest.raises(TooLong):
-            await rig.ask("eth_getLogs")
+            await rig.endpoints.send("eth_getLogs", ({"toBlock": "0x1"},))
     assert rig.nodes[1].asked == []
     assert rig.problems() == [""] * 3
 
@@ -360,6 +362,25 @@ async def test_a_head_says_nothing_after_a_while(rig: Rig) -> None:
     assert rig.problems()[0] == "50 blocks behind"
     rig.time.now += health.STALE_SECONDS + 1
     assert rig.problems() == [""] * 3
+
+
+async def test_logs_are_asked_only_of_one_that_has_the_blocks(rig: Rig) -> None:
+    def wanted(last: int) -> tuple[str, tuple[dict[str, str]]]:
+        return "eth_getLogs", ({"fromBlock": "0x1", "toBlock": hex(last)},)
+
+    first, second, third = rig.nodes
+    await rig.endpoints.check()
+    first.trouble = ChainError("gone")
+    second.head, third.head = 102, 103
+    assert (await rig.endpoints.send(*wanted(103)))["result"] == "c"
+    assert "eth_getLogs" not in second.asked
+    second.head = 103
+    assert (await rig.endpoints.send(*wanted(103)))["result"] == "b"
+    asked = len(second.asked)
+    assert (await rig.endpoints.send(*wanted(103)))["result"] == "b"
+    assert len(second.asked) == asked + 1, "its head is known"
+    with pytest.raises(ChainError, match="has no such block"):
+        await rig.endpoints.send(*wanted(104))
 
 
 async def test_another_chain_is_never_asked(rig: Rig) -> None:
