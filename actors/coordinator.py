@@ -55,6 +55,8 @@ class Coordinator:
         self._world = world
         self._holder = holder
         self._term: Term | None = None
+        self._broke = ""
+        """What the last term ended of, until the next one is under way."""
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
@@ -101,6 +103,7 @@ class Coordinator:
             world.journal.set_cursor(lease, HOST, socket.gethostname())
             async with world.open_network(lambda: ledger.lease) as network:
                 self._term = Term(self._world, ledger, network, self)
+                self._broke = ""
                 if self._stopping.is_set():
                     self._term.end()
                 await self._term.run()
@@ -108,8 +111,9 @@ class Coordinator:
             self._log.warning("lease_lost", epoch=lease.epoch)
             # Whoever has it now may be this actor's own successor: don't pass for it, but wait.
             self._holder = f"{self._holder}'"
-        except* Exception:  # noqa: BLE001 - the top of a supervised loop
+        except* Exception as broke:  # noqa: BLE001 - the top of a supervised loop
             # A term that broke is begun again from the journal.
+            self._broke = _leaf(broke)
             self._log.exception("term_broke", epoch=lease.epoch)
         finally:
             self._term = None
@@ -226,10 +230,18 @@ class Coordinator:
             treasury=world.treasury,
             chain_id=world.chain_id,
             accounts=world.accounts,
+            not_acting=self._broke,
             gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in pool.gpus()),
             stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))
+
+
+def _leaf(group: BaseException) -> str:
+    """The first thing that went wrong, in a line; of a bug not more than its kind."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return str(group) if isinstance(group, ClusterError) else f"{type(group).__name__}, see its log"
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)

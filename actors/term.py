@@ -200,8 +200,10 @@ class Term:
         return await self._steering.perform(order, who)
 
     def _chain_error(self) -> str | None:
-        """Why the chain isn't reached; None as long as any account can be read."""
+        """Why the chain isn't reached. The network knows first: idle accounts look seldom."""
         errors = self._chain_errors
+        if (trouble := self._network.trouble()) is not None:
+            return trouble
         return next(iter(errors.values())) if len(errors) == len(self._wake) else None
 
     # --- loops -----------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class RunningNetwork(Network, Protocol):
         """What an operator has to see to, in words."""
         ...
 
+    def trouble(self) -> str | None:
+        """Why nothing is heard of the network, in words; None when all is well."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LiveSettings:

@@ -48,6 +48,7 @@ from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox, Told
 from cluster.chain.rpc import Rpc, http_transport
+from cluster.chain.starting import check_contracts
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
@@ -247,7 +248,7 @@ async def open_network(
     try:
         with contextlib.suppress(ChainError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
-            await _check_contracts(config, rpc)
+            await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
         async with httpx.AsyncClient(timeout=30.0, follow_redirects=False) as http:
             outbox = make_outbox(rpc, journal, lease, identity, wall_clock, network.chain_id)
             yield ChainNetwork(
@@ -286,7 +287,9 @@ def open_endpoints(
     timeout = RPC_SECONDS if len(urls) == 1 else RPC_SECONDS / 2
     transports = [http_transport(url, timeout) for url in urls]
     chain_id, rate = network.chain_id, network.rpc_calls_per_second
-    return Endpoints(transports, chain_id, rate, called=called)
+    endpoints = Endpoints(transports, chain_id, rate, called=called)
+    endpoints.contracts = network.contracts.addresses
+    return endpoints
 
 
 def wall_clock() -> Timestamp:
@@ -385,16 +388,11 @@ def _check_port(host: str, port: int) -> None:
 
 async def _check_chain(config: Config) -> None:
     endpoints = open_endpoints(config)
-    rpc = Rpc(endpoints.send, endpoints.close)
     try:
-        await _check_contracts(config, rpc)
+        network = config.network
+        await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
     finally:
-        await rpc.close()
-
-
-async def _check_contracts(config: Config, rpc: Rpc) -> None:
-    contracts = Contracts.at(rpc, *config.network.contracts.addresses)
-    await contracts.check(rpc, config.network.chain_id)
+        await endpoints.close()
 
 
 def connect(config: Config) -> bool:

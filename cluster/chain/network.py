@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
@@ -46,6 +47,8 @@ HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""
+UNREACHED_SECONDS = 10.0
+"""After so long without the logs the chain counts as not reached."""
 READ_BACK = 1_000
 """Blocks before those that weren't handled when a term began: endpoints leave logs out."""
 _ANSWERABLE = frozenset({TaskStatus.STARTED, TaskStatus.PARAMETERS_UPLOADED})
@@ -165,6 +168,7 @@ class ChainNetwork:
         heads: Heads | None = None,
         told: Told | None = None,
         accounts: Collection[Address] = (),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """`public_key` gives an account's 64 bytes, as `join` takes them. `endpoints` is what `rpc`
         asks, to be watched; `heads` wakes the watcher; `told` hears of what is counted. Of
@@ -180,6 +184,9 @@ class ChainNetwork:
         self._endpoints = endpoints
         self._heads = heads or Heads(None)
         self._pulse = Pulse(self._settings.poll)
+        self._monotonic = monotonic
+        self._failing: tuple[float, str] | None = None
+        """Since when the watcher fails, and of what."""
         self._deadlines: dict[Commitment, Timestamp] = {}
         self._looked: dict[Address, _Looked] = {}
         self._head_until = Timestamp(0.0)
@@ -357,6 +364,12 @@ class ChainNetwork:
         """What an operator has to see to, in words."""
         return self._outbox.alerts()
 
+    def trouble(self) -> str | None:
+        """Why the chain isn't reached, in words; None when it is, or was a moment ago."""
+        if self._failing is None or self._monotonic() - self._failing[0] < UNREACHED_SECONDS:
+            return None
+        return self._failing[1]
+
     # --- wake-ups and loops
 
     async def next_wakeup(self) -> Wakeup:
@@ -400,6 +413,7 @@ class ChainNetwork:
             try:
                 for wakeup in await self._watcher.poll():
                     self._wakeups.give(wakeup)
+                self._failing = None
                 if self._watcher.next is not None:
                     self._wakeups.reached(self._watcher.next, self._cursor)
                     self._cursor = None
@@ -407,6 +421,8 @@ class ChainNetwork:
                     continue
                 pause = self._pause()
             except NetworkUnavailable as error:
+                since = self._monotonic() if self._failing is None else self._failing[0]
+                self._failing = since, str(error)
                 _log.warning("watcher_waits", reason=str(error))
             await self._heads.wait(pause)
 

@@ -159,12 +159,16 @@ class FakeNetwork(Faulty):
         self.befallen: dict[Address, list[Wakeup]] = defaultdict(list)
         self.plans = 0
         """How often somebody asked what is moving, as every plan of the fleet does."""
+        self.unreached: str | None = None
 
     def endpoints(self) -> tuple[EndpointView, ...]:
         return ()
 
     def alerts(self) -> tuple[str, ...]:
         return ()
+
+    def trouble(self) -> str | None:
+        return self.unreached
 
     def add(self, facts: TaskFacts, parameters: str | None = GOOD) -> None:
         self.tasks[facts.commitment] = facts

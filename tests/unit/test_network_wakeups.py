@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
+from cluster.chain.network import UNREACHED_SECONDS, ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc
 from cluster.chain.wakeups import Wakeups
 from cluster.chain.watcher import CURSOR
-from cluster.core.errors import NetworkUnavailable
+from cluster.core.errors import ChainError, NetworkUnavailable
 from cluster.core.ports import KICKED_OUT, Wakeup
 from cluster.core.types import Address, Commitment, Timestamp
 from cluster.journal import SqlJournal
@@ -45,6 +45,7 @@ class NoSigner:
 class Rig:
     def __init__(self, folder: Path) -> None:
         self.chain = FakeLogs(50)
+        self.now = 0.0
         self.journal = SqlJournal(f"sqlite:///{folder / 'journal.db'}")
         self.begin()
 
@@ -65,6 +66,7 @@ class Rig:
             lambda: Timestamp(0),
             NetworkSettings(poll=0.001),
             accounts={OURS},
+            monotonic=lambda: self.now,
         )
         self.heard: list[Wakeup] = []
 
@@ -130,6 +132,30 @@ async def test_what_befell_an_account_is_known_once_all_until_then_was_handled(r
     # A term that has just begun doesn't know when it was last as it should be.
     assert await rig.network.befell(OURS, None, 60) == (KICK,)
     assert await rig.network.befell(FOREIGN, 51, 60) == ()
+
+
+async def test_an_outage_shows_once_it_has_lasted_and_ends_at_once(rig: Rig) -> None:
+    chain = rig.chain.__class__.__call__
+    away = True
+
+    async def transport(method: str, params: Sequence[object]) -> Mapping[str, object]:
+        if away:
+            raise ChainError("no endpoint answers")
+        return await chain(rig.chain, method, params)
+
+    rig.network._watcher._rpc = Rpc(transport)
+    async with asyncio.timeout(60):
+        watching = asyncio.create_task(rig.network.watch())
+        while rig.network._failing is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert rig.network.trouble() is None, "one that passes is none"
+        rig.now += UNREACHED_SECONDS + 1
+        assert rig.network.trouble() == "no endpoint answers"
+        away = False
+        while rig.network.trouble() is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 # --- from who finds them to who handles them ------------------------------------------------------

@@ -205,6 +205,10 @@ async def test_the_check_asks_more_than_whether_there_is_code(
     async def swapped(_contracts: object, _rpc: object, chain_id: int) -> None:  # noqa: RUF029
         raise ConfigError(f"swapped on {chain_id}")
 
+    async def checked(_endpoints: object) -> None:
+        pass
+
+    monkeypatch.setattr("cluster.chain.endpoints.Endpoints.check", checked)
     monkeypatch.setattr("cluster.chain.network.Contracts.check", swapped)
     mine = config(tmp_path)
     with pytest.raises(ConfigError, match=f"^swapped on {mine.network.chain_id}$"):

@@ -25,7 +25,7 @@ from actors.pool import RayGpuPool
 from actors.stores import RayStores
 from actors.world import RunningNetwork, World
 from cluster.core import standing
-from cluster.core.errors import LeaseLost, NetworkUnavailable
+from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
 from cluster.core.ports import KICKED_OUT, Lease, Wakeup
@@ -47,7 +47,7 @@ from cluster.inference import canary
 from cluster.journal import SqlJournal
 from cluster.journal_tables import lease_table
 from cluster.metrics import Metrics
-from cluster.status import Status
+from cluster.status import Status, readiness
 from cluster.steering import ClearAccount, ClearQuarantine, Done, Order
 from tests.unit.actor_fakes import (
     ALICE,
@@ -278,6 +278,19 @@ async def test_bad_weather_ends_no_term(tmp_path: Path, logs: list[Any]) -> None
     assert named(logs, "term_broke") == 0
 
 
+async def test_an_outage_is_known_at_once_though_only_one_account_is_looked_at(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_SECONDS", 1000.0)
+    async with serving(office):
+        await until(lambda: office.status.chain.reached)
+        office.network.unreached = "no endpoint answers"
+        assert not office.status.chain.reached
+        assert "the chain is not reached: no endpoint answers" in readiness(office.status)[1]
+        office.network.unreached = None
+        assert office.status.chain.reached
+
+
 # --- losing it ------------------------------------------------------------------------------------
 
 
@@ -383,6 +396,23 @@ async def test_a_network_that_cant_be_opened_is_tried_again(
     async with serving(office):
         await office.acting()
     assert named(logs, "term_broke") == 2
+
+
+async def test_why_no_term_can_begin_is_said(office: Office) -> None:
+    wrong = [True]
+
+    async def opening() -> None:
+        await asyncio.sleep(0)
+        if wrong:
+            raise ConfigError("the endpoint serves chain 6, not 5")
+
+    office.opening = opening
+    async with serving(office):
+        await until(lambda: bool(office.status.not_acting))
+        assert any("serves chain 6, not 5" in each for each in readiness(office.status)[1])
+        wrong.clear()
+        await office.acting()
+        assert office.status.not_acting == ""
 
 
 # --- ending ---------------------------------------------------------------------------------------

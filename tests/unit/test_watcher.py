@@ -151,7 +151,7 @@ async def test_malformed_and_foreign_logs_hide_nothing() -> None:
 
 
 async def test_ranges_are_bounded_and_shrink_when_the_endpoint_wants_less() -> None:
-    rig = Rig(head=1000, cursor="1", span=400)
+    rig = Rig(head=1000, cursor="1", span=400, first_span=400)
     rig.chain.most = 150
     rig.chain.logs = [log("TaskStarted", TASK, OURS, block=900)]
     found: list[Wakeup] = []
