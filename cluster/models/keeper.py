@@ -37,6 +37,7 @@ from cluster.models.refusals import Refused, Rule
 from cluster.models.room import Room
 from cluster.models.selection import needed
 from cluster.models.settings import Limits
+from cluster.models.shards import is_index, missing_shards
 from cluster.models.sources import Absent, Changed, Denied, Listing, Source, SourceDown
 from cluster.models.store import ModelStore
 from cluster.models.throttle import Throttle
@@ -418,6 +419,8 @@ def _check_all(folder: Path, paths: Sequence[Path]) -> None:
             check_table(path, MOST_TEXT)
         else:
             check_text(path, MOST_TEXT)
+        if is_index(path.name) and (missing := missing_shards(path)):
+            raise Refused(Rule.FILE_KIND, f"{path.name}: {missing[0]}, which it names, isn't there")
     keep = {*paths, *(parent for path in paths for parent in path.parents)}
     for path in sorted(folder.rglob("*"), reverse=True):
         if path not in keep:

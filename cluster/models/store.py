@@ -18,6 +18,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import strict_json
 from cluster.models.disk import Disk, Manifest, Stored
 from cluster.models.refs import ModelRef
+from cluster.models.shards import is_index, missing_shards
 from cluster.models.transfer import sha256_of
 
 INDEX: Final = "model_index.json"
@@ -208,6 +209,8 @@ class ModelStore:
                 raise _refused(f"{path.name} leads out of the store")
             if path.suffix == ".py":
                 raise _refused(f"{path.name} is code")
+            if is_index(path.name) and (missing := missing_shards(path)):
+                raise _not_here(f"{folder.name}: {missing[0]}, which {path.name} names, isn't here")
 
     def _check_base(self, folder: Path, variant: str | None) -> None:
         for part, (library, _) in read_index(folder).parts.items():
