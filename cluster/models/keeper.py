@@ -168,6 +168,13 @@ class Keeper:
         except OSError as error:
             reason = f"{ref}: the store can't be written: {error.strerror or error}"
             raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
+        except ClusterError:
+            raise
+        except Exception as error:
+            # A bug of ours, and still nothing that a card or a task is to blame for.
+            _log.exception("fetching_broke", model=str(ref))
+            reason = f"{ref}: {type(error).__name__} while it was fetched"
+            raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
 
     def _note_use(self, ref: ModelRef, wanted: Wanted) -> None:
         """A task's; that the network asks for a model says little of whether it is needed."""

@@ -13,7 +13,7 @@ Its answers are errors by what may follow from them:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,6 +88,18 @@ class Opened:
     etag: str
     chunks: Iterator[bytes]
     ranged: bool = True
+
+
+@contextmanager
+def promised(what: str) -> Iterator[None]:
+    """What a library raises of an answer that nobody foresaw is the source's trouble, and neither
+    a card's nor a task's."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except Exception as error:
+        raise SourceDown(f"{what}: {type(error).__name__}") from error
 
 
 class Source(Protocol):
