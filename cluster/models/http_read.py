@@ -83,8 +83,16 @@ def _checked(file: RemoteFile, response: httpx2.Response, start: int, stop: int 
         size, begin = _number(match[3]), start
     if file.size is not None and size is not None and size != file.size:
         raise Changed(f"{file.path}: {size} bytes, and {file.size} were announced")
-    etag = response.headers.get("ETag", "").removeprefix("W/").strip('"')
-    return Opened(begin, size, etag, _chunks(file.path, response), status == 206)
+    told = validator(response)
+    return Opened(begin, size, told, _chunks(file.path, response), status == 206)
+
+
+def validator(response: httpx2.Response) -> str:
+    """What tells this content from another: its tag, unless that is a weak one, or when it was last
+    changed; empty where the host says neither (RFC 9110, 8.8)."""
+    etag = response.headers.get("ETag", "")
+    weak = etag.startswith("W/") or not etag
+    return response.headers.get("Last-Modified", "") if weak else etag
 
 
 def _chunks(what: str, response: httpx2.Response) -> Iterator[bytes]:

@@ -412,7 +412,7 @@ def _forget_other(folder: Path, listing: Listing) -> None:
     if mark.is_file() and mark.read_text(encoding="utf-8") == of:
         return
     for path in [path for path in folder.rglob("*") if path.is_file()]:
-        if path.suffix not in {".part", ".parts", ".etag"}:
+        if path.suffix not in {".part", ".parts"}:
             path.unlink()
     mark.write_text(of, encoding="utf-8")
 

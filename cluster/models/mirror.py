@@ -262,7 +262,9 @@ def _checked(file: RemoteFile, answer: dict[str, Any], start: int, stop: int | N
     sha256 = answer.get("Metadata", {}).get("sha256", file.sha256)
     if file.sha256 is not None and sha256 != file.sha256:
         raise Changed(f"{file.path}: another content than was announced")
-    etag = answer.get("ETag", "").strip('"')
+    # It was asked for this content only (`IfMatch`), whether and how it says so again.
+    etag = answer.get("ETag", file.etag)
+    etag = file.etag if etag.strip('"') == file.etag.strip('"') else etag
     return Opened(begin, size, etag, _chunks(file.path, answer["Body"]), ranged)
 
 

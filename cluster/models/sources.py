@@ -49,7 +49,8 @@ class Changed(ClusterError):
 class RemoteFile:
     """`path` is in the model's folder, with `/`. `size` in bytes, None where it isn't known before
     the file is read to its end; `sha256` and `git_sha1` (of git's blob) in lower-case hex where the
-    source says them. `where` and `etag` are the source's own."""
+    source says them. `where` is the source's own. `etag` tells this content from another, as each
+    read of it says again (`Opened`); empty where the source says nothing of the kind."""
 
     path: str
     size: int | None
@@ -57,6 +58,10 @@ class RemoteFile:
     git_sha1: str | None = None
     where: str = ""
     etag: str = ""
+
+    @property
+    def is_hashed(self) -> bool:
+        return self.sha256 is not None or self.git_sha1 is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx2
 
-from cluster.models.http_read import answer_error, opened, retry_after
+from cluster.models.http_read import answer_error, opened, retry_after, validator
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.sources import Absent, Listing, Opened, RemoteFile, promised
@@ -85,11 +85,11 @@ class Web:
             raise answer_error(str(ref), status, retry_after(response))
         name = _file_name(response)
         size = _size(response)
-        etag = response.headers.get("ETag", "")
-        modified = response.headers.get("Last-Modified", "")
-        revision = hashlib.sha256(f"{etag}|{modified}|{size}".encode()).hexdigest()[:40]
+        etag = validator(response)
+        revision = hashlib.sha256(f"{etag}|{size}".encode()).hexdigest()[:40]
         if name.lower().endswith(ARCHIVES):
-            return Listing(self.name, revision, (RemoteFile("archive", size, where=url),), True)
+            archive = RemoteFile("archive", size, where=url, etag=etag)
+            return Listing(self.name, revision, (archive,), archive=True)
         if ref.kind not in _ONE_FILE:
             raise Refused(Rule.FILE_KIND, f"{ref}: a {ref.kind} model by link has to be an archive")
         if not name.endswith(".safetensors"):
@@ -97,7 +97,7 @@ class Web:
         if ref.file and ref.file != name:
             # Named by the task: whoever looks for that name finds it.
             name = ref.file
-        return Listing(self.name, revision, (RemoteFile(name, size, where=url),))
+        return Listing(self.name, revision, (RemoteFile(name, size, where=url, etag=etag),))
 
 
 def _file_name(response: httpx2.Response) -> str:

@@ -209,6 +209,25 @@ def test_a_manifest_of_nonsense_in_the_mirror_is_the_mirrors(tmp_path: Path) -> 
         source.list(asked)
 
 
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({"ETag": '"a"', "Last-Modified": "x"}, '"a"'),
+        ({"ETag": 'W/"a"', "Last-Modified": "Tue, 15 Nov 1994"}, "Tue, 15 Nov 1994"),
+        ({"ETag": 'W/"a"'}, ""),
+        ({"Last-Modified": "Tue, 15 Nov 1994"}, "Tue, 15 Nov 1994"),
+        ({}, ""),
+    ],
+)
+def test_what_tells_a_links_content_from_another(headers: dict[str, str], told: str) -> None:
+    """A weak tag is one for contents that only mean the same."""
+    source, asked = web(lambda _: httpx2.Response(200, headers=headers, content=b"a"))
+    listing = source.list(asked)
+    assert listing.files[0].etag == told
+    with source.open(listing, listing.files[0], 0, None) as opened:
+        assert opened.etag == told
+
+
 def test_the_next_source_is_asked_after_an_odd_one(tmp_path: Path) -> None:
     source, _ = mirror(raising(RuntimeError("x")))
     shelf = Shelf({LORA: {"pytorch_lora_weights.safetensors": weights()}})
