@@ -29,7 +29,10 @@ from devnet.hub import Hub
 from devnet.models import LLM, SD15, SD15_LORA
 from tests.unit.model_fakes import content_of, weights
 
-RULES = UrlRules(allow_hosts=frozenset({"127.0.0.1", "localhost"}))
+RULES = UrlRules(
+    ports=frozenset({80, 443, *range(1024, 2**16)}),
+    allow_hosts=frozenset({"127.0.0.1", "localhost"}),
+)
 LIMITS = Limits(spare=0, part=64 * 1024, rounds=4)
 NOBODY = Wanted()
 LORA = ref("lora", "acme/style")
