@@ -39,7 +39,7 @@ from cluster.models.selection import needed
 from cluster.models.settings import Limits
 from cluster.models.shards import is_index, missing_shards
 from cluster.models.sources import Absent, Changed, Denied, Listing, Source, SourceDown
-from cluster.models.store import ModelStore
+from cluster.models.store import ModelStore, Spoilt
 from cluster.models.throttle import Throttle
 from cluster.models.transfer import Damaged, Gate, Transfer, sha256_of
 from cluster.models.weights_check import check_file, check_table, check_text
@@ -120,17 +120,27 @@ class Keeper:
     # --- what is here ----------------------------------------------------------------------------
 
     def has(self, ref: ModelRef) -> bool:
-        """Whether it is here, whole and unchanged; what was fetched and has changed is removed."""
+        """Whether it is here, whole and unchanged. Raises `ModelUnavailable` where it is here and
+        can't be used."""
         try:
             self.store.find(ref)
+        except Spoilt:
+            return False
         except ModelUnavailable as error:
-            if error.kind is ModelUnavailableKind.DAMAGED and self.disk.manifest(ref.key):
-                self.diary.write("damaged", ref, reason=str(error))
-                self.disk.remove(ref.key)
-            elif error.kind is not ModelUnavailableKind.NOT_HERE:
+            if error.kind is not ModelUnavailableKind.NOT_HERE:
                 raise
             return False
         return True
+
+    def _drop_spoilt(self, ref: ModelRef) -> None:
+        """Make way for what is to be fetched again; the model's lock is ours."""
+        try:
+            self.store.find(ref)
+        except Spoilt as error:
+            self.diary.write("damaged", ref, reason=str(error))
+            self.disk.remove(ref.key)
+        except ModelUnavailable:
+            pass
 
     @contextlib.contextmanager
     def held(self, refs: Iterable[ModelRef], wanted: Wanted) -> Iterator[bool]:
@@ -192,6 +202,7 @@ class Keeper:
                     foreground.enter_context(self.disk.lock(FOREGROUND, shared=True))
                 if got:
                     if not self.has(ref):
+                        self._drop_spoilt(ref)
                         self._fetch(ref, wanted)
                     return
             # Somebody else fetches it: as long as that makes progress, we do.

@@ -55,6 +55,16 @@ _listings: dict[tuple[str, int], tuple[Manifest, ...]] = {}
 Found = TypeVar("Found")
 
 
+class Spoilt(ModelUnavailable):
+    """What was fetched isn't any more what it was then; to be fetched again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ModelUnavailableKind.DAMAGED, message)
+
+    def __reduce__(self) -> tuple[type[Spoilt], tuple[str]]:  # type: ignore[override]
+        return type(self), (str(self),)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelStore:
     root: Path
@@ -185,11 +195,11 @@ class ModelStore:
         time say that it may not be."""
         manifest = self.disk.manifest(ref.key)
         if manifest is None or manifest.ref != ref:
-            raise _damaged(f"{ref} has lost its manifest")
+            raise Spoilt(f"{ref} has lost its manifest")
         folder = self.disk.model(ref.key)
         for file in manifest.files:
             if not _is_as_stored(folder, file):
-                raise _damaged(f"{ref}: {file.path} isn't what was fetched")
+                raise Spoilt(f"{ref}: {file.path} isn't what was fetched")
 
     def _folder(self, kind: str, name: str) -> Path:
         if kind not in KINDS:

@@ -153,6 +153,20 @@ def test_old_leftovers_go_at_the_next_start(tmp_path: Path) -> None:
     assert not list((tmp_path / ".store" / "trash").iterdir())
 
 
+def test_folders_that_lost_their_manifest_go_at_the_next_start(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    for each in (A, B):
+        store.ensure(each, NOBODY)
+    for each in (B, C):
+        store.disk.model(each.key).mkdir(exist_ok=True)
+        (store.disk.model(each.key) / ".manifest.json").write_text("")
+    with store.disk.try_lock(C.key):
+        store.room.tidy()
+    assert store.disk.keys() == tuple(sorted((A.key, C.key))), "another process has the lock"
+    store.room.tidy()
+    assert store.disk.keys() == (A.key,)
+
+
 def test_a_removed_model_is_gone_at_once_and_its_name_free(tmp_path: Path) -> None:
     store = small(tmp_path, 3)
     store.ensure(A, NOBODY)
