@@ -29,6 +29,8 @@ from cluster.models.weights_check import check_file, check_table, check_text
 MOST_TEXT: Final = 64 * 2**20
 CHECK_ROOM: Final = 16 * 2**20
 """Bytes of a file of unknown size, after which it is looked whether there is room for more."""
+LEAST_STEP: Final = 2**18
+"""The same for what comes out of a small archive, which may unpack to much."""
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ class Attempt:
             self.limits.connections,
         )
         fetched = [transfer.fetch(file, folder) for file in listing.files]
-        return self._unpacked(fetched[0]) if listing.archive else fetched
+        return self._unpacked(fetched[0], teller) if listing.archive else fetched
 
     def _gate(self, listing: Listing, teller: Teller) -> Gate:
         throttle = Throttle(self._disk.base / "bandwidth", self.limits.rate)
@@ -115,11 +117,30 @@ class Attempt:
 
         return gate
 
-    def _unpacked(self, archive: Path) -> list[Path]:
+    def _unpacking_gate(self, packed: int, teller: Teller) -> Gate:
+        """What comes out counts beside the archive itself, since both are there at once."""
+        out, promised = 0, 0
+        step = min(max(packed, LEAST_STEP), CHECK_ROOM)
+
+        def gate(size: int) -> None:
+            nonlocal out, promised
+            self.watch.check()
+            self.watch.stand_back()
+            out += size
+            if out > promised:
+                promised = out + step
+                gentle = self.watch.wanted.background
+                self.room.make(packed + promised, self._ref, gentle=gentle)
+            teller.gain(size)
+
+        return gate
+
+    def _unpacked(self, archive: Path, teller: Teller) -> list[Path]:
         folder = archive.parent
         inside = folder / "unpacked"
         shutil.rmtree(inside, ignore_errors=True)
-        paths = unpack(archive, inside, self.limits.largest_file)
+        gate = self._unpacking_gate(archive.stat().st_size, teller)
+        paths = unpack(archive, inside, self.limits.largest_file, gate=gate)
         archive.unlink()
         names = [path.relative_to(inside).as_posix() for path in paths]
         chosen = needed(self._ref, names)
