@@ -138,17 +138,23 @@ class StoreWorker:
             return
         except ClusterError as error:
             self._log.warning("model_not_fetched", model=model_id[:200], reason=str(error))
-            self._failed[model_id] = str(error)
-            self._here.discard(model_id)
-            if model_id not in self._configured:
-                # The network may ask for anything; only the newest failures are kept in mind.
-                others = [each for each in self._failed if each not in self._configured]
-                for old in others[:-MOST_QUEUED]:
-                    del self._failed[old]
-            return
-        self._failed.pop(model_id, None)
-        self._here.add(model_id)
-        self._log.info("model_here", model=model_id)
+            self._note_failure(model_id, str(error))
+        except Exception as error:  # noqa: BLE001 - one model never ends the fetching of all others
+            self._log.exception("fetching_broke", model=model_id[:200])
+            self._note_failure(model_id, type(error).__name__)
+        else:
+            self._failed.pop(model_id, None)
+            self._here.add(model_id)
+            self._log.info("model_here", model=model_id)
+
+    def _note_failure(self, model_id: str, reason: str) -> None:
+        self._failed[model_id] = reason
+        self._here.discard(model_id)
+        if model_id not in self._configured:
+            # The network may ask for anything; only the newest failures are kept in mind.
+            others = [each for each in self._failed if each not in self._configured]
+            for old in others[:-MOST_QUEUED]:
+                del self._failed[old]
 
     # --- looking ---------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -38,7 +40,7 @@ from cluster.core.lifecycle import Policy
 from cluster.core.types import Address, GigaBytes, Wei
 from cluster.models.refs import ModelRef, of_model_id
 from cluster.models.settings import HUB, Limits, StoreSettings, parse_s3
-from cluster.models.urls import UrlRules
+from cluster.models.urls import UrlRules, listed_host, origin_of
 
 WEI_PER_CNX = 10**18
 _ZERO_ADDRESS = "0x" + "00" * 20
@@ -178,10 +180,22 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _hosts(value: object, ports: bool = False) -> object:
+    try:
+        return (
+            tuple(listed_host(host, ports) for host in value) if isinstance(value, list) else value
+        )
+    except ValueError:
+        also = " or mirror.lan:8080" if ports else ""
+        raise ValueError(f"expected a host such as mirror.lan{also}") from None
+
+
 ConfigPath = Annotated[Path, BeforeValidator(_path)]
 ConfigAddress = Annotated[str, BeforeValidator(_address)]
 HttpUrl = Annotated[str, BeforeValidator(_http_url)]
 JournalUrl = Annotated[str, BeforeValidator(_journal_url)]
+Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+HostsAndPorts = Annotated[tuple[str, ...], BeforeValidator(partial(_hosts, ports=True))]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -298,14 +312,15 @@ class HubConfig(Section):
 
 
 class LinksConfig(Section):
-    """Models by URL. `allow_hosts` may have any address and port and be asked by plain http: the
-    operator's own. `deny_hosts` are never asked, nor their subdomains."""
+    """Models by URL. `allow_hosts`, as `host` (at `ports`) or `host:port`, may have any address and
+    be asked by plain http: the operator's own. `deny_hosts` are never asked, nor their subdomains.
+    """
 
     civitai_token_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     allow_http: bool = False
     ports: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (80, 443)
-    allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
-    deny_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    allow_hosts: HostsAndPorts = ()
+    deny_hosts: Hosts = ()
 
 
 class ModelsConfig(Section):
@@ -351,10 +366,14 @@ class ModelsConfig(Section):
 
     def store(self) -> StoreSettings:
         """What the machines with cards need to know of it."""
-        hosts = frozenset(map(str.lower, self.web.allow_hosts))
-        own = urlsplit(self.hub.endpoint).hostname
-        if own is not None and self.hub.endpoint != HUB:
-            hosts |= {own}
+        rules = UrlRules(
+            self.web.allow_http,
+            frozenset(self.web.ports),
+            frozenset(self.web.allow_hosts),
+            frozenset(self.web.deny_hosts),
+        )
+        # What a task's link may lead to isn't widened by where the operator's hub is.
+        own = () if self.hub.endpoint == HUB else (origin_of(self.hub.endpoint),)
         return StoreSettings(
             self.root,
             self.sources,
@@ -365,12 +384,8 @@ class ModelsConfig(Section):
             self.hub.token_file,
             self.web.civitai_token_file,
             self.proxy,
-            UrlRules(
-                self.web.allow_http,
-                frozenset(self.web.ports),
-                hosts,
-                frozenset(map(str.lower, self.web.deny_hosts)),
-            ),
+            rules,
+            replace(rules, origins=frozenset(own)),
             Limits(
                 None if self.quota_gb is None else int(self.quota_gb * 2**30),
                 int(self.largest_file_gb * 2**30),

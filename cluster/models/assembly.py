@@ -56,7 +56,7 @@ def _mirror(settings: StoreSettings) -> Source | None:
 
 
 def _hub(settings: StoreSettings) -> Source:
-    make_client = partial(guarded_client, settings.rules, proxy=settings.proxy)
+    make_client = partial(guarded_client, settings.hub_rules, proxy=settings.proxy)
     return Hub(make_client, settings.hub_endpoint, _secret(settings.hub_token_file))
 
 

@@ -21,12 +21,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from cluster.core.errors import ModelUnavailable
 from cluster.models.http_read import answer_error, opened, retry_after
 from cluster.models.refs import ModelRef
 from cluster.models.selection import needed
 from cluster.models.settings import HUB
-from cluster.models.sources import Absent, Denied, Listing, Opened, RemoteFile, SourceDown
+from cluster.models.sources import (
+    Absent,
+    Denied,
+    Listing,
+    Opened,
+    RemoteFile,
+    SourceDown,
+    promised,
+)
 
 LIST_SECONDS: Final = 30.0
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
@@ -62,9 +69,13 @@ class Hub:
         return not ref.is_url
 
     def list(self, ref: ModelRef) -> Listing:
+        with promised(f"the hub doesn't answer for {ref}"):
+            return self._listing(ref, self._asked(ref))
+
+    def _asked(self, ref: ModelRef) -> ModelInfo:
         api = HfApi(endpoint=self._endpoint, token=self._token() or False)
         try:
-            info = api.model_info(ref.name, files_metadata=True, timeout=LIST_SECONDS)
+            return api.model_info(ref.name, files_metadata=True, timeout=LIST_SECONDS)
         except GatedRepoError as error:
             raise Denied(f"{ref} is gated on the hub") from error
         except DisabledRepoError as error:
@@ -76,18 +87,6 @@ class Hub:
             raise answer_error(str(ref), response.status_code, retry_after(response)) from error
         except HFValidationError as error:
             raise Absent(f"{ref}: not a hub's id") from error
-        except ModelUnavailable:  # refused by what guards addresses
-            raise
-        except (
-            httpx2.HTTPError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            OSError,
-        ) as error:
-            raise SourceDown(f"the hub doesn't answer for {ref}: {type(error).__name__}") from error
-        return self._listing(ref, info)
 
     def _listing(self, ref: ModelRef, info: ModelInfo) -> Listing:
         revision, name = info.sha, info.id

@@ -2,6 +2,10 @@
 
 While a file is under way it is `<path>.part`, and `<path>.parts` says which of its parts are whole,
 for the next one who tries. A file is only ever under its own name when it is what it claims to be.
+
+Bytes of two answers are put together only where something says that they are of one content: a
+hash of the whole, or a tag that the source repeats. Without either a file comes in one stream, and
+after a break from its beginning.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Final, Protocol
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models.refusals import Refused, Rule
-from cluster.models.sources import Changed, Listing, RemoteFile, Source, SourceDown
+from cluster.models.sources import Changed, Listing, Opened, RemoteFile, Source, SourceDown
 
 PART: Final = 16 * 2**20
 CONNECTIONS: Final = 4
@@ -67,6 +71,8 @@ class Transfer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._check_size(file, file.size)
         under_way = _UnderWay.resume(target, _identity(self.listing, file), file.size, self.part)
+        if not _can_be_joined(file):
+            under_way.begin_stream(0)
         self.gain(under_way.arrived)
         try:
             self._fill(file, under_way)
@@ -82,7 +88,8 @@ class Transfer:
         return target
 
     def _fill(self, file: RemoteFile, under_way: _UnderWay) -> None:
-        if file.size is not None and file.size > self.part and self.connections > 1:
+        in_parts = self.connections > 1 and _can_be_joined(file)
+        if in_parts and file.size is not None and file.size > self.part:
             missing = under_way.missing()
             if missing and self._takes_ranges(file, under_way, missing.pop(0)):
                 self._in_parts(file, under_way, missing)
@@ -97,7 +104,7 @@ class Transfer:
         with self.source.open(self.listing, file, start, stop) as opened:
             if not opened.ranged or opened.start != start:
                 return False
-            under_way.same(opened.etag, file)
+            _same(opened, file)
             self._write(under_way, start, stop, opened.chunks)
         under_way.mark(first)
         return True
@@ -118,7 +125,7 @@ class Transfer:
                     with self.source.open(self.listing, file, start, stop) as opened:
                         if not opened.ranged or opened.start != start:
                             raise SourceDown(f"{file.path}: the range was ignored")
-                        under_way.same(opened.etag, file)
+                        _same(opened, file)
                         self._write(under_way, start, stop, opened.chunks)
                     under_way.mark(part)
                 except BaseException:
@@ -143,7 +150,7 @@ class Transfer:
             if opened.start not in {0, start}:
                 raise SourceDown(f"{file.path}: another range than was asked for")
             self._check_size(file, opened.size)
-            under_way.same(opened.etag, file)
+            _same(opened, file)
             self.gain(opened.start - under_way.arrived)
             under_way.begin_stream(opened.start)
             self._write(under_way, opened.start, opened.size or file.size, opened.chunks)
@@ -198,7 +205,6 @@ class _UnderWay:
         noted = _noted(sidecar, head)
         if noted is None:
             path.unlink(missing_ok=True)
-            sidecar.with_suffix(".etag").unlink(missing_ok=True)
             sidecar.write_bytes(head)
         numbers = noted or b""
         whole = {int.from_bytes(numbers[i : i + 4], "big") for i in range(0, len(numbers) - 3, 4)}
@@ -241,34 +247,15 @@ class _UnderWay:
         self.whole.clear()
         os.ftruncate(self.descriptor, start)
 
-    def same(self, etag: str, file: RemoteFile) -> None:
-        """Where no hash will tell, the server's tags must: parts of two contents never mix."""
-        if file.sha256 is not None or not etag:
-            return
-        note = self.sidecar.with_suffix(".etag")
-        with self.lock:
-            noted = _read(note)
-            if noted is None:
-                note.write_text(etag, encoding="utf-8")
-            elif noted != etag:
-                raise Changed(f"{file.path}: changed while it was fetched")
-
     def drop(self) -> None:
         self.path.unlink(missing_ok=True)
         self.forget()
 
     def forget(self) -> None:
-        for file in (self.sidecar, self.sidecar.with_suffix(".etag")):
-            file.unlink(missing_ok=True)
+        self.sidecar.unlink(missing_ok=True)
 
     def close(self) -> None:
         os.close(self.descriptor)
-
-
-def _read(file: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError):
-        return file.read_text(encoding="utf-8")
-    return None
 
 
 def _noted(sidecar: Path, head: bytes) -> bytes | None:
@@ -281,7 +268,18 @@ def _noted(sidecar: Path, head: bytes) -> bytes | None:
 
 def _identity(listing: Listing, file: RemoteFile) -> str:
     """What a file under way is of: by its hash, whoever it comes from."""
-    return file.sha256 or file.git_sha1 or f"{listing.source} {listing.revision} {file.where}"
+    tag = f"{listing.source} {listing.revision} {file.where} {file.etag}"
+    return file.sha256 or file.git_sha1 or tag
+
+
+def _can_be_joined(file: RemoteFile) -> bool:
+    return file.is_hashed or bool(file.etag)
+
+
+def _same(opened: Opened, file: RemoteFile) -> None:
+    """Where no hash will tell, the source's tags must: two contents never mix."""
+    if not file.is_hashed and file.etag and opened.etag != file.etag:
+        raise Changed(f"{file.path}: changed while it was fetched")
 
 
 def _check(file: RemoteFile, path: Path) -> None:

@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 
 import httpx2
 
-from cluster.models.http_read import answer_error, opened, retry_after
+from cluster.models.http_read import answer_error, opened, retry_after, validator
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
-from cluster.models.sources import Absent, Listing, Opened, RemoteFile, SourceDown
+from cluster.models.sources import Absent, Listing, Opened, RemoteFile, promised
 from cluster.models.store import INVERSION_FILE, LORA_FILE
 from cluster.models.urls import UrlRules, check
 
@@ -54,11 +54,8 @@ class Web:
         """Asks for the first byte, because not every host answers HEAD as it answers GET."""
         url = check(ref.name, self._rules)
         headers = self._headers(url) | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
-        try:
-            with self._client.stream("GET", url, headers=headers) as response:
-                return self._listing(ref, url, response)
-        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
-            raise SourceDown(f"{ref}: {type(error).__name__}") from error
+        with promised(str(ref)), self._client.stream("GET", url, headers=headers) as response:
+            return self._listing(ref, url, response)
 
     @contextmanager
     def open(
@@ -88,11 +85,11 @@ class Web:
             raise answer_error(str(ref), status, retry_after(response))
         name = _file_name(response)
         size = _size(response)
-        etag = response.headers.get("ETag", "")
-        modified = response.headers.get("Last-Modified", "")
-        revision = hashlib.sha256(f"{etag}|{modified}|{size}".encode()).hexdigest()[:40]
+        etag = validator(response)
+        revision = hashlib.sha256(f"{etag}|{size}".encode()).hexdigest()[:40]
         if name.lower().endswith(ARCHIVES):
-            return Listing(self.name, revision, (RemoteFile("archive", size, where=url),), True)
+            archive = RemoteFile("archive", size, where=url, etag=etag)
+            return Listing(self.name, revision, (archive,), archive=True)
         if ref.kind not in _ONE_FILE:
             raise Refused(Rule.FILE_KIND, f"{ref}: a {ref.kind} model by link has to be an archive")
         if not name.endswith(".safetensors"):
@@ -100,7 +97,7 @@ class Web:
         if ref.file and ref.file != name:
             # Named by the task: whoever looks for that name finds it.
             name = ref.file
-        return Listing(self.name, revision, (RemoteFile(name, size, where=url),))
+        return Listing(self.name, revision, (RemoteFile(name, size, where=url, etag=etag),))
 
 
 def _file_name(response: httpx2.Response) -> str:
@@ -108,7 +105,11 @@ def _file_name(response: httpx2.Response) -> str:
     path."""
     header = email.message.Message()
     header["Content-Disposition"] = response.headers.get("Content-Disposition", "")[:4096]
-    said = header.get_filename() or unquote(response.url.path.rpartition("/")[2])
+    try:
+        said = header.get_filename() or unquote(response.url.path.rpartition("/")[2])
+    except (TypeError, ValueError, LookupError, AttributeError):
+        # The standard library stumbles over what strangers write there.
+        raise Refused(Rule.NAME, "a Content-Disposition that can't be read") from None
     plain = re.sub(r"[ ()\[\]+&,']", "_", said)
     if not _NAME.fullmatch(plain):
         raise Refused(Rule.NAME, f"{ascii(said[:100])} is not a plain file's name")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -23,12 +24,15 @@ from cluster.models.sources import Source
 from cluster.models.store import ModelStore
 from cluster.models.urls import UrlRules
 from cluster.models.web import Web
-from devnet.faulty_http import Fault, FileServer
+from devnet.faulty_http import Answer, Fault, FileServer
 from devnet.hub import Hub
 from devnet.models import LLM, SD15, SD15_LORA
 from tests.unit.model_fakes import content_of, weights
 
-RULES = UrlRules(allow_hosts=frozenset({"127.0.0.1", "localhost"}))
+RULES = UrlRules(
+    ports=frozenset({80, 443, *range(1024, 2**16)}),
+    allow_hosts=frozenset({"127.0.0.1", "localhost"}),
+)
 LIMITS = Limits(spare=0, part=64 * 1024, rounds=4)
 NOBODY = Wanted()
 LORA = ref("lora", "acme/style")
@@ -285,19 +289,24 @@ def test_without_a_length_and_without_ranges(files: FileServer, tmp_path: Path) 
     assert content_of(store, link(files)) == {"a.safetensors": LARGE}
 
 
-def test_content_that_changes_on_the_way_is_never_mixed(files: FileServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [64 * 1024, 10**9], ids=["in parts", "in one"])
+@pytest.mark.parametrize("told", ["ETag", "Last-Modified", ""])
+def test_content_that_changes_on_the_way_is_never_mixed(
+    files: FileServer, tmp_path: Path, told: str, part: int
+) -> None:
     changed = weights(900_000, salt=8)
     files.fail("a.safetensors", Fault())
-    files.fail("a.safetensors", Fault(cut=300_000))
-    store = web(tmp_path)
-    served = files.respond
+    files.fail("a.safetensors", Fault(cut=30_000))
+    limits = replace(LIMITS, part=part)
+    store = keeper(tmp_path, Web(guarded_client(RULES), RULES), limits=limits)
 
-    def respond(method: str, target: str, headers: Mapping[str, str]) -> object:
-        if len(files._seen) >= 2:
-            files.files["a.safetensors"] = changed
-        return served(method, target, headers)
+    def respond(method: str, target: str, headers: Mapping[str, str]) -> Answer:
+        content = changed if len(files._seen) >= 2 else LARGE
+        stamp = f"{hash(content):x}"
+        said = {"ETag": f'"{stamp}"', "Last-Modified": stamp}
+        return Answer(200, content, {told: said[told]} if told else {})
 
-    files.respond = respond  # type: ignore[method-assign, assignment]
+    files.respond = respond  # type: ignore[method-assign]
     store.ensure(link(files), NOBODY)
     assert content_of(store, link(files)) == {"a.safetensors": changed}
 

@@ -122,6 +122,47 @@ def test_a_folder_without_its_manifest_is_no_model(tmp_path: Path, manifest: str
     with pytest.raises(ModelUnavailable) as caught:
         store.store.lora_file(LORA.name)
     assert caught.value.kind is ModelUnavailableKind.DAMAGED
+    assert store.ensure(LORA, NOBODY) is True
+    assert store.store.lora_file(LORA.name).is_file()
+    assert events(store) == ["fetched", "damaged", "fetched"]
+
+
+def test_what_was_laid_and_is_damaged_costs_no_fetched_model(tmp_path: Path) -> None:
+    base = ref("base", "acme/pipe")
+    shelf = Shelf(
+        {base: {"config.json": b'{"architectures": ["X"]}', "model.safetensors": weights()}}
+    )
+    store = keeper(tmp_path, shelf)
+    store.ensure(base, NOBODY)
+    laid = tmp_path / "acme" / "pipe"
+    laid.mkdir(parents=True)
+    (laid / "model_index.json").write_text("{")
+    assert kind_of(store, base) is ModelUnavailableKind.DAMAGED
+    assert shelf.listed == 1
+    assert base.key in store.disk.manifests()
+
+
+def test_all_that_is_published_has_reached_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    sync = os.fsync
+
+    def noted(file: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    base = ref("base", "acme/pipe")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}
+    files = {
+        "model_index.json": json.dumps(index).encode(),
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": weights(),
+    }
+    keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
+    assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
+    assert {"unet", base.key, "models", ".manifest.json"} <= synced
 
 
 # --- another source, at once ---------------------------------------------------------------------
