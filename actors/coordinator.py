@@ -587,9 +587,9 @@ class Term:
     def _count_store_events(self) -> None:
         for (event, label), count in self._world.stores.news().items():
             if event == FETCHED_BYTES:
-                self._world.metrics.store_fetched(label, count)
+                self._world.metrics.stores.fetched(label, count)
             else:
-                self._world.metrics.store_happened(event, label, count)
+                self._world.metrics.stores.happened(event, label, count)
 
     def _want(self, account: Address, models: Sequence[ModelId]) -> None:
         """The network may give the account tasks for these: its class's machines fetch them."""

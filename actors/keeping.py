@@ -35,8 +35,8 @@ class StoreReport:
     """What a machine's store has and does. Model ids are as the network writes them.
 
     `here` are those that were asked for, or configured, and are there; `failed` says why others
-    aren't. `events` counts the store's diary since this process began, by event and by source or
-    rule; `fetched_bytes` by source.
+    aren't; `room_bytes` may yet come without another leaving. `events` counts the store's diary
+    since this process began, by event and by source or rule; `fetched_bytes` by source.
     """
 
     release: str
@@ -48,6 +48,7 @@ class StoreReport:
     models: int
     used_bytes: int
     quota_bytes: int | None
+    room_bytes: int
     events: Mapping[tuple[str, str], int]
     fetched_bytes: Mapping[str, int]
 
@@ -168,6 +169,7 @@ class StoreWorker:
             models=len(manifests),
             used_bytes=sum(manifest.size for manifest in manifests.values()),
             quota_bytes=keeper.limits.quota,
+            room_bytes=keeper.room.left(),
             events=dict(self._events),
             fetched_bytes=dict(self._bytes),
         )

@@ -267,6 +267,7 @@ def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:
         models=report.models,
         used_bytes=report.used_bytes,
         quota_bytes=report.quota_bytes,
+        room_bytes=report.room_bytes,
         queued=report.queued,
         downloads=tuple(
             DownloadView(

@@ -8,13 +8,14 @@ are bounded: no task, no attempt, no prompt, no address ever becomes one.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Literal, get_args
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from cluster.card_metrics import CardMetrics
 from cluster.chain.outbox import ChainEvent
@@ -29,7 +30,6 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.models.refusals import Rule
 from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
@@ -37,10 +37,10 @@ from cluster.status import (
     GpuClassView,
     GpuStatus,
     Status,
-    StoreStatus,
     TaskView,
     readiness,
 )
+from cluster.store_metrics import StoreMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -54,10 +54,6 @@ CanaryResult = Literal[
 VerifyResult = Literal["equal", "odd", "differ", "alone"]
 """Of a task that was to be computed twice: all agreed, one was outvoted, nobody knows, or no second
 card was to be had."""
-
-StoreEvent = Literal["fetched", "evicted", "broke", "damaged", "failed"]
-"""What a model store's diary tells (`cluster.models.diary`); refusals are counted by rule."""
-SOURCES = ("mirror", "hub", "web")
 
 RpcResult = Literal["ok", "refused", "throttled", "failed"]
 RPC_METHODS = (
@@ -96,9 +92,10 @@ class Metrics:
         self._make_task_metrics()
         self._make_network_metrics()
         self._make_fleet_metrics()
-        self._make_store_metrics()
+        self.stores = StoreMetrics(self.registry)
         self._build = self._gauge("build_info", "What runs here.", ("version", "config_digest"))
         self._build.labels(version, config_digest).set(1)
+        ProcessCollector(namespace="crynux", registry=self.registry)
 
     # --- what happens ---------------------------------------------------------------------------
 
@@ -150,17 +147,6 @@ class Metrics:
     def verified(self, result: VerifyResult) -> None:
         self._verifications.labels(result).inc()
 
-    def store_happened(self, event: str, label: str, count: int) -> None:
-        """`count` more events in the machines' model stores; `label` is a rule or a source."""
-        if event == "refused":
-            self._refusals.labels(label if label in _RULES else "other").inc(count)
-        elif event in get_args(StoreEvent):
-            self._store_events.labels(event).inc(count)
-
-    def store_fetched(self, source: str, size: int) -> None:
-        """So many bytes more of models came whole from there."""
-        self._fetched.labels(source if source in SOURCES else "other").inc(size)
-
     def rpc_called(self, method: str, result: str) -> None:
         """A call to an RPC endpoint, by what it was and what came of it."""
         known = method if method in RPC_METHODS else "other"
@@ -186,6 +172,7 @@ class Metrics:
 
     def observe(self, status: Status) -> None:
         """Set every gauge from one look at everything."""
+        self._observe_identity(status.identity.treasury)
         self._ready.set(readiness(status)[0])
         self._lease_held.set(status.acting)
         self._lease_epoch.set(status.epoch or 0)
@@ -206,13 +193,18 @@ class Metrics:
         self._observe_money(status.fleet, status.accounts)
         self.cards.observe(status.gpus)
         self._observe_tasks(status.tasks)
-        self._observe_stores(status.stores)
+        self.stores.observe(status.stores)
 
     def render(self) -> bytes:
         """Prometheus' text format 0.0.4 (`CONTENT_TYPE`)."""
         return prometheus_client.generate_latest(self.registry)
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _observe_identity(self, treasury: str) -> None:
+        if treasury:
+            digest = hashlib.sha256(treasury.lower().encode()).hexdigest()
+            self._identity.labels(digest[:12]).set(1)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:
         cards = [(GpuClassView(name=gpu.name, vram=gpu.vram), gpu.state) for gpu in gpus]
@@ -231,17 +223,26 @@ class Metrics:
                 label = node_status.name.lower()
                 count = sum(account.status.lower() == label for account in ours)
                 self._accounts.labels(*labels, label).set(count)
-            scores = [account.qos for account in ours if account.status.lower() in _SERVING]
-            self._qos.labels(*labels, "lowest").set(min(scores, default=0))
-            self._qos.labels(*labels, "mean").set(fmean(scores) if scores else 0)
             stake = sum(int(account.stake) for account in ours)
             self._stake.labels(*labels).set(stake / WEI_PER_CNX)
+            total = sum(int(account.balance) for account in ours)
+            self._balance.labels(*labels, "sum").set(total / WEI_PER_CNX)
+            serving = [account for account in ours if account.status.lower() in _SERVING]
+            lowest = min((int(account.balance) for account in serving), default=0)
+            self._balance.labels(*labels, "lowest").set(lowest / WEI_PER_CNX)
+            scores = [account.qos for account in serving]
+            self._qos.labels(*labels, "lowest").set(min(scores, default=0))
+            self._qos.labels(*labels, "mean").set(fmean(scores) if scores else 0)
 
     def _observe_money(self, fleet: FleetStatus, accounts: Iterable[AccountStatus]) -> None:
         if fleet.treasury is not None:
             self._treasury.set(int(fleet.treasury) / WEI_PER_CNX)
-        for each in fleet.classes:
-            self._wanted.labels(each.name, str(each.vram)).set(each.least)
+        self._lacks.set(len(fleet.lacks))
+        planned = {GpuClassView(name=each.name, vram=each.vram): each for each in fleet.classes}
+        for kind in planned.keys() | self._classes:
+            labels, found = (kind.name, str(kind.vram)), planned.get(kind)
+            self._wanted.labels(*labels).set(0 if found is None else found.least)
+            self._stopped.labels(*labels).set(found is not None and found.stopped)
         serving = [each for each in accounts if each.status in _SERVING]
         short = sum(int(each.stake) < int(fleet.stake) for each in serving)
         self._understaked.set(short)
@@ -264,38 +265,6 @@ class Metrics:
             for progress in _OPEN:
                 count = standing.count((task_type.name, progress.value))
                 self._open_tasks.labels(task_type.name, progress.value).set(count)
-
-    def _observe_stores(self, stores: tuple[StoreStatus, ...]) -> None:
-        downloads = [each for store in stores for each in store.downloads]
-        self._store_models.set(sum(store.models for store in stores))
-        self._store_bytes.set(sum(store.used_bytes for store in stores))
-        self._store_queue.set(sum(store.queued for store in stores))
-        self._store_failed.set(sum(len(store.failed) for store in stores))
-        self._downloads.set(len(downloads))
-        self._download_rate.set(sum(each.bytes_per_second for each in downloads))
-
-    def _make_store_metrics(self) -> None:
-        self._store_events = self._counter(
-            "store_events",
-            "What happened in the model stores of all machines.",
-            event=get_args(StoreEvent),
-        )
-        self._refusals = self._counter(
-            "store_refusals", "Models that were refused, by the rule.", rule=[*_RULES, "other"]
-        )
-        self._fetched = self._counter(
-            "store_fetched_bytes", "Bytes of models fetched, by source.", source=[*SOURCES, "other"]
-        )
-        self._store_models = self._gauge("store_models", "Fetched models on all machines' disks.")
-        self._store_bytes = self._gauge("store_used_bytes", "Bytes that fetched models take.")
-        self._store_queue = self._gauge("store_queued_models", "Models that wait to be fetched.")
-        self._store_failed = self._gauge(
-            "store_missing_models", "Models configured or asked for that couldn't be had."
-        )
-        self._downloads = self._gauge("store_downloads", "Downloads that run now.")
-        self._download_rate = self._gauge(
-            "store_download_bytes_per_second", "Rate of the downloads that run now."
-        )
 
     def _make_task_metrics(self) -> None:
         types = [task_type.name for task_type in TaskType if task_type is not TaskType.SD_FT]
@@ -415,7 +384,20 @@ class Metrics:
         self._wanted = self._gauge(
             "accounts_wanted", "Accounts that should serve, by class.", _CLASS_LABELS
         )
+        self._stopped = self._gauge(
+            "class_stopped",
+            "1 when the class serves nothing because an account of it was slashed.",
+            _CLASS_LABELS,
+        )
+        self._balance = self._gauge(
+            "balance_cnx",
+            "Balances of the accounts of a class; the lowest is of those that serve.",
+            (*_CLASS_LABELS, "of"),
+        )
         self._treasury = self._gauge("treasury_cnx", "Balance of the treasury.")
+        self._lacks = self._gauge(
+            "fleet_lacks", "What stands in the fleet's way and is the operator's to mend."
+        )
         self._understaked = self._gauge(
             "accounts_understaked", "Accounts that serve with less than the stake that is asked."
         )
@@ -427,6 +409,9 @@ class Metrics:
             "verifications",
             "Tasks that were to be computed twice, by what came of it.",
             result=get_args(VerifyResult),
+        )
+        self._identity = self._gauge(
+            "identity_info", "1 for whose accounts these are, as a digest.", ("identity",)
         )
         self._ready = self._gauge("ready", "1 when tasks can be taken.")
         self._problems = self._gauge("problems", "Problems that the status names now.")
@@ -449,5 +434,4 @@ class Metrics:
 
 _OF_CARDS = frozenset({Fault.DEVICE, Fault.MEMORY, Fault.LOST})
 _SERVING = frozenset({"available", "busy"})
-_RULES = frozenset(rule.value for rule in Rule)
 _OPEN = tuple(progress for progress in Progress if progress is not Progress.CLOSED)

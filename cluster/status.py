@@ -132,6 +132,8 @@ class StoreStatus(View):
     """That were fetched and are there."""
     used_bytes: int
     quota_bytes: int | None = None
+    room_bytes: int | None = None
+    """That may yet be fetched without another model leaving for it."""
     queued: int = 0
     downloads: tuple[DownloadView, ...] = ()
     failed: Mapping[str, str] = Field(default_factory=dict)

@@ -67,6 +67,11 @@ class Room:
                 )
             promise()
 
+    def left(self) -> int:
+        """Bytes that may yet come without another model leaving for them."""
+        limit, used = self._limit_and_used(None)
+        return max(limit - used, 0)
+
     def tidy(self) -> None:
         """Remove what nobody will come back for. For the start of a process."""
         shutil.rmtree(self.disk.base / "trash", ignore_errors=True)
@@ -107,12 +112,13 @@ class Room:
                 if free and self.clock() - folder.stat().st_mtime >= age:
                     shutil.rmtree(folder)
 
-    def _limit_and_used(self, ref: ModelRef) -> tuple[int, int]:
-        """What fetched models may take, and take now, with what other downloads were promised."""
+    def _limit_and_used(self, ref: ModelRef | None) -> tuple[int, int]:
+        """What fetched models may take, and take now, with what other downloads than that of
+        `ref` were promised."""
         here = sum(manifest.size for manifest in self.disk.manifests().values())
         others = [progress for progress in self.disk.downloads() if progress.ref != ref]
         promised = sum(max(each.total, each.done) for each in others)
-        arrived = _bytes_in(self.disk.partial(ref.key))
+        arrived = 0 if ref is None else _bytes_in(self.disk.partial(ref.key))
         arrived += sum(_bytes_in(self.disk.partial(each.ref.key)) for each in others)
         free = shutil.disk_usage(self.disk.base).free
         by_disk = here + arrived + free - self.spare

@@ -169,7 +169,7 @@ def report(
     fetched: int = 0,
 ) -> StoreReport:
     return StoreReport(
-        "1+abc", pid, frozenset(here), failed or {}, (), 0, len(here), 0, None, events or {},
+        "1+abc", pid, frozenset(here), failed or {}, (), 0, len(here), 0, None, 0, events or {},
         {"hub": fetched},
     )  # fmt: skip
 

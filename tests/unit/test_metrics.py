@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -300,11 +301,16 @@ def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
 
 def test_money_and_service_by_class() -> None:
     metrics = Metrics("1", "d")
-    low = account(2, NodeStatus.AVAILABLE).model_copy(update={"stake": "1", "qos": 4})
-    high = account(1, NodeStatus.BUSY).model_copy(update={"qos": 8})
+    cnx = str(10**18)
+    low = account(2, NodeStatus.AVAILABLE).model_copy(
+        update={"stake": "1", "qos": 4, "balance": cnx}
+    )
+    high = account(1, NodeStatus.BUSY).model_copy(update={"qos": 8, "balance": cnx + "0"})
     away = account(3, NodeStatus.QUIT).model_copy(update={"stake": "0", "qos": 0})
     wanted = ClassStatus(name=CARD.name, vram=24, slots=1, least=5)
-    fleet = FleetStatus(stake=str(400 * 10**18), treasury=str(7 * 10**18), classes=(wanted,))
+    fleet = FleetStatus(
+        stake=str(400 * 10**18), treasury=str(7 * 10**18), classes=(wanted,), lacks=("money",)
+    )
     found = snapshot(accounts=(low, high, away)).model_copy(update={"fleet": fleet})
     metrics.observe(found)
     assert sample(metrics, "crynux_qos_score", **LABELS, of="lowest") == 4
@@ -312,6 +318,37 @@ def test_money_and_service_by_class() -> None:
     assert sample(metrics, "crynux_accounts_wanted", **LABELS) == 5
     assert sample(metrics, "crynux_treasury_cnx") == 7
     assert sample(metrics, "crynux_accounts_understaked") == 1
+    assert sample(metrics, "crynux_balance_cnx", **LABELS, of="sum") == 11
+    assert sample(metrics, "crynux_balance_cnx", **LABELS, of="lowest") == 1
+    assert sample(metrics, "crynux_fleet_lacks") == 1
+    assert sample(metrics, "crynux_class_stopped", **LABELS) == 0
+
+
+def test_a_class_that_nothing_is_wanted_of_any_more_wants_nobody() -> None:
+    metrics = Metrics("1", "d")
+    stopped = ClassStatus(name=CARD.name, vram=24, slots=1, least=5, stopped=True)
+    for classes, wanted in (((stopped,), 5), ((), 0)):
+        fleet = FleetStatus(classes=classes)
+        metrics.observe(snapshot((gpu(1, GpuState.READY),)).model_copy(update={"fleet": fleet}))
+        assert sample(metrics, "crynux_accounts_wanted", **LABELS) == wanted
+        assert sample(metrics, "crynux_class_stopped", **LABELS) == bool(classes)
+
+
+def test_whose_it_is_and_since_when_it_runs_is_told_without_an_address() -> None:
+    one, same, other = (Metrics("1", "d") for _ in range(3))
+    for metrics, treasury in ((one, ADDRESS), (same, ADDRESS.lower()), (other, "0x" + "7" * 40)):
+        identity = IdentityView(treasury=treasury)
+        metrics.observe(snapshot().model_copy(update={"identity": identity}))
+
+    def told(metrics: Metrics) -> set[str]:
+        families = text_string_to_metric_families(metrics.render().decode())
+        samples = [each for family in families for each in family.samples]
+        return {s.labels["identity"] for s in samples if s.name == "crynux_identity_info"}
+
+    assert told(one) == told(same) != told(other)
+    assert len(told(one)) == 1
+    assert ADDRESS.lower() not in one.render().decode().lower()
+    assert 0 < (sample(one, "crynux_process_start_time_seconds") or 0) < time.time()
 
 
 def test_each_stage_of_a_task_is_measured() -> None:
@@ -359,12 +396,12 @@ def record() -> TaskRecord:
 
 def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() -> None:
     metrics = Metrics("1", "d")
-    metrics.store_happened("fetched", "hub", 2)
-    metrics.store_happened("refused", "address", 3)
-    metrics.store_happened("refused", "acme/secret", 1)
-    metrics.store_happened("acme/secret", "x", 9)
-    metrics.store_fetched("hub", 1000)
-    metrics.store_fetched("acme/secret", 7)
+    metrics.stores.happened("fetched", "hub", 2)
+    metrics.stores.happened("refused", "address", 3)
+    metrics.stores.happened("refused", "acme/secret", 1)
+    metrics.stores.happened("acme/secret", "x", 9)
+    metrics.stores.fetched("hub", 1000)
+    metrics.stores.fetched("acme/secret", 7)
     assert sample(metrics, "crynux_store_events_total", event="fetched") == 2
     assert sample(metrics, "crynux_store_refusals_total", rule="address") == 3
     assert sample(metrics, "crynux_store_refusals_total", rule="other") == 1
@@ -382,18 +419,22 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         ray_node="n1",
         models=3,
         used_bytes=50,
+        room_bytes=150,
         queued=2,
         downloads=(download,),
         failed={"base:acme/secret": "401"},
     )
-    metrics.observe(snapshot().model_copy(update={"stores": (store, store)}))
+    fuller = store.model_copy(update={"room_bytes": 10})
+    unknown = store.model_copy(update={"room_bytes": None})
+    metrics.observe(snapshot().model_copy(update={"stores": (store, fuller, unknown)}))
     for name, value in {
-        "models": 6,
-        "used_bytes": 100,
-        "queued_models": 4,
-        "missing_models": 2,
-        "downloads": 2,
-        "download_bytes_per_second": 10,
+        "models": 9,
+        "used_bytes": 150,
+        "fullest_ratio": 50 / 60,
+        "queued_models": 6,
+        "missing_models": 3,
+        "downloads": 3,
+        "download_bytes_per_second": 15,
     }.items():
         assert sample(metrics, f"crynux_store_{name}") == value
     assert "secret" not in metrics.render().decode()

@@ -46,6 +46,16 @@ def test_the_least_needed_leaves(tmp_path: Path) -> None:
     assert [e["model"] for e, _ in store.diary.read() if e["event"] == "evicted"] == [str(B)]
 
 
+def test_what_is_left_is_what_may_yet_come(tmp_path: Path) -> None:
+    store = small(tmp_path, 2.5)
+    whole = int(SIZE * 2.5)
+    assert store.room.left() == whole
+    store.ensure(A, NOBODY)
+    store.ensure(B, NOBODY)
+    taken = sum(manifest.size for manifest in store.disk.manifests().values())
+    assert store.room.left() == whole - taken > 0
+
+
 def test_need_fades(tmp_path: Path) -> None:
     time = Time()
     store = small(tmp_path, 2.5, time=time)
