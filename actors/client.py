@@ -21,6 +21,8 @@ from cluster.steering import Done, Order
 REACH_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 AUTO = "auto"
+HEAD = "node:__internal_head__"
+"""What Ray's head has among its resources."""
 
 
 def perform(config: Config, order: Order) -> str:
@@ -58,11 +60,18 @@ def asking(config: Config) -> Iterator[Callable[..., Any]]:
 
     Raises `ClusterError` when it can't be asked.
     """
-    _join(config)
+    with asking_at(address_of(config), config.ray.namespace) as call:
+        yield call
+
+
+@contextlib.contextmanager
+def asking_at(address: str, namespace: str) -> Iterator[Callable[..., Any]]:
+    """As `asking`, for who knows where Ray is and needs no configuration."""
+    _join(address, namespace)
 
     def call(method: str, *arguments: object) -> Any:  # noqa: ANN401 - as the method says
         try:
-            coordinator = cast(Any, ray.get_actor(NAME, config.ray.namespace))
+            coordinator = cast(Any, ray.get_actor(NAME, namespace))
             remote = getattr(coordinator, method).remote(*arguments)
             done = ray.get(remote, timeout=ANSWER_SECONDS)
         except ValueError:
@@ -83,14 +92,24 @@ def ask(config: Config, method: str, *arguments: object) -> Any:  # noqa: ANN401
         return call(method, *arguments)
 
 
-def _join(config: Config) -> None:
-    address = address_of(config)
+def this_machine() -> str | None:
+    """The Ray node that this process has joined by; None on the head, with which all go."""
+    here = ray.get_runtime_context().get_node_id()
+    heads = (each["NodeID"] for each in _nodes() if HEAD in each["Resources"])
+    return None if here in heads else here
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def _join(address: str, namespace: str) -> None:
     if address != AUTO:
         _reach(address)
     try:
         ray.init(
             address=address,
-            namespace=config.ray.namespace,
+            namespace=namespace,
             log_to_driver=False,
             configure_logging=False,
         )

@@ -30,6 +30,7 @@ from cluster.chain import outbox_rows
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
 from cluster.core.ports import Lease
 from cluster.core.types import (
+    RayNodeId,
     Timestamp,
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of
@@ -155,6 +156,11 @@ class Coordinator:
         found = ORDERS.validate_python(order)
         done = NOT_ACTING if self._term is None else await self._term.perform(found, who)
         return done.model_dump(mode="json")
+
+    def leave(self, node: str | None) -> int:
+        """Give a machine that goes away (None: all of them) nothing new; how many of its cards
+        still compute. Nothing durable: what comes after it works on."""
+        return self._world.pool.leave(None if node is None else RayNodeId(node))
 
     # --- what the journal tells, read in a thread: it may be much -------------------------------
 

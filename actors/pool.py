@@ -137,6 +137,7 @@ class RayGpuPool:
         self._members: dict[GpuId, _Member] = {}
         self._quarantined: frozenset[CardUuid] = frozenset()
         self._drained: Callable[[Gpu], bool] = lambda _: False
+        self._leaving: frozenset[RayNodeId] = frozenset()
         self._log = structlog.get_logger("pool")
 
     # --- ports.GpuPool ---------------------------------------------------------------------------
@@ -150,13 +151,21 @@ class RayGpuPool:
 
     def _seen(self, member: _Member) -> Gpu | None:
         gpu = _gpu(member, self._quarantined)
-        if gpu is not None and gpu.state in _WORKING and self._drained(gpu):
-            return replace(gpu, state=GpuState.DRAINED)
-        return gpu
+        if gpu is None or gpu.state not in _WORKING:
+            return gpu
+        leaves = gpu.ray_node in self._leaving or self._drained(gpu)
+        return replace(gpu, state=GpuState.DRAINED) if leaves else gpu
 
     def drain(self, drained: Callable[[Gpu], bool]) -> None:
         """From now on exactly the cards for which this holds get no new task."""
         self._drained = drained
+
+    def leave(self, node: RayNodeId | None) -> int:
+        """This machine goes away, or with None every one: its cards get no new task as long as
+        both it and this process live. Returns how many of them still compute."""
+        cards = [each for each in self._members.values() if node in (None, each.slot.node)]
+        self._leaving |= {each.slot.node for each in cards}
+        return sum(each.report is not None and each.report.attempt is not None for each in cards)
 
     def quarantine(self, cards: frozenset[CardUuid]) -> None:
         """From now on exactly these cards are in quarantine."""

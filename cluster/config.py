@@ -41,6 +41,7 @@ from cluster.core.types import Address, GigaBytes, Wei
 from cluster.models.refs import ModelRef, of_model_id
 from cluster.models.settings import HUB, Limits, StoreSettings, parse_s3
 from cluster.models.urls import UrlRules, listed_host, origin_of
+from cluster.url_files import put_in
 
 WEI_PER_CNX = 10**18
 _ZERO_ADDRESS = "0x" + "00" * 20
@@ -240,27 +241,43 @@ class Contracts(Section):
         return Address(self.task), Address(self.node), Address(self.qos)
 
 
+_NETWORK_FILES = {
+    "rpc_url_file": ("rpc_url", "fallback_rpc_urls"),
+    "ws_url_file": ("ws_url", None),
+    "relay_url_file": ("relay_url", None),
+}
+
+
 class NetworkConfig(Section):
     """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
     should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
-    new blocks (eth_subscribe), where an endpoint offers that."""
+    new blocks (eth_subscribe), where an endpoint offers that. A `_file` holds the URL in its place;
+    that of `rpc_url` may have further lines, which are asked before `fallback_rpc_urls`."""
 
     rpc_url: HttpUrl = Field(repr=False)
+    rpc_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
         default=(), repr=False
     )
     ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
+    ws_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     chain_id: int = Field(ge=1)
     devnet: bool = False
     contracts: Contracts
-    relay_url: HttpUrl
+    relay_url: HttpUrl = Field(repr=False)
+    relay_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     node_version: Annotated[str, BeforeValidator(_version)] = "2.5.0"
     stake: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "400")
     """Written in CNX, held in wei."""
     block_poll_seconds: Seconds = 1.0
     explorer_url: Annotated[str | None, BeforeValidator(_explorer_url)] = None
     """Where a transaction is shown to people: a URL with `{hash}` in it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_files(cls, values: object, info: ValidationInfo) -> object:
+        return put_in(values, _NETWORK_FILES, partial(_path, info=info))
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -291,6 +308,12 @@ class RayConfig(Section):
 
 class JournalConfig(Section):
     url: JournalUrl = Field(default="sqlite:///data/journal.db", repr=False)
+    url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, values: object, info: ValidationInfo) -> object:
+        return put_in(values, {"url_file": ("url", None)}, partial(_path, info=info))
 
 
 class ArtifactsConfig(Section):
@@ -637,6 +660,8 @@ def _got(location: tuple[int | str, ...], value: object) -> str:
     secret = location[0] in {"identity", "journal"} or not {
         "rpc_url",
         "fallback_rpc_urls",
+        "ws_url",
+        "relay_url",
         "proxy",
     }.isdisjoint(location)
     if secret or isinstance(value, Mapping | list | tuple):

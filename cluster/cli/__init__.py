@@ -19,6 +19,7 @@ from cluster.cli.doctor import doctor
 from cluster.cli.fleet import drain, fleet, resume
 from cluster.cli.gpus import gpus
 from cluster.cli.keys import keys
+from cluster.cli.leave import leave
 from cluster.cli.look import accounts, audit, earnings, logs, status, tasks, top
 from cluster.cli.models import models
 from cluster.cli.options import config_option
@@ -92,6 +93,7 @@ for _group in (
     fleet,
     drain,
     resume,
+    leave,
     gpus,
     models,
     config,
