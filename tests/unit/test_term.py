@@ -281,7 +281,7 @@ async def test_bad_weather_ends_no_term(tmp_path: Path, logs: list[Any]) -> None
 async def test_an_outage_is_known_at_once_though_only_one_account_is_looked_at(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 1000.0)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 1000.0)
     async with serving(office):
         await until(lambda: office.status.chain.reached)
         office.network.unreached = "no endpoint answers"
