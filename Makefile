@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint unit programs integration docs clean
+.PHONY: help setup demo test lint unit chart chart-tools chart-test programs integration docs clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml
 	@echo "==> setting up $(VENV) (a few minutes the first time, nothing afterwards)"
@@ -25,7 +25,7 @@ setup: $(STAMP)  ## create .venv and install everything, the devnet's EVM and ti
 demo: setup  ## run the main job on the embedded devnet: tasks from chain to paid
 	@$(BIN)/crynux-cluster devnet demo
 
-test: setup lint unit integration  ## linters, types and all tests
+test: setup lint unit chart-test integration  ## linters, types and all tests
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -35,6 +35,15 @@ lint: $(STAMP)  ## ruff and mypy
 unit: $(STAMP)  ## unit tests: no sockets, no ray
 	@$(BIN)/python -m pytest tests/unit -q
 
+chart-tools: $(STAMP)
+	@$(BIN)/python -m tests.chart.tools
+
+chart-test: chart-tools  ## the Helm chart: rendered by real Helm 3 and 4, validated, judged; no cluster
+	@$(BIN)/python -m pytest tests/chart -q
+
+chart: chart-tools  ## package the Helm chart into dist/, with rules and dashboards in it
+	@$(BIN)/python -m tests.chart.tools package dist
+
 programs: $(STAMP)
 	@$(BIN)/python -m tests.debian
 	@$(BIN)/python -m tests.prometheus_tools
@@ -42,9 +51,10 @@ programs: $(STAMP)
 integration: setup programs  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
 	@$(BIN)/python -m pytest tests/integration tests/chaos -q
 
-docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, configs/grafana/dashboards
+docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, Grafana's dashboards, the chart's schema
 	@$(BIN)/python docs/generate.py
 	@$(BIN)/python configs/grafana/generate.py
+	@$(BIN)/python -m helm.schema.generate
 
 clean:  ## remove what the devnet and the demo left behind (not .venv)
 	rm -rf .devnet/run demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

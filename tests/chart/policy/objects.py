@@ -95,6 +95,7 @@ def budgets_are_numbers(found: Rendered) -> Iterator[str]:
         spec = each["spec"]
         if type(spec.get("minAvailable")) is not int or "maxUnavailable" in spec:
             yield f"{name_of(each)}: no whole number in minAvailable"
+            continue
         group = spec["selector"]["matchLabels"]["ray.io/group"]
         if spec.get("minAvailable", 0) > least.get(group, 1):
             yield f"{name_of(each)}: more than there are"
