@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from actors.keeping import StoreWorker
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.models import http_read
 from cluster.models.hub import Hub
 from cluster.models.keeper import Wanted
 from cluster.models.mirror import Mirror
@@ -118,6 +119,27 @@ def test_whatever_is_answered(
     source, asked = make(lambda _: httpx2.Response(status, content=content))
     with suppress(*PROMISED):
         source.list(asked)
+
+
+def test_what_drips_is_handed_on_each_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would look at a deadline until a whole piece is there."""
+    now = [0.0]
+    monkeypatch.setattr(http_read, "monotonic", lambda: now[0])
+
+    def bytes_of_a_second() -> Iterator[bytes]:
+        for _ in range(6):
+            now[0] += 0.5
+            yield b"a"
+
+    source, _ = web(lambda _: httpx2.Response(200, content=bytes_of_a_second()))
+    with source.open(ONE, ONE.files[0], 0, None) as opened:
+        assert list(opened.chunks) == [b"aa", b"aa", b"aa"]
+
+
+def test_what_comes_fast_is_handed_on_in_large_pieces() -> None:
+    source, _ = web(lambda _: httpx2.Response(200, content=iter([b"a" * 1000] * 1000)))
+    with source.open(ONE, ONE.files[0], 0, None) as opened:
+        assert sorted(map(len, opened.chunks), reverse=True)[0] >= http_read.CHUNK
 
 
 def test_what_breaks_while_it_is_read_is_the_sources() -> None:
