@@ -337,6 +337,7 @@ class HubConfig(Section):
 class LinksConfig(Section):
     """Models by URL. `allow_hosts`, as `host` (at `ports`) or `host:port`, may have any address and
     be asked by plain http: the operator's own. `deny_hosts` are never asked, nor their subdomains.
+    What one of `certain_hosts` hasn't got is reported as the task's fault.
     """
 
     civitai_token_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
@@ -344,6 +345,7 @@ class LinksConfig(Section):
     ports: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (80, 443)
     allow_hosts: HostsAndPorts = ()
     deny_hosts: Hosts = ()
+    certain_hosts: Hosts = ()
 
 
 class ModelsConfig(Section):
@@ -363,6 +365,7 @@ class ModelsConfig(Section):
     mirror: MirrorConfig = MirrorConfig()
     hub: HubConfig = HubConfig()
     web: LinksConfig = LinksConfig()
+    report_missing: bool = True
     proxy: HttpUrl | None = Field(default=None, repr=False)
     quota_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     largest_file_gb: float = Field(default=64.0, gt=0, allow_inf_nan=False)
@@ -416,6 +419,8 @@ class ModelsConfig(Section):
                 None if self.bandwidth_mbit is None else self.bandwidth_mbit * 125_000,
             ),
             self.pinned,
+            self.report_missing,
+            frozenset(self.web.certain_hosts),
         )
 
 

@@ -35,7 +35,7 @@ LEAST_STEP: Final = 2**18
 
 @dataclass(slots=True)
 class Attempt:
-    """`has_progressed` tells afterwards whether anything came."""
+    """`has_progressed` tells afterwards whether more is on the disk than ever before."""
 
     watch: Watch
     source: Source
@@ -59,6 +59,7 @@ class Attempt:
         self._check_sizes(listing)
         folder = self._disk.partial(self._ref.key)
         teller = Teller(self.watch, listing)
+        before = self.watch.most
         try:
             background = self.watch.wanted.background
             self.room.make(listing.size, self._ref, teller.tell, background)
@@ -76,7 +77,7 @@ class Attempt:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
-            self.has_progressed = teller.fresh > 0
+            self.has_progressed = self.watch.most > before
             teller.end()
 
     def _check_sizes(self, listing: Listing) -> None:
@@ -108,12 +109,15 @@ class Attempt:
 
         def gate(size: int) -> None:
             self.watch.check()
+            before = self.watch.clock()
             self.watch.stand_back()
             fresh = teller.arrived(size)
             if unknown and fresh % CHECK_ROOM < size:
                 self.room.make(fresh + CHECK_ROOM, self._ref, gentle=self.watch.wanted.background)
             if (pause := throttle.take(size)) > 0:
                 self.watch.pause(pause)
+            if (waited := self.watch.clock() - before) > 0:
+                teller.waited(waited)
 
         return gate
 

@@ -29,7 +29,7 @@ from cluster.models.settings import Limits
 from cluster.models.sources import Absent, Changed, Denied, Source, SourceDown
 from cluster.models.store import ModelStore, Spoilt
 from cluster.models.transfer import Damaged
-from cluster.models.waiting import LOOK_SECONDS, Watch
+from cluster.models.waiting import LOOK_SECONDS, TooSlow, Watch
 from cluster.models.waiting import Wanted as Wanted
 
 _log = structlog.get_logger("models")
@@ -173,7 +173,7 @@ class Keeper:
                 if got:
                     if not self.has(ref):
                         self._drop_spoilt(ref)
-                        self._fetch(watch)
+                        self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
                     return
             # Somebody else fetches it: as long as that makes progress, we do.
             if self.disk.progress(ref.key) is not None:
@@ -183,6 +183,12 @@ class Keeper:
 
     def _fetch(self, watch: Watch) -> None:
         """Try the sources in order, again and again; the lock is ours."""
+        try:
+            self._try_again_and_again(watch)
+        except TooSlow as error:
+            raise self._told(watch.ref, error) from None
+
+    def _try_again_and_again(self, watch: Watch) -> None:
         ref = watch.ref
         rounds, damaged, certain, patience = 0, 0, 0, FIRST_PATIENCE
         while True:
@@ -225,6 +231,8 @@ class Keeper:
                 failures.down = _sooner(failures.down, down)
                 event = "damaged" if isinstance(error, Damaged) else "broke"
                 self.diary.write(event, ref, source=source.name, reason=str(error))
+            except TooSlow:
+                raise
             except ModelUnavailable as error:
                 failures.unfit = error
             else:

@@ -55,3 +55,6 @@ class StoreSettings:
     hub_rules: UrlRules = UrlRules()  # noqa: RUF009 - frozen
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     pinned: frozenset[ModelRef] = frozenset()
+    report_missing: bool = True
+    """Whether the hub, or one of `certain_hosts`, can make a lack certain."""
+    certain_hosts: frozenset[str] = frozenset()

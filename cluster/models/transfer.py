@@ -1,7 +1,8 @@
 """One file from a source to the disk: in parallel parts, resumed where it broke, checked by hash.
 
-While a file is under way it is `<path>.part`, and `<path>.parts` says which of its parts are whole,
-for the next one who tries. A file is only ever under its own name when it is what it claims to be.
+While a file is under way it is `<path>.part`, and `<path>.parts` says how much of which part is
+there, for the next one who tries. A file is only ever under its own name when it is what it claims
+to be.
 
 Bytes of two answers are put together only where something says that they are of one content: a
 hash of the whole, or a tag that the source repeats. Without either a file comes in one stream, and
@@ -13,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,8 @@ from cluster.models.sources import Changed, Listing, Opened, RemoteFile, Source,
 
 PART: Final = 16 * 2**20
 CONNECTIONS: Final = 4
+_FORM: Final = 2
+_NOTE: Final = struct.Struct("<IQ")
 
 
 class Gate(Protocol):
@@ -91,22 +96,23 @@ class Transfer:
         in_parts = self.connections > 1 and _can_be_joined(file)
         if in_parts and file.size is not None and file.size > self.part:
             missing = under_way.missing()
-            if missing and self._takes_ranges(file, under_way, missing.pop(0)):
+            # The first alone shows whether the server gives parts at all.
+            if not missing or self._takes_part(file, under_way, missing.pop(0)):
                 self._in_parts(file, under_way, missing)
-                return
-            if not missing:
                 return
         self._in_one(file, under_way)
 
-    def _takes_ranges(self, file: RemoteFile, under_way: _UnderWay, first: int) -> bool:
-        """Fetch the first missing part; whether the server gives parts at all."""
-        start, stop = under_way.bounds(first)
-        with self.source.open(self.listing, file, start, stop) as opened:
-            if not opened.ranged or opened.start != start:
-                return False
-            _same(opened, file)
-            self._write(under_way, start, stop, opened.chunks)
-        under_way.mark(first)
+    def _takes_part(self, file: RemoteFile, under_way: _UnderWay, part: int) -> bool:
+        """Fetch what is missing of a part, and note how far that came; whether it is given."""
+        start, stop = under_way.bounds(part)
+        try:
+            with self.source.open(self.listing, file, start, stop) as opened:
+                if not opened.ranged or opened.start != start:
+                    return False
+                _same(opened, file)
+                self._write(under_way, start, stop, opened.chunks, part)
+        finally:
+            under_way.note(part)
         return True
 
     def _in_parts(self, file: RemoteFile, under_way: _UnderWay, missing: list[int]) -> None:
@@ -120,14 +126,9 @@ class Transfer:
                     if not missing:
                         return
                     part = missing.pop(0)
-                start, stop = under_way.bounds(part)
                 try:
-                    with self.source.open(self.listing, file, start, stop) as opened:
-                        if not opened.ranged or opened.start != start:
-                            raise SourceDown(f"{file.path}: the range was ignored")
-                        _same(opened, file)
-                        self._write(under_way, start, stop, opened.chunks)
-                    under_way.mark(part)
+                    if not self._takes_part(file, under_way, part):
+                        raise SourceDown(f"{file.path}: the range was ignored")
                 except BaseException:
                     failed.set()
                     raise
@@ -143,7 +144,7 @@ class Transfer:
             raise min(errors, key=lambda error: isinstance(error, SourceDown))
 
     def _in_one(self, file: RemoteFile, under_way: _UnderWay) -> None:
-        start = 0 if under_way.whole else under_way.arrived
+        start = 0 if under_way.have else under_way.arrived
         if file.size is not None and start >= file.size > 0:
             return
         with self.source.open(self.listing, file, start, None) as opened:
@@ -156,7 +157,12 @@ class Transfer:
             self._write(under_way, opened.start, opened.size or file.size, opened.chunks)
 
     def _write(
-        self, under_way: _UnderWay, start: int, stop: int | None, chunks: Iterator[bytes]
+        self,
+        under_way: _UnderWay,
+        start: int,
+        stop: int | None,
+        chunks: Iterator[bytes],
+        part: int | None = None,
     ) -> None:
         at = start
         for chunk in chunks:
@@ -167,6 +173,8 @@ class Transfer:
                 raise self._too_large(under_way.name)
             under_way.write(chunk, at)
             at += len(chunk)
+            if part is not None:
+                under_way.have[part] = at - part * self.part
             self.gain(len(chunk))
         if stop is not None and at != stop:
             raise SourceDown(f"{under_way.name}: cut off at byte {at}")
@@ -183,8 +191,8 @@ class Transfer:
 class _UnderWay:
     """A file that isn't whole yet: a stream from its beginning, or parts in any order.
 
-    The sidecar's first line says what it is of; then come the numbers of the parts that are whole,
-    four bytes each. As long as there are none, the file is a stream.
+    The sidecar's first line says what it is of; then come numbers of parts, each with how many of
+    its bytes are there, from its beginning. As long as there are none, the file is a stream.
     """
 
     name: str
@@ -194,47 +202,56 @@ class _UnderWay:
     size: int | None
     part: int
     descriptor: int
-    whole: set[int]
+    have: dict[int, int]
     lock: threading.Lock
 
     @classmethod
     def resume(cls, target: Path, identity: str, size: int | None, part: int) -> _UnderWay:
         path = target.with_name(f"{target.name}.part")
         sidecar = target.with_name(f"{target.name}.parts")
-        head = json.dumps([identity, size, part]).encode() + b"\n"
+        head = json.dumps([_FORM, identity, size, part]).encode() + b"\n"
         noted = _noted(sidecar, head)
         if noted is None:
             path.unlink(missing_ok=True)
             sidecar.write_bytes(head)
-        numbers = noted or b""
-        whole = {int.from_bytes(numbers[i : i + 4], "big") for i in range(0, len(numbers) - 3, 4)}
+        noted = noted or b""
+        # The last of a part's counts; of a record that was cut off nothing.
+        have = dict(_NOTE.iter_unpack(noted[: len(noted) // _NOTE.size * _NOTE.size]))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         here = os.fstat(descriptor).st_size
         known = cls(
-            target.name, path, sidecar, head, size, part, descriptor, whole, threading.Lock()
+            target.name, path, sidecar, head, size, part, descriptor, have, threading.Lock()
         )
-        if any(known.bounds(number)[1] > here for number in whole):
+        if any(number * part + count > here or count > part for number, count in have.items()):
             known.begin_stream(0)
         return known
 
     @property
     def arrived(self) -> int:
         """Bytes that needn't be asked for again."""
-        if self.whole:
-            return sum(stop - start for start, stop in map(self.bounds, self.whole))
+        if self.have:
+            return sum(self.have.values())
         return os.fstat(self.descriptor).st_size
 
     def bounds(self, part: int) -> tuple[int, int]:
-        return part * self.part, min((part + 1) * self.part, self.size or 0)
+        """What is missing of it."""
+        start = part * self.part
+        return start + self.have.get(part, 0), min(start + self.part, self.size or 0)
 
     def missing(self) -> list[int]:
+        """Parts that aren't whole. What came as a stream counts as parts from here on."""
+        if not self.have and (here := self.arrived):
+            for at in range(0, here, self.part):
+                self.have[at // self.part] = min(self.part, here - at)
+                self.note(at // self.part)
         count = -(-(self.size or 0) // self.part)
-        return [part for part in range(count) if part not in self.whole]
+        return [part for part in range(count) if operator.lt(*self.bounds(part))]
 
-    def mark(self, part: int) -> None:
-        with self.lock, self.sidecar.open("ab") as file:
-            file.write(part.to_bytes(4, "big"))
-            self.whole.add(part)
+    def note(self, part: int) -> None:
+        """For the next one who tries."""
+        if count := self.have.get(part, 0):
+            with self.lock, self.sidecar.open("ab") as file:
+                file.write(_NOTE.pack(part, count))
 
     def write(self, chunk: bytes, at: int) -> None:
         view = memoryview(chunk)
@@ -244,7 +261,7 @@ class _UnderWay:
 
     def begin_stream(self, start: int) -> None:
         self.sidecar.write_bytes(self.head)
-        self.whole.clear()
+        self.have.clear()
         os.ftruncate(self.descriptor, start)
 
     def drop(self) -> None:

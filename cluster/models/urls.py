@@ -56,6 +56,15 @@ def origin_of(url: str) -> str:
     return f"{parts.scheme}://{_shown(parts.hostname or '')}:{parts.port or _DEFAULT[parts.scheme]}"
 
 
+def speaks_for_all(url: str, hosts: frozenset[str], rules: UrlRules) -> bool:
+    """Whether what the URL's host hasn't got no node finds there: by https, so that nobody between
+    has answered; on the operator's list; and nobody's own."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    known = _shown(host) in hosts and parts.port in {None, 443}
+    return known and parts.scheme == "https" and not rules.is_own("https", host, 443)
+
+
 def listed_host(text: object, ports: bool) -> str:
     """`host`, or `host:port` where `ports` are named, as the operator lists one, in its one form.
     Raises `ValueError`."""

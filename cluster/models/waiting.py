@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from cluster.core.errors import Cancelled, DeadlinePassed
+from cluster.core.errors import (
+    Cancelled,
+    DeadlinePassed,
+    ModelUnavailable,
+    ModelUnavailableKind,
+)
 from cluster.models.disk import Disk
 from cluster.models.refs import ModelRef
 
 LOOK_SECONDS: Final = 0.1
 FOREGROUND: Final = ".foreground"
+LEAST_SECONDS: Final = 3600.0
+FAIR_RATE: Final = 256 * 2**10
+"""Bytes a second. What isn't a task's is waited for an hour, and for what has come as long as it
+takes at this rate: else one who drips would be fetched for ever, and nothing after him."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +34,43 @@ class Wanted:
     background: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+class TooSlow(ModelUnavailable):
+    """It comes, and would take for ever."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ModelUnavailableKind.UNREACHABLE, message)
+
+    def __reduce__(self) -> tuple[type[TooSlow], tuple[str]]:  # type: ignore[override]
+        return type(self), (str(self),)
+
+
+@dataclass(slots=True)
 class Watch:
-    """One model for one who wants it. Everything here raises `Cancelled` or `DeadlinePassed`."""
+    """One model for one who wants it. Everything here raises `Cancelled`, `DeadlinePassed` or
+    `TooSlow`. `most`: bytes of it that were on the disk at best; `waited`: seconds of our own
+    choice, for a task or the bandwidth."""
 
     disk: Disk
     ref: ModelRef
     wanted: Wanted
     clock: Callable[[], float]
     sleep: Callable[[float], None]
+    most: int = 0
+    waited: float = 0.0
+    began: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.began = self.clock()
 
     def check(self) -> None:
         if self.wanted.cancelled():
             raise Cancelled("cancelled while its models were fetched")
         if self.wanted.deadline is not None and self.clock() >= self.wanted.deadline:
             raise DeadlinePassed("ran into the deadline while its models were fetched")
+        if self.wanted.background and self.wanted.deadline is None:
+            spent = self.clock() - self.began - self.waited
+            if spent > LEAST_SECONDS + self.most / FAIR_RATE:
+                raise TooSlow(f"{self.ref}: too slow, {self.most} bytes in {round(spent)} s")
 
     def pause(self, seconds: float) -> None:
         """Sleep, in steps that notice a cancel and say that we live."""

@@ -39,10 +39,11 @@ class Web:
         client: httpx2.Client,
         rules: UrlRules,
         civitai_token: Callable[[], str | None] = lambda: None,
-        certain: Callable[[str], bool] | None = None,
+        certain: Callable[[str], bool] = lambda _url: False,
     ) -> None:
-        """`certain` tells of a URL whether its host's own 404 holds for every node."""
-        self._certain = certain or self._speaks_for_itself
+        """`certain` tells of a URL whether its host's own 404 holds for every node. Of most it
+        doesn't: a link's host may be the task creator's own, and answer each node as it likes."""
+        self._certain = certain
         self._client = client
         self._rules = rules
         self._civitai_token = civitai_token
@@ -53,9 +54,10 @@ class Web:
     def list(self, ref: ModelRef) -> Listing:
         """Asks for the first byte, because not every host answers HEAD as it answers GET."""
         url = check(ref.name, self._rules)
-        headers = self._headers(url) | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+        own = self._headers(url)
+        headers = own | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
         with promised(str(ref)), self._client.stream("GET", url, headers=headers) as response:
-            return self._listing(ref, url, response)
+            return self._listing(ref, url, response, anonymous=not own)
 
     @contextmanager
     def open(
@@ -64,23 +66,20 @@ class Web:
         with opened(self._client, file, self._headers(file.where), start, stop) as found:
             yield found
 
-    def _speaks_for_itself(self, url: str) -> bool:
-        """Over plain http anyone between may have answered, and the operator's own hosts are
-        nobody else's: another node may find what isn't there for us."""
-        parts = urlsplit(url)
-        return parts.scheme == "https" and parts.hostname not in self._rules.allow_hosts
-
     def _headers(self, url: str) -> dict[str, str]:
         host = urlsplit(url).hostname or ""
         token = self._civitai_token() if host.removeprefix("www.") in CIVITAI else None
         return {"Authorization": f"Bearer {token}"} if token else {}
 
-    def _listing(self, ref: ModelRef, url: str, response: httpx2.Response) -> Listing:
+    def _listing(
+        self, ref: ModelRef, url: str, response: httpx2.Response, anonymous: bool
+    ) -> Listing:
         status = response.status_code
         if status in {404, 410}:
-            # Only the host that the link names speaks for itself; one it leads on to may expire.
+            # Only the host that the link names speaks for itself, one it leads on to may expire;
+            # and what it says to a token another token may hear otherwise.
             same = response.url.host == httpx2.URL(url).host
-            raise Absent(f"{ref}: {status}", certain=same and self._certain(url))
+            raise Absent(f"{ref}: {status}", certain=same and anonymous and self._certain(url))
         if status not in {200, 206}:
             raise answer_error(str(ref), status, retry_after(response))
         name = _file_name(response)

@@ -11,17 +11,22 @@ from typing import Any, NoReturn
 
 import httpx2
 import pytest
+import yaml
 from huggingface_hub import constants, set_client_factory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.keeping import StoreWorker
+from cluster.config import ModelsConfig
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.models import http_read
+from cluster.models.assembly import sources_of
 from cluster.models.hub import Hub
 from cluster.models.keeper import Wanted
 from cluster.models.mirror import Mirror
 from cluster.models.refs import ModelRef, ref
 from cluster.models.refusals import Refused
+from cluster.models.settings import StoreSettings
 from cluster.models.sources import Absent, Changed, Denied, Listing, RemoteFile, Source, SourceDown
 from cluster.models.urls import UrlRules
 from cluster.models.web import Web
@@ -118,6 +123,27 @@ def test_whatever_is_answered(
     source, asked = make(lambda _: httpx2.Response(status, content=content))
     with suppress(*PROMISED):
         source.list(asked)
+
+
+def test_what_drips_is_handed_on_each_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would look at a deadline until a whole piece is there."""
+    now = [0.0]
+    monkeypatch.setattr(http_read, "monotonic", lambda: now[0])
+
+    def bytes_of_a_second() -> Iterator[bytes]:
+        for _ in range(6):
+            now[0] += 0.5
+            yield b"a"
+
+    source, _ = web(lambda _: httpx2.Response(200, content=bytes_of_a_second()))
+    with source.open(ONE, ONE.files[0], 0, None) as opened:
+        assert list(opened.chunks) == [b"aa", b"aa", b"aa"]
+
+
+def test_what_comes_fast_is_handed_on_in_large_pieces() -> None:
+    source, _ = web(lambda _: httpx2.Response(200, content=iter([b"a" * 1000] * 1000)))
+    with source.open(ONE, ONE.files[0], 0, None) as opened:
+        assert sorted(map(len, opened.chunks), reverse=True)[0] >= http_read.CHUNK
 
 
 def test_what_breaks_while_it_is_read_is_the_sources() -> None:
@@ -226,6 +252,62 @@ def test_what_tells_a_links_content_from_another(headers: dict[str, str], told: 
     assert listing.files[0].etag == told
     with source.open(listing, listing.files[0], 0, None) as opened:
         assert opened.etag == told
+
+
+# --- whose 404 holds for every node --------------------------------------------------------------
+
+
+def is_certain(settings: StoreSettings, asked: ModelRef, answer: Answer) -> bool:
+    sources = sources_of(settings, lambda _rules, proxy: client(answer))
+    source = next(source for source in sources if source.serves(asked))
+    with pytest.raises((Absent, Denied)) as caught:
+        source.list(asked)
+    return isinstance(caught.value, Absent) and caught.value.certain
+
+
+def gone(_: httpx2.Request) -> httpx2.Response:
+    return httpx2.Response(404, headers={"X-Error-Code": "RepoNotFound"})
+
+
+def configured(tmp_path: Path, text: str) -> StoreSettings:
+    said = yaml.safe_load(text) or {}
+    return ModelsConfig.model_validate({"root": str(tmp_path)} | said).store()
+
+
+@pytest.mark.parametrize(
+    ("text", "certain"),
+    [
+        ("", True),
+        ("report_missing: true", True),
+        ("report_missing: false", False),
+        ("hub: {endpoint: 'https://copy.example'}", False),
+        ("hub: {token_file: token}", False),
+        ("hub: {token_file: nothing-there}", True),
+    ],
+)
+def test_when_the_hubs_404_holds_for_every_node(tmp_path: Path, text: str, certain: bool) -> None:
+    (tmp_path / "token").write_text("hf_x")
+    said = text.replace("token_file: ", f"token_file: {tmp_path}/")
+    assert is_certain(configured(tmp_path, said), LORA, gone) is certain
+
+
+@pytest.mark.parametrize(
+    ("url", "text", "certain"),
+    [
+        ("https://civitai.com/api/download/models/1", "", False),
+        ("https://civitai.com/x", "web: {certain_hosts: [civitai.com]}", True),
+        ("https://CIVITAI.com/x", "web: {certain_hosts: [Civitai.com]}", True),
+        ("https://sub.civitai.com/x", "web: {certain_hosts: [civitai.com]}", False),
+        ("https://civitai.com:8443/x", "web: {certain_hosts: [civitai.com], ports: [8443]}", False),
+        ("http://civitai.com/x", "web: {certain_hosts: [civitai.com], allow_http: true}", False),
+        ("https://a.com/x", "web: {certain_hosts: [a.com], allow_hosts: [a.com]}", False),
+        ("https://a.com/x", "{report_missing: false, web: {certain_hosts: [a.com]}}", False),
+    ],
+)  # fmt: skip
+def test_when_a_links_404_holds_for_every_node(
+    tmp_path: Path, url: str, text: str, certain: bool
+) -> None:
+    assert is_certain(configured(tmp_path, text), ref("lora", url), gone) is certain
 
 
 def test_the_next_source_is_asked_after_an_odd_one(tmp_path: Path) -> None:

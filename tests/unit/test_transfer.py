@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,30 @@ def test_without_hash_and_tag_one_stream_from_the_beginning(tmp_path: Path) -> N
     shelf = lora_shelf(5000, hashes=False, etag="")
     fetch(shelf, tmp_path)
     assert shelf.opened == [(FILE, 0, None)]
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_what_came_of_a_part_is_not_asked_for_again(tmp_path: Path, hashes: bool) -> None:
+    """However early each connection breaks: on slow lines none lives for a whole part."""
+    shelf = lora_shelf(5000, hashes=hashes, cut=[300] * 100)
+    size = len(shelf.files[LORA][FILE])
+    for _ in range(100):
+        try:
+            fetch(shelf, tmp_path)
+            break
+        except SourceDown:
+            continue
+    assert (tmp_path / FILE).read_bytes() == shelf.files[LORA][FILE]
+    assert shelf.sent == size
+    assert len(shelf.opened) < size / 300 + 10
+
+
+def test_a_part_that_was_noted_and_is_not_on_the_disk_comes_again(tmp_path: Path) -> None:
+    shelf = lora_shelf(4900, cut=[1000, 1000, 400])
+    with pytest.raises(SourceDown):
+        fetch(shelf, tmp_path)
+    os.truncate(tmp_path / f"{FILE}.part", 700)
+    assert fetch(shelf, tmp_path).read_bytes() == shelf.files[LORA][FILE]
 
 
 def test_more_bytes_than_announced_are_not_taken(tmp_path: Path) -> None:
