@@ -108,7 +108,8 @@ def main(arguments: list[str]) -> int:
         if not release.program.exists():
             fetch(release)
     if arguments[:1] == ["package"]:
-        package = [RELEASES[4].program, "package", ROOT / "helm" / "crynux-cluster"]
+        chart = ROOT / "helm" / "crynux-cluster"
+        package = [str(RELEASES[4].program), "package", str(chart)]
         subprocess.run([*package, "--destination", arguments[1]], check=True)
     return 0
 
