@@ -46,12 +46,14 @@ chart: chart-tools  ## package the Helm chart into dist/, with rules and dashboa
 
 programs: $(STAMP)
 	@$(BIN)/python -m tests.debian
+	@$(BIN)/python -m tests.prometheus_tools
 
 integration: setup programs  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
 	@$(BIN)/python -m pytest tests/integration tests/chaos -q
 
-docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, the chart's schema and README
+docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, Grafana's dashboards, the chart's schema
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python configs/grafana/generate.py
 	@$(BIN)/python -m helm.schema.generate
 
 lock: $(STAMP)  ## resolve again what the images are installed from (requirements/*.txt)

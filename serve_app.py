@@ -124,7 +124,7 @@ def build(config: Config) -> serve.Application:
             "num_cpus": 0,
             # The token's file is on the head.
             "resources": {"node:__internal_head__": 0.001},
-            **without_password(),
+            **without_password(always=config.ray.address is not None),
         },
         health_check_timeout_s=10,
         logging_config={"enable_access_log": False},

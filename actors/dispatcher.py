@@ -9,13 +9,14 @@ after its attempt was given up is dropped.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
 from actors.ledger import Ledger
+from cluster.core.draining import movable
 from cluster.core.errors import (
     AttemptLost,
     Cancelled,
@@ -119,6 +120,7 @@ class _Running:
     pipeline: str
     free_at: Timestamp
     deadline: Timestamp | None
+    want: Want
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Outstanding:
     account: Address
     seconds: float
     deadline: Timestamp | None
+    task: Commitment
 
 
 class Dispatcher:
@@ -191,7 +194,7 @@ class Dispatcher:
             for running in self._running.values()
         ]
         return [
-            Outstanding(record.account, seconds, deadline)
+            Outstanding(record.account, seconds, deadline, task)
             for task, seconds, deadline in found
             if (record := self._ledger.open.get(task)) is not None
         ]
@@ -219,7 +222,14 @@ class Dispatcher:
             want, order, work = self._wants.pop(placement.task)
             attempt = self._new_attempt_id()
             self._ledger.append(want.task, AttemptStarted(attempt, placement.gpu_id))
-            self._log.info("attempt_started", task=want.task, gpu=placement.gpu_id, attempt=attempt)
+            account = self._ledger.open[want.task].account
+            self._log.info(
+                "attempt_started",
+                task=want.task,
+                account=account,
+                gpu=placement.gpu_id,
+                attempt=attempt,
+            )
             self.follow(placement.gpu_id, replace(order, attempt_id=attempt), want, work, now)
         self._read_ahead(now)
 
@@ -241,8 +251,22 @@ class Dispatcher:
         follower.add_done_callback(self._surface)
         free_at = Timestamp(now + want.compute_seconds)
         self._running[gpu] = _Running(
-            want.task, order.attempt_id, work, want.pipeline, free_at, want.deadline
+            want.task, order.attempt_id, work, want.pipeline, free_at, want.deadline, want
         )
+
+    def movable(
+        self, cards: Set[GpuId], now: Timestamp
+    ) -> list[tuple[GpuId, Commitment, AttemptId]]:
+        """What is computed on these cards, and would be done in time on another."""
+        there = {gpu: each for gpu, each in self._running.items() if gpu in cards}
+        held = self._held()
+        found = movable(
+            [each.want for each in there.values()],
+            [want for want, _, _ in self._wants.values()],
+            [self._card(gpu, now, held) for gpu in self._pool.gpus() if gpu.gpu_id not in cards],
+            now,
+        )
+        return [(gpu, each.task, each.attempt) for gpu, each in there.items() if each.task in found]
 
     async def cancel(self, gpu: GpuId, task: Commitment, attempt: AttemptId) -> None:
         """Give the attempt up: what it may still answer is dropped."""
@@ -258,6 +282,8 @@ class Dispatcher:
 
     async def _follow(self, gpu: GpuId, order: Order) -> None:
         try:
+            there = self._ledger.open.get(order.task)
+            account = "" if there is None else there.account
             event = await self._outcome(gpu, order)
             fault = event.fault if isinstance(event, AttemptFailed) else None
             self._metrics.attempt_ended(fault, self._uuid_of(gpu))
@@ -267,6 +293,7 @@ class Dispatcher:
                 self._log.info(
                     "attempt_ended",
                     task=order.task,
+                    account=account,
                     gpu=gpu,
                     attempt=order.attempt_id,
                     outcome=type(event).__name__,

@@ -4,46 +4,130 @@ nothing about it, and only the operator ends it.
 Draining everything pauses every account, finishes what runs and hands over what waits for its
 validation. A drained card or machine gets no new task; its accounts pause where no other card is
 there for them. What it computes is finished there, or moved at once if that is asked for.
+
+Names are kept as they were typed, to be shown. What they mean is kept too: the cards' UUIDs,
+because Ray gives machines and cards new names whenever it starts.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from actors.ledger import Ledger
-from cluster.core.types import CardUuid, Gpu, GpuId, RayNodeId
+from cluster.core.types import GigaBytes, Gpu, GpuClass
 
 _KEY = "drain"
 
 
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A card: by its UUID, or by its name where it has told none."""
+
+    card: str
+    gpu_class: GpuClass | None
+    """None where an older version wrote it down."""
+
+
+Named = Mapping[str, frozenset[Drained]]
+"""What the operator typed, and the cards that it means."""
+
+
 class Drains:
+    """`revision` changes whenever what is drained does."""
+
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         said = json.loads(ledger.journal.cursor(_KEY) or "{}")
         self.everything: bool = said.get("everything", False)
-        self.cards: frozenset[str] = frozenset(said.get("cards", ()))
-        self.nodes: frozenset[str] = frozenset(said.get("nodes", ()))
+        self.cards: Named = _read(said.get("cards", {}))
+        self.nodes: Named = _read(said.get("nodes", {}))
+        self.revision = 0
+        self._known = self._names()
 
     def covers(self, gpu: Gpu) -> bool:
         """Whether the card gets no new task."""
-        return bool({gpu.gpu_id, gpu.uuid} & self.cards) or gpu.ray_node in self.nodes
+        return gpu.ray_node in self.nodes or bool({gpu.gpu_id, gpu.uuid} & self._known)
+
+    def _names(self) -> frozenset[str]:
+        return frozenset(each.card for each in self._all())
+
+    def _all(self) -> Iterable[Drained]:
+        for named in (self.cards, self.nodes):
+            for drained in named.values():
+                yield from drained
 
     def add(
         self,
         everything: bool = False,
-        cards: frozenset[GpuId | CardUuid] = frozenset(),
-        nodes: frozenset[RayNodeId] = frozenset(),
+        cards: Mapping[str, Iterable[Gpu]] | None = None,
+        nodes: Mapping[str, Iterable[Gpu]] | None = None,
     ) -> None:
-        self._store(self.everything or everything, self.cards | cards, self.nodes | nodes)
+        """Drain it too; each name with the cards that it means now."""
+        self._store(
+            self.everything or everything, _with(self.cards, cards), _with(self.nodes, nodes)
+        )
+
+    def learn(self, gpus: Iterable[Gpu]) -> None:
+        """A drained machine may have cards that hadn't told their UUIDs yet."""
+        found: dict[str, list[Gpu]] = {}
+        for gpu in gpus:
+            if gpu.ray_node in self.nodes and _drained(gpu) not in self.nodes[gpu.ray_node]:
+                found.setdefault(gpu.ray_node, []).append(gpu)
+        if found:
+            self._store(self.everything, self.cards, _with(self.nodes, found))
 
     def end(self) -> None:
-        self._store(False, frozenset(), frozenset())
+        self._store(False, {}, {})
 
     @property
     def any(self) -> bool:
         return self.everything or bool(self.cards or self.nodes)
 
-    def _store(self, everything: bool, cards: frozenset[str], nodes: frozenset[str]) -> None:
-        said = {"everything": everything, "cards": sorted(cards), "nodes": sorted(nodes)}
+    @property
+    def classes(self) -> frozenset[GpuClass]:
+        """Of the cards that are drained one by one."""
+        return frozenset(each.gpu_class for each in self._all() if each.gpu_class is not None)
+
+    def _store(self, everything: bool, cards: Named, nodes: Named) -> None:
+        said = {"everything": everything, "cards": _plain(cards), "nodes": _plain(nodes)}
         self._ledger.journal.set_cursor(self._ledger.lease, _KEY, json.dumps(said))
         self.everything, self.cards, self.nodes = everything, cards, nodes
+        self._known = self._names()
+        self.revision += 1
+
+
+def _drained(gpu: Gpu) -> Drained:
+    return Drained(gpu.uuid or gpu.gpu_id, gpu.gpu_class)
+
+
+def _with(before: Named, new: Mapping[str, Iterable[Gpu]] | None) -> Named:
+    added = {name: frozenset(map(_drained, gpus)) for name, gpus in (new or {}).items()}
+    return {
+        name: before.get(name, frozenset()) | added.get(name, frozenset())
+        for name in {*before, *added}
+    }
+
+
+def _plain(named: Named) -> dict[str, list[list[object]]]:
+    return {
+        name: sorted(
+            [each.card, *(("", 0) if (c := each.gpu_class) is None else (c.name, c.vram))]
+            for each in drained
+        )
+        for name, drained in sorted(named.items())
+    }
+
+
+def _read(said: Mapping[str, list[tuple[str, str, int]]] | list[str]) -> Named:
+    """What `_plain` made; an older version wrote names only."""
+    if isinstance(said, list):
+        return {name: frozenset({Drained(name, None)}) for name in said}
+    return {
+        name: frozenset(
+            Drained(card, GpuClass(gpu, GigaBytes(vram)) if gpu else None)
+            for card, gpu, vram in drained
+        )
+        for name, drained in said.items()
+    }

@@ -8,9 +8,10 @@ from typing import Any
 from cluster.keystore import PASSWORD
 
 
-def without_password() -> dict[str, Any]:
-    """Options for an actor that is begun from a process that was given the keystore's password:
-    Ray hands its own environment down to every process of the machine."""
-    if PASSWORD not in os.environ:
+def without_password(always: bool = False) -> dict[str, Any]:
+    """Options for an actor that Ray may begin with the keystore's password: it hands its own
+    environment down to every process of the machine. Our own environment tells whether it has it;
+    it doesn't where Ray was begun by others, which is what `always` is for."""
+    if PASSWORD not in os.environ and not always:
         return {}
     return {"runtime_env": {"env_vars": {PASSWORD: ""}}}

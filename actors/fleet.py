@@ -16,13 +16,16 @@ import structlog
 
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
+from actors.draining import Draining
 from actors.ledger import Ledger
+from actors.measures import Measures
 from actors.stores import RayStores, of_class
 from cluster.core import capacity, standing
-from cluster.core.capacity import Cards, Cycle, Load, Target
+from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import (
     Assign,
+    BringHome,
     FleetAction,
     FleetPolicy,
     Fund,
@@ -34,11 +37,13 @@ from cluster.core.fleet import (
     Resume,
     Sweep,
     TopUp,
+    UpdateVersion,
     belongs,
     plan,
+    words,
 )
 from cluster.core.ports import Movement, Network
-from cluster.core.record import Outcome, TaskRecord
+from cluster.core.record import TaskRecord
 from cluster.core.standing import Place, Standing
 from cluster.core.types import (
     AccountView,
@@ -47,10 +52,10 @@ from cluster.core.types import (
     GpuClass,
     GpuState,
     ModelId,
-    NodeStatus,
     Timestamp,
     Wei,
 )
+from cluster.journal import STANDING as _STANDING
 from cluster.journal import Assignment
 from cluster.status import ClassStatus, FleetStatus
 
@@ -59,25 +64,28 @@ TREASURY_SECONDS = 15.0
 """How long the treasury's balance is believed while nothing of ours changes it."""
 MONEY_SECONDS = 60.0
 """Between two looks at it for people's eyes."""
-LOAD_SECONDS = 10.0
-"""Between two changes of a class's limit by its load."""
+APPLY_SECONDS = 3600.0
+"""How long a plan that was to be applied is acted on."""
 MOST_MODELS = 16
-_STANDING = "standing:"
+_RETIRED = "retired:"
 _ALL_MONEY = Wei(2**255)
+_BY_HAND = Assign | Fund | Join | Quit | Sweep | BringHome
 _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
     """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that.
-    `patience`: seconds before accounts of cards that left are paused. `automatic`: False plans
-    only, and acts when it is told to."""
+    `patience`: seconds before accounts of cards that left are paused. `automatic`: False spends
+    nothing, and changes nobody's place in the fleet, until it is told to. Accounts of an index
+    above `most_accounts` leave for good; None for no bound."""
 
     policy: FleetPolicy
     slots: int | None = 1
     most_slots: int = 8
     patience: float = 120.0
     automatic: bool = True
+    most_accounts: int | None = None
 
 
 class FleetKeeper:
@@ -101,6 +109,7 @@ class FleetKeeper:
         self._network = network
         self._stores = stores
         self._drains = drains
+        self.draining = Draining(drains)
         self._accounts = accounts
         self._treasury = treasury
         self._settings = settings
@@ -110,72 +119,137 @@ class FleetKeeper:
         self._clock = clock
         self._began = clock()
         self._cards = Cards()
-        self._cycles: dict[GpuClass, Cycle] = {}
-        self._slots: dict[GpuClass, int] = {}
-        self._limits: dict[GpuClass, int] = {}
-        self._limited_at: dict[GpuClass, float] = {}
-        self._money: tuple[float, Wei] | None = None
+        self._measures = Measures(ledger)
+        self._seen_well: dict[Address, int] = {}
+        """Moments at which accounts were last found as they should be, in this term."""
+        self._money: tuple[float, Wei, Movement] | None = None
         self._treasury_had: Wei | None = None
         self._applying = False
+        self._apply_until = 0.0
         self._looked_at_money = float("-inf")
         self.view = FleetStatus(automatic=settings.automatic)
         stored = ledger.journal.cursors(_STANDING)
         self._standings = {Address(each): standing.parsed(text) for each, text in stored.items()}
+        self._retired = {Address(a) for a, said in ledger.journal.cursors(_RETIRED).items() if said}
         self._log = structlog.get_logger("fleet")
 
     # --- what happens ----------------------------------------------------------------------------
 
-    def looked(self, account: Address, status: NodeStatus) -> None:
-        """The account was looked at, and all that we asked for shows in it."""
+    def looked(self, view: AccountView, sure: bool = True) -> None:
+        """The account was looked at. `sure`: all is known that the network did to it until then."""
+        account, gas = view.account.address, self._settings.policy.most_gas
+        before, settled = self._standing(account), self.settled(account, view)
+        paid, now = self._paid_block(view), self._now()
+        after = standing.judged(before, view.account, now, sure, paid, gas, settled)
+        self._keep(account, after)
+        if settled and not after.is_doubtful:
+            self._seen_well[account] = view.moment
+        if after.held and not before.held:
+            self._log.error("account_held", account=account, reason=after.held)
+        elif after.is_doubtful and not before.is_doubtful:
+            status = view.account.status.name.lower()
+            self._log.warning("account_in_doubt", account=account, status=status)
+
+    def puzzled(self, view: AccountView) -> bool:
+        """Whether something happened to the account that nobody has heard of."""
+        account, gas = view.account.address, self._settings.policy.most_gas
+        before, settled = self._standing(account), self.settled(account, view)
+        return standing.is_puzzling(before, view.account, self._paid_block(view), gas, settled)
+
+    def quiet(self) -> frozenset[Address]:
+        """Accounts for which nothing is to be sent that can wait."""
+        if self._drains.everything:
+            return frozenset(self._accounts.values())
+        movements = self._network.movements()
+        moving = {a for a, each in movements.items() if each.is_open or each.reports}
+        odd = {a for a, each in self._standings.items() if each.held or each.is_doubtful}
+        return frozenset(moving | odd)
+
+    def seen_well(self, account: Address) -> int | None:
+        """When it was last found as it should be, in this term."""
+        return self._seen_well.get(account)
+
+    def doubts(self, account: Address) -> bool:
+        return self._standing(account).is_doubtful
+
+    def kicked(self, account: Address, moment: int = 0) -> bool:
+        """False for a kick that has been counted."""
         before = self._standing(account)
-        after = standing.looked(before, status, self._now())
-        if after != before:
-            self._keep(account, after)
-            if after.held and not before.held:
-                self._log.error("account_held", account=account, reason=after.held)
+        after = standing.kicked(before, self._now(), moment)
+        self._keep(account, after)
+        return after != before
 
-    def kicked(self, account: Address) -> None:
-        self._keep(account, standing.kicked(self._standing(account), self._now()))
-
-    def slashed(self, account: Address, gpu_class: GpuClass | None) -> None:
-        """The account lost its stake, as one of this class, if the network says so."""
+    def slashed(self, account: Address, gpu_class: GpuClass | None, moment: int = 0) -> bool:
+        """The account lost its stake, as one of this class, if the network says so. False when
+        that is an old story."""
+        before = self._standing(account)
+        after = standing.slashed(before, moment)
+        if after is before:
+            return False
         index = next((i for i, each in self._accounts.items() if each == account), None)
         if gpu_class is not None and index is not None and account not in self._classes():
             # What is stopped is found by it, for as long as the operator hasn't cleared it.
             assignment = Assignment(index, account, gpu_class)
             self._ledger.journal.assign(self._ledger.lease, assignment)
-        self._keep(account, standing.slashed(self._standing(account)))
+        self._keep(account, after)
+        return True
 
     def closed(self, record: TaskRecord) -> None:
         """Learn from a task that was paid how long it was on a card and in the network's hands."""
-        gpu_class, times = self._classes().get(record.account), _times(record)
-        if gpu_class is None or times is None:
-            return
-        compute, network = times
-        cycle = self._cycles.get(gpu_class, Cycle())
-        self._cycles[gpu_class] = capacity.measured(cycle, compute, network)
+        gpu_class = self._classes().get(record.account)
+        if gpu_class is not None:
+            self._measures.learn(gpu_class, record)
 
     # --- what an operator does -------------------------------------------------------------------
+
+    def left_to_drain(self) -> list[str]:
+        """What the accounts still have to do until all that is drained is empty."""
+        return self.draining.left(self._node_accounts())
 
     def clear(self, account: Address) -> str:
         """`cleared`, `free` (nothing stops it), or `unknown`."""
         if account not in self._accounts.values():
             return "unknown"
-        slashed = account in self._ledger.slashed
-        if not (slashed or self._standing(account).held or self._standing(account).kicks):
+        slashed, retired = account in self._ledger.slashed, account in self._retired
+        there = self._standing(account)
+        if not (slashed or retired or there.held or there.kicks or there.is_doubtful):
             return "free"
+        if retired:
+            self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", "")
+            self._retired.discard(account)
         if slashed:
             self._ledger.clear_slashed(account)
         self._keep(account, standing.cleared(self._standing(account)))
         self._log.info("account_cleared", account=account, slashed=slashed)
         return "cleared"
 
+    def retire(self, account: Address) -> bool:
+        """Have it leave for good, and its money go back to the treasury; whether that is new."""
+        if account in self._retired:
+            return False
+        at = str(self._now())
+        self._ledger.journal.set_cursor(self._ledger.lease, f"{_RETIRED}{account}", at)
+        self._retired.add(account)
+        return True
+
+    def is_beyond(self, account: Address) -> bool:
+        """Whether the configuration has so many accounts no more."""
+        most = self._settings.most_accounts
+        return most is not None and any(
+            index > most and address == account for index, address in self._accounts.items()
+        )
+
+    def _is_retired(self, account: Address) -> bool:
+        return account in self._retired or self.is_beyond(account)
+
     def reconfigure(self, settings: FleetSettings) -> None:
         self._settings = settings
 
     def apply(self) -> None:
-        """Act on the plan until nothing is left of it, whatever `automatic` says."""
+        """Act on the plan until nothing is left of it, whatever `automatic` says; not for ever,
+        for what is left may never come to be."""
         self._applying = True
+        self._apply_until = self._clock() + APPLY_SECONDS
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line each."""
@@ -185,9 +259,15 @@ class FleetKeeper:
             "crynux-cluster fleet clear"
             for gpu_class in sorted_(self._stopped())
         ]
-        now = self._now()
+        now, ours = self._now(), set(self._accounts.values())
+        lines += [
+            f"account {account}: it isn't as it should be, and not all that the network did to it "
+            "could be read; nothing is done for it"
+            for account, each in self._standings.items()
+            if account in ours and standing.is_unclear(each, now)
+        ]
         for account, each in self._standings.items():
-            if each.rejoin_at > now and account in self._accounts.values():
+            if each.rejoin_at > now and account in ours:
                 lines.append(
                     f"account {account} was kicked out {len(each.kicks)} times; it joins again in "
                     f"{each.rejoin_at - now:.0f} s"
@@ -206,16 +286,33 @@ class FleetKeeper:
 
     async def turn(self) -> None:
         """Plan anew, and act unless the operator wants to say when."""
+        begun = self.draining.begin_turn()
         found = await self.plan()
-        if not (self._settings.automatic or self._applying):
-            return
+        if self._now() >= self._apply_until:
+            self._applying = False
         for action in found.actions:
+            if self.draining.outdates(action, begun) or self._waits_for_a_word(action):
+                continue
             try:
                 await self._apply(action)
             except NetworkUnavailable as error:
                 self._log.warning("fleet_action_failed", action=words(action), error=str(error))
         if not found.actions and not self.view.moving:
             self._applying = False
+        self.draining.ended_turn(begun)
+
+    def _waits_for_a_word(self, action: FleetAction) -> bool:
+        """Whether the operator wants to say when: what spends, or changes who is in the fleet. That
+        accounts rest and wake with their cards and drains, and have gas, is never up to that."""
+        if self._settings.automatic or self._applying or not isinstance(action, _BY_HAND):
+            return False
+        if action.address in self._retired:
+            return False
+        if not isinstance(action, Assign):
+            return True
+        view = self._view_of(action.address)
+        # As which class an account is joined is only written down.
+        return view is None or view.account.gpu_class != action.gpu_class
 
     async def plan(self) -> Plan:
         """What there is to do now; kept to be shown."""
@@ -238,6 +335,7 @@ class FleetKeeper:
             moving=sum(each.moving for each in accounts),
             lacks=found.lacks,
             limits=found.limits,
+            retired=tuple(each.address for each in accounts if each.retired),
             classes=tuple(self._class_status(each, targets[each]) for each in sorted_(targets)),
         )
         return found
@@ -246,22 +344,21 @@ class FleetKeeper:
         return ClassStatus(
             name=gpu_class.name,
             vram=gpu_class.vram,
-            slots=self._slots.get(gpu_class, 1),
+            slots=self._slots_of(gpu_class),
             least=wanted.least,
             most=None if wanted.most == capacity.NO_LIMIT else wanted.most,
             stopped=gpu_class in self._stopped(),
         )
 
     async def _balance(self) -> Wei | None:
-        """The treasury's, asked for only when something is to be paid."""
-        if self._network.movements().get(self._treasury, Movement()).is_open:
-            self._money = None
-            return None
-        now = self._clock()
-        if self._money is None or now - self._money[0] > TREASURY_SECONDS:
+        """The treasury's, without what it is paying; asked for only when something is to be
+        paid."""
+        there, now = self._network.movements().get(self._treasury, Movement()), self._clock()
+        known = self._money
+        if known is None or now - known[0] > TREASURY_SECONDS or known[2] != there:
             self._treasury_had = await self._network.balance(self._treasury)
-            self._money = (now, self._treasury_had)
-        return self._money[1]
+            known = self._money = (now, self._treasury_had, there)
+        return Wei(max(0, known[1] - there.owes))
 
     # --- facts for the plan ----------------------------------------------------------------------
 
@@ -313,25 +410,40 @@ class FleetKeeper:
             barred=address in self._ledger.slashed,
             held=bool(now_standing.held),
             rejoin_at=now_standing.rejoin_at,
+            retired=self._is_retired(address),
+            doubtful=now_standing.is_doubtful,
+            refused={each.verb: each for each in there.refused},
+            lacks=there.lacks,
         )
 
     def settled(self, account: Address, view: AccountView) -> bool:
-        """Whether the look shows everything that we have asked for."""
+        """Whether the look shows everything that we have asked for, and heard of."""
         there = self._network.movements().get(account, Movement())
-        return not there.is_open and view.moment >= there.block
+        newest = max(there.block, self._standing(account).told)
+        return not there.is_open and view.moment >= newest
+
+    def _paid_block(self, view: AccountView) -> int:
+        """The moment of the newest payment to the account; 0 when the look is older."""
+        there = self._network.movements().get(view.account.address, Movement())
+        return there.paid_block if there.paid_block <= view.moment else 0
 
     def _classes(self) -> dict[Address, GpuClass]:
         return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
 
     def _targets(self, accounts: Sequence[NodeAccount]) -> dict[GpuClass, Target]:
         here: dict[GpuClass, int] = {}
-        for gpu in self._gpus():
+        gpus = self._gpus()
+        for gpu in gpus:
             if gpu.state in _USABLE:
                 here[gpu.gpu_class] = here.get(gpu.gpu_class, 0) + 1
         # A term that has just begun doesn't know yet which cards will come.
         settled = self._clock() - self._began >= self._settings.patience
         self._cards = capacity.counted(
-            self._cards, here, self._now(), self._settings.patience, settled
+            self.draining.before_count(self._cards, gpus),
+            here,
+            self._now(),
+            self._settings.patience,
+            settled,
         )
         stopped, drained = self._stopped(), self._drains.everything
         classes = {*here, *(c for each in accounts if (c := belongs(each)) is not None)}
@@ -340,24 +452,27 @@ class FleetKeeper:
         for gpu_class in classes:
             slots = self._slots_of(gpu_class)
             serving = sum(_serves(each, gpu_class) for each in accounts)
-            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load(0.0, 0)), serving)
-            targets[gpu_class] = capacity.target(
-                self._cards, gpu_class, slots, limit, stopped, drained, settled
+            limit = self._limit_of(gpu_class, loads.get(gpu_class, Load()), serving)
+            most = self._most_slots_of(gpu_class)
+            found = capacity.target(
+                self._cards, gpu_class, slots, limit, stopped, drained, settled, most
             )
+            kept = self._cards.kept.get(gpu_class, 0)
+            known = slots if self._knows_slots(gpu_class) else None
+            targets[gpu_class] = self.draining.target(gpu_class, found, serving, kept, known)
         return targets
+
+    def _knows_slots(self, gpu_class: GpuClass) -> bool:
+        measured = self._measures.of(gpu_class).cycle.tasks >= capacity.FEW
+        return self._settings.slots is not None or measured
 
     def _slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
-        if settings.slots is not None:
-            self._slots[gpu_class] = settings.slots
-        else:
-            cycle = self._cycles.get(gpu_class, Cycle())
-            present = self._slots.get(gpu_class, 1)
-            slots = capacity.slots_for(cycle, present, settings.most_slots)
-            if slots != present:
-                self._log.info("slots_changed", gpu_class=gpu_class.name, slots=slots)
-            self._slots[gpu_class] = slots
-        return self._slots[gpu_class]
+        return self._measures.slots(gpu_class, settings.slots, settings.most_slots)
+
+    def _most_slots_of(self, gpu_class: GpuClass) -> int:
+        settings = self._settings
+        return self._measures.most_slots(gpu_class, settings.slots, settings.most_slots)
 
     def _loads(self, classes: Iterable[GpuClass]) -> dict[GpuClass, Load]:
         """How near to their deadlines the tasks of each class come, if each card of the class
@@ -371,51 +486,36 @@ class FleetKeeper:
                 waiting[gpu_class].append(task)
         found: dict[GpuClass, Load] = {}
         for gpu_class, tasks in waiting.items():
-            cards = max(1, self._cards.here.get(gpu_class, 0))
-            slack = [each.deadline - now for each in tasks if each.deadline is not None]
-            if slack:
-                seconds = sum(each.seconds for each in tasks) / cards
-                found[gpu_class] = Load(seconds / max(min(slack), 1.0), len(tasks))
+            cards = max(1, self._cards.kept.get(gpu_class, 0))
+            known = [
+                (each.seconds, at - now) for each in tasks if (at := each.deadline) is not None
+            ]
+            names = frozenset(each.task for each in tasks)
+            found[gpu_class] = Load(capacity.share_of(known, cards), names)
         return found
 
     def _limit_of(self, gpu_class: GpuClass, load: Load, serving: int) -> int | None:
-        before = self._limits.get(gpu_class)
-        now = self._clock()
-        if now - self._limited_at.get(gpu_class, 0.0) < LOAD_SECONDS:
-            return before
-        after = capacity.limit_for(before, load, serving)
-        if after == before:
-            return before
-        self._limited_at[gpu_class] = now
-        self._log.info(
-            "limited_by_load", gpu_class=gpu_class.name, accounts=after, share=round(load.share, 2)
-        )
-        if after is None:
-            del self._limits[gpu_class]
-        else:
-            self._limits[gpu_class] = after
-        return after
+        """Cards that may come back count: until it is sure that they don't, nobody is paused for
+        what waits for them."""
+        now, cards = self._clock(), self._cards.kept.get(gpu_class, 0)
+        if now - self._began < self._settings.patience:
+            return self._measures.of(gpu_class).limit
+        wanted = cards * self._slots_of(gpu_class)
+        return self._measures.limit(gpu_class, load, serving, cards, wanted, now)
 
     # --- acting ----------------------------------------------------------------------------------
 
     async def _apply(self, action: FleetAction) -> None:
         network, account = self._network, action.address
-        if isinstance(action, Join) and not self._ready_to_join(action.gpu_class):
-            # A join says which models are there, and the first ones are still to come.
+        if not self._may(action):
             return
         self._log.info("fleet", action=words(action))
         match action:
             case Assign(index, address, gpu_class):
                 assignment = Assignment(index, address, gpu_class)
                 self._ledger.journal.assign(self._ledger.lease, assignment)
-            case Fund(_, amount):
-                self._money = None
-                await network.transfer(self._treasury, account, amount, "fund")
-            case TopUp(_, amount):
-                self._money = None
-                await network.transfer(self._treasury, account, amount, "gas")
-            case Sweep(_, recipient, amount):
-                await network.transfer(account, recipient, amount, "sweep")
+            case Fund() | TopUp() | Sweep() | BringHome():
+                await self._pay(action)
             case Join(_, gpu_class):
                 self._expect(account, Place.SERVING)
                 models = self._models_on_disk(gpu_class)
@@ -426,12 +526,39 @@ class FleetKeeper:
             case Pause():
                 self._expect(account, Place.PAUSED)
                 await network.pause(account)
+            case UpdateVersion():
+                await network.update_version(account)
             case Quit():
                 self._expect(account, Place.OUT)
                 await network.quit(account)
 
+    async def _pay(self, action: Fund | TopUp | Sweep | BringHome) -> None:
+        account, amount, treasury = action.address, action.amount, self._treasury
+        if isinstance(action, Fund | TopUp):
+            self._owe(account, amount)
+            purpose = "fund" if isinstance(action, Fund) else "gas"
+            await self._network.transfer(treasury, account, amount, purpose)
+            return
+        self._keep(account, standing.gave(self._standing(account), amount))
+        if isinstance(action, Sweep):
+            await self._network.transfer(account, action.recipient, amount, "sweep")
+        else:
+            await self._network.transfer(account, treasury, amount, "home")
+
+    def _may(self, action: FleetAction) -> bool:
+        there = self._standing(action.address)
+        if there.held or there.is_doubtful:
+            return False  # since the plan was made
+        # A join says which models are there, and the first ones are still to come.
+        return not isinstance(action, Join) or self._ready_to_join(action.gpu_class)
+
     def _expect(self, account: Address, place: Place) -> None:
         self._keep(account, standing.asked(self._standing(account), place))
+
+    def _owe(self, account: Address, amount: Wei) -> None:
+        self._money = None
+        paid = self._network.movements().get(account, Movement()).paid_block
+        self._keep(account, standing.owed(self._standing(account), amount, paid))
 
     def _ready_to_join(self, gpu_class: GpuClass) -> bool:
         return self._stores.settled(of_class(self._gpus(), gpu_class))
@@ -450,39 +577,10 @@ def sorted_(classes: Iterable[GpuClass]) -> list[GpuClass]:
     return sorted(classes, key=lambda each: (-each.vram, each.name))
 
 
-def words(action: FleetAction) -> str:
-    """An action in a line for a person."""
-    match action:
-        case Assign(index, _, gpu_class):
-            return f"account {index} is for {gpu_class.name}"
-        case Fund(address, amount):
-            return f"fund {address} with {amount} wei for its stake"
-        case TopUp(address, amount):
-            return f"send {address} {amount} wei for gas"
-        case Sweep(address, recipient, amount):
-            return f"sweep {amount} wei of {address} to {recipient}"
-        case Join(address, gpu_class):
-            return f"join {address} for {gpu_class.name}"
-        case _:
-            return f"{type(action).__name__.lower()} {action.address}"
-
-
 def _serves(account: NodeAccount, gpu_class: GpuClass) -> bool:
     return (
         belongs(account) == gpu_class
+        and not account.retired
         and account.facts is not None
         and standing.place_of(account.facts.status) is Place.SERVING
     )
-
-
-def _times(record: TaskRecord) -> tuple[float, float] | None:
-    """Seconds on the card, and in the network's hands before and after; None for a task that tells
-    nothing: one that wasn't paid, or needed more than one attempt."""
-    paid = record.outcome in {Outcome.SUCCESS, Outcome.GROUP_SUCCESS, Outcome.GROUP_REFUND}
-    if not paid or len(record.attempts) != 1 or record.closed_at is None:
-        return None
-    (attempt,) = record.attempts
-    if attempt.ended_at is None or record.fetched_at is None:
-        return None
-    before = record.fetched_at - record.seen_at
-    return attempt.ended_at - attempt.started_at, before + record.closed_at - attempt.ended_at

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ MOST_QUEUED = 256
 """Models the network has asked for; whoever creates tasks may ask for any number."""
 AGAIN_SECONDS = 600.0
 """After which a configured model that couldn't be had is tried again."""
+TURN_SECONDS = 3600.0
+"""After which a download goes on behind the others that are queued, where there are any."""
 LABELS = ("source", "rule")
 
 
@@ -62,7 +65,9 @@ class StoreWorker:
         release: str,
         configured: tuple[str, ...],
         again_seconds: float = AGAIN_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._release = release
         self._again_seconds = again_seconds
         self._keeper = make_keeper()
@@ -131,24 +136,35 @@ class StoreWorker:
                 self._queue.extend(each for each in self._configured if each not in self._here)
 
     def _fetch(self, model_id: str) -> None:
+        ends = self._clock() + TURN_SECONDS
+
+        def is_over() -> bool:
+            return self._ended.is_set() or (bool(self._queue) and self._clock() > ends)
+
         try:
             ref = self._refs[model_id] = of_model_id(model_id)
-            self._keeper.ensure(ref, Wanted(cancelled=self._ended.is_set, background=True))
+            self._keeper.ensure(ref, Wanted(cancelled=is_over, background=True))
         except Cancelled:
-            return
+            self._queue.append(model_id)
         except ClusterError as error:
             self._log.warning("model_not_fetched", model=model_id[:200], reason=str(error))
-            self._failed[model_id] = str(error)
-            self._here.discard(model_id)
-            if model_id not in self._configured:
-                # The network may ask for anything; only the newest failures are kept in mind.
-                others = [each for each in self._failed if each not in self._configured]
-                for old in others[:-MOST_QUEUED]:
-                    del self._failed[old]
-            return
-        self._failed.pop(model_id, None)
-        self._here.add(model_id)
-        self._log.info("model_here", model=model_id)
+            self._note_failure(model_id, str(error))
+        except Exception as error:  # noqa: BLE001 - one model never ends the fetching of all others
+            self._log.exception("fetching_broke", model=model_id[:200])
+            self._note_failure(model_id, type(error).__name__)
+        else:
+            self._failed.pop(model_id, None)
+            self._here.add(model_id)
+            self._log.info("model_here", model=model_id)
+
+    def _note_failure(self, model_id: str, reason: str) -> None:
+        self._failed[model_id] = reason
+        self._here.discard(model_id)
+        if model_id not in self._configured:
+            # The network may ask for anything; only the newest failures are kept in mind.
+            others = [each for each in self._failed if each not in self._configured]
+            for old in others[:-MOST_QUEUED]:
+                del self._failed[old]
 
     # --- looking ---------------------------------------------------------------------------------
 

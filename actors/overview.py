@@ -70,6 +70,8 @@ class Sight:
     canaries: Mapping[CardUuid, Timestamp] = field(default_factory=dict)
     """When each card last answered its canary rightly."""
     epoch: int | None = None
+    not_acting: str = ""
+    """Why not, where it isn't the lease."""
     views: Mapping[Address, AccountView] = field(default_factory=dict)
     assigned: Mapping[int, GpuClass] = field(default_factory=dict)
     open: tuple[TaskRecord, ...] = ()
@@ -104,6 +106,7 @@ def describe(sight: Sight) -> Status:
         now=sight.now,
         acting=sight.epoch is not None,
         epoch=sight.epoch,
+        not_acting=sight.not_acting,
         identity=IdentityView(treasury=sight.treasury),
         chain=ChainView(
             reached=newest is not None and sight.chain_error is None,

@@ -191,7 +191,9 @@ class Reconciler:
         except LeaseLost:
             raise
         except ClusterError as error:
-            self._log.warning("action_failed", task=task, action=_words(action), error=str(error))
+            self._log.warning(
+                "action_failed", **_ids(record), action=_words(action), error=str(error)
+            )
             self._note_relay(action, error)
             return self._pause(task, action)
         except Exception:  # noqa: BLE001 - a task's own supervised loop: no task stops another
@@ -265,7 +267,7 @@ class Reconciler:
     def _claim(self, record: TaskRecord, claim: Claim) -> None:
         if not record.claimed(claim):
             self._ledger.append(record.commitment, Claimed(claim))
-            self._log.info("claimed", task=record.commitment, claim=claim.value)
+            self._log.info("claimed", **_ids(record), claim=claim.value)
 
     def _execute(self, situation: Situation, action: Execute) -> float | None:
         record = situation.record
@@ -287,9 +289,7 @@ class Reconciler:
         if attempt is None:
             return
         want, order, work = self._order(situation, Execute(frozenset()), attempt.attempt_id)
-        self._log.info(
-            "attempt_followed", task=want.task, gpu=attempt.gpu_id, attempt=attempt.attempt_id
-        )
+        self._log.info("attempt_followed", **_ids(situation.record))
         self._dispatcher.follow(attempt.gpu_id, order, want, work, situation.now)
 
     def _order(
@@ -324,7 +324,7 @@ class Reconciler:
         files = await self._artifacts.get(record.commitment, record.result.files)
         await self._network.upload_result(record.account, record.commitment, files)
         self._ledger.append(record.commitment, ResultUploaded())
-        self._log.info("result_uploaded", task=record.commitment, files=len(files))
+        self._log.info("result_uploaded", **_ids(record), files=len(files))
 
     async def _close(self, record: TaskRecord, outcome: Outcome, payment: Wei) -> None:
         task = record.commitment
@@ -334,9 +334,10 @@ class Reconciler:
         self.turns.pop(task, None)
         slashed = outcome is Outcome.INVALIDATED
         log = self._log.error if slashed else self._log.info
-        log("task_closed", task=task, outcome=outcome.value, payment=str(payment))
-        if outcome is not Outcome.LOST:
-            # What the network only seems to have forgotten may be wanted yet.
+        log("task_closed", **_ids(record), outcome=outcome.value, payment=str(payment))
+        if outcome not in {Outcome.LOST, Outcome.INVALIDATED}:
+            # What the network only seems to have forgotten may be wanted yet; and by what was
+            # wrong, its reason is found (actors.evidence).
             await self._artifacts.drop(task)
 
     def _pause(self, task: Commitment, action: Action, length: float | None = None) -> float:
@@ -397,3 +398,12 @@ def _words(action: Action) -> str:
             return f"close as {outcome.value}"
         case _:
             return type(action).__name__
+
+
+def _ids(record: TaskRecord) -> dict[str, str]:
+    """What a line of the log is found by: the task, and what had to do with it last."""
+    found: dict[str, str] = {"task": record.commitment, "account": record.account}
+    if record.attempts:
+        last = record.attempts[-1]
+        found |= {"gpu": last.gpu_id, "attempt": last.attempt_id}
+    return found

@@ -6,7 +6,7 @@ for it and what came of it, refusals included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import structlog
@@ -20,14 +20,10 @@ from cluster import journal_history
 from cluster.core.errors import ClusterError, ConfigError, ModelUnavailable, TaskInvalid
 from cluster.core.record import TaskRecord
 from cluster.core.types import (
-    AccountView,
     Address,
     Commitment,
     Gpu,
-    GpuId,
     ModelId,
-    NodeStatus,
-    RayNodeId,
     Timestamp,
 )
 from cluster.journal_history import Audited
@@ -45,10 +41,10 @@ from cluster.steering import (
     Order,
     PreloadModel,
     ReloadConfig,
+    RetireAccount,
     SetLogLevel,
 )
 
-_RESTING = frozenset({NodeStatus.QUIT, NodeStatus.PAUSED})
 NOT_ACTING = Done(kind="refused", text="the coordinator is not acting now; try again")
 
 
@@ -72,7 +68,7 @@ class Live(Protocol):
 
 
 class Steering:
-    """`view_of`: what an account was last seen as. `settled`: give the task its turn."""
+    """`settled`: give the task its turn."""
 
     def __init__(
         self,
@@ -85,7 +81,6 @@ class Steering:
         stores: Stores,
         live: Live,
         accounts: Mapping[int, Address],
-        view_of: Callable[[Address], AccountView | None],
         settled: Callable[[Commitment], None],
         clock: Callable[[], float],
     ) -> None:
@@ -98,7 +93,6 @@ class Steering:
         self._stores = stores
         self._live = live
         self._accounts = accounts
-        self._view_of = view_of
         self._settled = settled
         self._clock = clock
         self._log = structlog.get_logger("steering")
@@ -125,6 +119,8 @@ class Steering:
                 return self._end_drain()
             case ClearQuarantine(card=card):
                 return self._clear_quarantine(card)
+            case RetireAccount(account=account):
+                return self._retire_account(account)
             case ClearAccount(account=account):
                 return self._clear_account(account)
             case ApplyFleet():
@@ -147,26 +143,30 @@ class Steering:
 
     async def _drain(self, order: Drain) -> Done:
         name, gpus = order.name, self._gpus()
+        meant = _meant(order, gpus)
+        fresh = [gpu for gpu in meant if not self._drains.covers(gpu)]
         match order.what:
-            case "card" if any(name in {gpu.gpu_id, gpu.uuid} for gpu in gpus if name):
-                self._drains.add(cards=frozenset({GpuId(name)}))
-            case "node" if any(name == gpu.ray_node for gpu in gpus):
-                self._drains.add(nodes=frozenset({RayNodeId(name)}))
+            case "card" if meant:
+                self._drains.add(cards={name: meant})
+            case "node" if meant:
+                self._drains.add(nodes={name: meant})
             case "everything":
                 self._drains.add(everything=True)
             case _:
                 return _unknown(order.what, name)
+        self._fleet.draining.take_out(fresh)
         if order.now and order.what != "everything":
             await self._move_away()
         what = order.what if order.what == "everything" else f"{order.what} {name}"
         return Done(text=f"{what} is being drained")
 
     async def _move_away(self) -> None:
-        for record in self._on_drained():
-            attempt, task = record.open_attempt, record.commitment
-            if attempt is not None:
-                await self._dispatcher.cancel(attempt.gpu_id, task, attempt.attempt_id)
-                self._settled(task)
+        """What would end well where it is stays, unless another card has it done in time."""
+        now = Timestamp(self._ledger.clock())
+        cards = {record.open_attempt.gpu_id for record in self._on_drained() if record.open_attempt}
+        for gpu, task, attempt in self._dispatcher.movable(cards, now):
+            await self._dispatcher.cancel(gpu, task, attempt)
+            self._settled(task)
 
     def _end_drain(self) -> Done:
         if not self._drains.any:
@@ -185,16 +185,13 @@ class Steering:
 
     def drain_status(self) -> DrainStatus:
         drains = self._drains
-        left = [f"{count} tasks are computed there" for count in [len(self._on_drained())] if count]
-        if drains.everything:
-            left = [f"{len(self._ledger.open)} tasks are open"] if self._ledger.open else []
-            serving = [
-                address
-                for address in self._accounts.values()
-                if (view := self._view_of(address)) is None or view.account.status not in _RESTING
-            ]
-            if serving:
-                left.append(f"{len(serving)} accounts are not paused yet")
+        left: list[str] = []
+        if drains.everything and self._ledger.open:
+            left = [f"{len(self._ledger.open)} tasks are open"]
+        elif not drains.everything and (computed := self._on_drained()):
+            left = [f"{len(computed)} tasks are computed there"]
+        if drains.any:
+            left += self._fleet.left_to_drain()
         return DrainStatus(
             everything=drains.everything,
             cards=tuple(sorted(drains.cards)),
@@ -215,16 +212,31 @@ class Steering:
                 after = "it computes the canary before it gets a task"
                 return Done(text=f"{card} is out of quarantine; {after}")
 
-    def _clear_account(self, account: str) -> Done:
+    def _account(self, name: str) -> Address | None:
         ours = {address.lower(): address for address in self._accounts.values()}
-        address = ours.get(account.lower())
-        if address is None:
-            text = f"{account} is none of the node accounts; crynux-cluster accounts has them"
-            return Done(kind="unknown", text=text)
-        if self._fleet.clear(address) == "free":
-            return Done(kind="nothing", text=f"nothing stops {address}")
+        return ours.get(name.lower())
+
+    def _retire_account(self, name: str) -> Done:
+        account = self._account(name)
+        if account is None:
+            return _no_account(name)
+        if not self._fleet.retire(account):
+            return Done(kind="nothing", text=f"{account} is retired already")
+        after = "finishes what it has, quits, and what it owns goes back to the treasury"
+        return Done(text=f"{account} {after}")
+
+    def _clear_account(self, name: str) -> Done:
+        account = self._account(name)
+        if account is None:
+            return _no_account(name)
+        cleared = self._fleet.clear(account)
+        if self._fleet.is_beyond(account):
+            text = f"{account} is beyond identity.accounts, and leaves for that: raise it"
+            return Done(kind="refused", text=text)
+        if cleared == "free":
+            return Done(kind="nothing", text=f"nothing stops {account}")
         after = "it is joined again when its class has a card for it"
-        return Done(text=f"{address} is cleared; {after}")
+        return Done(text=f"{account} is cleared; {after}")
 
     def _preload(self, model: str) -> Done:
         try:
@@ -248,6 +260,22 @@ class Steering:
         words = [f"{node[:8]}: {word}" for node, word in sorted(found.items())]
         text = f"{model}: {'; '.join(words)}"
         return Done(kind="done" if "dropped" in found.values() else "refused", text=text)
+
+
+def _meant(order: Drain, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """The cards that are named; none where everything is."""
+    match order.what:
+        case "card" if order.name:
+            return [gpu for gpu in gpus if order.name in {gpu.gpu_id, gpu.uuid}]
+        case "node":
+            return [gpu for gpu in gpus if order.name == gpu.ray_node]
+        case _:
+            return []
+
+
+def _no_account(name: str) -> Done:
+    text = f"{name} is none of the node accounts; crynux-cluster accounts has them"
+    return Done(kind="unknown", text=text)
 
 
 def _unknown(what: str, name: str) -> Done:

@@ -19,9 +19,10 @@ from typing import Any, cast
 from PIL import Image
 from web3 import HTTPProvider, Web3
 
-from actors.coordinator import Coordinator, RunningNetwork, World
+from actors.coordinator import Coordinator
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
+from actors.world import RunningNetwork, World
 from cluster import config as configuration
 from cluster import runtime
 from cluster.core.ports import Computed, Lease, Order
@@ -209,7 +210,8 @@ async def _watched(
         yield network
 
 
-def specs(count: int, base: str) -> list[TaskSpec]:
+def specs(count: int, base: str, timeout: int | None = None) -> list[TaskSpec]:
+    """`timeout` in seconds, None for the network's."""
     task = {"image_width": 64, "image_height": 64, "steps": 1, "num_images": 1}
     args = {"base_model": base, "prompt": "a", "task_config": task}
     return [
@@ -219,6 +221,7 @@ def specs(count: int, base: str) -> list[TaskSpec]:
             parameters=args,
             model_ids=(f"base:{base}",),
             min_vram=8,
+            timeout=timeout,
         )
         for number in range(count)
     ]

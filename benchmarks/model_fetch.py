@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from benchmarks.report import arguments, progress, publish
 from cluster.models.guarded_http import guarded_client
@@ -39,7 +40,8 @@ def weights(megabytes: int) -> bytes:
 
 def ours(folder: str, url: str) -> None:
     """One reader of the store."""
-    rules = UrlRules(allow_hosts=frozenset({"127.0.0.1", "localhost"}))
+    port = urlsplit(url).port
+    rules = UrlRules(allow_hosts=frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}))
     source = HubSource(lambda: guarded_client(rules), url)
     keeper = Keeper(ModelStore(Path(folder)), [source], Limits(spare=0))
     keeper.room.tidy()

@@ -22,6 +22,8 @@ from devnet.models import SD15
 CARDS, SECONDS, BLOCK, VALIDATION = 4, 4.0, 2.0, 5.0
 MOST_SLOTS = 8
 WINDOW = 60.0
+TIMEOUT = 3600
+"""Seconds: no task that waits in the network's queue is given up."""
 WARM_UP = {"1": 20.0, "2": 20.0, "4": 30.0, "auto": 90.0}
 
 
@@ -64,7 +66,7 @@ async def measure(slots: str) -> Measured:
         seconds = WARM_UP[slots] + WINDOW
         # As many as could be computed, so that some always wait.
         count = int(CARDS * seconds / SECONDS) + accounts
-        sending = asyncio.create_task(application.run(specs(count, SD15[0])))
+        sending = asyncio.create_task(application.run(specs(count, SD15[0], TIMEOUT)))
         await asyncio.sleep(WARM_UP[slots])
         begin, before = loop.time(), paid(room)
         await asyncio.sleep(WINDOW)

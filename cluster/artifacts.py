@@ -56,6 +56,11 @@ class FolderArtifacts:
         except OSError:
             return frozenset()
 
+    def where(self, task: Commitment) -> str | None:
+        """The task's folder; None when there is none."""
+        folder = self._folder(task)
+        return str(folder) if folder.is_dir() else None
+
     def _folder(self, task: Commitment) -> Path:
         if not _TASK.fullmatch(task):
             raise ClusterError(f"not a task commitment, so no folder for it: {task!r}")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from cluster.core.lifecycle import Policy
 from cluster.core.types import Address, GigaBytes, Wei
 from cluster.models.refs import ModelRef, of_model_id
 from cluster.models.settings import HUB, Limits, StoreSettings, parse_s3
-from cluster.models.urls import UrlRules
+from cluster.models.urls import UrlRules, listed_host, origin_of
 from cluster.url_files import put_in
 
 WEI_PER_CNX = 10**18
@@ -180,10 +181,22 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _hosts(value: object, ports: bool = False) -> object:
+    try:
+        return (
+            tuple(listed_host(host, ports) for host in value) if isinstance(value, list) else value
+        )
+    except ValueError:
+        also = " or mirror.lan:8080" if ports else ""
+        raise ValueError(f"expected a host such as mirror.lan{also}") from None
+
+
 ConfigPath = Annotated[Path, BeforeValidator(_path)]
 ConfigAddress = Annotated[str, BeforeValidator(_address)]
 HttpUrl = Annotated[str, BeforeValidator(_http_url)]
 JournalUrl = Annotated[str, BeforeValidator(_journal_url)]
+Hosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+HostsAndPorts = Annotated[tuple[str, ...], BeforeValidator(partial(_hosts, ports=True))]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -322,14 +335,17 @@ class HubConfig(Section):
 
 
 class LinksConfig(Section):
-    """Models by URL. `allow_hosts` may have any address and port and be asked by plain http: the
-    operator's own. `deny_hosts` are never asked, nor their subdomains."""
+    """Models by URL. `allow_hosts`, as `host` (at `ports`) or `host:port`, may have any address and
+    be asked by plain http: the operator's own. `deny_hosts` are never asked, nor their subdomains.
+    What one of `certain_hosts` hasn't got is reported as the task's fault.
+    """
 
     civitai_token_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     allow_http: bool = False
     ports: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (80, 443)
-    allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
-    deny_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    allow_hosts: HostsAndPorts = ()
+    deny_hosts: Hosts = ()
+    certain_hosts: Hosts = ()
 
 
 class ModelsConfig(Section):
@@ -349,6 +365,7 @@ class ModelsConfig(Section):
     mirror: MirrorConfig = MirrorConfig()
     hub: HubConfig = HubConfig()
     web: LinksConfig = LinksConfig()
+    report_missing: bool = True
     proxy: HttpUrl | None = Field(default=None, repr=False)
     quota_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     largest_file_gb: float = Field(default=64.0, gt=0, allow_inf_nan=False)
@@ -375,10 +392,14 @@ class ModelsConfig(Section):
 
     def store(self) -> StoreSettings:
         """What the machines with cards need to know of it."""
-        hosts = frozenset(map(str.lower, self.web.allow_hosts))
-        own = urlsplit(self.hub.endpoint).hostname
-        if own is not None and self.hub.endpoint != HUB:
-            hosts |= {own}
+        rules = UrlRules(
+            self.web.allow_http,
+            frozenset(self.web.ports),
+            frozenset(self.web.allow_hosts),
+            frozenset(self.web.deny_hosts),
+        )
+        # What a task's link may lead to isn't widened by where the operator's hub is.
+        own = () if self.hub.endpoint == HUB else (origin_of(self.hub.endpoint),)
         return StoreSettings(
             self.root,
             self.sources,
@@ -389,12 +410,8 @@ class ModelsConfig(Section):
             self.hub.token_file,
             self.web.civitai_token_file,
             self.proxy,
-            UrlRules(
-                self.web.allow_http,
-                frozenset(self.web.ports),
-                hosts,
-                frozenset(map(str.lower, self.web.deny_hosts)),
-            ),
+            rules,
+            replace(rules, origins=frozenset(own)),
             Limits(
                 None if self.quota_gb is None else int(self.quota_gb * 2**30),
                 int(self.largest_file_gb * 2**30),
@@ -402,6 +419,8 @@ class ModelsConfig(Section):
                 None if self.bandwidth_mbit is None else self.bandwidth_mbit * 125_000,
             ),
             self.pinned,
+            self.report_missing,
+            frozenset(self.web.certain_hosts),
         )
 
 
@@ -477,8 +496,8 @@ class FleetConfig(Section):
     stakes of all accounts together. `gas_reserve` is what an account must own beyond its stake to
     join; below `gas_low` the treasury tops it up to `gas_target`. Earnings beyond `gas_target` go
     to `beneficiary` once they are more than `sweep_above`. Accounts of cards that left are paused
-    after `pause_after_seconds`. `auto` false: nothing is done without `crynux-cluster fleet
-    apply`."""
+    after `pause_after_seconds`. `auto` false: what spends or changes the fleet waits for
+    `crynux-cluster fleet apply`."""
 
     auto: bool = True
     slots_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_slots)] = 1
@@ -496,6 +515,15 @@ class FleetConfig(Section):
         if not self.gas_low <= self.gas_reserve <= self.gas_target:
             raise ValueError("gas_low, gas_reserve and gas_target: expected in rising order")
         return self
+
+    def check_accounts(self, accounts: Mapping[int, Address]) -> None:
+        """Raises `ConfigError` where earnings would go to an account that they are swept from."""
+        for index, account in accounts.items():
+            if account == self.beneficiary:
+                raise ConfigError(
+                    f"fleet.beneficiary: {account} is node account {index} itself; name an address "
+                    "that isn't one, the treasury's if need be"
+                )
 
     def policy(self, stake: Wei) -> FleetPolicy:
         beneficiary = None if self.beneficiary is None else Address(self.beneficiary)

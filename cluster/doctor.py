@@ -1,72 +1,37 @@
 """What an operator's surroundings lack, found before anything runs: a line each, with its mending.
 
-Each check looks for itself and fails for itself. Nothing is sent, and nothing is changed but that a
-journal is made where there is none. What only a cluster can tell (the cards of other machines) is
-left to the running operator.
+Each check looks for itself and fails for itself. Nothing is sent, and nothing is changed. What only
+a cluster can tell (the cards of other machines) is left to the running operator.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import enum
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
 from cluster.chain.network import Contracts
-from cluster.chain.rpc import LATEST, Rpc, http_transport
-from cluster.config import WEI_PER_CNX, Config
+from cluster.chain.rpc import Rpc, http_transport
+from cluster.checks import Check, Level, fail, ok, warn
+from cluster.config import Config
 from cluster.core.errors import ChainError, ClusterError, ConfigError, DeviceFault, ModelUnavailable
-from cluster.core.types import Address, NodeStatus
+from cluster.doctor_journal import check_journal, used_accounts
+from cluster.doctor_money import check_money
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.inference import devices, nvml
-from cluster.journal import Owner, SqlJournal
+from cluster.journal_engine import file_of
 from cluster.models.store import ModelStore
 
 MOST_SKEW = 60.0
 """Seconds that the relay's clock may differ from ours (protocol.md section 3)."""
 LEAST_FREE = 2**30
 """Bytes for results and the journal."""
-LOOKED_AT = 64
-"""Accounts whose stakes and balances are read, at most."""
 REACH_SECONDS = 5.0
-
-
-class Level(enum.Enum):
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """`mend` says what to do; empty where nothing is to be done."""
-
-    name: str
-    level: Level
-    found: str
-    mend: str = ""
-
-    def plain(self) -> Mapping[str, str]:
-        return asdict(self) | {"level": self.level.value}
-
-
-def ok(name: str, found: str) -> Check:
-    return Check(name, Level.OK, found)
-
-
-def fail(name: str, found: str, mend: str) -> Check:
-    return Check(name, Level.FAIL, found, mend)
-
-
-def warn(name: str, found: str, mend: str) -> Check:
-    return Check(name, Level.WARN, found, mend)
 
 
 def examine(
@@ -77,9 +42,11 @@ def examine(
 ) -> list[Check]:
     """Every check, in the order in which an operator would mend them."""
     identity, key = check_key(config, environment, prompt)
-    found = [key, *check_journal(config, identity, clock), *check_disk(config)]
-    found += [check_models(config), check_cards(config), check_ray(config)]
-    found += asyncio.run(_network(config, identity, clock))
+    found = [key, *check_earnings(config, identity)]
+    found += [*check_journal(config, identity, clock), *check_disk(config)]
+    cards, count = check_cards(config)
+    found += [check_models(config), cards, check_ray(config, environment)]
+    found += asyncio.run(_network(config, identity, clock, count))
     return found
 
 
@@ -87,6 +54,7 @@ async def _network(
     config: Config,
     identity: Identity | None,
     clock: Callable[[], float],
+    cards: int | None,
 ) -> list[Check]:
     found: list[Check] = []
     reached: Rpc | None = None
@@ -101,9 +69,9 @@ async def _network(
             await rpc.close()
     found.append(await check_relay(config, clock))
     if reached is not None:
-        with contextlib.suppress(ChainError):
-            if identity is not None:
-                found.append(await check_balances(config, reached, identity))
+        if identity is not None:
+            used = used_accounts(config)
+            found += await check_money(config, reached, identity, cards, used)
         await reached.close()
     return found
 
@@ -127,22 +95,17 @@ def check_key(
     return identity, ok("key", found)
 
 
-def check_journal(
-    config: Config, identity: Identity | None, clock: Callable[[], float]
-) -> list[Check]:
-    """Whether it is there for us, can be written, and who acts."""
+def check_earnings(config: Config, identity: Identity | None) -> list[Check]:
+    """Whether they go where they can stay."""
+    beneficiary = config.fleet.beneficiary
+    if identity is None or beneficiary is None:
+        return []
     try:
-        with contextlib.closing(SqlJournal(config.journal.url)) as journal:
-            if identity is not None:
-                addresses = config.network.contracts.addresses
-                treasury = identity.address(TREASURY)
-                journal.bind(Owner(config.network.chain_id, *addresses, treasury=treasury))
-            holder, seconds = journal.holder(clock())
+        indexes = range(1, config.identity.accounts + 1)
+        config.fleet.check_accounts({index: identity.address(index) for index in indexes})
     except ConfigError as error:
-        return [fail("journal", str(error), "mend journal.url, or the database")]
-    if holder:
-        return [ok("journal", f"written; {holder} holds the lease for {seconds:.0f} s more")]
-    return [ok("journal", "can be written; nobody holds the lease")]
+        return [fail("earnings", str(error), "change fleet.beneficiary")]
+    return [ok("earnings", f"go to {beneficiary}")]
 
 
 def check_disk(config: Config) -> list[Check]:
@@ -151,6 +114,9 @@ def check_disk(config: Config) -> list[Check]:
         ("artifacts.path", config.artifacts.path, LEAST_FREE),
         ("models.root", config.models.root, max(LEAST_FREE, spare)),
     ]
+    journal = file_of(config.journal.url)
+    if journal is not None:
+        places.append(("journal.url", journal.parent, LEAST_FREE))
     return [_disk(key, path, least) for key, path, least in places]
 
 
@@ -184,41 +150,68 @@ def check_models(config: Config) -> Check:
     return warn("models", words, f"crynux-cluster models fetch {lacking[0]}, or wait for it")
 
 
-def check_cards(config: Config) -> Check:
-    """This machine's; those of others show in the running operator's status."""
+def check_cards(config: Config) -> tuple[Check, int | None]:
+    """This machine's, and how many the cluster has; None where other machines may have some, which
+    show in the running operator's status."""
     if config.ray.simulated_gpus:
         count = sum(each.count for each in config.ray.simulated_gpus)
-        return ok("GPUs", f"{count} simulated ones: a devnet")
+        return ok("GPUs", f"{count} simulated ones: a devnet"), count
     try:
         cards = devices.survey(config.ray.platform)
     except nvml.NoDriver as error:
         if config.ray.address is not None:
-            return ok("GPUs", f"none on this machine ({error}); the cluster's machines have theirs")
-        return fail("GPUs", str(error), "install the NVIDIA driver; nvidia-smi must list the cards")
+            words = f"none on this machine ({error}); the cluster's machines have theirs"
+            return ok("GPUs", words), None
+        mend = "install the NVIDIA driver; nvidia-smi must list the cards"
+        return fail("GPUs", str(error), mend), None
     except DeviceFault as error:
-        return fail("GPUs", str(error), "look at nvidia-smi and dmesg")
-    broken = [card.problem for card in cards if card.device is None]
+        return fail("GPUs", str(error), "look at nvidia-smi and dmesg"), None
     usable = [card.device.gpu_class.name for card in cards if card.device is not None]
+    check = _check_usable(usable, [card.problem for card in cards if card.device is None])
+    return check, None if config.ray.address is not None or not usable else len(usable)
+
+
+def _check_usable(usable: Sequence[str], broken: Sequence[str]) -> Check:
     if not usable:
         return fail("GPUs", "; ".join(broken) or "the driver has no card", "look at nvidia-smi")
     words = f"{len(usable)}: {', '.join(sorted(set(usable)))}"
-    return (
-        warn("GPUs", f"{words}; {'; '.join(broken)}", "look at nvidia-smi")
-        if broken
-        else ok("GPUs", words)
-    )
+    if broken:
+        return warn("GPUs", f"{words}; {'; '.join(broken)}", "look at nvidia-smi")
+    return ok("GPUs", words)
 
 
-def check_ray(config: Config) -> Check:
+def check_ray(config: Config, environment: Mapping[str, str]) -> Check:
     address = config.ray.address
-    if address is None or address == "auto":
+    if address is None:
         return _check_port(config)
+    if address == "auto":
+        found = _address_here(environment)
+        if found is None:
+            mend = "ray start on this machine, or name its head in ray.address"
+            return fail("Ray", "auto: no Ray cluster is known on this machine", mend)
+        return _check_reached(found, "auto: ")
+    return _check_reached(address)
+
+
+def _address_here(environment: Mapping[str, str]) -> str | None:
+    """Where Ray itself would look for the cluster that this machine is part of."""
+    if given := environment.get("RAY_ADDRESS", ""):
+        return given
+    written = Path(environment.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"  # noqa: S108
+    try:
+        return written.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _check_reached(address: str, how: str = "") -> Check:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-    except OSError as error:
-        return fail("Ray", f"nothing answers at {address}: {error}", "start it, or ray.address")
-    return ok("Ray", f"{address} answers")
+    except (OSError, ValueError) as error:
+        words = f"{how}nothing answers at {address}: {error}"
+        return fail("Ray", words, "start it, or ray.address")
+    return ok("Ray", f"{how}{address} answers")
 
 
 def _check_port(config: Config) -> Check:
@@ -262,44 +255,3 @@ async def check_relay(config: Config, clock: Callable[[], float]) -> Check:
         words = f"its clock is {skew:+.0f} s from this machine's, and refuses more than 60"
         return fail("relay", words, "set this machine's clock (chrony, systemd-timesyncd)")
     return ok("relay", f"{url} answers; its clock is {skew:+.1f} s from ours")
-
-
-async def check_balances(config: Config, rpc: Rpc, identity: Identity) -> Check:
-    """The treasury against what all configured accounts may still need of it."""
-    fleet, stake = config.fleet, config.network.stake
-    count = min(config.identity.accounts, LOOKED_AT)
-    treasury = identity.address(TREASURY)
-    has, *needs = await asyncio.gather(
-        rpc.balance(treasury, LATEST),
-        *(_need(config, rpc, identity.address(index)) for index in range(1, count + 1)),
-    )
-    budget = fleet.stake_budget
-    most = count if budget is None else min(count, budget // stake)
-    need = sum(sorted(needs)[:most])
-    words = f"the treasury {treasury} has {has / WEI_PER_CNX:g} CNX"
-    if has >= need:
-        return ok("balances", f"{words}; {most} accounts may need {need / WEI_PER_CNX:g} more")
-    some = sum(1 for upto in range(1, most + 1) if sum(sorted(needs)[:upto]) <= has)
-    return warn(
-        "balances",
-        f"{words}, enough for {some} of {most} accounts",
-        f"send it {(need - has) / WEI_PER_CNX:g} CNX, or lower identity.accounts",
-    )
-
-
-async def _need(config: Config, rpc: Rpc, account: Address) -> int:
-    """What the account lacks, in wei, to be joined and to pay for its transactions."""
-    contracts = Contracts.at(rpc, *config.network.contracts.addresses)
-    block = (await rpc.head()).number
-    info, balance = await asyncio.gather(
-        contracts.node.info(account, block), rpc.balance(account, LATEST)
-    )
-    own = config.fleet.gas_target
-    if info.status is NodeStatus.QUIT:
-        own = type(own)(own + config.network.stake)
-    return max(0, own - balance)
-
-
-def worst(checks: Iterable[Check]) -> Level:
-    levels = {check.level for check in checks}
-    return next((each for each in (Level.FAIL, Level.WARN) if each in levels), Level.OK)

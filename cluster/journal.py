@@ -23,6 +23,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    inspect,
     select,
     update,
 )
@@ -67,6 +68,10 @@ _SLASHED = "slashed:"
 _CLEARED = "cleared:"
 """Begins the key of how many invalidated tasks of an account the operator has seen to."""
 _OWNER = "owner"
+HOST = "host"
+"""The key, among the cursors, of the machine whose coordinator acted last."""
+STANDING = "standing:"
+"""Begins the key of what an account is expected to be (`cluster.core.standing`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +115,13 @@ _OWNED = {
 class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
-    def __init__(self, url: str) -> None:
-        """Opens the database, and makes its tables where it is new. Raises `ConfigError`."""
-        self._database = open_engine(url)
+    def __init__(self, url: str, look_only: bool = False) -> None:
+        """Opens the database, and makes its tables where it is new; with `look_only` it is left as
+        it is, and may be of another version. Raises `ConfigError`."""
+        self._database = open_engine(url, look_only)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
+        if look_only:
+            return
         try:
             self._prepare()
         except DBAPIError as error:
@@ -142,8 +150,7 @@ class SqlJournal:
         empty one is anyone's."""
         with suppress(IntegrityError), self._transaction() as connection:
             # Suppressed: another process binds it at the same moment, and is compared with below.
-            facts = (tasks_table.c.commitment, outbox_table.c.seq, accounts_table.c.address)
-            if all(connection.execute(select(each).limit(1)).first() is None for each in facts):
+            if _is_empty(connection):
                 connection.execute(delete(cursors_table).where(cursors_table.c.key == _OWNER))
             known = connection.execute(
                 select(cursors_table.c.value).where(cursors_table.c.key == _OWNER)
@@ -151,6 +158,26 @@ class SqlJournal:
             if known is None:
                 ours = json.dumps(asdict(owner), sort_keys=True)
                 connection.execute(insert(cursors_table).values(key=_OWNER, value=ours))
+        self._compare(owner)
+
+    def check_owner(self, owner: Owner) -> None:
+        """As `bind`, but nothing is written."""
+        with self.read() as connection:
+            if _is_empty(connection):
+                return
+        self._compare(owner)
+
+    def schema(self) -> str | None:
+        """Of the tables, as they are; None where there are none. Raises `ConfigError`."""
+        try:
+            with self.read() as connection:
+                if not inspect(connection).has_table(cursors_table.name):
+                    return None
+            return self.cursor("schema")
+        except DBAPIError as error:
+            raise ConfigError(f"the journal can't be opened: {error.orig}") from error
+
+    def _compare(self, owner: Owner) -> None:
         found = json.loads(self.cursor(_OWNER) or "{}")
         for name, value in asdict(owner).items():
             if found.get(name) != value:
@@ -371,6 +398,11 @@ class SqlJournal:
                 )
                 for row in rows
             )
+
+
+def _is_empty(connection: Connection) -> bool:
+    facts = (tasks_table.c.commitment, outbox_table.c.seq, accounts_table.c.address)
+    return all(connection.execute(select(each).limit(1)).first() is None for each in facts)
 
 
 def _cursors(connection: Connection, prefix: str) -> dict[str, str]:

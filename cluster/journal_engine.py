@@ -30,7 +30,8 @@ _MAKING = 0x63727978
 """PostgreSQL's advisory lock of whoever makes the tables; any number that is nobody else's."""
 
 
-def open_engine(url: str) -> Engine:
+def open_engine(url: str, look_only: bool = False) -> Engine:
+    """`look_only`: nothing is made or written, whatever is asked of it."""
     try:
         parsed = make_url(url)
         if parsed.drivername == "postgresql":
@@ -51,9 +52,25 @@ def open_engine(url: str) -> Engine:
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(f"the journal's URL can't be used: {error}") from error
     if engine.dialect.name == "sqlite":
+        if look_only:
+            _only_look(engine)
+            return engine
         _make_folder(parsed.database)
         _tune_sqlite(engine)
     return engine
+
+
+def file_of(url: str) -> Path | None:
+    """Of a database that is a file."""
+    parsed = make_url(url)
+    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
+
+
+def _only_look(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, _record: Any) -> None:
+        for pragma in ("busy_timeout=5000", "query_only=ON"):
+            connection.execute(f"PRAGMA {pragma}")
 
 
 def _make_folder(database: str | None) -> None:

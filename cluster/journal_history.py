@@ -1,4 +1,5 @@
-"""What the journal keeps for people: bundles of failed attempts, and what operators had done.
+"""What the journal keeps for people: bundles of failed attempts, what operators had done, and
+the tasks that cost a stake.
 
 Every function works within a transaction of the caller's: one under the lease where it writes.
 """
@@ -12,7 +13,8 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from cluster.core.types import AttemptId, Commitment, Timestamp
+from cluster.core.record import Outcome
+from cluster.core.types import Address, AttemptId, Commitment, Timestamp
 from cluster.journal_tables import audit_table, bundles_table, events_table, outbox_table
 from cluster.journal_tables import tasks_table as tasks
 
@@ -38,6 +40,29 @@ class Audited:
     action: str
     arguments: Mapping[str, Any]
     outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidated:
+    """A task that cost its account the stake."""
+
+    task: Commitment
+    account: Address
+    at: Timestamp
+
+
+def invalidated(connection: Connection) -> tuple[Invalidated, ...]:
+    """The newest first."""
+    query = (
+        select(tasks.c.commitment, tasks.c.account, events_table.c.at)
+        .join(events_table, events_table.c.seq == tasks.c.closed_seq)
+        .where(tasks.c.outcome == Outcome.INVALIDATED.value)
+        .order_by(tasks.c.closed_seq.desc())
+    )
+    return tuple(
+        Invalidated(Commitment(row.commitment), Address(row.account), Timestamp(row.at))
+        for row in connection.execute(query)
+    )
 
 
 def keep_bundle(connection: Connection, task: Commitment, bundle: Bundle) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -75,10 +75,14 @@ def export(
     new_password_file: Path | None,
 ) -> str:
     """The phrase in plain text, or one account's key in a keystore."""
+    if account is None and new_password_file is not None:
+        raise ConfigError("--new-password-file is for --account: the phrase is in plain text")
+    if account is not None and new_password_file is None and not sys.stdin.isatty():
+        raise ConfigError("--account: the new keystore needs a password; name --new-password-file")
     secret = load_secret(file, lambda: _password(password_file, f"Password of {file}"))
     if account is not None:
         identity = Identity.of(secret, str(file))
-        sealed = identity.export(account, _new_password(new_password_file, str(target)), work)
+        sealed = identity.export(account, _new_password(new_password_file, str(target), {}), work)
         write_private(target, sealed)
         return f"{target}: account {account}, {identity.address(account)}, as a keystore"
     if secret.phrase is None:
@@ -114,11 +118,11 @@ def _password(file: Path | None, words: str) -> str:
     return password_from(file, os.environ, _prompt(words))
 
 
-def _new_password(file: Path | None, what: str) -> str:
+def _new_password(file: Path | None, what: str, environment: Mapping[str, str] = os.environ) -> str:
     """A password for something new, asked for twice. Raises `ConfigError` for a short one."""
     words = f"New password for {what}"
     prompt = partial(_twice, words) if sys.stdin.isatty() else None
-    found = password_from(file, os.environ, prompt)
+    found = password_from(file, environment, prompt)
     if len(found) < LEAST_PASSWORD:
         raise ConfigError(f"the password is shorter than {LEAST_PASSWORD} characters; take more")
     return found

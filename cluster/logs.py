@@ -38,7 +38,11 @@ _PROMPT_NAME = re.compile(r"prompt|task_args|parameters$|^messages$|^content$", 
 _KEY_IN_TEXT = re.compile(r"[0-9a-fA-F]{64}")
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 _WORDS = re.compile(r"\b[a-z]{3,8}(?:\s+[a-z]{3,8}){11,}\b")
-_NOISY = ("httpx", "httpcore", "urllib3", "web3", "asyncio", "filelock", "botocore")
+_NOISY = (
+    "httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "web3", "asyncio", "filelock",
+    "huggingface_hub", "boto3", "botocore", "s3transfer",
+)  # fmt: skip
+"""Of some every request is a line, with the token in its query."""
 
 # --- redaction ----------------------------------------------------------------------------------
 

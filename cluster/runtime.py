@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
-import getpass
 import os
 import signal
 import socket
@@ -21,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,12 +33,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 import cluster
 from actors.canary import CanarySettings
-from actors.coordinator import NAME, CoordinatorActor, LiveSettings, RunningNetwork, World
+from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.fleet import FleetSettings
-from actors.inference import Engine
 from actors.pool import RayGpuPool, simulated_resource
 from actors.safeguards import SafeguardSettings
 from actors.stores import RayStores
+from actors.world import LiveSettings, RunningNetwork, World
 from cluster import config as configuration
 from cluster import logs
 from cluster.api.guard import is_loopback, read_token
@@ -50,16 +48,17 @@ from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox, Told
 from cluster.chain.rpc import Rpc, http_transport
+from cluster.chain.starting import check_contracts
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
-from cluster.core.types import AttemptId, CardUuid, GigaBytes, GpuClass, Timestamp
+from cluster.core.types import Address, AttemptId, GigaBytes, GpuClass, Timestamp
+from cluster.engines import EngineSettings, engine_factory, make_keeper
+from cluster.handover import Handover, take
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
 from cluster.keystore import PASSWORD
 from cluster.metrics import Metrics
-from cluster.models.keeper import Keeper
-from cluster.models.settings import StoreSettings
 from cluster.relay.client import RelayClient
 from cluster.tracing import make_traces
 
@@ -89,27 +88,32 @@ def simulated_classes(config: Config) -> dict[GpuClass, int]:
 
 def unlock(config: Config, prompt: Callable[[], str] | None = None) -> Identity:
     """The operator's identity; raises `ConfigError` where key or password is missing or wrong."""
-    settings = config.identity
-    if settings.key_file is None:
+    key_file, password_file = _key_file(config), config.identity.password_file
+    password = functools.partial(password_from, password_file, os.environ, prompt)
+    return Identity.load(key_file, password)
+
+
+def _key_file(config: Config) -> Path:
+    if config.identity.key_file is None:
         raise ConfigError(
             "identity: no key; name a keystore (identity.keystore_file, made by crynux-cluster "
             "keys new) or a file with a BIP-39 phrase (identity.seed_file)"
         )
-    password = functools.partial(password_from, settings.password_file, os.environ, prompt)
-    return Identity.load(settings.key_file, password)
+    return config.identity.key_file
 
 
 # --- inside the actors ---------------------------------------------------------------------------
 
 
-def assemble_from(file: Path, digest: str) -> World:
+def assemble_from(file: Path, digest: str, handover: Path | None = None) -> World:
     """`assemble` for the supervisor that wants the configuration with this digest.
 
     The file is read here, on the head, because an actor's arguments are kept by Ray, and the
     configuration may hold credentials. Raises `ConfigError`.
     """
     config = configuration.load(file)
-    world = replace(assemble(config), reload=Reloading(file, config).again)
+    world = assemble(config, handover)
+    world = replace(world, reload=Reloading(file, config, world.accounts).again)
     if world.config_digest != digest:
         # Ray began us anew after an edit. To the supervisor we are still what it asked for:
         # it would else replace us again and again until it is itself begun anew.
@@ -117,12 +121,15 @@ def assemble_from(file: Path, digest: str) -> World:
     return replace(world, config_digest=digest)
 
 
-def assemble(config: Config) -> World:
-    """The world around the coordinator. Raises `ConfigError` when key or configuration is wrong."""
+def assemble(config: Config, handover: Path | None = None) -> World:
+    """The world around the coordinator; the password may be in the folder `handover`. Raises
+    `ConfigError` when key or configuration is wrong."""
     logs.setup(config.logs.level, config.logs.format)
-    identity = unlock(config)
+    identity = unlock(config, None if handover is None else functools.partial(take, handover))
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
+    accounts = {index: identity.address(index) for index in tended(config, journal)}
+    config.fleet.check_accounts(accounts)
     digest = configuration.digest(config)
     metrics = Metrics(cluster.__version__, digest)
     return World(
@@ -130,7 +137,7 @@ def assemble(config: Config) -> World:
         config_digest=digest,
         chain_id=config.network.chain_id,
         treasury=identity.address(TREASURY),
-        accounts={i: identity.address(i) for i in range(1, config.identity.accounts + 1)},
+        accounts=accounts,
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
@@ -163,12 +170,20 @@ def assemble(config: Config) -> World:
     )
 
 
+def tended(config: Config, journal: SqlJournal) -> list[int]:
+    """The accounts to look after: those of the configuration, and those that were ever used before
+    it had fewer, for they may still have stakes."""
+    used = {each.index for each in journal.assignments()}
+    return sorted({*range(1, config.identity.accounts + 1), *used})
+
+
 class Reloading:
     """The configuration's file, read again while the coordinator runs."""
 
-    def __init__(self, file: Path, config: Config) -> None:
+    def __init__(self, file: Path, config: Config, accounts: Mapping[int, Address]) -> None:
         self._file = file
         self._running = config
+        self._accounts = accounts
 
     def again(self) -> tuple[LiveSettings, tuple[str, ...]]:
         """What can change as it is now, and the keys that have changed. Raises `ConfigError`, also
@@ -181,6 +196,7 @@ class Reloading:
                 f"{self._file}: {', '.join(fixed)} can't change while it runs; nothing was taken "
                 "over: start `crynux-cluster up` anew for it"
             )
+        fresh.fleet.check_accounts(self._accounts)
         self._running = fresh
         live = LiveSettings(
             fresh.policy.policy, fleet_settings(fresh), safeguard_settings(fresh), fresh.logs.level
@@ -202,6 +218,7 @@ def fleet_settings(config: Config) -> FleetSettings:
         fleet.max_slots,
         fleet.pause_after_seconds,
         fleet.auto,
+        config.identity.accounts,
     )
 
 
@@ -231,7 +248,7 @@ async def open_network(
     try:
         with contextlib.suppress(ChainError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
-            await _check_contracts(config, rpc)
+            await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
         async with httpx.AsyncClient(timeout=30.0, follow_redirects=False) as http:
             outbox = make_outbox(rpc, journal, lease, identity, wall_clock, network.chain_id)
             yield ChainNetwork(
@@ -248,9 +265,16 @@ async def open_network(
                 endpoints,
                 Heads(network.ws_url),
                 told,
+                _own(config, identity, journal),
             )
     finally:
         await rpc.close()
+
+
+def _own(config: Config, identity: Identity, journal: SqlJournal) -> frozenset[Address]:
+    """The accounts to hear of: the configured ones, and those that ever served."""
+    configured = {identity.address(i) for i in range(1, config.identity.accounts + 1)}
+    return frozenset(configured | {each.address for each in journal.assignments()})
 
 
 def open_endpoints(
@@ -263,58 +287,13 @@ def open_endpoints(
     timeout = RPC_SECONDS if len(urls) == 1 else RPC_SECONDS / 2
     transports = [http_transport(url, timeout) for url in urls]
     chain_id, rate = network.chain_id, network.rpc_calls_per_second
-    return Endpoints(transports, chain_id, rate, called=called)
+    endpoints = Endpoints(transports, chain_id, rate, called=called)
+    endpoints.contracts = network.contracts.addresses
+    return endpoints
 
 
 def wall_clock() -> Timestamp:
     return Timestamp(time.time())
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What a card's actor is told of the configuration: nothing secret, nothing of the chain."""
-
-    models: StoreSettings
-    platform: str
-    host_bytes: int
-    preload: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: Config) -> EngineSettings:
-        host_bytes = int(config.gpu.host_memory_gb * 2**30)
-        models = config.models
-        return cls(models.store(), config.ray.platform, host_bytes, models.preload)
-
-
-def make_keeper(settings: StoreSettings) -> Keeper:
-    """The keeper of a machine's store, in a process of its own."""
-    from cluster.models.assembly import open_keeper
-
-    return open_keeper(settings)
-
-
-def engine_factory(settings: EngineSettings, simulated: GpuClass | None) -> Callable[[], Engine]:
-    """How the actor of a card makes its engine; torch is imported there and nowhere else."""
-    return functools.partial(make_engine, settings, simulated)
-
-
-def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Engine:
-    # It warns about optional parts that nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from cluster.inference import devices, engine
-    from cluster.inference.mounted import MountedEngine
-    from cluster.models.assembly import open_keeper
-
-    if simulated is not None:
-        device = devices.simulated(0, simulated.name, simulated.vram)
-        # One thread: simulated cards share the machine's cores, and results depend on the number.
-        limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
-    else:
-        device = devices.claim(settings.platform, os.environ)
-        limits = engine.Limits(host_bytes=settings.host_bytes)
-    keeper = open_keeper(settings.models)
-    made = engine.Engine(device, keeper.store, time.time, limits)
-    return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload, device.simulated)
 
 
 # --- the supervisor ------------------------------------------------------------------------------
@@ -328,44 +307,44 @@ def up(config: Config, file: Path, build_api: Callable[[Config], serve.Applicati
     Raises `ConfigError` for what the operator has to mend, before anything is started.
     """
     logs.setup(config.logs.level, config.logs.format)
-    _ask_password(config)
     check(config)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    own_cluster = connect(config)
-    supervisor = Supervisor(config, file.resolve(), build_api)
-    try:
+    with contextlib.ExitStack() as stack:
+        handover = hand_over(config)
+        if handover is not None:
+            stack.callback(handover.remove)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        own_cluster = connect(config)
+        stack.callback(ray.shutdown)
+        supervisor = Supervisor(config, file.resolve(), build_api, handover)
+        if own_cluster:
+            stack.callback(supervisor.take_down)
         while not stop.is_set():
             supervisor.look()
             stop.wait(LOOK_SECONDS)
-    finally:
-        if own_cluster:
-            supervisor.take_down()
-        ray.shutdown()
     return 0
 
 
-def _ask_password(config: Config) -> None:
-    """From whoever sits at the terminal, when nothing else has it; the coordinator's process, begun
-    by Ray that is begun here, finds it in its environment."""
+def hand_over(config: Config) -> Handover | None:
+    """The keystore's password for the coordinator of a Ray that is begun here: from the environment
+    that we were begun with, where nothing that we begin will find it, or from the terminal. In a
+    Ray that runs already, the coordinator finds it for itself."""
     settings = config.identity
-    given = settings.password_file is not None or PASSWORD in os.environ
-    if settings.keystore_file is None or given or not sys.stdin.isatty():
-        return
     if config.ray.address is not None:
-        raise ConfigError(
-            "identity.password_file: missing; the coordinator runs in another machine's Ray, "
-            f"where nobody can be asked: name the file, or set {PASSWORD} there"
-        )
-    os.environ[PASSWORD] = getpass.getpass(f"Password of {settings.keystore_file}: ")
+        return None
+    given = os.environ.pop(PASSWORD, "")
+    if settings.keystore_file is None or settings.password_file is not None:
+        return None
+    if given:
+        return Handover.of(given)
+    return Handover.asked(settings.keystore_file) if sys.stdin.isatty() else None
 
 
 def check(config: Config) -> None:
-    """Find what is wrong with the operator's surroundings before anything runs."""
-    identity = unlock(config)
-    with contextlib.closing(SqlJournal(config.journal.url)) as journal:
-        journal.bind(owner(config, identity))
+    """Find what is wrong with the operator's surroundings before anything runs. Key and journal are
+    the coordinator's, who says what is wrong with them."""
+    _key_file(config)
     token = read_token(config.serve.token_file)
     if token is None and not is_loopback(config.serve.host):
         structlog.get_logger("supervisor").warning(
@@ -409,16 +388,11 @@ def _check_port(host: str, port: int) -> None:
 
 async def _check_chain(config: Config) -> None:
     endpoints = open_endpoints(config)
-    rpc = Rpc(endpoints.send, endpoints.close)
     try:
-        await _check_contracts(config, rpc)
+        network = config.network
+        await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
     finally:
-        await rpc.close()
-
-
-async def _check_contracts(config: Config, rpc: Rpc) -> None:
-    contracts = Contracts.at(rpc, *config.network.contracts.addresses)
-    await contracts.check(rpc, config.network.chain_id)
+        await endpoints.close()
 
 
 def connect(config: Config) -> bool:
@@ -451,24 +425,39 @@ def connect(config: Config) -> bool:
     return own
 
 
+class Refused(Exception):
+    """The coordinator says what the operator has to mend."""
+
+
 class Supervisor:
     """Looks at what runs and repairs it, once per `look`."""
 
     def __init__(
-        self, config: Config, file: Path, build_api: Callable[[Config], serve.Application]
+        self,
+        config: Config,
+        file: Path,
+        build_api: Callable[[Config], serve.Application],
+        handover: Handover | None = None,
     ) -> None:
         self._config = config
         self._file = file
         self._build_api = build_api
+        self._handover = handover
+        self._created = False
+        self._was_well = False
         self._release = release(config)
         self._served: str | None = None
         self._silent = 0
         self._log = structlog.get_logger("supervisor")
 
     def look(self) -> None:
+        """Raises `ConfigError` where the coordinator that was begun here has never been well, for
+        what the operator has to mend."""
         try:
             self._tend_coordinator()
             self._tend_api()
+        except Refused as refused:
+            raise ConfigError(str(refused)) from None
         except Exception as error:  # noqa: BLE001 - the top of a supervised loop
             self._log.warning("repair_failed", error=f"{type(error).__name__}: {error}")
 
@@ -499,11 +488,32 @@ class Supervisor:
                 ray.kill(coordinator, no_restart=False)
             return
         self._silent = 0
+        if running.startswith(REFUSED):
+            self._mend_refusal(coordinator, running.removeprefix(REFUSED))
+            return
+        self._was_well = True
         if running != self._release:
             self._log.info("coordinator_replaced", old=running, new=self._release)
             self._stop(coordinator)
             ray.kill(coordinator, no_restart=True)
             self._create_coordinator()
+
+    def _mend_refusal(self, coordinator: ActorHandle[Any], why: str) -> None:
+        if self._was_well:
+            # Something is away, or Ray began it anew without a password. It stays the same actor,
+            # whose lease is its own.
+            self._log.error("coordinator_refuses", why=why)
+            self._offer_password()
+            ray.kill(coordinator, no_restart=False)
+            return
+        ray.kill(coordinator, no_restart=True)
+        if self._created:
+            raise Refused(why)
+        self._create_coordinator()
+
+    def _offer_password(self) -> None:
+        if self._handover is not None:
+            self._handover.offer()
 
     def _coordinator(self) -> ActorHandle[Any] | None:
         try:
@@ -522,13 +532,13 @@ class Supervisor:
             "resources": {"node:__internal_head__": 0.001},
             "max_concurrency": 100,
         }
-        digest = configuration.digest(self._config)
-        return cast(
-            ActorHandle[Any],
-            actor_class.options(**options).remote(
-                functools.partial(assemble_from, self._file, digest)
-            ),
+        self._created = True
+        self._offer_password()
+        folder = None if self._handover is None else self._handover.folder
+        make_world = functools.partial(
+            assemble_from, self._file, configuration.digest(self._config), folder
         )
+        return cast(ActorHandle[Any], actor_class.options(**options).remote(make_world))
 
     def _tend_api(self) -> None:
         running = serve.status().applications.get(APPLICATION)

@@ -193,6 +193,8 @@ class FleetStatus(View):
     """What stands in the way and is the operator's to mend."""
     limits: tuple[str, ...] = ()
     """What stands in the way by the operator's own settings."""
+    retired: tuple[str, ...] = ()
+    """Accounts that leave for good, or have left."""
     classes: tuple[ClassStatus, ...] = ()
 
 
@@ -220,6 +222,8 @@ class Status(View):
     acting: bool
     """This coordinator holds the lease."""
     epoch: int | None
+    not_acting: str = ""
+    """Why not, where that isn't the lease."""
     identity: IdentityView
     chain: ChainView
     relay: RelayView
@@ -239,7 +243,8 @@ def readiness(status: Status) -> tuple[bool, tuple[str, ...]]:
     if not status.chain.reached:
         missing.append(f"the chain is not reached: {status.chain.error or 'no answer yet'}")
     if not status.acting:
-        missing.append("the coordinator is not acting: it doesn't hold the lease")
+        why = status.not_acting or "it doesn't hold the lease"
+        missing.append(f"the coordinator is not acting: {why}")
     if not any(gpu.state in SERVING for gpu in status.gpus):
         missing.append(_no_gpu(status.gpus))
     if status.drain.everything:

@@ -56,8 +56,16 @@ class ApplyFleet(Said):
     action: Literal["apply_fleet"] = "apply_fleet"
 
 
+class RetireAccount(Said):
+    """Have an account finish what it has, quit, and send what it owns back to the treasury; it
+    isn't joined again until it is cleared."""
+
+    action: Literal["retire_account"] = "retire_account"
+    account: AccountName
+
+
 class ClearAccount(Said):
-    """Let an account be used again that was slashed, kicked out or held."""
+    """Let an account be used again that was slashed, kicked out, held or retired."""
 
     action: Literal["clear_account"] = "clear_account"
     account: AccountName
@@ -96,6 +104,7 @@ Order = Annotated[
     | EndDrain
     | ClearQuarantine
     | ApplyFleet
+    | RetireAccount
     | ClearAccount
     | PreloadModel
     | DropModel

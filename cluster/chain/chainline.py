@@ -33,18 +33,21 @@ class ChainLine:
 
     async def fork(self, head: Block, hash_of: HashOf) -> int | None:
         """The first block that isn't the one it was, once the chain has `head`; None when all is
-        as it was. An older head of the same chain is no fork: an endpoint may lag behind itself."""
+        as it was. An older head of the same chain is no fork: an endpoint may lag behind itself.
+        A question that fails leaves all as it was: the fork is found again."""
         if not head.hash:
             return None
         if not self._seen or await self._is_on(head, hash_of):
             self._note(head)
             return None
-        while self._seen:
-            number, known = self._seen[-1]
+        left = self._seen.copy()
+        while left:
+            number, known = left[-1]
             if number <= head.number and await self._now(head, number, hash_of) == known:
                 break
-            self._seen.pop()
-        base = self._seen[-1][0] if self._seen else max(head.number - self.depth, 0)
+            left.pop()
+        base = left[-1][0] if left else max(head.number - self.depth, 0)
+        self._seen = left
         self._note(head)
         return base + 1
 

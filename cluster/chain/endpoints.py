@@ -4,7 +4,7 @@ What each has done lately decides whom to ask (`cluster.chain.health`). A check 
 at all of them: their heads, their chain, and whether they tell of the same fork; so one that lags,
 or is on a fork of its own, isn't believed, and one that is back is asked again.
 
-    call ─▶ first healthy one ── no answer, 429, malformed ──▶ the next one, at once
+    call ─▶ first healthy one ── no answer, 429, malformed, refused ──▶ the next one, at once
     send ─▶ all healthy ones: taken by any is taken
 """
 
@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
 
-from cluster.chain import health
-from cluster.chain.health import Bucket, Endpoint
-from cluster.chain.rpc import HttpTransport, Throttled, Transport
+from cluster.chain import answers, health
+from cluster.chain.answers import Meaning, Throttled, TooLong
+from cluster.chain.health import Bucket, Endpoint, Head
+from cluster.chain.rpc import HttpTransport, Transport
 from cluster.core.errors import ChainError
 
 _log = structlog.get_logger(__name__)
@@ -33,8 +34,6 @@ FORK_DEPTH: Final = 6
 """How many blocks below the best head the endpoints' blocks are compared."""
 DEFAULT_PATIENCE: Final = 5.0
 """Seconds after a 429 that doesn't say how many."""
-_NOT_HERE_YET: Final = frozenset({-32000, -32001, -32014, -39001})
-"""Codes under which clients say that they don't have a block (yet)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,13 @@ class Endpoints:
         self._closes = [transport.close for transport in transports]
         self._states = [Endpoint(transport.name) for transport in transports]
         self._buckets = [Bucket(rate) for _ in transports]
+        self._best: Head | None = None
+        """The best head of those that were compared, and when it was seen."""
+        self._best_at = 0.0
+        self._complete = [False for _ in transports]
+        """Which were seen to have all contracts."""
+        self.contracts: Collection[str] = ()
+        """That an endpoint must have to be asked anything."""
         self._chain_id = chain_id
         self._clock = clock
         self._sleep = sleep
@@ -77,23 +83,52 @@ class Endpoints:
         if method == SEND:
             return await self._send_to_all(method, params)
         failure = ChainError(f"{method}: {self.why_none()}")
+        refused: dict[int, Mapping[str, Any]] = {}
         tried: set[int] = set()
-        refusal: Mapping[str, Any] | None = None
         # Asked anew after each failure, because that failure may change the order.
         while (index := self._next(tried)) is not None:
             tried.add(index)
             try:
+                if not await self._reaches(index, method, params):
+                    failure = ChainError(f"{method}: {self._states[index].name} has no such block")
+                    continue
                 answer = await self._ask(index, method, params)
+            except TooLong:
+                raise  # of all of them, most likely
             except ChainError as error:
                 failure = error
                 continue
-            if not _is_behind(answer):
+            if answers.meaning(method, answer) is Meaning.ANSWER:
                 self._learn(index, method, params, answer)
+                self._note_refusals(method, refused)
                 return answer
-            refusal = answer
-        if refusal is not None:
-            return refusal
+            refused[index] = answer
+        if refused:
+            # The question may be what is wrong; one that has no such block says the least of it.
+            return min(refused.values(), key=lambda each: _is_behind(method, each))
         raise failure
+
+    async def _reaches(self, index: int, method: str, params: Sequence[Any]) -> bool:
+        """Whether the endpoint has the blocks whose logs are asked for: of those that it hasn't it
+        says that there is nothing in them. What else is asked of a block it refuses without it."""
+        if method != answers.LOGS or len(self._states) == 1:
+            return True
+        last = _quantity(params[0].get("toBlock")) or 0
+        known = self._states[index].head
+        if known is None or known < last:
+            head = await self._head(index)
+            known = None if head is None else head.number
+        return known is not None and known >= last
+
+    def _note_refusals(self, method: str, refused: Mapping[int, Mapping[str, Any]]) -> None:
+        """Another has answered what these would not."""
+        for index, answer in refused.items():
+            if _is_behind(method, answer):
+                continue
+            before, why = self._states[index], f"refuses calls ({_code(answer)})"
+            self._states[index] = health.refused(before, self._clock(), why)
+            if self._states[index].is_open and not before.is_open:
+                _log.warning("endpoint_given_up", endpoint=before.name, reason=why)
 
     async def close(self) -> None:
         await asyncio.gather(*(close() for close in self._closes))
@@ -106,14 +141,21 @@ class Endpoints:
         """One endpoint's answer, and what it says about the endpoint."""
         if self._states[index].is_open:
             self._states[index] = replace(self._states[index], probing=True)
+        began = self._clock()
         try:
             await self._wait_for_turn(index)
             began = self._clock()
             answer = await self._sends[index](method, params)
+            if answers.meaning(method, answer) is Meaning.BUSY:
+                raise Throttled(f"{method}: too many calls", answers.patience(answer))
         except Throttled as error:
             patience = DEFAULT_PATIENCE if error.retry_after is None else error.retry_after
             self._states[index] = health.put_off(self._states[index], self._clock(), patience)
             self._called(method, "throttled")
+            raise
+        except TooLong:
+            self._note_answer(index, self._clock() - began)
+            self._called(method, "refused")
             raise
         except ChainError as error:
             self._note_failure(index, error)
@@ -123,16 +165,22 @@ class Endpoints:
             # Given up by the caller: says nothing of the endpoint.
             self._states[index] = replace(self._states[index], probing=False)
             raise
-        was_open = self._states[index].is_open
-        self._states[index] = health.answered(self._states[index], self._clock() - began)
-        if was_open:
-            _log.info("endpoint_back", endpoint=self._states[index].name)
+        self._note_answer(index, self._clock() - began)
+        if answers.meaning(method, answer) is Meaning.ANSWER:
+            self._states[index] = replace(self._states[index], refusals=0)
         self._called(method, "refused" if answer.get("error") is not None else "ok")
         return answer
 
+    def _note_answer(self, index: int, seconds: float) -> None:
+        was_open = self._states[index].is_open
+        self._states[index] = health.answered(self._states[index], seconds)
+        if was_open:
+            _log.info("endpoint_back", endpoint=self._states[index].name)
+
     def _note_failure(self, index: int, error: ChainError) -> None:
         before = self._states[index]
-        self._states[index] = health.failed(before, self._clock())
+        why = str(error).partition(": ")[2]
+        self._states[index] = health.failed(before, self._clock(), why)
         if self._states[index].is_open and not before.is_open:
             _log.warning("endpoint_given_up", endpoint=before.name, reason=str(error))
 
@@ -163,9 +211,9 @@ class Endpoints:
     ) -> None:
         """A head that was asked for anyway says how far the endpoint is."""
         if method == HEAD and params and params[0] == "latest":
-            number = _number(answer.get("result"))
-            if number is not None:
-                self._states[index] = health.saw_head(self._states[index], number, self._clock())
+            head = _head(answer.get("result"))
+            if head is not None:
+                self._states[index] = health.saw_head(self._states[index], head, self._clock())
 
     # --- checking them ---------------------------------------------------------------------------
 
@@ -176,51 +224,109 @@ class Endpoints:
             await self._sleep(CHECK_SECONDS)
 
     async def check(self) -> None:
-        """One look at each: its chain, its head, and its block some way below the best head."""
-        await asyncio.gather(*(self._check(index) for index in range(len(self._states))))
+        """One look at each: its chain, its head, and its block some way below the best head. Heads
+        are asked for together: those of different moments can't be compared."""
+        everyone = range(len(self._states))
+        suitable = await asyncio.gather(*(self._is_suitable(index) for index in everyone))
+        asked = [index for index in everyone if suitable[index] and not self._is_known(index)]
+        heads = await asyncio.gather(*(self._head(index) for index in asked))
+        found = {i: head for i, head in zip(asked, heads, strict=True) if head is not None}
+        self._compare_heads(found)
         if len(self._states) > 1:
-            await self._compare_forks()
+            await self._compare_forks(found)
 
-    async def _check(self, index: int) -> None:
-        now = self._clock()
+    def _is_known(self, index: int) -> bool:
+        """Whether there is nobody to compare it with, and it was asked just now anyway."""
         state = self._states[index]
-        if state.patience_until > now or (state.is_open and state.open_until > now):
-            return
-        try:
-            if self._chain_id is not None:
-                answer = await self._ask(index, "eth_chainId", ())
-                found = _quantity(answer.get("result"))
-                other = None if found in {self._chain_id, None} else found
-                self._judge(index, replace(self._states[index], chain_id=other))
-                if other is not None:
-                    return
-            if state.head is not None and now - state.head_at < CHECK_SECONDS:
-                return  # asked for just now anyway
-            params = ("latest", False)
+        if len(self._states) > 1 or state.head is None:
+            return False
+        return self._clock() - state.head_at < CHECK_SECONDS
+
+    async def _head(self, index: int) -> Head | None:
+        params = ("latest", False)
+        with contextlib.suppress(ChainError):  # noted where it was asked
             answer = await self._ask(index, HEAD, params)
             self._learn(index, HEAD, params, answer)
-        except ChainError:
-            return  # noted where it was asked
+            return _head(answer.get("result"))
+        return None
 
-    async def _compare_forks(self) -> None:
+    def _compare_heads(self, heads: Mapping[int, Head]) -> None:
         now = self._clock()
-        best = health.best_head(self._states, now)
+        best = health.vouched([head for i, head in heads.items() if not self._states[i].wrong])
+        if self._best is not None and now - self._best_at <= health.STALE_SECONDS:
+            best = health.vouched([self._best, *([] if best is None else [best])])
         if best is None:
             return
-        number = max(best - FORK_DEPTH, 0)
-        hashes: dict[int, str] = {}
-        for index, each in enumerate(self._states):
-            fresh = each.head is not None and now - each.head_at <= health.STALE_SECONDS
-            if each.chain_id is not None or not fresh or (each.head or 0) < number:
-                continue
-            with contextlib.suppress(ChainError):
-                answer = await self._ask(index, HEAD, (hex(number), False))
-                block = answer.get("result")
-                if isinstance(block, Mapping) and isinstance(block.get("hash"), str):
-                    hashes[index] = block["hash"]
+        if best != self._best:
+            self._best, self._best_at = best, now
+        for index, head in heads.items():
+            self._states[index] = health.compared(self._states[index], head, best, now)
+
+    async def _is_suitable(self, index: int) -> bool:
+        """Whether it answers, serves our chain, and has all contracts."""
+        state, now = self._states[index], self._clock()
+        if state.patience_until > now or (state.is_open and state.open_until > now):
+            return False
+        try:
+            return await self._is_ours(index) and await self._is_complete(index)
+        except ChainError:
+            return False  # noted where it was asked
+
+    async def _is_ours(self, index: int) -> bool:
+        if self._chain_id is not None:
+            answer = await self._ask(index, "eth_chainId", ())
+            found = _quantity(answer.get("result"))
+            if found is not None:  # else it stays as it was judged
+                other = None if found == self._chain_id else found
+                self._judge(index, replace(self._states[index], chain_id=other))
+        return self._states[index].chain_id is None
+
+    async def _is_complete(self, index: int) -> bool:
+        if not self._complete[index]:
+            lacks = await self._lacks(index)
+            if lacks is not None:
+                self._complete[index] = not lacks
+                self._judge(index, replace(self._states[index], lacks=lacks))
+        return not self._states[index].lacks
+
+    async def _lacks(self, index: int) -> str | None:
+        """A contract that it hasn't; empty for none, None where it doesn't say."""
+        for address in self.contracts:
+            code = (await self._ask(index, "eth_getCode", (address, "latest"))).get("result")
+            if not isinstance(code, str):
+                return None
+            if code in {"0x", "0x0", ""}:
+                return address
+        return ""
+
+    def unsuitable(self) -> Transport | None:
+        """The first of them, where all of them are of another chain or without the contracts."""
+        if any(each.chain_id is None and not each.lacks for each in self._states):
+            return None
+
+        async def send(method: str, params: Sequence[Any]) -> Mapping[str, Any]:
+            return await self._ask(0, method, params)
+
+        return send
+
+    async def _compare_forks(self, heads: Mapping[int, Head]) -> None:
+        if self._best is None:
+            return
+        number = max(self._best.number - FORK_DEPTH, 0)
+        asked = [index for index, head in heads.items() if head.number >= number]
+        found = await asyncio.gather(*(self._hash(index, number) for index in asked))
+        hashes = {i: each for i, each in zip(asked, found, strict=True) if each is not None}
         strangers = health.outvoted(hashes)
         for index in hashes:
             self._judge(index, replace(self._states[index], forked=index in strangers))
+
+    async def _hash(self, index: int, number: int) -> str | None:
+        with contextlib.suppress(ChainError):
+            answer = await self._ask(index, HEAD, (hex(number), False))
+            block = answer.get("result")
+            if isinstance(block, Mapping) and isinstance(block.get("hash"), str):
+                return str(block["hash"])
+        return None
 
     def _judge(self, index: int, now: Endpoint) -> None:
         before = self._states[index]
@@ -233,9 +339,7 @@ class Endpoints:
     def views(self) -> tuple[EndpointView, ...]:
         now = self._clock()
         return tuple(
-            EndpointView(
-                each.name, health.problem(each, self._states, now), each.latency, each.head
-            )
+            EndpointView(each.name, health.problem(each, now), each.latency, each.head)
             for each in self._states
         )
 
@@ -245,17 +349,21 @@ class Endpoints:
         return "no endpoint answers" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
-def _is_behind(answer: Mapping[str, Any]) -> bool:
-    """Whether the endpoint only doesn't have the block yet that was asked about."""
+def _is_behind(method: str, answer: Mapping[str, Any]) -> bool:
+    return answers.meaning(method, answer) is Meaning.BEHIND
+
+
+def _code(answer: Mapping[str, Any]) -> object:
     error = answer.get("error")
-    if not isinstance(error, Mapping) or error.get("code") not in _NOT_HERE_YET:
-        return False
-    words = str(error.get("message", "")).lower()
-    return any(word in words for word in ("header not found", "unknown block", "block not found"))
+    code = error.get("code") if isinstance(error, Mapping) else None
+    return code if isinstance(code, int) else "without a code"
 
 
-def _number(block: object) -> int | None:
-    return _quantity(block.get("number")) if isinstance(block, Mapping) else None
+def _head(block: object) -> Head | None:
+    if not isinstance(block, Mapping):
+        return None
+    number, timestamp = _quantity(block.get("number")), _quantity(block.get("timestamp"))
+    return None if number is None or timestamp is None else Head(number, timestamp)
 
 
 def _quantity(value: object) -> int | None:

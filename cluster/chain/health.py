@@ -13,9 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 FAILURES_TO_OPEN: Final = 3
+REFUSALS_TO_OPEN: Final = 5
+"""In a row, of what another endpoint has answered."""
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 120.0
 MOST_LAG: Final = 3
-"""Blocks behind the best head, after which an endpoint isn't believed."""
+LAG_SECONDS: Final = 6.0
+"""So many blocks and seconds behind the best head, an endpoint is asked only for want of others."""
+FAR_SECONDS: Final = 60.0
+"""And further behind than this not at all."""
 STALE_SECONDS: Final = 60.0
 """How long a head that was seen says anything."""
 LATENCY_WEIGHT: Final = 0.2
@@ -32,14 +37,23 @@ class Endpoint:
 
     name: str
     failures: int = 0
+    refusals: int = 0
+    why: str = ""
+    """What the last failure was, in words that hold no key."""
     open_until: float = 0.0
     patience_until: float = 0.0
     probing: bool = False
     latency: float | None = None
     head: int | None = None
     head_at: float = 0.0
+    behind: int = 0
+    seconds_behind: float = 0.0
+    """Of the best head, when all were last asked together; 0 where that is little."""
+    judged_at: float = 0.0
     chain_id: int | None = None
     """Where it isn't the one that is wanted; such an endpoint is asked for nothing else."""
+    lacks: str = ""
+    """A contract that isn't on it: it may not have come so far in the chain yet."""
     forked: bool = False
     """Its blocks aren't those that the others tell of."""
 
@@ -52,6 +66,8 @@ class Endpoint:
         """Why it is never believed; empty for one that is."""
         if self.chain_id is not None:
             return f"serves chain {self.chain_id}"
+        if self.lacks:
+            return f"has no contract at {self.lacks}"
         return "tells of another fork" if self.forked else ""
 
 
@@ -62,13 +78,22 @@ def answered(endpoint: Endpoint, seconds: float) -> Endpoint:
     return replace(endpoint, failures=0, open_until=0.0, probing=False, latency=mean)
 
 
-def failed(endpoint: Endpoint, now: float) -> Endpoint:
+def failed(endpoint: Endpoint, now: float, why: str = "") -> Endpoint:
     """No answer, or none that can be one."""
     failures = endpoint.failures + 1
     beyond = failures - FAILURES_TO_OPEN
     pause = min(FIRST_PAUSE * 2.0 ** max(beyond, 0), LONGEST_PAUSE)
     until = now + pause if beyond >= 0 else 0.0
-    return replace(endpoint, failures=failures, open_until=until, probing=False)
+    return replace(endpoint, failures=failures, open_until=until, probing=False, why=why)
+
+
+def refused(endpoint: Endpoint, now: float, why: str) -> Endpoint:
+    """It wouldn't do what another one did: after some of these in a row, as failed."""
+    refusals = endpoint.refusals + 1
+    if refusals < REFUSALS_TO_OPEN:
+        return replace(endpoint, refusals=refusals)
+    failures = max(endpoint.failures, FAILURES_TO_OPEN - 1)
+    return failed(replace(endpoint, refusals=refusals, failures=failures), now, why)
 
 
 def put_off(endpoint: Endpoint, now: float, seconds: float) -> Endpoint:
@@ -77,62 +102,72 @@ def put_off(endpoint: Endpoint, now: float, seconds: float) -> Endpoint:
     return replace(endpoint, patience_until=until, probing=False)
 
 
-def saw_head(endpoint: Endpoint, number: int, now: float) -> Endpoint:
-    return replace(endpoint, head=number, head_at=now)
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest block that an endpoint tells of; `timestamp` is the block's own."""
+
+    number: int
+    timestamp: float
 
 
-def best_head(endpoints: Sequence[Endpoint], now: float) -> int | None:
-    """The highest head that is vouched for: the highest, or with three and more endpoints the
-    second highest, so that one endpoint alone can't make all others look behind."""
-    heads = sorted(
-        (
-            each.head
-            for each in endpoints
-            if each.head is not None and now - each.head_at <= STALE_SECONDS and not each.wrong
-        ),
-        reverse=True,
-    )
-    if not heads:
-        return None
-    return heads[1] if len(heads) >= 3 else heads[0]
+def saw_head(endpoint: Endpoint, head: Head, now: float) -> Endpoint:
+    return replace(endpoint, head=head.number, head_at=now)
 
 
-def lag(endpoint: Endpoint, endpoints: Sequence[Endpoint], now: float) -> int:
-    """Blocks behind the others, as far as is known."""
-    best = best_head(endpoints, now)
-    if best is None or endpoint.head is None or now - endpoint.head_at > STALE_SECONDS:
-        return 0
-    return max(best - endpoint.head, 0)
+def vouched(heads: Sequence[Head]) -> Head | None:
+    """The highest of heads that were seen together: the highest, or with three and more endpoints
+    the second highest, so that one endpoint alone can't make all others look behind."""
+    ordered = sorted(heads, key=lambda head: (head.number, head.timestamp), reverse=True)
+    return ordered[min(len(ordered) - 1, 1) if len(ordered) >= 3 else 0] if ordered else None
 
 
-def problem(endpoint: Endpoint, endpoints: Sequence[Endpoint], now: float) -> str:
-    """In words, why it isn't asked now; empty when it is."""
+def compared(endpoint: Endpoint, head: Head, best: Head, now: float) -> Endpoint:
+    """How far its head is behind the best of those that were seen at the same time. Both in blocks
+    and seconds: where blocks are made quickly, a few say nothing."""
+    blocks, seconds = best.number - head.number, best.timestamp - head.timestamp
+    if blocks <= MOST_LAG or seconds <= LAG_SECONDS:
+        blocks, seconds = 0, 0.0
+    return replace(endpoint, behind=blocks, seconds_behind=seconds, judged_at=now)
+
+
+def lags(endpoint: Endpoint, now: float) -> bool:
+    return endpoint.behind > 0 and now - endpoint.judged_at <= STALE_SECONDS
+
+
+def problem(endpoint: Endpoint, now: float) -> str:
+    """In words, why it isn't asked now, or only when no other can be; empty when it is."""
     if endpoint.wrong:
         return endpoint.wrong
     if endpoint.is_open and (endpoint.open_until > now or endpoint.probing):
-        return f"failed {endpoint.failures} times"
+        why = f": {endpoint.why}" if endpoint.why else ""
+        return f"failed {max(endpoint.failures, endpoint.refusals)} times{why}"
     if endpoint.patience_until > now:
         return f"asked to wait {endpoint.patience_until - now:.0f} s"
-    if (behind := lag(endpoint, endpoints, now)) > MOST_LAG:
-        return f"{behind} blocks behind"
-    return ""
+    return f"{endpoint.behind} blocks behind" if lags(endpoint, now) else ""
 
 
 def order(endpoints: Sequence[Endpoint], now: float) -> tuple[int, ...]:
     """Whom to ask, by index, the first first; those with a problem are left out.
 
     One whose circuit is half-open comes last, but it comes: else it would never be known to be
-    back while another answers.
+    back while another answers. One that lags a little comes behind that: what it tells is old, but
+    better than nothing.
     """
-    fit = [index for index, each in enumerate(endpoints) if not problem(each, endpoints, now)]
+    fit = [index for index, each in enumerate(endpoints) if _may_be_asked(each, now)]
     swift = min((_latency(endpoints[index]) for index in fit), default=0.0)
     bar = max(swift * SLOW, SLOW_SECONDS)
 
-    def rank(index: int) -> tuple[bool, bool, int]:
+    def rank(index: int) -> tuple[bool, bool, bool, int]:
         each = endpoints[index]
-        return each.is_open, _latency(each) > bar, index
+        return lags(each, now), each.is_open, _latency(each) > bar, index
 
     return tuple(sorted(fit, key=rank))
+
+
+def _may_be_asked(endpoint: Endpoint, now: float) -> bool:
+    if lags(endpoint, now) and endpoint.seconds_behind > FAR_SECONDS:
+        return False
+    return not problem(replace(endpoint, behind=0), now)
 
 
 def for_writes(endpoints: Sequence[Endpoint], now: float) -> tuple[int, ...]:

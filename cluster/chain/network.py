@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
@@ -14,12 +15,13 @@ from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
 from cluster.chain.outbox import Clock, Outbox, Told, Untold
-from cluster.chain.outbox_rows import Intent, OutboxRow, task_intent
+from cluster.chain.outbox_rows import REPORT, Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
 from cluster.chain.task_contract import TaskContract
+from cluster.chain.wakeups import Wakeups
 from cluster.chain.watcher import CURSOR, Holders, Watcher
-from cluster.core.errors import ConfigError, NetworkUnavailable
+from cluster.core.errors import ChainError, ConfigError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Lease, Movement, Wakeup
 from cluster.core.record import Claim
@@ -45,6 +47,10 @@ HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""
+UNREACHED_SECONDS = 10.0
+"""After so long without the logs the chain counts as not reached."""
+READ_BACK = 1_000
+"""Blocks before those that weren't handled when a term began: endpoints leave logs out."""
 _ANSWERABLE = frozenset({TaskStatus.STARTED, TaskStatus.PARAMETERS_UPLOADED})
 """How long a head is held on to that the endpoint no longer reaches."""
 _log = structlog.get_logger(__name__)
@@ -161,9 +167,12 @@ class ChainNetwork:
         endpoints: Endpoints | None = None,
         heads: Heads | None = None,
         told: Told | None = None,
+        accounts: Collection[Address] = (),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """`public_key` gives an account's 64 bytes, as `join` takes them. `endpoints` is what `rpc`
-        asks, to be watched; `heads` wakes the watcher; `told` hears of what is counted."""
+        asks, to be watched; `heads` wakes the watcher; `told` hears of what is counted. Of
+        `accounts` all is heard from the first block on, of others once they were looked at."""
         self._rpc = rpc
         self._contracts = contracts
         self._outbox = outbox
@@ -175,6 +184,9 @@ class ChainNetwork:
         self._endpoints = endpoints
         self._heads = heads or Heads(None)
         self._pulse = Pulse(self._settings.poll)
+        self._monotonic = monotonic
+        self._failing: tuple[float, str] | None = None
+        """Since when the watcher fails, and of what."""
         self._deadlines: dict[Commitment, Timestamp] = {}
         self._looked: dict[Address, _Looked] = {}
         self._head_until = Timestamp(0.0)
@@ -182,9 +194,13 @@ class ChainNetwork:
         self._chain_clock = ChainClock()
         self._newest = Block(0, Timestamp(0))
         self._newest_at = Timestamp(0)
-        self._accounts: set[Address] = set()
+        self._accounts: set[Address] = set(accounts)
         self._holders = Holders()
-        self._wakeups: asyncio.Queue[Wakeup] = asyncio.Queue(self._settings.waiting)
+        self._cursor: str | None = None
+        """The watcher's, to be stored."""
+        self._wakeups = Wakeups(
+            self._settings.waiting, lambda value: journal.set_cursor(lease(), CURSOR, value)
+        )
         self._watcher = Watcher(
             rpc,
             contracts.task.address,
@@ -192,7 +208,7 @@ class ChainNetwork:
             lambda: self._accounts,
             self._holders,
             lambda: journal.cursor(CURSOR),
-            lambda value: journal.set_cursor(lease(), CURSOR, value),
+            self._keep_cursor,
         )
         outbox.resolved = self._resolved
         outbox.head = lambda: None if self._watcher.head is None else self._watcher.head.number
@@ -228,7 +244,15 @@ class ChainNetwork:
                 self._holders.learn(facts.commitment, account)
             self._learn_deadline(facts)
         facts_of_account = AccountFacts(
-            account, info.status, info.gpu_class, stake, balance, qos, current, info.models
+            account,
+            info.status,
+            info.gpu_class,
+            stake,
+            balance,
+            qos,
+            current,
+            info.models,
+            info.version != self._version,
         )
         view = AccountView(at, now, facts_of_account, tasks)
         if block.hash:
@@ -307,12 +331,15 @@ class ChainNetwork:
     async def quit(self, account: Address) -> None:
         self._verb(account, "quit", self._contracts.node.quit())
 
+    async def update_version(self, account: Address) -> None:
+        self._verb(account, "version", self._contracts.node.update_version(self._version))
+
     async def report_model(self, account: Address, model: ModelId) -> None:
         """Once for each model: what a node has reported it still has after it joins again,
         because `join` names all models."""
         node = self._contracts.node
         self._outbox.ensure_verb(
-            account, f"model:{model}", node.address, node.report_model(model), once=True
+            account, f"{REPORT}:{model}", node.address, node.report_model(model), once=True
         )
 
     async def transfer(
@@ -337,15 +364,26 @@ class ChainNetwork:
         """What an operator has to see to, in words."""
         return self._outbox.alerts()
 
+    def trouble(self) -> str | None:
+        """Why the chain isn't reached, in words; None when it is, or was a moment ago."""
+        if self._failing is None or self._monotonic() - self._failing[0] < UNREACHED_SECONDS:
+            return None
+        return self._failing[1]
+
     # --- wake-ups and loops
 
     async def next_wakeup(self) -> Wakeup:
-        return await self._wakeups.get()
+        return await self._wakeups.take()
 
-    def _wake(self, wakeup: Wakeup) -> None:
-        # When full, whoever reads them is far behind and looks at everything anyway.
-        if not self._wakeups.full():
-            self._wakeups.put_nowait(wakeup)
+    async def befell(self, account: Address, since: int | None, until: int) -> tuple[Wakeup, ...]:
+        handled, began = self._wakeups.handled, self._watcher.began
+        if handled is None or began is None or handled <= until:
+            raise ChainError(f"not all events up to block {until} were read yet")
+        first = began - READ_BACK if since is None else since + 1
+        return await self._watcher.befell(account, max(first, 0), until)
+
+    def _keep_cursor(self, value: str) -> None:
+        self._cursor = value
 
     def _reorganised(self) -> None:
         self._told.happened("reorganised")
@@ -357,7 +395,7 @@ class ChainNetwork:
         for concerned in (row.intent.account, row.intent.recipient):
             self._looked.pop(concerned, None)
             if concerned in self._accounts:
-                self._wake(Wakeup(concerned, f"outbox: {row.state.value}"))
+                self._wakeups.give(Wakeup(concerned, f"outbox: {row.state.value}"))
 
     async def run(self) -> None:
         """The watcher, the outbox and the endpoints, for ever; ends only by cancellation or, in an
@@ -374,11 +412,17 @@ class ChainNetwork:
             pause = self._settings.poll
             try:
                 for wakeup in await self._watcher.poll():
-                    self._wake(wakeup)
+                    self._wakeups.give(wakeup)
+                self._failing = None
+                if self._watcher.next is not None:
+                    self._wakeups.reached(self._watcher.next, self._cursor)
+                    self._cursor = None
                 if self._watcher.is_behind:
                     continue
                 pause = self._pause()
             except NetworkUnavailable as error:
+                since = self._monotonic() if self._failing is None else self._failing[0]
+                self._failing = since, str(error)
                 _log.warning("watcher_waits", reason=str(error))
             await self._heads.wait(pause)
 

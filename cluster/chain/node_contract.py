@@ -55,5 +55,8 @@ class NodeContract(Contract):
     def resume(self) -> bytes:
         return self.encode("resume")
 
+    def update_version(self, version: Version) -> bytes:
+        return self.encode("updateVersion", version)
+
     def report_model(self, model: ModelId) -> bytes:
         return self.encode("reportModelDownloaded", model)

@@ -30,6 +30,7 @@ from cluster import journal_takings as takings
 from cluster.chain import outbox_rows as rows
 from cluster.chain.fees import FeeSettings, Offer, first, raised
 from cluster.chain.outbox_rows import IN_FLIGHT, Intent, OutboxRow, Patience, RowState, Signed
+from cluster.chain.refusals import Refusals
 from cluster.chain.reverts import verdict
 from cluster.chain.rpc import LATEST, PENDING, Call, Receipt, Reverted, Rpc, RpcRefused
 from cluster.core.errors import ChainError, NetworkUnavailable
@@ -129,6 +130,10 @@ class Outbox:
         """Until the network doesn't take the write any more, as far as is known."""
         self.told: Told = Untold()
         self._alerts: dict[Address, str] = {}
+        self._lacking: dict[str, tuple[Address, Wei]] = {}
+        """By a new row's key, what its account has too little for it."""
+        with journal.read() as connection:
+            self._refusals = Refusals(rows.refused(connection), self._patience)
         self._due = asyncio.Event()
         self._pumping = asyncio.Lock()
 
@@ -140,10 +145,10 @@ class Outbox:
         One that was refused or reverted is tried anew. Raises `IllegalMove` when a task's answer
         would be a second or another one, `LeaseLost`.
         """
-        now = self._clock()
+        now, refused = self._clock(), self._refusals.times(intent.key)
         with self._journal.read() as connection:
             row = rows.by_key(connection, intent.key)
-        if row is not None and rows.rearm(row, intent, now, self._patience) is row:
+        if row is not None and rows.rearm(row, intent, now, self._patience, refused) is row:
             return row.state
         with self._journal.write(self._lease()) as connection:
             row = rows.by_key(connection, intent.key)
@@ -153,7 +158,7 @@ class Outbox:
                 rows.add(connection, intent, now)
                 state = RowState.NEW
             else:
-                row = rows.rearm(row, intent, now, self._patience)
+                row = rows.rearm(row, intent, now, self._patience, refused)
                 rows.store(connection, row)
                 state = row.state
         self._due.set()
@@ -188,7 +193,16 @@ class Outbox:
 
     def movements(self) -> Mapping[Address, Movement]:
         with self._journal.read() as connection:
-            return rows.movements(connection)
+            found = defaultdict(Movement, rows.movements(connection))
+            owed = rows.owed(connection)
+        for account, refusals in self._refusals.by_account().items():
+            found[account] = replace(found[account], refused=refusals)
+        for account, amount in owed.items():
+            found[account] = replace(found[account], owes=amount)
+        for account, amount in self._lacking.values():
+            lacks = max(found[account].lacks, amount)
+            found[account] = replace(found[account], lacks=lacks)
+        return dict(found)
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line for each account."""
@@ -287,8 +301,10 @@ class Outbox:
             return None
         need = intent.value + gas * offer.fee
         if balance < need:
+            self._lacking[intent.key] = intent.account, Wei(need - balance)
             self._alert(intent, f"has {balance} wei and needs {need}: top it up")
         self._alerts.pop(intent.account, None)
+        self._lacking.pop(intent.key, None)
         return self._bytes(intent, self._nonce(intent.account, count), offer, gas)
 
     def _alert(self, intent: Intent, problem: str) -> NoReturn:
@@ -462,7 +478,10 @@ class Outbox:
             self.told.spent(account, spent)
 
     def _resolve(self, row: OutboxRow) -> None:
-        self._put(replace(row, updated_at=self._clock()))
+        row = replace(row, updated_at=self._clock())
+        self._put(row)
+        self._lacking.pop(row.intent.key, None)
+        self._refusals.resolved(row)
         said = {"reason": row.reason, "means": verdict(row.reason).value} if row.reason else {}
         _log.info("outbox_resolved", row=row.intent.key, state=row.state.value, **said)
         if self.resolved is not None:

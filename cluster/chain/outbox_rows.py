@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,11 @@ class RowState(enum.Enum):
 IN_FLIGHT = frozenset({RowState.SIGNED, RowState.SENT})
 UNRESOLVED = IN_FLIGHT | {RowState.NEW, RowState.MINED}
 IN_THE_CHAIN = frozenset({RowState.MINED, RowState.FINAL})
+REFUSED = frozenset({RowState.REFUSED, RowState.REVERTED})
+REPORT = "model"
+"""The verb of a write that says which model an account holds."""
+LONGEST_WAIT = 900.0
+"""Seconds, before an account's own write is tried again, however often it was refused."""
 _ANSWERS = frozenset({Claim.SCORE, Claim.ERROR})
 
 WRITE_STATES: Mapping[RowState, WriteState] = {
@@ -70,6 +76,11 @@ class Intent:
     @property
     def is_answer(self) -> bool:
         return self.claim in _ANSWERS
+
+    @property
+    def verb(self) -> str:
+        """Of an account's own write: what it does, or what a payment is for."""
+        return self.key.split(":")[2]
 
 
 def task_intent(
@@ -131,13 +142,21 @@ class Patience:
     retry: float
     recheck: float
 
+    def of_own(self, refused: int) -> float:
+        """Of an account's own write, which was refused so often in a row: it has no deadline, and
+        what refuses it rarely passes in a second. What reverts costs gas each time."""
+        return min(self.recheck * 2.0 ** min(refused - 1, 10), LONGEST_WAIT)
+
     def after(self, reason: str) -> float:
         hopeless = verdict(reason) in {Verdict.DONE, Verdict.LOST}
         return self.recheck if hopeless else self.retry
 
 
-def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) -> OutboxRow:
-    """The row after another `ensure`; the row itself when nothing changes.
+def rearm(
+    row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience, refused: int = 1
+) -> OutboxRow:
+    """The row after another `ensure`; the row itself when nothing changes. `refused`: how often in
+    a row it was.
 
     Raises `IllegalMove` when a task's answer would become another one.
     """
@@ -145,10 +164,8 @@ def rearm(row: OutboxRow, intent: Intent, now: Timestamp, patience: Patience) ->
     if not same and (intent.is_answer or row.intent.is_answer):
         raise IllegalMove(f"{intent.key}: another answer than the one stored")
     age = now - row.updated_at
-    refused = row.state in {RowState.REFUSED, RowState.REVERTED}
-    # An account's own writes have no deadline, and what refuses one rarely passes in a second.
-    wait = patience.recheck if intent.task is None else patience.after(row.reason)
-    if refused and age >= wait:
+    wait = patience.of_own(refused) if intent.task is None else patience.after(row.reason)
+    if row.state in REFUSED and age >= wait:
         return replace(
             row,
             intent=intent,
@@ -287,16 +304,17 @@ def count_mined(connection: Connection, account: Address, prefix: str) -> int:
 def movements(connection: Connection) -> Mapping[Address, Movement]:
     """Of the accounts' own writes (not tasks'), by each account that they are from or to."""
     open_states = {state.value for state in IN_FLIGHT | {RowState.NEW}}
-    found: dict[Address, Movement] = {}
+    found: dict[Address, Movement] = defaultdict(Movement)
+    report = table.c.key.like(f"account:%:{REPORT}:%")
     for side in (table.c.account, table.c.recipient):
         query = (
             select(side.label("address"), table.c.state, func.max(table.c.block).label("block"))
-            .where(table.c.task.is_(None))
+            .where(table.c.task.is_(None), ~report)
             .group_by(side, table.c.state)
         )
         for row in connection.execute(query):
             address, block = Address(row.address), row.block or 0
-            last, is_open = found.get(address, Movement()), row.state in open_states
+            last, is_open = found[address], row.state in open_states
             after = replace(last, is_open=last.is_open or is_open, block=max(last.block, block))
             if side is table.c.recipient:
                 after = replace(
@@ -305,7 +323,30 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
                     paid_block=max(last.paid_block, block),
                 )
             found[address] = after
+    reporting = select(table.c.account).where(report, table.c.state.in_(open_states)).distinct()
+    for row in connection.execute(reporting):
+        account = Address(row.account)
+        found[account] = replace(found[account], reports=True)
     return found
+
+
+def owed(connection: Connection) -> Mapping[Address, Wei]:
+    """What accounts' own writes that are on their way will take from each, gas aside."""
+    open_states = [state.value for state in IN_FLIGHT | {RowState.NEW}]
+    query = select(table.c.account, table.c.value)
+    found: dict[Address, Wei] = {}
+    for row in connection.execute(
+        query.where(table.c.task.is_(None), table.c.state.in_(open_states))
+    ):
+        account = Address(row.account)
+        found[account] = Wei(found.get(account, 0) + int(row.value))
+    return found
+
+
+def refused(connection: Connection) -> tuple[OutboxRow, ...]:
+    """Accounts' own writes that the network would not have, the last time that they were tried."""
+    states = [state.value for state in REFUSED]
+    return _rows(connection, select(table).where(table.c.task.is_(None), table.c.state.in_(states)))
 
 
 def states(connection: Connection) -> Mapping[RowState, int]:

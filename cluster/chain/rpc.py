@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 from eth_utils.address import is_address, to_checksum_address
-from pydantic_core import from_json
 
-from cluster.chain import reverts
+from cluster.chain import answers, reverts
+from cluster.chain.answers import MOST_PATIENCE, Throttled, TooLong
 from cluster.chain.fees import Market
 from cluster.chain.reverts import Revert
 from cluster.core.errors import ChainError, ConfigError
@@ -32,8 +32,6 @@ PENDING = "pending"
 MAX_ANSWER = 64 * 2**20
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _LAST_TIMESTAMP = 2**40
-MOST_PATIENCE = 300.0
-"""Seconds that an endpoint may have us wait."""
 
 
 class RpcRefused(ChainError):
@@ -71,10 +69,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Log:
+    """`block_hash` is empty and `index` None where the endpoint doesn't say them; with them no two
+    logs are equal."""
+
     address: Address
     topics: tuple[bytes, ...]
     data: bytes
     block: int
+    block_hash: str = ""
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +105,6 @@ class Call:
         if self.value:
             fields["value"] = hex(self.value)
         return fields
-
-
-class Throttled(ChainError):
-    """The endpoint has too much to do (HTTP 429); `retry_after` in seconds, where it says so."""
-
-    def __init__(self, message: str, retry_after: float | None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +136,7 @@ def http_transport(url: str, timeout: float) -> HttpTransport:
             raise ChainError(f"{method}: the endpoint doesn't answer: {what}") from None
         if response.status_code == 429:
             raise Throttled(f"{method}: HTTP 429", _retry_after(response))
-        return _answer(method, number, response.status_code, body)
+        return answers.read(method, number, response.status_code, body)
 
     return HttpTransport(httpx.URL(url).netloc.decode("ascii"), send, client.aclose)
 
@@ -160,18 +155,8 @@ async def _post(
         async for part in response.aiter_bytes():
             body += part
             if len(body) > MAX_ANSWER:
-                raise httpx.DecodingError("the answer is too long")
+                raise TooLong(f"{question['method']}: an answer of more than {MAX_ANSWER} bytes")
     return response, bytes(body)
-
-
-def _answer(method: str, number: int, status: int, body: bytes) -> Mapping[str, Any]:
-    try:
-        answer = from_json(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict) or answer.get("id", number) not in (number, None):
-        raise ChainError(f"{method}: HTTP {status}, and no JSON-RPC answer to what was asked")
-    return answer
 
 
 def _failure(method: str, error: object) -> ChainError:
@@ -179,7 +164,7 @@ def _failure(method: str, error: object) -> ChainError:
         return ChainError(f"{method}: malformed error {brief(error)}")
     code, message, data = error.get("code"), brief(error.get("message", "")), error.get("data")
     payload = _bytes(method, data) if isinstance(data, str) and data.startswith("0x") else b""
-    if code == 3 or payload or "revert" in message.lower():
+    if answers.is_revert(error):
         return Reverted(reverts.decode(payload, message))
     return RpcRefused(method, code if isinstance(code, int) else 0, message)
 
@@ -219,7 +204,9 @@ def _log(value: object) -> Log | None:
             return None
         topics = tuple(_bytes("log", topic) for topic in value.get("topics") or ())
         data, block = _bytes("log", value.get("data")), _int("log", value.get("blockNumber"))
-        return Log(Address(to_checksum_address(str(address))), topics, data, block)
+        index = None if value.get("logIndex") is None else _int("log", value.get("logIndex"))
+        where = Address(to_checksum_address(str(address)))
+        return Log(where, topics, data, block, _hash(value.get("blockHash")), index)
     except (ChainError, TypeError):
         return None
 

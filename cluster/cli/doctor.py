@@ -23,9 +23,10 @@ def doctor(config_file: Path, as_json: bool) -> int:
     """Find what the operator's surroundings lack: key, journal, disks, models, cards, Ray, chain,
     contracts, relay, clock and money. Each line says ok, warn or fail, and how to mend it.
 
-    The exit code is 1 when a line says fail. Nothing is sent; it may run beside the operator.
+    The exit code is 1 when a line says fail. Nothing is sent or changed; it may run beside the
+    operator.
     """
-    from cluster import config, doctor
+    from cluster import checks, config, doctor
 
     settings = config.load(config_file)
     key_file = settings.identity.key_file
@@ -41,4 +42,4 @@ def doctor(config_file: Path, as_json: bool) -> int:
             click.echo(f"{level}  {check.name}: {check.found}")
             if check.mend:
                 click.echo(f"      {check.mend}")
-    return 1 if doctor.worst(found) is doctor.Level.FAIL else 0
+    return 1 if checks.worst(found) is checks.Level.FAIL else 0

@@ -59,12 +59,27 @@ def fleet_apply(config_file: Path) -> None:
         _follow(lambda: _status(call("status")).fleet)
 
 
+@fleet.command("quit", short_help="Have an account leave, and its money come back.")
+@click.argument("account", metavar="ADDRESS")
+@config_option
+def fleet_quit(account: str, config_file: Path) -> None:
+    """Have an account finish what it has and quit; what it owns above `fleet.gas_reserve` goes back
+    to the treasury. It lasts over restarts: the account isn't joined again until `crynux-cluster
+    fleet clear`. Another takes its place where there is one."""
+    from actors import client
+    from cluster import config, steering
+
+    order = typed(steering.RetireAccount, account=account)
+    click.echo(client.perform(config.load(config_file), order))
+
+
 @fleet.command("clear", short_help="Let a stopped account be used again.")
 @click.argument("account", metavar="ADDRESS")
 @config_option
 def fleet_clear(account: str, config_file: Path) -> None:
-    """Let an account be used again that was slashed, kicked out, or held because somebody else
-    seemed to use its key. Find out why first: `crynux-cluster status` has its tasks."""
+    """Let an account be used again that was slashed, kicked out, told to quit, or held because
+    somebody else seemed to use its key. Find out why first: `crynux-cluster status` has its
+    tasks."""
     from actors import client
     from cluster import config, steering
 
@@ -136,6 +151,7 @@ def _lines(found: FleetStatus) -> list[str]:
     lines += [f"  to do: {each}" for each in found.plan]
     lines += [f"  lacking: {each}" for each in found.lacks]
     lines += [f"  limit: {each}" for each in found.limits]
+    lines += [f"  leaves, or has left, for good: {each}" for each in found.retired]
     return lines if found.plan else [*lines, _NOTHING]
 
 
@@ -164,7 +180,11 @@ def _wait_drained(
 ) -> int:
     began, shown = clock(), ""
     while True:
-        found = look()
+        try:
+            found = look()
+        except ClusterError as error:
+            # It lasts over a coordinator that begins anew.
+            found = DrainStatus(left=(f"{error}; waiting for it",))
         if found.done:
             click.echo("drained")
             return 0

@@ -7,12 +7,13 @@ that is rolled, an estimate that wavers) moves no account.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from cluster.core.types import GpuClass, Timestamp
+from cluster.core.types import Commitment, GigaBytes, GpuClass, Timestamp
 
 NO_LIMIT: Final = 2**31
 MOST_SLOTS: Final = 16
@@ -98,31 +99,118 @@ def slots_for(cycle: Cycle, present: int, most: int) -> int:
     return max(1, min(math.ceil(exact), most, MOST_SLOTS))
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of a class. `slots`: as many were wanted of late; `limit`: no more accounts than these, for
+    the load that they make."""
+
+    cycle: Cycle = Cycle()
+    slots: int = 1
+    limit: int | None = None
+
+
+def text(gpu_class: GpuClass, there: Measured) -> str:
+    cycle = there.cycle
+    return json.dumps(
+        {
+            "class": [gpu_class.name, gpu_class.vram],
+            "cycle": [cycle.compute, cycle.network, cycle.tasks],
+            "slots": there.slots,
+            "limit": there.limit,
+        }
+    )
+
+
+def parsed(words: str) -> tuple[GpuClass, Measured]:
+    """What `text` wrote."""
+    said = json.loads(words)
+    (name, vram), (compute, network, tasks) = said["class"], said["cycle"]
+    cycle = Cycle(compute, network, tasks)
+    return GpuClass(name, GigaBytes(vram)), Measured(cycle, said["slots"], said["limit"])
+
+
 # --- load -----------------------------------------------------------------------------------------
 
-HIGH, LOW = 0.8, 0.4
+HIGH: Final = 0.8
+"""Of the time until a deadline: when a task would be done later than that, there is too much."""
+
+ROOM: Final = 0.7
+"""As much there may be with one account more, as far as can be told, for it to be let in."""
+
+WINDOW_SECONDS: Final = 120.0
+
+
+def share_of(waiting: Iterable[tuple[float, float]], cards: int) -> float:
+    """How near to its deadline the task comes that comes nearest (0: at once, 1: just in time).
+
+    Each is seconds of computing, and seconds until its deadline. What is more urgent is done
+    first, so a task waits for that only, and each card takes its share.
+    """
+    share = seconds = 0.0
+    for compute, slack in sorted(waiting, key=lambda each: each[1]):
+        seconds += compute
+        share = max(share, seconds / cards / max(slack, 1.0))
+    return share
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Of a class, its accounts' tasks: how far the last of them is on the way to its deadline, by
-    the time that it is expected to be computed (0: at once, 1: just in time); `tasks` are open."""
+    """Of a class, what its accounts' tasks make: `share_of` those that are to be computed."""
 
-    share: float
-    tasks: int
+    share: float = 0.0
+    tasks: frozenset[Commitment] = frozenset()
 
 
-def limit_for(limit: int | None, load: Load, serving: int) -> int | None:
-    """How many accounts may serve, by the load; None for no limit.
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many accounts may serve, by the load; None for no limit. `behind`: tasks that were there
+    when some were taken away, and then, once, those that came while they were done: these waited
+    for them. Since all of them are done, at `since`, `peak` was the highest load."""
 
-    Above `HIGH` one fewer than serve now, but never none; below `LOW` one more at a time, until the
-    limit is no longer felt.
+    accounts: int | None = None
+    since: Timestamp = Timestamp(0)
+    peak: float = 0.0
+    behind: frozenset[Commitment] = frozenset()
+    follow: bool = False
+    """Those that came meanwhile are still to be waited for."""
+
+
+def window_of(cycle: Cycle) -> float:
+    """Seconds in which each account has come by its busiest: two of its tasks, at the least."""
+    return max(WINDOW_SECONDS, 2 * (cycle.compute + cycle.network))
+
+
+def limited(
+    limit: Limit, load: Load, serving: int, cards: int, wanted: int, now: Timestamp, window: float
+) -> Limit:
+    """The limit after a look at the load.
+
+    Above `HIGH` one account fewer than serve now, or where it is far too much as many fewer as are
+    too many, but half at most. None more before what waited then is done, and what waited for that:
+    it says nothing of how those do that are left. Never fewer than cards: who has a card to itself
+    waits for nobody. One more again after `window` seconds in which there was room for it, and no
+    limit at all once the last of those `wanted` would be let in.
     """
-    if load.share > HIGH and load.tasks:
-        return max(1, serving - 1)
-    if limit is None or load.share >= LOW:
+    least, behind, follow = max(cards, 1), limit.behind & load.tasks, limit.follow
+    if follow and not behind:
+        behind, follow = load.tasks, False
+    if limit.accounts is not None and limit.accounts < least:
+        return Limit(least, now)
+    settled = not behind and (limit.accounts is None or serving <= limit.accounts)
+    if load.share > HIGH and settled and serving > least:
+        bearable = max(serving // 2, int(serving / max(load.share, 1.0)))
+        fewer = max(least, min(bearable, serving - 1))
+        return Limit(fewer, now, behind=load.tasks, follow=True)
+    if limit.accounts is None:
         return limit
-    return None if limit > serving else limit + 1
+    if behind:
+        return replace(limit, behind=behind, follow=follow, since=now)
+    peak, more = max(limit.peak, load.share), limit.accounts + 1
+    if now - limit.since < window:
+        return replace(limit, behind=behind, follow=follow, peak=peak)
+    if serving < limit.accounts or peak * (serving + 1) / max(serving, 1) >= ROOM:
+        return Limit(limit.accounts, now, load.share)
+    return Limit(more, now) if more < wanted else Limit()
 
 
 def target(
@@ -133,12 +221,15 @@ def target(
     stopped: Collection[GpuClass] = (),
     drained: bool = False,
     settled: bool = True,
+    most_slots: int = 0,
 ) -> Target:
-    """`stopped` classes and a `drained` operator serve nothing."""
+    """`stopped` classes and a `drained` operator serve nothing. More than `most_slots` accounts for
+    each card are too many, as far as they are more than `slots`."""
     if drained or gpu_class in stopped:
         return NONE
     here = cards.here.get(gpu_class, 0) * slots
-    kept = max(cards.kept.get(gpu_class, 0) * slots, here) if settled else NO_LIMIT
+    each = max(slots, most_slots)
+    kept = max(cards.kept.get(gpu_class, 0) * each, here) if settled else NO_LIMIT
     found = Target(here, kept)
     if limit is None:
         return found

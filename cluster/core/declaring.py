@@ -18,12 +18,14 @@ def reports(
     views: Iterable[AccountView],
     here: Mapping[GpuClass, Collection[ModelId]],
     sent: Collection[tuple[Address, ModelId]],
+    silent: Collection[Address] = (),
 ) -> tuple[tuple[Address, ModelId], ...]:
-    """One report for each account at most, what was not `sent` yet; by name, so always the same."""
+    """One report for each account at most, what was not `sent` yet; by name, so always the same.
+    `silent` accounts have something else to say, or a report on its way: they wait with it."""
     found: list[tuple[Address, ModelId]] = []
     for view in views:
         facts = view.account
-        if facts.status not in _JOINED or facts.gpu_class is None:
+        if facts.status not in _JOINED or facts.gpu_class is None or facts.address in silent:
             continue
         lacking = sorted(
             model

@@ -7,16 +7,18 @@ next. What isn't known, what is on its way, and what is held, is left alone.
 
     Assign ─▶ Fund ─▶ Join ─▶ (serves) ─▶ Pause ─▶ Resume
                                   │          └──▶ Quit ─▶ Assign to another class
-                                  └─ TopUp, Sweep
+                                  └─ TopUp, UpdateVersion, Sweep
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.core.capacity import Target
+from cluster.core.ports import Refusal
 from cluster.core.standing import Place, place_of
 from cluster.core.types import AccountFacts, Address, GpuClass, NodeStatus, Timestamp, Wei
 
@@ -36,6 +38,11 @@ class FleetPolicy:
     beneficiary: Address | None = None
     sweep_above: Wei | None = None
 
+    @property
+    def most_gas(self) -> int:
+        """What an account spends, or needs, that is more than this, isn't for gas."""
+        return max(self.stake // 20, self.gas_target)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeAccount:
@@ -43,7 +50,9 @@ class NodeAccount:
 
     `facts` is None until they were read. `moving`: something of ours concerning it is on its way,
     or done and not yet in the facts; `paying`: that is money for it. `barred`: it is not to be
-    joined (slashed), or left alone altogether when `held`. `rejoin_at`: not to be joined before.
+    joined (slashed), or left alone altogether when `held`. `doubtful`: found where nobody put it,
+    and not explained yet: left alone too, but it may serve. `rejoin_at`: not to be joined before.
+    `retired`: it leaves for good, and what it owns goes back to the treasury.
     """
 
     index: int
@@ -55,6 +64,16 @@ class NodeAccount:
     barred: bool = False
     held: bool = False
     rejoin_at: Timestamp = Timestamp(0)
+    retired: bool = False
+    doubtful: bool = False
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    """By the verb, as `Refusal` names it."""
+    lacks: Wei = Wei(0)
+    """For a transaction of its own that waits for it."""
+
+    @property
+    def left_alone(self) -> bool:
+        return self.held or self.doubtful
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +125,13 @@ class Quit:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateVersion:
+    """Say which version of tasks it takes now: other tasks fit it (protocol.md section 2)."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """Send what the account has earned to the beneficiary."""
 
@@ -114,7 +140,38 @@ class Sweep:
     amount: Wei
 
 
-FleetAction = Assign | Fund | Join | TopUp | Pause | Resume | Quit | Sweep
+@dataclass(frozen=True, slots=True)
+class BringHome:
+    """Send what a retired account owns back to the treasury, but for some gas."""
+
+    address: Address
+    amount: Wei
+
+
+FleetAction = (
+    Assign | Fund | Join | TopUp | Pause | Resume | Quit | UpdateVersion | Sweep | BringHome
+)
+
+
+def words(action: FleetAction) -> str:
+    """An action in a line for a person."""
+    match action:
+        case Assign(index, _, gpu_class):
+            return f"account {index} is for {gpu_class.name}"
+        case Fund(address, amount):
+            return f"fund {address} with {amount} wei for its stake"
+        case TopUp(address, amount):
+            return f"send {address} {amount} wei for gas"
+        case Sweep(address, recipient, amount):
+            return f"sweep {amount} wei of {address} to {recipient}"
+        case BringHome(address, amount):
+            return f"send {amount} wei of {address} back to the treasury"
+        case Join(address, gpu_class):
+            return f"join {address} for {gpu_class.name}"
+        case UpdateVersion(address):
+            return f"say the new version of {address}"
+        case _:
+            return f"{type(action).__name__.lower()} {action.address}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +191,29 @@ class _Draft:
     policy: FleetPolicy
     treasury: Wei | None
     committed: int
+    now: Timestamp
     actions: dict[int, FleetAction] = field(default_factory=dict)
     lacks: dict[str, None] = field(default_factory=dict)
     limits: dict[str, None] = field(default_factory=dict)
+    refused: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def may(self, account: NodeAccount, verb: str) -> bool:
+        """Not where it was refused a short while ago; that is noted."""
+        there = account.refused.get(verb)
+        if there is None or there.again <= self.now:
+            return True
+        self.refused.setdefault((verb, there.reason), []).append(account.index)
+        return False
+
+    def some(self, accounts: Iterable[NodeAccount], verb: str, count: int) -> list[NodeAccount]:
+        """The first of them, `count` at most, of which it may be asked."""
+        able = (account for account in accounts if self.may(account, verb))
+        return list(itertools.islice(able, max(0, count)))
+
+    def refusals(self) -> Iterable[str]:
+        for (verb, reason), indexes in self.refused.items():
+            which = ", ".join(map(str, indexes))
+            yield f"{verb} of account{'s' * (len(indexes) > 1)} {which} is refused: {reason}"
 
     def affords_stake(self) -> bool:
         budget = self.policy.stake_budget
@@ -182,9 +259,19 @@ def _serves(account: NodeAccount) -> bool:
     return place is Place.SERVING or (account.moving and place is Place.OUT and not account.barred)
 
 
+def _comes(account: NodeAccount) -> bool:
+    """It doesn't serve as far as was seen, but nobody is woken in its place: it may serve yet, or
+    can be woken itself in a moment."""
+    if account.facts is None or account.held or account.barred or _serves(account):
+        return False
+    pausing = account.facts.status is NodeStatus.PENDING_PAUSE
+    paused = account.facts.status is NodeStatus.PAUSED
+    return account.doubtful or pausing or (paused and account.moving)
+
+
 def _free(account: NodeAccount) -> bool:
     """Something may be done for it now."""
-    return account.facts is not None and not account.moving and not account.held
+    return account.facts is not None and not account.moving and not account.left_alone
 
 
 def _staked(account: NodeAccount, policy: FleetPolicy) -> int:
@@ -192,7 +279,8 @@ def _staked(account: NodeAccount, policy: FleetPolicy) -> int:
     if facts is None:
         return policy.stake
     if facts.status is NodeStatus.QUIT:
-        return policy.stake if account.moving and not account.barred else 0
+        joins = (account.moving or account.doubtful) and not account.barred
+        return policy.stake if joins else 0
     return max(facts.stake, policy.stake)
 
 
@@ -207,21 +295,26 @@ def plan(
     nobody. `treasury` is its balance, None while that isn't known."""
     ordered = sorted(accounts, key=lambda account: account.index)
     committed = sum(_staked(account, policy) for account in ordered)
-    draft = _Draft(policy, treasury, committed)
-    _assign(draft, targets, ordered)
+    draft = _Draft(policy, treasury, committed, now)
+    staying = [account for account in ordered if not account.retired]
+    _assign(draft, targets, staying)
     for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):
-        members = [each for each in ordered if belongs(each) == gpu_class]
+        members = [each for each in staying if belongs(each) == gpu_class]
         serving = sum(_serves(each) for each in members)
         wanted = targets[gpu_class]
+        coming = sum(_comes(each) for each in members)
         if serving > wanted.most:
             _pause(draft, members, serving - wanted.most)
-        elif serving < wanted.least:
-            _wake(draft, members, gpu_class, wanted.least - serving, now)
+        elif serving + coming < wanted.least:
+            _wake(draft, members, gpu_class, wanted.least - serving - coming)
     for account in ordered:
-        if account.index not in draft.actions and account.facts is not None and not account.held:
-            _tend(draft, account)
+        if account.index in draft.actions or account.facts is None or account.left_alone:
+            continue
+        _tend(draft, account)
+        if account.retired and account.index not in draft.actions and _free(account):
+            _send_home(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
-    return Plan(actions, tuple(draft.lacks), tuple(draft.limits))
+    return Plan(actions, (*draft.lacks, *draft.refusals()), tuple(draft.limits))
 
 
 def _assign(
@@ -231,7 +324,7 @@ def _assign(
     is to be had, one leaves a class that has too many."""
     for account in accounts:
         found = _on_chain(account)
-        if found is not None and found != account.assigned:
+        if found is not None and found != account.assigned and not account.doubtful:
             draft.actions[account.index] = Assign(account.index, account.address, found)
     held = Counter(
         each for a in accounts if not (a.barred or a.held) and (each := belongs(a)) is not None
@@ -267,6 +360,7 @@ def _mover(
         and (gpu_class := belongs(account)) is not None
         and surplus.get(gpu_class, 0) > 0
         and _status(account) in {NodeStatus.QUIT, NodeStatus.PAUSED}
+        and (_status(account) is NodeStatus.QUIT or draft.may(account, "quit"))
     ]
     movable.sort(key=lambda account: _status(account) is not NodeStatus.QUIT)
     if not movable:
@@ -294,56 +388,101 @@ def _pause(draft: _Draft, members: Sequence[NodeAccount], count: int) -> None:
         and _status(account) in {NodeStatus.AVAILABLE, NodeStatus.BUSY}
     ]
     able.sort(key=lambda each: (_status(each) is NodeStatus.BUSY, -each.index))
-    for account in able[:count]:
+    for account in draft.some(able, "pause", count):
         draft.actions[account.index] = Pause(account.address)
 
 
-def _wake(
-    draft: _Draft,
-    members: Sequence[NodeAccount],
-    gpu_class: GpuClass,
-    count: int,
-    now: Timestamp,
-) -> None:
+def _wake(draft: _Draft, members: Sequence[NodeAccount], gpu_class: GpuClass, count: int) -> None:
     """So many more serve: resuming costs no stake, so the paused go first; then those that can pay
     their own."""
-    policy = draft.policy
-    need = policy.stake + policy.gas_reserve
+    need = draft.policy.stake + draft.policy.gas_reserve
     able = [a for a in members if a.index not in draft.actions and _free(a) and not a.barred]
     paused = [a for a in able if _status(a) is NodeStatus.PAUSED]
-    out = [a for a in able if _status(a) is NodeStatus.QUIT and a.rejoin_at <= now]
-    out.sort(key=lambda each: _balance(each) < need)
-    for account in paused[:count]:
+    out = [a for a in able if _status(a) is NodeStatus.QUIT and a.rejoin_at <= draft.now]
+    resumed = draft.some(paused, "resume", count)
+    for account in resumed:
         draft.actions[account.index] = Resume(account.address)
-    for account in out[: max(0, count - len(paused))]:
+    count -= len(resumed)
+    rich = [account for account in out if _balance(account) >= need]
+    for account in draft.some(rich, "join", count):
         if not draft.affords_stake():
             return
+        draft.actions[account.index] = Join(account.address, gpu_class)
+        draft.committed += draft.policy.stake
+        count -= 1
+    poor = [account for account in out if _balance(account) < need]
+    # Another one's stake would lie there too: the network refuses it for all of them.
+    tried = [account for account in members if _is_refused(account, draft.now)]
+    if tried:
+        poor = [a for a in poor if a in tried and draft.may(a, "join")]
+    _fund(draft, draft.some(poor, "fund", count))
+
+
+def _is_refused(account: NodeAccount, now: Timestamp) -> bool:
+    """It is to join, and the network won't have it."""
+    out = _status(account) is NodeStatus.QUIT and account.rejoin_at <= now
+    return out and "join" in account.refused and not (account.barred or account.left_alone)
+
+
+def _fund(draft: _Draft, accounts: Iterable[NodeAccount]) -> None:
+    policy = draft.policy
+    for account in accounts:
         lack = policy.stake + policy.gas_target - _balance(account)
-        if _balance(account) >= need:
-            draft.actions[account.index] = Join(account.address, gpu_class)
-        elif draft.pays(lack, f"fund account {account.index}"):
-            draft.actions[account.index] = Fund(account.address, Wei(lack))
-        else:
+        if not draft.affords_stake() or not draft.pays(lack, f"fund account {account.index}"):
             return
+        draft.actions[account.index] = Fund(account.address, Wei(lack))
         draft.committed += policy.stake
 
 
 def _tend(draft: _Draft, account: NodeAccount) -> None:
-    """Gas for those that serve or are paused; earnings to the beneficiary."""
+    """Gas for those that serve or are paused, and whose transactions wait for it; what they say of
+    themselves; earnings to the beneficiary."""
     policy, balance = draft.policy, _balance(account)
     joined = _status(account) not in {None, NodeStatus.QUIT}
+    lack = policy.gas_target - balance if joined and balance < policy.gas_low else 0
+    # More than gas would be its stake, which isn't where it was.
+    if 0 < account.lacks <= policy.most_gas and not account.barred:
+        lack = max(lack, policy.gas_target + account.lacks)
     # Also while something of its own is on its way: that may be waiting for just this.
-    if joined and balance < policy.gas_low and not account.paying:
-        lack = policy.gas_target - balance
-        if draft.pays(lack, f"top up account {account.index}"):
+    if lack and not account.paying:
+        if draft.may(account, "gas") and draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return
-    if account.moving or policy.beneficiary is None or policy.sweep_above is None:
+    if account.moving or account.retired:
+        return
+    if _is_outdated(account) and draft.may(account, "version"):
+        draft.actions[account.index] = UpdateVersion(account.address)
+    elif policy.sweep_above is not None:
+        _sweep(draft, account, policy.sweep_above)
+
+
+def _is_outdated(account: NodeAccount) -> bool:
+    leaving = {None, NodeStatus.QUIT, NodeStatus.PENDING_QUIT}
+    facts = account.facts
+    return facts is not None and facts.outdated and facts.status not in leaving
+
+
+def _sweep(draft: _Draft, account: NodeAccount, above: Wei) -> None:
+    policy, balance = draft.policy, _balance(account)
+    joined = _status(account) not in {None, NodeStatus.QUIT}
+    if policy.beneficiary is None or policy.beneficiary == account.address:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
-    if balance - own > policy.sweep_above:
+    if balance - own > above and draft.may(account, "sweep"):
         amount = Wei(balance - own)
         draft.actions[account.index] = Sweep(account.address, policy.beneficiary, amount)
+
+
+def _send_home(draft: _Draft, account: NodeAccount) -> None:
+    """It finishes what it has, leaves, and gives back what it owns; what is less than its gas for
+    a while isn't worth the gas."""
+    status, spare = _status(account), _balance(account) - draft.policy.gas_reserve
+    if status in {NodeStatus.AVAILABLE, NodeStatus.BUSY}:
+        draft.actions[account.index] = Pause(account.address)
+    elif status is NodeStatus.PAUSED:
+        draft.actions[account.index] = Quit(account.address)
+    elif status is NodeStatus.QUIT and spare >= draft.policy.gas_low:
+        draft.actions[account.index] = BringHome(account.address, Wei(spare))
 
 
 def _balance(account: NodeAccount) -> int:

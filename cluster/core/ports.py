@@ -36,25 +36,48 @@ from cluster.core.types import (
     Wei,
 )
 
+KICKED_OUT = "NodeKickedOut"
+SLASHED = "NodeSlashed"
+"""Reasons of wake-ups that say what the network did to an account, by its own name for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wakeup:
-    """Look now, at every account if `account` is None; `models` are wanted on disk."""
+    """Look now, at every account if `account` is None; `models` are wanted on disk. `moment`, of
+    what was done to the account: by it a story that is told twice is known; 0 elsewhere."""
 
     account: Address | None
     reason: str
     models: tuple[ModelId, ...] = ()
+    moment: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The network would not do it, the last time that it was asked: `verb` is an account's own
+    write, or what a payment to it is for. It is not asked again before `again`."""
+
+    verb: str
+    reason: str
+    again: Timestamp
 
 
 @dataclass(frozen=True, slots=True)
 class Movement:
     """Writes of ours that concern an account: `is_open` when one is on its way; a look at moment
-    `block` or later shows those that have come to be. The same of what was paid to it."""
+    `block` or later shows those that have come to be. The same of what was paid to it. `refused`:
+    what didn't come to be so far, also while it is tried again. `owes`: what those on their way
+    take from it, gas aside; `lacks`: what it has too little for one of them, or a task's write.
+    A report of a model on its way is `reports`, and nothing else: nobody has to wait for it."""
 
     is_open: bool = False
     block: int = 0
     paying: bool = False
     paid_block: int = 0
+    refused: tuple[Refusal, ...] = ()
+    owes: Wei = Wei(0)
+    lacks: Wei = Wei(0)
+    reports: bool = False
 
 
 class Network(Protocol):
@@ -109,6 +132,8 @@ class Network(Protocol):
 
     async def quit(self, account: Address) -> None: ...
 
+    async def update_version(self, account: Address) -> None: ...
+
     async def report_model(self, account: Address, model: ModelId) -> None: ...
 
     async def transfer(
@@ -124,7 +149,15 @@ class Network(Protocol):
         ...
 
     async def next_wakeup(self) -> Wakeup:
-        """Wait for the network to say that something has changed; losing one is never fatal."""
+        """Wait for the network to say that something has changed; losing one is never fatal. To
+        ask for the next one says that the one before was handled: after a crash, what wasn't is
+        said again."""
+        ...
+
+    async def befell(self, account: Address, since: int | None, until: int) -> tuple[Wakeup, ...]:
+        """What the network did to the account (`KICKED_OUT`, `SLASHED`) after moment `since`, up to
+        `until`; None: since what was handled when this began. All that is known, however often it
+        was said. Raises `NetworkUnavailable` while something may still be on its way here."""
         ...
 
 
@@ -181,6 +214,10 @@ class Artifacts(Protocol):
 
     def kept(self, task: Commitment) -> frozenset[str]:
         """The sha256 of each of the task's files that is still there."""
+        ...
+
+    def where(self, task: Commitment) -> str | None:
+        """Where a person finds the task's files; None when there are none."""
         ...
 
 

@@ -161,7 +161,8 @@ class TaskFacts:
 class AccountFacts:
     """What the network says of one node account; `gpu_class` is None when it never joined.
 
-    `models` are those that the account has said it holds.
+    `models` are those that the account has said it holds; `outdated`: it has said another version
+    than the configured one.
     """
 
     address: Address
@@ -172,6 +173,7 @@ class AccountFacts:
     qos: int
     current_task: Commitment | None
     models: frozenset[ModelId] = frozenset()
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

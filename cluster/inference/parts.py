@@ -92,9 +92,11 @@ def source(
             ModelUnavailableKind.NOT_HERE, f"{folder.parent.name}/{folder.name} has no config.json"
         )
     digest = hashlib.sha256(f"{class_name}|{dtype}|{bits or ''}".encode())
-    # A language model carries its settings with it: two of the same weights may differ in them.
+    # A language model carries its settings with it: two of the same weights may differ in them, and
+    # in the table that says which of the shards are read.
     settings = folder / SETTINGS
-    for file in (config, *((settings,) if settings.is_file() else ()), *files):
+    tables = sorted(folder.glob("*.safetensors.index*.json"))
+    for file in (config, *((settings,) if settings.is_file() else ()), *tables, *files):
         digest.update(digest_of(file))
     key = PartKey(f"{class_name}:{dtype}:{digest.hexdigest()}")
     size = sum(file.stat().st_size for file in files)

@@ -20,7 +20,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -57,17 +57,23 @@ _DAMAGE: Final = (
 
 
 def unpack(
-    archive: Path, target: Path, most_bytes: int, most_files: int = 10_000
+    archive: Path,
+    target: Path,
+    most_bytes: int,
+    most_files: int = 10_000,
+    gate: Callable[[int], None] = lambda _size: None,
 ) -> tuple[Path, ...]:
     """The files that were written, by `target`, which is new or was an empty folder.
 
-    `most_bytes` bounds what is unpacked, `most_files` the members (folders count). Raises `Refused`
-    (`ARCHIVE`), and `OSError` of this machine's disk; `target` is then as it was before.
+    `most_bytes` bounds what is unpacked, `most_files` the members (folders count); `gate` hears of
+    each piece before it is written, and may raise. Raises `Refused` (`ARCHIVE`, or the gate's),
+    what else the gate raises, and `OSError` of this machine's disk; `target` is then as it was
+    before.
     """
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=target.parent) as temporary:
         fresh = Path(temporary) / "files"
         fresh.mkdir()
-        members = _Members(fresh, most_bytes, most_files)
+        members = _Members(fresh, most_bytes, most_files, gate)
         try:
             _read(archive, members)
             if not members.written:
@@ -100,7 +106,10 @@ def _read(archive: Path, members: _Members) -> None:
 class _Members:
     """Judges each member by its name and writes those that are wanted."""
 
-    def __init__(self, root: Path, most_bytes: int, most_files: int) -> None:
+    def __init__(
+        self, root: Path, most_bytes: int, most_files: int, gate: Callable[[int], None]
+    ) -> None:
+        self._gate = gate
         self._root = root
         self._most_files = most_files
         self._most_bytes = most_bytes
@@ -144,6 +153,7 @@ class _Members:
             self._bytes += len(piece)
             if self._bytes > self._most_bytes:
                 raise _refused(f"it unpacks to more than {self._most_bytes} bytes")
+            self._gate(len(piece))
             yield piece
 
     def _one_more(self) -> None:

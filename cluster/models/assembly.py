@@ -7,17 +7,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
+import httpx2
 import structlog
 
 from cluster.models import mirror
 from cluster.models.guarded_http import guarded_client
 from cluster.models.hub import Hub
 from cluster.models.keeper import Keeper
-from cluster.models.settings import StoreSettings
+from cluster.models.settings import HUB, StoreSettings
 from cluster.models.sources import Source
 from cluster.models.store import ModelStore
+from cluster.models.urls import UrlRules, speaks_for_all
 from cluster.models.web import Web
 
 RECURSION: Final = 1000
@@ -42,27 +44,36 @@ def open_keeper(settings: StoreSettings) -> Keeper:
     return keeper
 
 
-def sources_of(settings: StoreSettings) -> tuple[Source, ...]:
+class MakeClient(Protocol):
+    def __call__(self, rules: UrlRules, /, *, proxy: str | None) -> httpx2.Client: ...
+
+
+def sources_of(
+    settings: StoreSettings, make_client: MakeClient = guarded_client
+) -> tuple[Source, ...]:
     made = {"mirror": _mirror, "hub": _hub, "web": _web}
-    found = [made[name](settings) for name in settings.sources]
+    found = [made[name](settings, make_client) for name in settings.sources]
     return tuple(source for source in found if source is not None)
 
 
-def _mirror(settings: StoreSettings) -> Source | None:
+def _mirror(settings: StoreSettings, _: MakeClient) -> Source | None:
     if settings.mirror_url is None:
         return None
     client = partial(mirror.client, settings.mirror_endpoint, settings.mirror_region)
     return mirror.Mirror(settings.mirror_url, client)
 
 
-def _hub(settings: StoreSettings) -> Source:
-    make_client = partial(guarded_client, settings.rules, proxy=settings.proxy)
-    return Hub(make_client, settings.hub_endpoint, _secret(settings.hub_token_file))
+def _hub(settings: StoreSettings, make_client: MakeClient) -> Source:
+    make = partial(make_client, settings.hub_rules, proxy=settings.proxy)
+    certain = settings.report_missing and settings.hub_endpoint == HUB
+    return Hub(make, settings.hub_endpoint, _secret(settings.hub_token_file), certain)
 
 
-def _web(settings: StoreSettings) -> Source:
-    client = guarded_client(settings.rules, proxy=settings.proxy)
-    return Web(client, settings.rules, _secret(settings.civitai_token_file))
+def _web(settings: StoreSettings, make_client: MakeClient) -> Source:
+    hosts = settings.certain_hosts if settings.report_missing else frozenset[str]()
+    certain = partial(speaks_for_all, hosts=hosts, rules=settings.rules)
+    client = make_client(settings.rules, proxy=settings.proxy)
+    return Web(client, settings.rules, _secret(settings.civitai_token_file), certain)
 
 
 def _secret(file: Path | None) -> Callable[[], str | None]:

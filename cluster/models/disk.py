@@ -119,7 +119,8 @@ class Disk:
         """Make the partial folder the model, at once and for all. The caller holds the lock."""
         folder = self.partial(key)
         _write(folder / MANIFEST, manifest_text(manifest))
-        for path in (*(folder / file.path for file in manifest.files), folder):
+        files = [folder / MANIFEST, *(folder / file.path for file in manifest.files)]
+        for path in (*files, *sorted({file.parent for file in files}, reverse=True)):
             _sync(path)
         self.remove(key)
         folder.rename(self.model(key))

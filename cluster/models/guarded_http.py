@@ -57,7 +57,7 @@ class GuardedTransport(httpx2.BaseTransport):
         if self._resolve is None:
             return _plain(inner.handle_request(request))
         failure: httpx2.TransportError | None = None
-        for address in self._addresses(request, host, url.port or 443):
+        for address in self._addresses(request, url):
             bound = httpx2.Request(
                 request.method,
                 url.copy_with(host=address),
@@ -71,7 +71,8 @@ class GuardedTransport(httpx2.BaseTransport):
                 failure = error
         raise failure or httpx2.ConnectError(f"{host} has no address", request=request)
 
-    def _addresses(self, request: httpx2.Request, host: str, port: int) -> Sequence[str]:
+    def _addresses(self, request: httpx2.Request, url: httpx2.URL) -> Sequence[str]:
+        host, port = url.host, url.port or (80 if url.scheme == "http" else 443)
         try:
             ip_address(host)
             addresses: Sequence[str] = (host,)
@@ -82,7 +83,7 @@ class GuardedTransport(httpx2.BaseTransport):
             except (OSError, UnicodeError) as error:
                 raise httpx2.ConnectError(f"{host}: no address", request=request) from error
         for address in addresses:
-            check_address(host, address, self._rules)
+            check_address(url.scheme, host, port, address, self._rules)
         return addresses
 
     def _of(self, origin: str) -> httpx2.BaseTransport:

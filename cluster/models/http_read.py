@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from time import monotonic
 from typing import Final
 
 import httpx2
 
 from cluster.core.errors import ClusterError
-from cluster.models.sources import Absent, Changed, Denied, Opened, RemoteFile, SourceDown
+from cluster.models.sources import (
+    Absent,
+    Changed,
+    Denied,
+    Opened,
+    RemoteFile,
+    SourceDown,
+    promised,
+)
 
 CHUNK: Final = 256 * 2**10
+MOST_SECONDS: Final = 1.0
+"""After which what has come is handed on, however little it is."""
 _RANGE: Final = re.compile(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)", re.ASCII)
 MOST_PATIENCE: Final = 3600.0
 
@@ -49,8 +60,11 @@ def opened(
     if start or stop is not None:
         asked["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
     try:
-        with client.stream("GET", file.where, headers=asked) as response:
-            yield _checked(file, response, start, stop)
+        with ExitStack() as stack:
+            with promised(file.path):
+                response = stack.enter_context(client.stream("GET", file.where, headers=asked))
+                found = _checked(file, response, start, stop)
+            yield found
     except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
         raise SourceDown(f"{file.path}: {type(error).__name__}") from error
 
@@ -72,8 +86,29 @@ def _checked(file: RemoteFile, response: httpx2.Response, start: int, stop: int 
         size, begin = _number(match[3]), start
     if file.size is not None and size is not None and size != file.size:
         raise Changed(f"{file.path}: {size} bytes, and {file.size} were announced")
-    etag = response.headers.get("ETag", "").removeprefix("W/").strip('"')
-    return Opened(begin, size, etag, response.iter_raw(CHUNK), status == 206)
+    told = validator(response)
+    return Opened(begin, size, told, _chunks(file.path, response), status == 206)
+
+
+def validator(response: httpx2.Response) -> str:
+    """What tells this content from another: its tag, unless that is a weak one, or when it was last
+    changed; empty where the host says neither (RFC 9110, 8.8)."""
+    etag = response.headers.get("ETag", "")
+    weak = etag.startswith("W/") or not etag
+    return response.headers.get("Last-Modified", "") if weak else etag
+
+
+def _chunks(what: str, response: httpx2.Response) -> Iterator[bytes]:
+    """In large pieces, and not seldom: who takes them looks at the deadline in between."""
+    held, since = bytearray(), monotonic()
+    with promised(what):
+        for piece in response.iter_raw():
+            held += piece
+            if len(held) >= CHUNK or monotonic() - since >= MOST_SECONDS:
+                yield bytes(held)
+                held, since = bytearray(), monotonic()
+    if held:
+        yield bytes(held)
 
 
 def _number(text: str | None) -> int | None:

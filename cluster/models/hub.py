@@ -21,12 +21,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from cluster.core.errors import ModelUnavailable
 from cluster.models.http_read import answer_error, opened, retry_after
 from cluster.models.refs import ModelRef
 from cluster.models.selection import needed
 from cluster.models.settings import HUB
-from cluster.models.sources import Absent, Denied, Listing, Opened, RemoteFile, SourceDown
+from cluster.models.sources import (
+    Absent,
+    Denied,
+    Listing,
+    Opened,
+    RemoteFile,
+    SourceDown,
+    promised,
+)
 
 LIST_SECONDS: Final = 30.0
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
@@ -37,7 +44,9 @@ _NAME: Final = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 class Hub:
     """`token` is asked for anew each time, so a changed secret is taken up; None without one.
 
-    `certain`: the endpoint is the hub itself, not a copy that may lack what the hub has.
+    `certain`: the endpoint is the hub itself, not a copy that may lack what the hub has, and what
+    it hasn't got may be reported. What it says to a token never is: of what is private, and not for
+    this token, it says 404 as well.
     """
 
     name = "hub"
@@ -47,11 +56,11 @@ class Hub:
         make_client: Callable[[], httpx2.Client],
         endpoint: str = HUB,
         token: Callable[[], str | None] = lambda: None,
-        certain: bool | None = None,
+        certain: bool = False,
     ) -> None:
         self._endpoint = endpoint.rstrip("/")
         self._token = token
-        self._certain = self._endpoint == HUB if certain is None else certain
+        self._certain = certain
         self._client = make_client()
         # Its own client too goes through what guards addresses, and asks nobody but the endpoint:
         # with its telemetry it would also ask the default one what kinds of agents there are.
@@ -62,32 +71,25 @@ class Hub:
         return not ref.is_url
 
     def list(self, ref: ModelRef) -> Listing:
-        api = HfApi(endpoint=self._endpoint, token=self._token() or False)
+        with promised(f"the hub doesn't answer for {ref}"):
+            return self._listing(ref, self._asked(ref))
+
+    def _asked(self, ref: ModelRef) -> ModelInfo:
+        token = self._token()
+        api = HfApi(endpoint=self._endpoint, token=token or False)
         try:
-            info = api.model_info(ref.name, files_metadata=True, timeout=LIST_SECONDS)
+            return api.model_info(ref.name, files_metadata=True, timeout=LIST_SECONDS)
         except GatedRepoError as error:
             raise Denied(f"{ref} is gated on the hub") from error
         except DisabledRepoError as error:
             raise Denied(f"{ref} is disabled on the hub") from error
         except RepositoryNotFoundError as error:
-            raise self._not_found(ref, error) from error
+            raise self._not_found(ref, error, anonymous=not token) from error
         except HfHubHTTPError as error:
             response = error.response
             raise answer_error(str(ref), response.status_code, retry_after(response)) from error
         except HFValidationError as error:
             raise Absent(f"{ref}: not a hub's id") from error
-        except ModelUnavailable:  # refused by what guards addresses
-            raise
-        except (
-            httpx2.HTTPError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            OSError,
-        ) as error:
-            raise SourceDown(f"the hub doesn't answer for {ref}: {type(error).__name__}") from error
-        return self._listing(ref, info)
 
     def _listing(self, ref: ModelRef, info: ModelInfo) -> Listing:
         revision, name = info.sha, info.id
@@ -119,10 +121,12 @@ class Hub:
         with opened(self._client, file, headers, start, stop) as found:
             yield found
 
-    def _not_found(self, ref: ModelRef, error: RepositoryNotFoundError) -> Absent | Denied:
-        """Without a token the hub says 401 both of what doesn't exist and of what is private."""
+    def _not_found(
+        self, ref: ModelRef, error: RepositoryNotFoundError, anonymous: bool
+    ) -> Absent | Denied:
+        """Without a token the hub may say 401 both of what doesn't exist and of what is private."""
         if error.response.status_code in {404, 410}:
-            return Absent(f"{ref} is not on the hub", certain=self._certain)
+            return Absent(f"{ref} is not on the hub", certain=self._certain and anonymous)
         return Denied(f"{ref}: the hub says {error.response.status_code}")
 
 

@@ -33,7 +33,15 @@ from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.selection import is_plain, needed
 from cluster.models.settings import parse_s3
-from cluster.models.sources import Absent, Changed, Listing, Opened, RemoteFile, SourceDown
+from cluster.models.sources import (
+    Absent,
+    Changed,
+    Listing,
+    Opened,
+    RemoteFile,
+    SourceDown,
+    promised,
+)
 
 MODELS: Final = "models"
 MOST_MANIFEST: Final = 2 * 2**20
@@ -102,6 +110,10 @@ class Mirror:
         return True
 
     def list(self, ref: ModelRef) -> Listing:
+        with promised(str(ref)):
+            return self._listed(ref)
+
+    def _listed(self, ref: ModelRef) -> Listing:
         manifest = self._manifest(ref)
         if manifest is not None:
             return _listing(ref, manifest, self._key(MODELS, ref.key))
@@ -121,11 +133,11 @@ class Mirror:
             asked["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         if file.etag:
             asked["IfMatch"] = file.etag
-        with asking(file.path):
+        with promised(file.path), asking(file.path):
             answer = self._client().get_object(**asked)
             body = answer["Body"]
         with closing(body):
-            with asking(file.path):
+            with promised(file.path), asking(file.path):
                 found = _checked(file, answer, start, stop)
             yield found
 
@@ -250,12 +262,14 @@ def _checked(file: RemoteFile, answer: dict[str, Any], start: int, stop: int | N
     sha256 = answer.get("Metadata", {}).get("sha256", file.sha256)
     if file.sha256 is not None and sha256 != file.sha256:
         raise Changed(f"{file.path}: another content than was announced")
-    etag = answer.get("ETag", "").strip('"')
+    # It was asked for this content only (`IfMatch`), whether and how it says so again.
+    etag = answer.get("ETag", file.etag)
+    etag = file.etag if etag.strip('"') == file.etag.strip('"') else etag
     return Opened(begin, size, etag, _chunks(file.path, answer["Body"]), ranged)
 
 
 def _chunks(what: str, body: Any) -> Iterator[bytes]:
-    with asking(what):
+    with promised(what), asking(what):
         yield from body.iter_chunks(CHUNK)
 
 

@@ -23,6 +23,8 @@ _ID: Final = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?", re.ASCII)
 _NEVER_AN_ID: Final = re.compile(r"[^\w./-]|/.*/|--|\.\.", re.DOTALL)
 """In every version of the library's rule; on the rest its versions differ, or might."""
 _WORD: Final = re.compile(r"(?!\.)[\w.-]{1,100}", re.ASCII)
+_URL: Final = re.compile(r"[!-~]{1,2048}", re.ASCII)
+"""Nothing that could break a line, or that no file's name could be made of."""
 _MODEL_ID: Final = re.compile(r"(base|lora|controlnet):(.+)", re.DOTALL)
 
 
@@ -67,6 +69,8 @@ def ref(kind: str, name: str, variant: str | None = None, file: str = "") -> Mod
         raise Refused(Rule.NAME, f"{kind!r} is not a kind of model")
     if "://" not in name:
         _check_id(kind, name)
+    elif not _URL.fullmatch(name):
+        raise Refused(Rule.URL, f"{kind}: {ascii(name[:100])} is not a plain URL")
     for what, word in (("variant", variant), ("file", file)):
         if word and not _WORD.fullmatch(word):
             raise Refused(Rule.NAME, f"{word[:100]!r} is not a {what}'s name")

@@ -77,6 +77,11 @@ class Room:
         shutil.rmtree(self.disk.base / "trash", ignore_errors=True)
         self.disk.prepare()
         self._drop_leftovers(None, STALE)
+        published = self.disk.keys()
+        for key in published:
+            with self.disk.try_lock(key) as free:
+                if free and self.disk.manifest(key) is None:
+                    self.disk.remove(key)
 
     def _evict(self, size: int, ref: ModelRef, gentle: bool) -> None:
         now = self.clock()

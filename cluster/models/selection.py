@@ -32,12 +32,14 @@ _PARTS: Final = frozenset(
     }
 )
 _WEIGHTS: Final = re.compile(
-    r"(diffusion_pytorch_model|model)(?P<variant>\.\w+)?(-\d{5}-of-\d{5})?(?P<late>\.\w+)?"
-    r"\.safetensors",
+    r"(?P<stem>diffusion_pytorch_model|model)(?P<variant>\.\w+)?(?P<shard>-\d{5}-of-\d{5})?"
+    r"(?P<late>\.\w+)?\.safetensors",
     re.ASCII,
 )
-_SHARDS: Final = re.compile(
-    r"(diffusion_pytorch_model|model)(\.\w+)?\.safetensors\.index(\.\w+)?\.json", re.ASCII
+_TABLE: Final = re.compile(
+    r"(diffusion_pytorch_model|model)(?P<variant>\.\w+)?\.safetensors\.index"
+    r"(?P<late>\.\w+)?\.json",
+    re.ASCII,
 )
 _COMPANIONS: Final = re.compile(r"[\w-]+\.(json|txt|model|jinja|spm)", re.ASCII)
 _LOADABLE_BY_CODE: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -57,8 +59,15 @@ def needed(ref: ModelRef, paths: Collection[str]) -> tuple[str, ...]:
 
 
 def weights_of(paths: Sequence[str], variant: str) -> list[str]:
-    """The weights of that variant in one folder, all shards; none where there are none."""
-    return [path for path in paths if _is_weights(_name(path), variant)]
+    """The weights of that variant in one folder, all shards and their table; none where there are
+    none. Transformers reads the whole file where there is one, diffusers what the table names."""
+    weights = [path for path in paths if _is_of(_WEIGHTS, _name(path), variant)]
+    for path in weights:
+        match = _WEIGHTS.fullmatch(_name(path))
+        if match is not None and match["stem"] == "model" and not match["shard"]:
+            return [path]
+    tables = [path for path in paths if weights and _is_of(_TABLE, _name(path), variant)]
+    return weights + tables
 
 
 def _base(ref: ModelRef, paths: Sequence[str]) -> list[str]:
@@ -131,18 +140,13 @@ _CHOICES: Final[dict[str, Callable[[ModelRef, Sequence[str]], list[str]]]] = {
 
 
 def _companions(paths: Sequence[str]) -> list[str]:
-    """Configuration and tokenizer; of shards' tables only those that the libraries look for. Never
-    what would have a library load another model, from wherever it says."""
-    return [
-        path
-        for path in paths
-        if _name(path) != ADAPTER
-        and (_COMPANIONS.fullmatch(_name(path)) or _SHARDS.fullmatch(_name(path)))
-    ]
+    """Configuration and tokenizer. Never what would have a library load another model, from
+    wherever it says."""
+    return [path for path in paths if _name(path) != ADAPTER and _COMPANIONS.fullmatch(_name(path))]
 
 
-def _is_weights(name: str, variant: str) -> bool:
-    match = _WEIGHTS.fullmatch(name)
+def _is_of(form: re.Pattern[str], name: str, variant: str) -> bool:
+    match = form.fullmatch(name)
     if match is None:
         return False
     said = (match["variant"] or "") + (match["late"] or "")

@@ -51,5 +51,10 @@ class StoreSettings:
     civitai_token_file: Path | None = None
     proxy: str | None = None
     rules: UrlRules = UrlRules()  # noqa: RUF009 - frozen
+    """For the links of tasks."""
+    hub_rules: UrlRules = UrlRules()  # noqa: RUF009 - frozen
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     pinned: frozenset[ModelRef] = frozenset()
+    report_missing: bool = True
+    """Whether the hub, or one of `certain_hosts`, can make a lack certain."""
+    certain_hosts: frozenset[str] = frozenset()

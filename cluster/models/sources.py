@@ -13,7 +13,7 @@ Its answers are errors by what may follow from them:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +49,8 @@ class Changed(ClusterError):
 class RemoteFile:
     """`path` is in the model's folder, with `/`. `size` in bytes, None where it isn't known before
     the file is read to its end; `sha256` and `git_sha1` (of git's blob) in lower-case hex where the
-    source says them. `where` and `etag` are the source's own."""
+    source says them. `where` is the source's own. `etag` tells this content from another, as each
+    read of it says again (`Opened`); empty where the source says nothing of the kind."""
 
     path: str
     size: int | None
@@ -57,6 +58,10 @@ class RemoteFile:
     git_sha1: str | None = None
     where: str = ""
     etag: str = ""
+
+    @property
+    def is_hashed(self) -> bool:
+        return self.sha256 is not None or self.git_sha1 is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,18 @@ class Opened:
     etag: str
     chunks: Iterator[bytes]
     ranged: bool = True
+
+
+@contextmanager
+def promised(what: str) -> Iterator[None]:
+    """What a library raises of an answer that nobody foresaw is the source's trouble, and neither
+    a card's nor a task's."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except Exception as error:
+        raise SourceDown(f"{what}: {type(error).__name__}") from error
 
 
 class Source(Protocol):

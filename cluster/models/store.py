@@ -18,6 +18,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import strict_json
 from cluster.models.disk import Disk, Manifest, Stored
 from cluster.models.refs import ModelRef
+from cluster.models.shards import is_index, missing_shards
 from cluster.models.transfer import sha256_of
 
 INDEX: Final = "model_index.json"
@@ -52,6 +53,16 @@ _listings: dict[tuple[str, int], tuple[Manifest, ...]] = {}
 
 
 Found = TypeVar("Found")
+
+
+class Spoilt(ModelUnavailable):
+    """What was fetched isn't any more what it was then; to be fetched again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ModelUnavailableKind.DAMAGED, message)
+
+    def __reduce__(self) -> tuple[type[Spoilt], tuple[str]]:  # type: ignore[override]
+        return type(self), (str(self),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +195,11 @@ class ModelStore:
         time say that it may not be."""
         manifest = self.disk.manifest(ref.key)
         if manifest is None or manifest.ref != ref:
-            raise _damaged(f"{ref} has lost its manifest")
+            raise Spoilt(f"{ref} has lost its manifest")
         folder = self.disk.model(ref.key)
         for file in manifest.files:
             if not _is_as_stored(folder, file):
-                raise _damaged(f"{ref}: {file.path} isn't what was fetched")
+                raise Spoilt(f"{ref}: {file.path} isn't what was fetched")
 
     def _folder(self, kind: str, name: str) -> Path:
         if kind not in KINDS:
@@ -208,6 +219,8 @@ class ModelStore:
                 raise _refused(f"{path.name} leads out of the store")
             if path.suffix == ".py":
                 raise _refused(f"{path.name} is code")
+            if is_index(path.name) and (missing := missing_shards(path)):
+                raise _not_here(f"{folder.name}: {missing[0]}, which {path.name} names, isn't here")
 
     def _check_base(self, folder: Path, variant: str | None) -> None:
         for part, (library, _) in read_index(folder).parts.items():

@@ -1,7 +1,12 @@
 """One file from a source to the disk: in parallel parts, resumed where it broke, checked by hash.
 
-While a file is under way it is `<path>.part`, and `<path>.parts` says which of its parts are whole,
-for the next one who tries. A file is only ever under its own name when it is what it claims to be.
+While a file is under way it is `<path>.part`, and `<path>.parts` says how much of which part is
+there, for the next one who tries. A file is only ever under its own name when it is what it claims
+to be.
+
+Bytes of two answers are put together only where something says that they are of one content: a
+hash of the whole, or a tag that the source repeats. Without either a file comes in one stream, and
+after a break from its beginning.
 """
 
 from __future__ import annotations
@@ -9,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +26,12 @@ from typing import Final, Protocol
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models.refusals import Refused, Rule
-from cluster.models.sources import Changed, Listing, RemoteFile, Source, SourceDown
+from cluster.models.sources import Changed, Listing, Opened, RemoteFile, Source, SourceDown
 
 PART: Final = 16 * 2**20
 CONNECTIONS: Final = 4
+_FORM: Final = 2
+_NOTE: Final = struct.Struct("<IQ")
 
 
 class Gate(Protocol):
@@ -67,6 +76,8 @@ class Transfer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._check_size(file, file.size)
         under_way = _UnderWay.resume(target, _identity(self.listing, file), file.size, self.part)
+        if not _can_be_joined(file):
+            under_way.begin_stream(0)
         self.gain(under_way.arrived)
         try:
             self._fill(file, under_way)
@@ -82,24 +93,26 @@ class Transfer:
         return target
 
     def _fill(self, file: RemoteFile, under_way: _UnderWay) -> None:
-        if file.size is not None and file.size > self.part and self.connections > 1:
+        in_parts = self.connections > 1 and _can_be_joined(file)
+        if in_parts and file.size is not None and file.size > self.part:
             missing = under_way.missing()
-            if missing and self._takes_ranges(file, under_way, missing.pop(0)):
+            # The first alone shows whether the server gives parts at all.
+            if not missing or self._takes_part(file, under_way, missing.pop(0)):
                 self._in_parts(file, under_way, missing)
-                return
-            if not missing:
                 return
         self._in_one(file, under_way)
 
-    def _takes_ranges(self, file: RemoteFile, under_way: _UnderWay, first: int) -> bool:
-        """Fetch the first missing part; whether the server gives parts at all."""
-        start, stop = under_way.bounds(first)
-        with self.source.open(self.listing, file, start, stop) as opened:
-            if not opened.ranged or opened.start != start:
-                return False
-            under_way.same(opened.etag, file)
-            self._write(under_way, start, stop, opened.chunks)
-        under_way.mark(first)
+    def _takes_part(self, file: RemoteFile, under_way: _UnderWay, part: int) -> bool:
+        """Fetch what is missing of a part, and note how far that came; whether it is given."""
+        start, stop = under_way.bounds(part)
+        try:
+            with self.source.open(self.listing, file, start, stop) as opened:
+                if not opened.ranged or opened.start != start:
+                    return False
+                _same(opened, file)
+                self._write(under_way, start, stop, opened.chunks, part)
+        finally:
+            under_way.note(part)
         return True
 
     def _in_parts(self, file: RemoteFile, under_way: _UnderWay, missing: list[int]) -> None:
@@ -113,14 +126,9 @@ class Transfer:
                     if not missing:
                         return
                     part = missing.pop(0)
-                start, stop = under_way.bounds(part)
                 try:
-                    with self.source.open(self.listing, file, start, stop) as opened:
-                        if not opened.ranged or opened.start != start:
-                            raise SourceDown(f"{file.path}: the range was ignored")
-                        under_way.same(opened.etag, file)
-                        self._write(under_way, start, stop, opened.chunks)
-                    under_way.mark(part)
+                    if not self._takes_part(file, under_way, part):
+                        raise SourceDown(f"{file.path}: the range was ignored")
                 except BaseException:
                     failed.set()
                     raise
@@ -136,20 +144,25 @@ class Transfer:
             raise min(errors, key=lambda error: isinstance(error, SourceDown))
 
     def _in_one(self, file: RemoteFile, under_way: _UnderWay) -> None:
-        start = 0 if under_way.whole else under_way.arrived
+        start = 0 if under_way.have else under_way.arrived
         if file.size is not None and start >= file.size > 0:
             return
         with self.source.open(self.listing, file, start, None) as opened:
             if opened.start not in {0, start}:
                 raise SourceDown(f"{file.path}: another range than was asked for")
             self._check_size(file, opened.size)
-            under_way.same(opened.etag, file)
+            _same(opened, file)
             self.gain(opened.start - under_way.arrived)
             under_way.begin_stream(opened.start)
             self._write(under_way, opened.start, opened.size or file.size, opened.chunks)
 
     def _write(
-        self, under_way: _UnderWay, start: int, stop: int | None, chunks: Iterator[bytes]
+        self,
+        under_way: _UnderWay,
+        start: int,
+        stop: int | None,
+        chunks: Iterator[bytes],
+        part: int | None = None,
     ) -> None:
         at = start
         for chunk in chunks:
@@ -160,6 +173,8 @@ class Transfer:
                 raise self._too_large(under_way.name)
             under_way.write(chunk, at)
             at += len(chunk)
+            if part is not None:
+                under_way.have[part] = at - part * self.part
             self.gain(len(chunk))
         if stop is not None and at != stop:
             raise SourceDown(f"{under_way.name}: cut off at byte {at}")
@@ -176,8 +191,8 @@ class Transfer:
 class _UnderWay:
     """A file that isn't whole yet: a stream from its beginning, or parts in any order.
 
-    The sidecar's first line says what it is of; then come the numbers of the parts that are whole,
-    four bytes each. As long as there are none, the file is a stream.
+    The sidecar's first line says what it is of; then come numbers of parts, each with how many of
+    its bytes are there, from its beginning. As long as there are none, the file is a stream.
     """
 
     name: str
@@ -187,48 +202,56 @@ class _UnderWay:
     size: int | None
     part: int
     descriptor: int
-    whole: set[int]
+    have: dict[int, int]
     lock: threading.Lock
 
     @classmethod
     def resume(cls, target: Path, identity: str, size: int | None, part: int) -> _UnderWay:
         path = target.with_name(f"{target.name}.part")
         sidecar = target.with_name(f"{target.name}.parts")
-        head = json.dumps([identity, size, part]).encode() + b"\n"
+        head = json.dumps([_FORM, identity, size, part]).encode() + b"\n"
         noted = _noted(sidecar, head)
         if noted is None:
             path.unlink(missing_ok=True)
-            sidecar.with_suffix(".etag").unlink(missing_ok=True)
             sidecar.write_bytes(head)
-        numbers = noted or b""
-        whole = {int.from_bytes(numbers[i : i + 4], "big") for i in range(0, len(numbers) - 3, 4)}
+        noted = noted or b""
+        # The last of a part's counts; of a record that was cut off nothing.
+        have = dict(_NOTE.iter_unpack(noted[: len(noted) // _NOTE.size * _NOTE.size]))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         here = os.fstat(descriptor).st_size
         known = cls(
-            target.name, path, sidecar, head, size, part, descriptor, whole, threading.Lock()
+            target.name, path, sidecar, head, size, part, descriptor, have, threading.Lock()
         )
-        if any(known.bounds(number)[1] > here for number in whole):
+        if any(number * part + count > here or count > part for number, count in have.items()):
             known.begin_stream(0)
         return known
 
     @property
     def arrived(self) -> int:
         """Bytes that needn't be asked for again."""
-        if self.whole:
-            return sum(stop - start for start, stop in map(self.bounds, self.whole))
+        if self.have:
+            return sum(self.have.values())
         return os.fstat(self.descriptor).st_size
 
     def bounds(self, part: int) -> tuple[int, int]:
-        return part * self.part, min((part + 1) * self.part, self.size or 0)
+        """What is missing of it."""
+        start = part * self.part
+        return start + self.have.get(part, 0), min(start + self.part, self.size or 0)
 
     def missing(self) -> list[int]:
+        """Parts that aren't whole. What came as a stream counts as parts from here on."""
+        if not self.have and (here := self.arrived):
+            for at in range(0, here, self.part):
+                self.have[at // self.part] = min(self.part, here - at)
+                self.note(at // self.part)
         count = -(-(self.size or 0) // self.part)
-        return [part for part in range(count) if part not in self.whole]
+        return [part for part in range(count) if operator.lt(*self.bounds(part))]
 
-    def mark(self, part: int) -> None:
-        with self.lock, self.sidecar.open("ab") as file:
-            file.write(part.to_bytes(4, "big"))
-            self.whole.add(part)
+    def note(self, part: int) -> None:
+        """For the next one who tries."""
+        if count := self.have.get(part, 0):
+            with self.lock, self.sidecar.open("ab") as file:
+                file.write(_NOTE.pack(part, count))
 
     def write(self, chunk: bytes, at: int) -> None:
         view = memoryview(chunk)
@@ -238,37 +261,18 @@ class _UnderWay:
 
     def begin_stream(self, start: int) -> None:
         self.sidecar.write_bytes(self.head)
-        self.whole.clear()
+        self.have.clear()
         os.ftruncate(self.descriptor, start)
-
-    def same(self, etag: str, file: RemoteFile) -> None:
-        """Where no hash will tell, the server's tags must: parts of two contents never mix."""
-        if file.sha256 is not None or not etag:
-            return
-        note = self.sidecar.with_suffix(".etag")
-        with self.lock:
-            noted = _read(note)
-            if noted is None:
-                note.write_text(etag, encoding="utf-8")
-            elif noted != etag:
-                raise Changed(f"{file.path}: changed while it was fetched")
 
     def drop(self) -> None:
         self.path.unlink(missing_ok=True)
         self.forget()
 
     def forget(self) -> None:
-        for file in (self.sidecar, self.sidecar.with_suffix(".etag")):
-            file.unlink(missing_ok=True)
+        self.sidecar.unlink(missing_ok=True)
 
     def close(self) -> None:
         os.close(self.descriptor)
-
-
-def _read(file: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError):
-        return file.read_text(encoding="utf-8")
-    return None
 
 
 def _noted(sidecar: Path, head: bytes) -> bytes | None:
@@ -281,7 +285,18 @@ def _noted(sidecar: Path, head: bytes) -> bytes | None:
 
 def _identity(listing: Listing, file: RemoteFile) -> str:
     """What a file under way is of: by its hash, whoever it comes from."""
-    return file.sha256 or file.git_sha1 or f"{listing.source} {listing.revision} {file.where}"
+    tag = f"{listing.source} {listing.revision} {file.where} {file.etag}"
+    return file.sha256 or file.git_sha1 or tag
+
+
+def _can_be_joined(file: RemoteFile) -> bool:
+    return file.is_hashed or bool(file.etag)
+
+
+def _same(opened: Opened, file: RemoteFile) -> None:
+    """Where no hash will tell, the source's tags must: two contents never mix."""
+    if not file.is_hashed and file.etag and opened.etag != file.etag:
+        raise Changed(f"{file.path}: changed while it was fetched")
 
 
 def _check(file: RemoteFile, path: Path) -> None:

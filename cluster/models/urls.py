@@ -30,13 +30,53 @@ _DEFAULT: Final = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class UrlRules:
-    """`allow_hosts` (exact names or addresses) may have any address and port, and http: they are
-    the operator's own. `deny_hosts` and their subdomains are never asked; that wins."""
+    """`allow_hosts` (exact names or addresses, `host` or `host:port`) may have any address and be
+    asked by http, at that port, or at `ports`: they are the operator's own. So may `origins`
+    (`scheme://host:port`). `deny_hosts` and their subdomains are never asked; that wins."""
 
     allow_http: bool = False
     ports: frozenset[int] = frozenset({80, 443})
     allow_hosts: frozenset[str] = frozenset()
     deny_hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def is_own(self, scheme: str, host: str, port: int) -> bool:
+        """Whether the operator has said that it may be asked, wherever it is."""
+        host = _shown(host)
+        return (
+            f"{scheme}://{host}:{port}" in self.origins
+            or f"{host}:{port}" in self.allow_hosts
+            or (host in self.allow_hosts and port in self.ports)
+        )
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host:port` of a URL that the operator wrote."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{_shown(parts.hostname or '')}:{parts.port or _DEFAULT[parts.scheme]}"
+
+
+def speaks_for_all(url: str, hosts: frozenset[str], rules: UrlRules) -> bool:
+    """Whether what the URL's host hasn't got no node finds there: by https, so that nobody between
+    has answered; on the operator's list; and nobody's own."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    known = _shown(host) in hosts and parts.port in {None, 443}
+    return known and parts.scheme == "https" and not rules.is_own("https", host, 443)
+
+
+def listed_host(text: object, ports: bool) -> str:
+    """`host`, or `host:port` where `ports` are named, as the operator lists one, in its one form.
+    Raises `ValueError`."""
+    if not isinstance(text, str):
+        raise ValueError("not text")
+    try:
+        host, port = _host_and_port(f"[{text}]" if text.count(":") > 1 and text[0] != "[" else text)
+    except Refused:
+        raise ValueError(f"{text[:100]!r} is none") from None
+    if port is not None and not ports:
+        raise ValueError("a host without its port")
+    return _shown(host) if port is None else f"{_shown(host)}:{port}"
 
 
 def check(url: str, rules: UrlRules) -> str:
@@ -55,8 +95,8 @@ def check(url: str, rules: UrlRules) -> str:
     if "@" in authority:
         raise Refused(Rule.CREDENTIALS, "a URL with credentials in it")
     host, port = _host_and_port(authority)
-    allowed = host in rules.allow_hosts
-    if any(host == denied or host.endswith(f".{denied}") for denied in rules.deny_hosts):
+    allowed = rules.is_own(scheme, host, port or _DEFAULT[scheme])
+    if any(_shown(host) == each or host.endswith(f".{each}") for each in rules.deny_hosts):
         raise Refused(Rule.HOST, f"{host}: on the list of hosts that are not asked")
     if scheme == "http" and not (rules.allow_http or allowed):
         raise Refused(Rule.SCHEME, f"{host}: http, and only https is asked")
@@ -64,8 +104,7 @@ def check(url: str, rules: UrlRules) -> str:
         raise Refused(Rule.PORT, f"{host}: port {port} is not asked")
     if not allowed:
         _check_host(host)
-    shown = f"[{host}]" if ":" in host else host
-    where = shown if port in {None, _DEFAULT[scheme]} else f"{shown}:{port}"
+    where = _shown(host) if port in {None, _DEFAULT[scheme]} else f"{_shown(host)}:{port}"
     rest = whole["rest"] or "/"
     normal = f"{scheme}://{where}{rest if rest.startswith('/') else '/' + rest}"
     if urlsplit(normal).hostname != host:
@@ -73,9 +112,9 @@ def check(url: str, rules: UrlRules) -> str:
     return normal
 
 
-def check_address(host: str, address: str, rules: UrlRules) -> None:
+def check_address(scheme: str, host: str, port: int, address: str, rules: UrlRules) -> None:
     """What the host's name leads to. Raises `Refused`."""
-    if host in rules.allow_hosts:
+    if rules.is_own(scheme, host, port):
         return
     try:
         kind = not_public(ip_address(address))
@@ -83,6 +122,10 @@ def check_address(host: str, address: str, rules: UrlRules) -> None:
         kind = "malformed"
     if kind is not None:
         raise Refused(Rule.ADDRESS, f"{host}: leads to {address}, a {kind} address")
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _host_and_port(authority: str) -> tuple[str, int | None]:

@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 
 import httpx2
 
-from cluster.models.http_read import answer_error, opened, retry_after
+from cluster.models.http_read import answer_error, opened, retry_after, validator
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
-from cluster.models.sources import Absent, Listing, Opened, RemoteFile, SourceDown
+from cluster.models.sources import Absent, Listing, Opened, RemoteFile, promised
 from cluster.models.store import INVERSION_FILE, LORA_FILE
 from cluster.models.urls import UrlRules, check
 
@@ -39,10 +39,11 @@ class Web:
         client: httpx2.Client,
         rules: UrlRules,
         civitai_token: Callable[[], str | None] = lambda: None,
-        certain: Callable[[str], bool] | None = None,
+        certain: Callable[[str], bool] = lambda _url: False,
     ) -> None:
-        """`certain` tells of a URL whether its host's own 404 holds for every node."""
-        self._certain = certain or self._speaks_for_itself
+        """`certain` tells of a URL whether its host's own 404 holds for every node. Of most it
+        doesn't: a link's host may be the task creator's own, and answer each node as it likes."""
+        self._certain = certain
         self._client = client
         self._rules = rules
         self._civitai_token = civitai_token
@@ -53,12 +54,10 @@ class Web:
     def list(self, ref: ModelRef) -> Listing:
         """Asks for the first byte, because not every host answers HEAD as it answers GET."""
         url = check(ref.name, self._rules)
-        headers = self._headers(url) | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
-        try:
-            with self._client.stream("GET", url, headers=headers) as response:
-                return self._listing(ref, url, response)
-        except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
-            raise SourceDown(f"{ref}: {type(error).__name__}") from error
+        own = self._headers(url)
+        headers = own | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+        with promised(str(ref)), self._client.stream("GET", url, headers=headers) as response:
+            return self._listing(ref, url, response, anonymous=not own)
 
     @contextmanager
     def open(
@@ -67,32 +66,29 @@ class Web:
         with opened(self._client, file, self._headers(file.where), start, stop) as found:
             yield found
 
-    def _speaks_for_itself(self, url: str) -> bool:
-        """Over plain http anyone between may have answered, and the operator's own hosts are
-        nobody else's: another node may find what isn't there for us."""
-        parts = urlsplit(url)
-        return parts.scheme == "https" and parts.hostname not in self._rules.allow_hosts
-
     def _headers(self, url: str) -> dict[str, str]:
         host = urlsplit(url).hostname or ""
         token = self._civitai_token() if host.removeprefix("www.") in CIVITAI else None
         return {"Authorization": f"Bearer {token}"} if token else {}
 
-    def _listing(self, ref: ModelRef, url: str, response: httpx2.Response) -> Listing:
+    def _listing(
+        self, ref: ModelRef, url: str, response: httpx2.Response, anonymous: bool
+    ) -> Listing:
         status = response.status_code
         if status in {404, 410}:
-            # Only the host that the link names speaks for itself; one it leads on to may expire.
+            # Only the host that the link names speaks for itself, one it leads on to may expire;
+            # and what it says to a token another token may hear otherwise.
             same = response.url.host == httpx2.URL(url).host
-            raise Absent(f"{ref}: {status}", certain=same and self._certain(url))
+            raise Absent(f"{ref}: {status}", certain=same and anonymous and self._certain(url))
         if status not in {200, 206}:
             raise answer_error(str(ref), status, retry_after(response))
         name = _file_name(response)
         size = _size(response)
-        etag = response.headers.get("ETag", "")
-        modified = response.headers.get("Last-Modified", "")
-        revision = hashlib.sha256(f"{etag}|{modified}|{size}".encode()).hexdigest()[:40]
+        etag = validator(response)
+        revision = hashlib.sha256(f"{etag}|{size}".encode()).hexdigest()[:40]
         if name.lower().endswith(ARCHIVES):
-            return Listing(self.name, revision, (RemoteFile("archive", size, where=url),), True)
+            archive = RemoteFile("archive", size, where=url, etag=etag)
+            return Listing(self.name, revision, (archive,), archive=True)
         if ref.kind not in _ONE_FILE:
             raise Refused(Rule.FILE_KIND, f"{ref}: a {ref.kind} model by link has to be an archive")
         if not name.endswith(".safetensors"):
@@ -100,7 +96,7 @@ class Web:
         if ref.file and ref.file != name:
             # Named by the task: whoever looks for that name finds it.
             name = ref.file
-        return Listing(self.name, revision, (RemoteFile(name, size, where=url),))
+        return Listing(self.name, revision, (RemoteFile(name, size, where=url, etag=etag),))
 
 
 def _file_name(response: httpx2.Response) -> str:
@@ -108,7 +104,11 @@ def _file_name(response: httpx2.Response) -> str:
     path."""
     header = email.message.Message()
     header["Content-Disposition"] = response.headers.get("Content-Disposition", "")[:4096]
-    said = header.get_filename() or unquote(response.url.path.rpartition("/")[2])
+    try:
+        said = header.get_filename() or unquote(response.url.path.rpartition("/")[2])
+    except (TypeError, ValueError, LookupError, AttributeError):
+        # The standard library stumbles over what strangers write there.
+        raise Refused(Rule.NAME, "a Content-Disposition that can't be read") from None
     plain = re.sub(r"[ ()\[\]+&,']", "_", said)
     if not _NAME.fullmatch(plain):
         raise Refused(Rule.NAME, f"{ascii(said[:100])} is not a plain file's name")

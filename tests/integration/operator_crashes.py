@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.coordinator import World
 from actors.pool import EngineFactory, RayGpuPool
-from cluster import logs, runtime
+from actors.world import World
+from cluster import engines, logs, runtime
 from cluster.artifacts import FolderArtifacts
 from cluster.chain.outbox import Outbox
 from cluster.chain.outbox_rows import OutboxRow, RowState, Signed
@@ -193,7 +193,7 @@ def assemble(config: Config, folder: Path) -> World:
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
     gate = Gate(folder)
-    gated = functools.partial(operator_gate.engine_factory, gate, runtime.EngineSettings.of(config))
+    gated = functools.partial(operator_gate.engine_factory, gate, engines.EngineSettings.of(config))
     make_engine = functools.partial(operator_odd.engine_factory, Oddity(folder), gated)
     return replace(
         world,
@@ -209,5 +209,5 @@ def assemble(config: Config, folder: Path) -> World:
             called=world.metrics.rpc_called,
             told=world.metrics,
         ),
-        reload=runtime.Reloading(folder / CONFIG, config).again,
+        reload=runtime.Reloading(folder / CONFIG, config, world.accounts).again,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.inference import Engine, EngineState
-from cluster import runtime
+from cluster import engines
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass
 from cluster.inference import canary
@@ -95,10 +95,10 @@ class GatedEngine:
 
 
 def engine_factory(
-    gate: Gate, settings: runtime.EngineSettings, simulated: GpuClass | None
+    gate: Gate, settings: engines.EngineSettings, simulated: GpuClass | None
 ) -> Callable[[], Engine]:
-    """As `runtime.engine_factory`."""
-    return functools.partial(_make, gate, runtime.engine_factory(settings, simulated))
+    """As `engines.engine_factory`."""
+    return functools.partial(_make, gate, engines.engine_factory(settings, simulated))
 
 
 def _make(gate: Gate, make_engine: Callable[[], Engine]) -> Engine:

@@ -439,7 +439,7 @@ def _models(root: Path, hub: Hub) -> dict[str, Any]:
         "root": str(root),
         "sources": ["hub"],
         "hub": {"endpoint": hub.url},
-        "web": {"allow_hosts": ["localhost"]},  # where the hub keeps large files
+        "web": {"allow_hosts": [f"localhost:{hub.port}"]},  # where the hub keeps large files
         "pin": [PINNED],
         "spare_gb": 0.01,
     }

@@ -36,7 +36,7 @@ def examined(devnet: Devnet, **changes: dict[str, Any]) -> tuple[int, dict[str, 
     command = [sys.executable, "-m", "cluster.cli", "doctor", "--json", "--config", str(file)]
     done = subprocess.run(  # noqa: S603 - our own command
         command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
-        env={**os.environ, "CRYNUX_PASSWORD": ""},
+        env={**os.environ, "CRYNUX_PASSWORD": "", "RAY_ADDRESS": "127.0.0.1:9"},
     )  # fmt: skip
     assert done.stdout, done.stderr
     return done.returncode, {
@@ -51,7 +51,16 @@ def test_a_devnet_is_well(devnet: Devnet) -> None:
     assert found["chain"]["level"] == "ok"
     assert found["relay"]["level"] == "ok"
     assert found["balances"]["level"] == "ok"
+    assert found["stake"]["level"] == "ok"
     assert found["key"]["level"] == "warn"  # in plain text
+    assert not (devnet.directory / "operator").exists(), "it only looks"
+
+
+def test_a_stake_that_the_contract_wouldnt_take_fails(devnet: Devnet) -> None:
+    code, found = examined(devnet, network={"stake": "399.9"})
+    assert code == 1
+    assert found["stake"]["level"] == "fail"
+    assert "Staked amount is not enough" in found["stake"]["found"]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +71,7 @@ def test_a_devnet_is_well(devnet: Devnet) -> None:
         ({"network": {"relay_url": "http://127.0.0.1:9"}}, "relay", "ConnectError"),
         ({"identity": {"seed_file": "none"}}, "key", "there is no such file"),
         ({"ray": {"address": "127.0.0.1:9"}}, "Ray", "nothing answers"),
+        ({"ray": {"address": "auto"}}, "Ray", "auto: nothing answers at 127.0.0.1:9"),
     ],
 )
 def test_what_is_wrong_fails_with_its_mending(
@@ -88,5 +98,11 @@ def test_a_wrong_contract_is_named(devnet: Devnet) -> None:
 def test_too_little_money_is_a_warning(devnet: Devnet) -> None:
     code, found = examined(devnet, identity={"accounts": 60})
     assert code == 0
+    assert found["balances"]["level"] == "ok", "there are cards for four of them"
+    many = {"identity": {"accounts": 60}, "fleet": {"slots_per_gpu": 16}}
+    code, found = examined(devnet, **many)
+    assert code == 0
     assert found["balances"]["level"] == "warn"
     assert "CNX" in found["balances"]["mend"]
+    many["fleet"]["stake_budget"] = 4000
+    assert examined(devnet, **many)[1]["balances"]["level"] == "ok"

@@ -123,7 +123,7 @@ def test_the_next_address_when_one_does_not_answer(server: FileServer) -> None:
 
 def test_each_request_is_resolved_once_and_each_anew(server: FileServer) -> None:
     asked, resolve = leading_to("127.0.0.1")
-    rules = UrlRules(allow_hosts=frozenset({NAME}))
+    rules = UrlRules(allow_hosts=frozenset({f"{NAME}:{server.port}"}))
     made = guarded_client(rules, resolve=resolve)  # type: ignore[arg-type]
     for _ in range(3):
         made.get(f"http://{NAME}:{server.port}/x")

@@ -24,7 +24,10 @@ from cluster.models.urls import UrlRules
 from devnet.hub import Hub
 from tests.unit.model_fakes import content_of, weights
 
-RULES = UrlRules(allow_hosts=frozenset({"127.0.0.1", "localhost"}))
+RULES = UrlRules(
+    ports=frozenset({80, 443, *range(1024, 2**16)}),
+    allow_hosts=frozenset({"127.0.0.1", "localhost"}),
+)
 FILE = "pytorch_lora_weights.safetensors"
 SIZE = 3_000_000
 LARGE = weights(SIZE)
@@ -119,11 +122,14 @@ def test_who_waits_takes_over_from_one_that_is_killed(hub: Hub, tmp_path: Path) 
 def test_the_background_stands_back_while_a_task_waits_for_another_model(
     hub: Hub, tmp_path: Path
 ) -> None:
-    hub.bytes_per_second = 1e6
+    hub.bytes_per_second = 5e4
     store = keeper(tmp_path, hub.url)
     behind = start(tmp_path, hub, A, background=True)
     until(lambda: any(p.done > 0 for p in store.disk.downloads()))
     ahead = start(tmp_path, hub, B)
+    # However long a process takes to begin.
+    until(lambda: any(p.ref == B for p in store.disk.downloads()))
+    hub.bytes_per_second = 1e6
     assert succeeded(ahead)
     # The other was begun first, and is done after it all the same.
     assert behind.poll() is None

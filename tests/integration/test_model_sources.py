@@ -6,6 +6,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -23,12 +24,15 @@ from cluster.models.sources import Source
 from cluster.models.store import ModelStore
 from cluster.models.urls import UrlRules
 from cluster.models.web import Web
-from devnet.faulty_http import Fault, FileServer
+from devnet.faulty_http import Answer, Fault, FileServer
 from devnet.hub import Hub
 from devnet.models import LLM, SD15, SD15_LORA
 from tests.unit.model_fakes import content_of, weights
 
-RULES = UrlRules(allow_hosts=frozenset({"127.0.0.1", "localhost"}))
+RULES = UrlRules(
+    ports=frozenset({80, 443, *range(1024, 2**16)}),
+    allow_hosts=frozenset({"127.0.0.1", "localhost"}),
+)
 LIMITS = Limits(spare=0, part=64 * 1024, rounds=4)
 NOBODY = Wanted()
 LORA = ref("lora", "acme/style")
@@ -64,10 +68,9 @@ def keeper(root: Path, *sources: Source, limits: Limits = LIMITS) -> Keeper:
     return made
 
 
-def web(root: Path, token: str | None = None, certain: bool = True) -> Keeper:
-    """`certain`: its servers, on this machine, are taken for public ones."""
-    believed = (lambda _: True) if certain else None
-    return keeper(root, Web(guarded_client(RULES), RULES, lambda: token, believed))
+def web(root: Path, token: str | None = None) -> Keeper:
+    """Its servers, on this machine, are taken for ones that answer all nodes alike."""
+    return keeper(root, Web(guarded_client(RULES), RULES, lambda: token, lambda _: True))
 
 
 def kind_of(keeper: Keeper, asked: ModelRef) -> ModelUnavailableKind:
@@ -154,16 +157,30 @@ def test_gated_models_come_with_the_token_only(hub: Hub, tmp_path: Path) -> None
     assert not any("Authorization" in seen.headers for seen in hub.requests("cdn/"))
 
 
-def test_what_does_not_exist_is_the_tasks_fault_with_a_token_and_unclear_without(
+NO_SUCH = Fault(status=404, headers={"X-Error-Code": "RepoNotFound"})
+
+
+def test_what_does_not_exist_is_the_tasks_fault_at_the_second_look(
     hub: Hub, tmp_path: Path
 ) -> None:
-    assert kind_of(keeper(tmp_path, hub_source(hub)), LORA) is ModelUnavailableKind.FORBIDDEN
+    hub.fail("api/models", NO_SUCH, times=2)
     with pytest.raises(TaskInvalid, match="asked twice"):
-        keeper(tmp_path, hub_source(hub, hub.token)).ensure(LORA, NOBODY)
+        keeper(tmp_path, hub_source(hub)).ensure(LORA, NOBODY)
+
+
+def test_what_the_hub_says_to_a_token_holds_for_nobody_else(hub: Hub, tmp_path: Path) -> None:
+    """It says 404 too of what is private and not for this token; another's may read it."""
+    store = keeper(tmp_path, hub_source(hub, hub.token))
+    assert kind_of(store, LORA) is ModelUnavailableKind.NOT_HERE
+
+
+def test_what_is_private_or_absent_is_unclear_without_a_token(hub: Hub, tmp_path: Path) -> None:
+    assert kind_of(keeper(tmp_path, hub_source(hub)), LORA) is ModelUnavailableKind.FORBIDDEN
 
 
 def test_a_copy_of_the_hub_never_makes_anything_certain(hub: Hub, tmp_path: Path) -> None:
-    source = hub_source(hub, hub.token, certain=False)
+    hub.fail("api/models", NO_SUCH, times=99)
+    source = hub_source(hub, certain=False)
     assert kind_of(keeper(tmp_path, source), LORA) is ModelUnavailableKind.NOT_HERE
 
 
@@ -285,25 +302,30 @@ def test_without_a_length_and_without_ranges(files: FileServer, tmp_path: Path) 
     assert content_of(store, link(files)) == {"a.safetensors": LARGE}
 
 
-def test_content_that_changes_on_the_way_is_never_mixed(files: FileServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [64 * 1024, 10**9], ids=["in parts", "in one"])
+@pytest.mark.parametrize("told", ["ETag", "Last-Modified", ""])
+def test_content_that_changes_on_the_way_is_never_mixed(
+    files: FileServer, tmp_path: Path, told: str, part: int
+) -> None:
     changed = weights(900_000, salt=8)
     files.fail("a.safetensors", Fault())
-    files.fail("a.safetensors", Fault(cut=300_000))
-    store = web(tmp_path)
-    served = files.respond
+    files.fail("a.safetensors", Fault(cut=30_000))
+    limits = replace(LIMITS, part=part)
+    store = keeper(tmp_path, Web(guarded_client(RULES), RULES), limits=limits)
 
-    def respond(method: str, target: str, headers: Mapping[str, str]) -> object:
-        if len(files._seen) >= 2:
-            files.files["a.safetensors"] = changed
-        return served(method, target, headers)
+    def respond(method: str, target: str, headers: Mapping[str, str]) -> Answer:
+        content = changed if len(files._seen) >= 2 else LARGE
+        stamp = f"{hash(content):x}"
+        said = {"ETag": f'"{stamp}"', "Last-Modified": stamp}
+        return Answer(200, content, {told: said[told]} if told else {})
 
-    files.respond = respond  # type: ignore[method-assign, assignment]
+    files.respond = respond  # type: ignore[method-assign]
     store.ensure(link(files), NOBODY)
     assert content_of(store, link(files)) == {"a.safetensors": changed}
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_dead_link_is_the_tasks_fault_at_the_second_look(
+def test_a_dead_link_to_a_certain_host_is_the_tasks_fault_at_the_second_look(
     files: FileServer, tmp_path: Path, status: int
 ) -> None:
     files.fail("gone", Fault(status=status), times=2)
@@ -312,22 +334,14 @@ def test_a_dead_link_is_the_tasks_fault_at_the_second_look(
     assert len(files.requests("gone")) == 2
 
 
-def test_a_host_of_our_own_makes_nothing_certain(files: FileServer, tmp_path: Path) -> None:
-    files.fail("gone", Fault(status=404), times=99)
-    asked = link(files, "gone")
-    assert kind_of(web(tmp_path, certain=False), asked) is ModelUnavailableKind.NOT_HERE
-
-
-@pytest.mark.parametrize(
-    ("url", "certain"),
-    [
-        ("https://civitai.com/api/download/models/1", True),
-        ("http://civitai.com/api/download/models/1", False),
-        ("https://localhost/1", False),
-    ],
-)
-def test_whose_404_holds_for_every_node(url: str, certain: bool) -> None:
-    assert Web(guarded_client(RULES), RULES)._speaks_for_itself(url) is certain
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_dead_link_to_any_other_host_is_nobodys_fault(
+    files: FileServer, tmp_path: Path, status: int
+) -> None:
+    """It may be the task creator's own, and answer another node otherwise."""
+    files.fail("gone", Fault(status=status), times=99)
+    store = keeper(tmp_path, Web(guarded_client(RULES), RULES))
+    assert kind_of(store, link(files, "gone")) is ModelUnavailableKind.NOT_HERE
 
 
 def test_a_dead_link_that_comes_back(files: FileServer, tmp_path: Path) -> None:

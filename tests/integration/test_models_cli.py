@@ -51,7 +51,7 @@ def config(tmp_path: Path, hub: Hub, server: str, monkeypatch: pytest.MonkeyPatc
         "models": {
             "root": "store",
             "hub": {"endpoint": hub.url},
-            "web": {"allow_hosts": ["localhost"]},
+            "web": {"allow_hosts": [f"localhost:{hub.port}"]},
             "mirror": {"url": "s3://models/x", "endpoint": server, "region": "us-east-1"},
             "pin": [LORA],
             "quota_gb": 1,

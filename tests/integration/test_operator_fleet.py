@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from eth_account.hdaccount import seed_from_mnemonic
-from eth_account.hdaccount.deterministic import HDPath
 
 from cluster.core.record import AttemptFailed
 from cluster.core.types import GpuState
@@ -26,6 +23,7 @@ from tests.integration.operator_world import (
     answer_of,
     task,
 )
+from tests.integration.process_memory import memory, secrets
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -41,6 +39,15 @@ async def cli(operator: OperatorWorld, *words: str) -> tuple[int, str, str]:
     return process.returncode, out.decode(), error.decode()
 
 
+async def restart(operator: OperatorWorld) -> None:
+    """The coordinator dies, and the next one acts: what is shown isn't the former's any more."""
+    before = await operator.until_status(lambda status: status.epoch, "a coordinator acts")
+    operator.kill_coordinator()
+    await operator.until_status(
+        lambda status: (status.epoch or 0) > before or None, "another coordinator acts"
+    )
+
+
 async def test_a_drain_finishes_what_runs_and_takes_nothing_new(operator: OperatorWorld) -> None:
     await operator.until_serving()
     operator.gate.close()
@@ -50,7 +57,7 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(operator: Operat
     assert (code, error.strip()) == (1, "not drained yet; it goes on"), out
     await operator.hear("it is being drained: 1 tasks are open")
     # It lasts over a restart.
-    operator.kill_coordinator()
+    await restart(operator)
     await operator.hear("it is being drained: 1 tasks are open")
     operator.gate.open()
     code, out, error = await cli(operator, "drain")
@@ -101,40 +108,42 @@ async def test_a_drained_card_gives_its_work_away(operator: OperatorWorld) -> No
     await operator.until_serving()
 
 
+async def test_an_account_that_is_told_to_quit_brings_its_stake_home(
+    operator: OperatorWorld,
+) -> None:
+    await operator.until_serving()
+    before = await operator.status()
+    assert before is not None
+    leaver = next(each for each in before.accounts if each.status == "available")
+    reserve = operator.config.fleet.gas_reserve
+    code, out, error = await cli(operator, "fleet", "quit", leaver.address)
+    assert code == 0, error
+    assert "goes back to the treasury" in out
+
+    def gone(status: Status) -> bool:
+        (account,) = (each for each in status.accounts if each.address == leaver.address)
+        return account.status == "quit" and int(account.balance) <= reserve
+
+    await operator.until_status(gone, "it has quit, and its money is with the treasury")
+    # It stays so, over a restart too, while another serves in its place.
+    await restart(operator)
+    await operator.until_serving()
+    status = await operator.until_status(
+        lambda status: status if status.fleet.retired else None, "the fleet has planned"
+    )
+    assert status.fleet.retired == (leaver.address,)
+    assert gone(status)
+    code, out, error = await cli(operator, "fleet", "clear", leaver.address)
+    assert code == 0, error
+    await operator.until_status(lambda status: not status.fleet.retired, "it may be used again")
+
+
 # --- the key --------------------------------------------------------------------------------------
-
-
-def secrets(phrase: str) -> dict[str, bytes]:
-    """All that gives somebody an account: the phrase, its seed, each private key; also as hex."""
-    seed = seed_from_mnemonic(phrase, "")
-    found = {"the phrase": phrase.encode(), "the seed": seed}
-    for index in range(ACCOUNTS + 1):
-        found[f"key {index}"] = bytes(HDPath(f"m/44'/60'/0'/0/{index}").derive(seed))
-    return found | {f"{name} as hex": each.hex().encode() for name, each in found.items()}
 
 
 def files(*folders: Path) -> Iterator[Path]:
     for folder in folders:
         yield from (each for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
-
-
-def memory(process: psutil.Process) -> Iterator[bytes]:
-    """The process's writable memory, piece by piece; nothing of one that has ended."""
-    with contextlib.suppress(OSError):
-        with Path(f"/proc/{process.pid}/maps").open() as maps:
-            ranges = [line.split() for line in maps]
-        with Path(f"/proc/{process.pid}/mem").open("rb", buffering=0) as opened:
-            for (
-                where,
-                rights,
-                *_,
-            ) in ranges:
-                begin, end = (int(each, 16) for each in where.split("-"))
-                if not rights.startswith("rw") or end - begin > 2**30:
-                    continue
-                with contextlib.suppress(OSError, OverflowError, ValueError):
-                    opened.seek(begin)
-                    yield opened.read(end - begin)
 
 
 async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld) -> None:
@@ -144,7 +153,7 @@ async def test_nothing_but_the_coordinator_holds_the_key(operator: OperatorWorld
     await operator.assert_paid_once(report)
     assert operator.config.identity.seed_file is not None
     seed_file = operator.config.identity.seed_file
-    wanted = secrets(seed_file.read_text().strip())
+    wanted = secrets(seed_file.read_text().strip(), ACCOUNTS)
 
     node = ray._private.worker._global_node
     assert node is not None

@@ -156,14 +156,19 @@ class FakeNetwork(Faulty):
         """What each account has."""
         self.treasury_has = Wei(0)
         self.moving: dict[Address, Movement] = {}
+        self.befallen: dict[Address, list[Wakeup]] = defaultdict(list)
         self.plans = 0
         """How often somebody asked what is moving, as every plan of the fleet does."""
+        self.unreached: str | None = None
 
     def endpoints(self) -> tuple[EndpointView, ...]:
         return ()
 
     def alerts(self) -> tuple[str, ...]:
         return ()
+
+    def trouble(self) -> str | None:
+        return self.unreached
 
     def add(self, facts: TaskFacts, parameters: str | None = GOOD) -> None:
         self.tasks[facts.commitment] = facts
@@ -245,6 +250,9 @@ class FakeNetwork(Faulty):
     async def quit(self, account: Address) -> None:
         await self.arrive("quit", account)
 
+    async def update_version(self, account: Address) -> None:
+        await self.arrive("update_version", account)
+
     async def report_model(self, account: Address, model: ModelId) -> None:
         await self.arrive("report_model", account, model)
 
@@ -264,6 +272,10 @@ class FakeNetwork(Faulty):
     async def next_wakeup(self) -> Wakeup:
         await self.arrive("next_wakeup")
         return await self.wakeups.get()
+
+    async def befell(self, account: Address, since: int | None, until: int) -> tuple[Wakeup, ...]:
+        await self.arrive("befell", account)
+        return tuple(self.befallen[account])
 
     async def run(self) -> None:
         await self.arrive("run")

@@ -46,6 +46,7 @@ class Shelf:
     listing: Callable[[], None] = lambda: None
     opening: Callable[[], None] = lambda: None
     etag: str = "e"
+    """What tells one content from another; empty where the server says nothing of it."""
 
     def serves(self, ref: ModelRef) -> bool:
         return True
@@ -61,6 +62,7 @@ class Shelf:
                 len(content) if self.sizes else None,
                 hashlib.sha256(content).hexdigest() if self.hashes else None,
                 where=ref.key,
+                etag=self.etag,
             )
             for path, content in self.files[ref].items()
         )

@@ -10,19 +10,26 @@ from hypothesis import strategies as st
 
 from cluster.core.capacity import (
     FEW,
+    HIGH,
     NO_LIMIT,
     NONE,
     Cards,
     Cycle,
+    Limit,
     Load,
+    Measured,
     Target,
     counted,
-    limit_for,
+    limited,
     measured,
+    parsed,
+    share_of,
     slots_for,
     target,
+    text,
+    window_of,
 )
-from cluster.core.types import GigaBytes, GpuClass, Timestamp
+from cluster.core.types import Commitment, GigaBytes, GpuClass, Timestamp
 
 BIG = GpuClass("NVIDIA H100+docker", GigaBytes(80))
 SMALL = GpuClass("NVIDIA L4+docker", GigaBytes(24))
@@ -101,21 +108,162 @@ def test_a_mean_follows_what_is_measured() -> None:
     assert found.network == pytest.approx(0.0, abs=0.1)
 
 
+def test_what_was_measured_travels_as_text() -> None:
+    for each in (Measured(), Measured(Cycle(4.5, 12.25, 7), 4, 3)):
+        assert parsed(text(BIG, each)) == (BIG, each)
+
+
 # --- load and targets -----------------------------------------------------------------------------
 
 
-def test_too_much_load_takes_an_account_away_and_little_gives_it_back() -> None:
-    heavy, fair, light = Load(0.9, 4), Load(0.6, 4), Load(0.1, 1)
-    assert limit_for(None, fair, 4) is None
-    limit = limit_for(None, heavy, 4)
-    assert limit == 3
-    assert limit_for(limit, heavy, 3) == 2
-    assert limit_for(1, heavy, 1) == 1
-    assert limit_for(2, fair, 2) == 2
-    assert limit_for(2, light, 2) == 3
-    # One more is let in at a time; felt no longer, it goes.
-    assert limit_for(3, light, 2) is None
-    assert limit_for(None, Load(2.0, 0), 4) is None
+A, B, C = (Commitment(f"0x{n}") for n in range(3))
+
+
+def test_what_is_urgent_is_done_first_so_each_waits_only_for_what_is_more_urgent() -> None:
+    assert share_of([], 1) == 0.0
+    # 5 s of a running task, then 60 s of one that has time.
+    assert share_of([(5.0, 60.0), (60.0, 175.0)], 1) == pytest.approx(65 / 175)
+    assert share_of([(60.0, 175.0), (5.0, 60.0)], 1) == pytest.approx(65 / 175)
+    assert share_of([(50.0, 60.0), (50.0, 175.0)], 1) == pytest.approx(50 / 60)
+    assert share_of([(60.0, 100.0), (60.0, 100.0)], 1) == pytest.approx(1.2)
+    assert share_of([(60.0, 100.0), (60.0, 100.0)], 2) == pytest.approx(0.6)
+    assert share_of([(3.0, -5.0)], 1) == pytest.approx(3.0)
+
+
+TASKS = st.lists(st.tuples(st.floats(0, 300), st.floats(1, 300)), max_size=12)
+
+
+@given(TASKS, st.integers(1, 4))
+def test_a_load_that_makes_no_task_late_pauses_nobody(
+    tasks: list[tuple[float, float]], cards: int
+) -> None:
+    free = [0.0] * cards
+    for seconds, slack in sorted(tasks, key=lambda each: each[1]):
+        free.sort()
+        free[0] += seconds
+        if free[0] > HIGH * slack:
+            return  # late, or nearly
+    load = Load(share_of(tasks, cards), frozenset({A}))
+    assert limited(Limit(), load, 9, 1, 9, NOW, WINDOW) == Limit()
+
+
+NOW, WINDOW = Timestamp(1000.0), 120.0
+
+
+def after(limit: Limit, share: float, serving: int, seconds: float, *tasks: Commitment) -> Limit:
+    """So many seconds later, with one card and eight accounts wanted."""
+    load = Load(share, frozenset(tasks))
+    return limited(limit, load, serving, 1, 8, Timestamp(NOW + seconds), WINDOW)
+
+
+def test_too_much_load_takes_one_account_away_and_waits_what_comes_of_it() -> None:
+    assert after(Limit(), 0.7, 4, 0, A) == Limit()
+    first = after(Limit(), 0.9, 4, 0, A, B)
+    assert first.accounts == 3
+    assert after(first, 2.0, 3, 30, B, C).accounts == 3
+    # Those that came meanwhile had to wait for them: they say as little.
+    second = after(first, 2.0, 3, 60, C)
+    assert second.accounts == 3
+    assert after(second, 2.0, 3, 70, A, C).accounts == 3
+    assert after(second, 2.0, 4, 80, A).accounts == 3, "the pause is still on its way"
+    assert after(second, 0.9, 3, 80, A).accounts == 2
+
+
+def test_what_is_far_too_much_takes_away_what_is_too_many_but_half_at_most() -> None:
+    assert after(Limit(), 1.2, 8, 0, A).accounts == 6
+    assert after(Limit(), 1.8, 8, 0, A).accounts == 4
+    assert after(Limit(), 50.0, 8, 0, A).accounts == 4
+    assert after(Limit(), 50.0, 3, 0, A).accounts == 1
+
+
+def test_a_window_is_long_enough_to_see_every_account_at_its_busiest() -> None:
+    assert window_of(Cycle()) == WINDOW
+    assert window_of(Cycle(100.0, 30.0, 9)) == 260.0
+
+
+def test_accounts_that_have_a_card_each_wait_for_no_other() -> None:
+    load = Load(2.0, frozenset({A}))
+    assert limited(Limit(), load, 4, 4, 8, NOW, WINDOW) == Limit()
+    low = limited(Limit(), load, 5, 4, 8, NOW, WINDOW)
+    assert low.accounts == 4
+    # And when there are more cards than there were, all of them get one at once.
+    assert limited(low, load, 4, 6, 8, NOW, WINDOW).accounts == 6
+
+
+def test_room_gives_one_account_back_once_it_was_there_for_long() -> None:
+    low = after(Limit(), 0.9, 4, 0, A)
+    assert after(low, 0.0, 3, WINDOW + 1, A).accounts == 3, "still at it"
+    done = after(low, 0.5, 3, 10, B)
+    assert after(done, 0.0, 3, WINDOW - 1).accounts == 3
+    # With a fourth 0.5 becomes 0.67, which is well; 0.62 would become 0.83.
+    assert after(done, 0.0, 3, WINDOW + 10).accounts == 4
+    peak = after(done, 0.62, 3, 20, B)
+    again = after(peak, 0.0, 3, WINDOW + 10)
+    assert again.accounts == 3
+    # The next window is another one.
+    assert after(again, 0.0, 3, 2 * WINDOW + 20).accounts == 4
+
+
+def test_the_limit_goes_only_when_all_that_are_wanted_serve() -> None:
+    slow = after(Limit(6, NOW), 0.0, 5, WINDOW)
+    assert slow.accounts == 6, "the sixth isn't there yet"
+    assert after(slow, 0.0, 5, 2 * WINDOW).accounts == 6
+    more = after(slow, 0.0, 6, 2 * WINDOW)
+    assert more.accounts == 7
+    assert after(more, 0.0, 6, 3 * WINDOW).accounts == 7
+    assert after(more, 0.0, 7, 3 * WINDOW) == Limit()
+
+
+def simulated(
+    accounts: int, compute: float, network: float, timeout: float
+) -> tuple[list[int], int]:
+    """An hour of one card, every account always getting its next task: the limits that were set,
+    and how many tasks were late."""
+    limit, late = Limit(), 0
+    limits: list[int] = []
+    idle_until = {n: n * compute / 2 for n in range(accounts)}
+    waiting: dict[int, tuple[float, float]] = {}
+    """What is left to compute, and the deadline, by account."""
+    paused: set[int] = set()
+    for second in range(3600):
+        for n, until in list(idle_until.items()):
+            if until <= second and n not in paused:
+                del idle_until[n]
+                waiting[n] = (compute, second + timeout)
+        if waiting:
+            n, (left, deadline) = min(waiting.items(), key=lambda each: each[1][1])
+            waiting[n] = (left - 1, deadline)
+            if left <= 1:
+                del waiting[n]
+                late += second > deadline
+                idle_until[n] = second + network
+        tasks = [(left, deadline - second) for left, deadline in waiting.values()]
+        names = frozenset(Commitment(f"{n} {waiting[n][1]}") for n in waiting)
+        serving, before = accounts - len(paused), limit.accounts
+        load = Load(share_of(tasks, 1), names)
+        limit = limited(limit, load, serving, 1, accounts, Timestamp(second), WINDOW)
+        if limit.accounts != before:
+            limits.append(limit.accounts or accounts)
+        paused = set(range(limit.accounts or accounts, accounts))
+    return limits, late
+
+
+def test_a_card_that_keeps_up_with_two_accounts_pauses_neither() -> None:
+    assert simulated(2, compute=60, network=5, timeout=180) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("accounts", "compute"), [(8, 40), (2, 100), (3, 50), (4, 45), (8, 100), (5, 35)]
+)
+def test_a_card_that_cannot_keep_up_settles_on_as_many_accounts_as_it_can(
+    accounts: int, compute: float
+) -> None:
+    limits, late = simulated(accounts, compute, network=5, timeout=180)
+    assert limits
+    # It only ever falls, and far enough: none is let in that is paused again.
+    assert limits == sorted(limits, reverse=True)
+    # Three in a row are a kick.
+    assert late < 2 * accounts
 
 
 CARDS = Cards({BIG: 1}, {BIG: 2, SMALL: 1})
@@ -127,6 +275,13 @@ def test_a_target_is_what_is_here_to_what_may_come_back() -> None:
     assert target(CARDS, BIG, 2, 3) == Target(2, 3)
     assert target(CARDS, BIG, 2, 1) == Target(1, 1)
     assert target(CARDS, BIG, 2, None, settled=False) == Target(2, NO_LIMIT)
+
+
+def test_more_than_is_sure_to_be_too_much_is_not_too_much() -> None:
+    """One slot as far as is known, and up to four may yet turn out to be right."""
+    assert target(CARDS, BIG, 1, None, most_slots=4) == Target(1, 8)
+    assert target(CARDS, BIG, 5, None, most_slots=4) == Target(5, 10)
+    assert target(Cards(), BIG, 1, None, most_slots=4) == NONE
 
 
 def test_stopped_and_drained_nothing_serves() -> None:

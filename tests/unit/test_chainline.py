@@ -180,7 +180,7 @@ async def test_blocks_that_were_replaced_are_read_again() -> None:
         Wakeup(None, REORGANISED),
         Wakeup(OURS, "TaskStarted"),
     )
-    assert node.asked[-1] == (103, 106)
+    assert node.asked[-1] == (102, 106), "the newest are read again with them"
     assert rig.told == 1
     assert await rig.watcher.poll() == ()
 

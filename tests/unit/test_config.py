@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, digest, load
+from cluster.config import Config, HubConfig, ModelsConfig, digest, load
 from cluster.core.errors import ConfigError
 from cluster.core.lifecycle import Policy
+from cluster.models.refusals import Refused
+from cluster.models.urls import check
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "0x5FbDB2315678afecb367f032d93F642f64180aa3"
@@ -61,6 +63,59 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.identity.seed_file == tmp_path.parent / "seed"
     assert config.models.root == Path("/models")
     assert config.journal.url == f"sqlite:///{tmp_path}/j.db"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "beside"),
+    [
+        ("http://10.0.0.5:8080", ["http://10.0.0.5:6379/x", "http://10.0.0.5:8080/x"]),
+        ("https://hub.corp/a", ["http://hub.corp:9200/_all", "https://hub.corp/x"]),
+        ("http://[fd00::5]", ["http://[fd00::5]/x", "http://[fd00::5]:22/x"]),
+    ],
+)
+def test_the_hubs_endpoint_is_opened_to_the_hub_and_to_no_link(
+    endpoint: str, beside: list[str]
+) -> None:
+    store = ModelsConfig(hub=HubConfig(endpoint=endpoint)).store()
+    assert check(f"{endpoint}/api/models/x", store.hub_rules)
+    for url in beside:
+        with pytest.raises(Refused):
+            check(url, store.rules)
+    with pytest.raises(Refused):
+        check(beside[0].replace("6379", "1"), ModelsConfig().store().hub_rules)
+
+
+@pytest.mark.parametrize(
+    ("host", "read"),
+    [
+        ("mirror.lan", "mirror.lan"),
+        ("MIRROR.lan:8080", "mirror.lan:8080"),
+        ("10.0.0.5:81", "10.0.0.5:81"),
+        ("[fd00::5]:81", "[fd00::5]:81"),
+        ("fd00::5", "[fd00::5]"),
+        ("http://mirror.lan", None),
+        ("mirror.lan/x", None),
+        ("mirror.lan:0", None),
+        ("mirror.lan:99999", None),
+        ("*", None),
+        ("", None),
+    ],
+)
+def test_a_host_is_written_with_or_without_its_port(
+    tmp_path: Path, host: str, read: str | None
+) -> None:
+    text = f"{MINIMAL}models: {{web: {{allow_hosts: ['{host}']}}}}\n"
+    if read is not None:
+        assert loaded(tmp_path, text).models.store().rules.allow_hosts == {read}
+    else:
+        assert "expected a host such as" in complaint(tmp_path, text)
+
+
+def test_denied_is_a_whole_host(tmp_path: Path) -> None:
+    text = f"{MINIMAL}models: {{web: {{deny_hosts: ['BAD.example', '::1']}}}}\n"
+    rules = loaded(tmp_path, text).models.store().rules
+    assert rules.deny_hosts == {"bad.example", "[::1]"}
+    assert "expected a host such as" in complaint(tmp_path, text.replace("BAD.example", "x.y:81"))
 
 
 @pytest.mark.parametrize(("text", "wei"), [("400.5", 4005 * 10**17), ("'1e2'", 10**20), ("7", 7)])

@@ -47,3 +47,8 @@ def test_only_accounts_that_take_tasks_declare() -> None:
     assert speaking == {NodeStatus.AVAILABLE, NodeStatus.BUSY}
     assert reports([view(A, None)], here, ()) == ()
     assert reports([view(A, SMALL)], here, ()) == ()
+
+
+def test_who_has_something_else_on_its_way_waits_with_it() -> None:
+    here = {BIG: {X}}
+    assert reports([view(A), view(B)], here, (), {A}) == ((B, X),)

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.chain import health
+from cluster.chain.answers import Throttled, TooLong
 from cluster.chain.endpoints import CHECK_SECONDS, SEND, Endpoints
 from cluster.chain.health import Bucket, Endpoint
-from cluster.chain.rpc import HttpTransport, Throttled
+from cluster.chain.rpc import HttpTransport
 from cluster.core.errors import ChainError
 
 HEAD = ("eth_getBlockByNumber", ("latest", False))
@@ -34,6 +35,7 @@ class Node:
     asked: list[str] = field(default_factory=list)
     gate: asyncio.Event | None = None
     seconds: float = 0.0
+    block_seconds: float = 2.0
 
     def transport(self, time: Time) -> HttpTransport:
         async def send(method: str, params: Sequence[Any]) -> Mapping[str, Any]:
@@ -57,7 +59,8 @@ class Node:
             return hex(self.chain)
         if method == "eth_getBlockByNumber":
             number = self.head if params[0] == "latest" else int(params[0], 16)
-            return {"number": hex(number), "hash": f"{self.fork}{number}", "timestamp": "0x1"}
+            time = hex(int(number * self.block_seconds))
+            return {"number": hex(number), "hash": f"{self.fork}{number}", "timestamp": time}
         return self.name
 
 
@@ -124,6 +127,66 @@ async def test_an_answer_that_refuses_is_an_answer(rig: Rig) -> None:
     assert rig.problems() == [""] * 3
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": -32603, "message": "Internal error"},
+        {"code": -32601, "message": "no such method"},
+        "no",
+    ],
+)
+async def test_what_one_refuses_another_is_asked(rig: Rig, error: Any) -> None:
+    rig.nodes[0].error = error
+    for _ in range(20):
+        assert await rig.ask() == "b"
+    assert len(rig.nodes[0].asked) == health.REFUSALS_TO_OPEN, "and then it is left alone"
+    assert "refuses calls" in rig.problems()[0]
+    rig.nodes[0].error = None
+    rig.time.now += 3.0
+    await rig.endpoints.check()
+    assert await rig.ask() == "a"
+
+
+async def test_what_all_refuse_is_the_questions_fault(rig: Rig) -> None:
+    for node, code in zip(rig.nodes, (-1, -2, -3), strict=True):
+        node.error = {"code": code, "message": "no"}
+    for _ in range(20):
+        assert await rig.ask() == rig.nodes[0].error
+    assert rig.problems() == [""] * 3
+
+
+async def test_a_refusal_now_and_then_is_none_to_speak_of(rig: Rig) -> None:
+    for _ in range(20):
+        rig.nodes[0].error = {"code": -32601, "message": "no"}
+        assert await rig.ask() == "b"
+        rig.nodes[0].error = None
+        assert await rig.ask() == "a"
+
+
+async def test_out_of_quota_inside_an_answer_is_as_429(rig: Rig) -> None:
+    rig.nodes[0].error = {
+        "code": -32005,
+        "message": "daily request count exceeded",
+        "data": {"rate": {"backoff_seconds": 30}},
+    }
+    assert await rig.ask() == "b"
+    assert await rig.ask() == "b"
+    assert len(rig.nodes[0].asked) == 1
+    assert rig.problems()[0] == "asked to wait 30 s"
+    assert rig.calls["eth_call", "throttled"] == 1
+
+
+async def test_an_answer_that_is_too_long_is_nobodys_failure(rig: Rig) -> None:
+    await rig.endpoints.check()
+    rig.nodes[1].asked.clear()
+    rig.nodes[0].trouble = TooLong("eth_getLogs: too long")
+    for _ in range(5):
+        with pytest.raises(TooLong):
+            await rig.endpoints.send("eth_getLogs", ({"toBlock": "0x1"},))
+    assert rig.nodes[1].asked == []
+    assert rig.problems() == [""] * 3
+
+
 async def test_one_that_has_not_got_the_block_yet_is_passed_over(rig: Rig) -> None:
     rig.nodes[0].error = {"code": -32000, "message": "header not found"}
     assert await rig.ask() == "b"
@@ -133,7 +196,7 @@ async def test_one_that_has_not_got_the_block_yet_is_passed_over(rig: Rig) -> No
 
 async def test_the_circuit_opens_and_is_tried_by_one_call_after_a_growing_pause(rig: Rig) -> None:
     first = rig.nodes[0]
-    first.trouble = ChainError("no answer")
+    first.trouble = ChainError("eth_call: no answer")
     for _ in range(5):
         assert await rig.ask() == "b"
     assert len(first.asked) == health.FAILURES_TO_OPEN
@@ -146,7 +209,7 @@ async def test_the_circuit_opens_and_is_tried_by_one_call_after_a_growing_pause(
     with pytest.raises(ChainError):
         await rig.ask()
     assert len(first.asked) == health.FAILURES_TO_OPEN + 1
-    assert "failed 4 times" in rig.problems()[0]
+    assert rig.problems()[0] == "failed 4 times: no answer"
     rig.time.now += 3.0
     with pytest.raises(ChainError):
         await rig.ask()
@@ -230,6 +293,63 @@ async def test_one_that_lags_is_not_believed(rig: Rig) -> None:
     assert await rig.ask() == "a"
 
 
+@pytest.mark.parametrize("block_seconds", [0.25, 0.5, 1.0, 2.0, 12.0])
+@pytest.mark.parametrize("count", [2, 3])
+async def test_heads_that_move_make_none_that_is_healthy_lag(
+    block_seconds: float, count: int
+) -> None:
+    """The first one's head is seen all the time, the others' only now and then."""
+    rig = Rig([Node(name, block_seconds=block_seconds) for name in "abc"[:count]])
+    began = rig.time.now
+    while rig.time.now < began + 200:
+        for node in rig.nodes:
+            node.head = 100 + int((rig.time.now - began) / block_seconds)
+        if (rig.time.now - began) % CHECK_SECONDS == 0:
+            await rig.endpoints.check()
+        await rig.endpoints.send(*HEAD)
+        assert rig.problems() == [""] * count
+        rig.time.now += 0.5
+
+
+@pytest.mark.parametrize("after", range(16))
+async def test_a_first_one_that_dies_costs_no_read(after: int) -> None:
+    rig = Rig([Node("a"), Node("b")])
+    began = rig.time.now
+    while (passed := rig.time.now - began) < 60:
+        for node in rig.nodes:
+            node.head = 100 + int(passed / 2)
+        rig.nodes[0].trouble = ChainError("gone") if passed >= 15 + after else None
+        if passed % CHECK_SECONDS == 0:
+            await rig.endpoints.check()
+        await rig.endpoints.send(*HEAD)
+        rig.time.now += 0.5
+
+
+async def test_what_died_ahead_of_all_is_remembered_for_a_while_only() -> None:
+    rig = Rig([Node("a", head=200), Node("b", head=100)])
+    await rig.endpoints.check()
+    assert rig.problems() == ["", "100 blocks behind"]
+    rig.nodes[0].trouble = ChainError("gone")
+    rig.time.now += CHECK_SECONDS
+    await rig.endpoints.check()
+    with pytest.raises(ChainError):
+        await rig.ask()
+    for _ in range(5):
+        rig.time.now += CHECK_SECONDS
+        await rig.endpoints.check()
+    assert await rig.ask() == "b"
+
+
+async def test_one_that_lags_a_little_is_asked_when_there_is_no_other(rig: Rig) -> None:
+    for node, head in zip(rig.nodes, (110, 110, 100), strict=True):
+        node.head = head
+    await rig.endpoints.check()
+    assert rig.problems() == ["", "", "10 blocks behind"]
+    assert await rig.ask() == "a"
+    rig.nodes[0].trouble = rig.nodes[1].trouble = ChainError("gone")
+    assert await rig.ask() == "c"
+
+
 async def test_one_alone_that_is_ahead_makes_no_liars_of_the_others(rig: Rig) -> None:
     rig.nodes[2].head = 10_000
     await rig.endpoints.check()
@@ -239,9 +359,28 @@ async def test_one_alone_that_is_ahead_makes_no_liars_of_the_others(rig: Rig) ->
 async def test_a_head_says_nothing_after_a_while(rig: Rig) -> None:
     rig.nodes[0].head = 50
     await rig.endpoints.check()
-    assert rig.problems()[0] != ""
+    assert rig.problems()[0] == "50 blocks behind"
     rig.time.now += health.STALE_SECONDS + 1
     assert rig.problems() == [""] * 3
+
+
+async def test_logs_are_asked_only_of_one_that_has_the_blocks(rig: Rig) -> None:
+    def wanted(last: int) -> tuple[str, tuple[dict[str, str]]]:
+        return "eth_getLogs", ({"fromBlock": "0x1", "toBlock": hex(last)},)
+
+    first, second, third = rig.nodes
+    await rig.endpoints.check()
+    first.trouble = ChainError("gone")
+    second.head, third.head = 102, 103
+    assert (await rig.endpoints.send(*wanted(103)))["result"] == "c"
+    assert "eth_getLogs" not in second.asked
+    second.head = 103
+    assert (await rig.endpoints.send(*wanted(103)))["result"] == "b"
+    asked = len(second.asked)
+    assert (await rig.endpoints.send(*wanted(103)))["result"] == "b"
+    assert len(second.asked) == asked + 1, "its head is known"
+    with pytest.raises(ChainError, match="has no such block"):
+        await rig.endpoints.send(*wanted(104))
 
 
 async def test_another_chain_is_never_asked(rig: Rig) -> None:
@@ -254,6 +393,18 @@ async def test_another_chain_is_never_asked(rig: Rig) -> None:
     rig.nodes[0].chain = 5
     await rig.endpoints.check()
     assert rig.problems() == [""] * 3
+
+
+async def test_another_chain_stays_one_when_it_no_longer_says(rig: Rig) -> None:
+    first = rig.nodes[0]
+    first.chain = 6
+    await rig.endpoints.check()
+    first.error = {"code": -32603, "message": "no"}
+    rig.time.now += CHECK_SECONDS
+    await rig.endpoints.check()
+    first.error = None
+    assert await rig.ask() == "b"
+    assert rig.problems()[0] == "serves chain 6"
 
 
 async def test_one_on_a_fork_of_its_own_is_not_believed_until_it_is_back(rig: Rig) -> None:
@@ -341,6 +492,9 @@ STATES = st.builds(
     latency=st.none() | st.floats(0, 30),
     head=st.none() | st.integers(0, 50),
     head_at=st.floats(0, 100),
+    behind=st.integers(0, 10),
+    seconds_behind=st.floats(0, 100),
+    judged_at=st.floats(0, 100),
     chain_id=st.none() | st.just(6),
     forked=st.booleans(),
 )
@@ -348,10 +502,17 @@ STATES = st.builds(
 
 @given(st.lists(STATES, max_size=6))
 def test_nobody_with_a_problem_is_asked_and_nobody_else_is_left_out(states: list[Endpoint]) -> None:
+    """But for those that lag a little, and come last."""
     chosen = health.order(states, 100.0)
-    fit = {i for i, each in enumerate(states) if not health.problem(each, states, 100.0)}
-    assert set(chosen) == fit
-    assert len(chosen) == len(fit)
+    fit = [i for i, each in enumerate(states) if not health.problem(each, 100.0)]
+    late = [
+        i
+        for i, each in enumerate(states)
+        if health.problem(each, 100.0) == f"{each.behind} blocks behind"
+        and each.seconds_behind <= health.FAR_SECONDS
+    ]
+    assert sorted(chosen) == sorted(fit + late)
+    assert set(chosen[: len(fit)]) == set(fit)
 
 
 @given(STATES, st.floats(0, 1000))
@@ -359,8 +520,7 @@ def test_every_state_comes_back(state: Endpoint, now: float) -> None:
     """After any failure an endpoint is asked again in bounded time, if nothing new fails."""
     broken = health.failed(replace(state, chain_id=None, forked=False), now)
     later = max(now + health.LONGEST_PAUSE, broken.patience_until) + 1.0
-    alone = replace(broken, head=None)
-    assert health.problem(alone, [alone], later) == ""
+    assert health.problem(replace(broken, behind=0), later) == ""
 
 
 @given(st.floats(0.1, 50), st.lists(st.floats(0, 2), min_size=1, max_size=60))

@@ -25,8 +25,10 @@ from cluster.core.fleet import (
     Resume,
     Sweep,
     TopUp,
+    UpdateVersion,
     plan,
 )
+from cluster.core.ports import Refusal
 from cluster.core.types import (
     AccountFacts,
     Address,
@@ -53,6 +55,7 @@ def account(
     assigned: GpuClass | None = None,
     on_chain: GpuClass | None = None,
     balance: int = RICH,
+    outdated: bool = False,
     **more: Any,
 ) -> NodeAccount:
     """An account; with status None its facts were not read yet."""
@@ -60,7 +63,9 @@ def account(
     if status is None:
         return NodeAccount(index, address, assigned, None, **more)
     stake = 0 if status is NodeStatus.QUIT else STAKE
-    facts = AccountFacts(address, status, on_chain, Wei(stake), Wei(balance), 0, None)
+    facts = AccountFacts(
+        address, status, on_chain, Wei(stake), Wei(balance), 0, None, outdated=outdated
+    )
     return NodeAccount(index, address, assigned, facts, **more)
 
 
@@ -150,6 +155,70 @@ def test_a_slashed_account_is_neither_joined_nor_funded_nor_moved() -> None:
     assert planned({BIG: 0, SMALL: 1}, slashed) == ()
 
 
+# --- what the network refuses ---------------------------------------------------------------------
+
+
+def refused(verb: str, reason: str = "Network is full", after: float = 60) -> dict[str, Refusal]:
+    return {verb: Refusal(verb, reason, Timestamp(NOW + after))}
+
+
+def test_what_was_refused_is_asked_for_again_only_after_a_while_and_said() -> None:
+    full = account(1, assigned=BIG, refused=refused("join"))
+    found = whole({BIG: 1}, full)
+    assert found.actions == ()
+    assert found.lacks == ("join of account 1 is refused: Network is full",)
+    assert planned({BIG: 1}, replace(full, refused=refused("join", after=0))) == (join(1, BIG),)
+    # Where nobody wants it, nobody has to hear of it.
+    assert whole({BIG: 0}, full) == Plan()
+    several = [account(n, assigned=BIG, refused=refused("join")) for n in (1, 2, 4)]
+    (line,) = whole({BIG: 3}, *several).lacks
+    assert line == "join of accounts 1, 2, 4 is refused: Network is full"
+
+
+def test_nobody_is_funded_while_one_of_the_class_that_was_is_refused() -> None:
+    full = account(1, assigned=BIG, refused=refused("join"))
+    poor = account(2, assigned=BIG, balance=0)
+    assert planned({BIG: 1}, full, poor) == ()
+    assert planned({BIG: 2}, full, poor) == ()
+    # Nor while it is tried again.
+    again = account(1, assigned=BIG, moving=True, refused=refused("join", after=-1))
+    assert planned({BIG: 2}, again, poor) == ()
+    # But for what it has lost of its own by trying.
+    poorer = replace(again, moving=False, facts=account(1, balance=RICH - 1).facts)
+    assert planned({BIG: 2}, poorer, poor) == (fund(1, STAKE + GAS - RICH + 1),)
+    assert planned({BIG: 2}, replace(poorer, refused=refused("join")), poor) == ()
+    # What was refused to one that serves by now, or isn't to join, is an old story.
+    for old in (
+        serving(1, BIG, refused=refused("join")),
+        replace(full, barred=True),
+        replace(full, held=True),
+        replace(full, rejoin_at=Timestamp(NOW + 9)),
+    ):
+        assert planned({BIG: 2}, old, poor) == (fund(2, STAKE + GAS),)
+    # One that has its stake may try; another class has nothing to do with it.
+    assert planned({BIG: 2}, full, account(2, assigned=BIG)) == (join(2, BIG),)
+    other = account(2, assigned=SMALL, balance=0)
+    assert planned({BIG: 1, SMALL: 1}, full, other) == (fund(2, STAKE + GAS),)
+
+
+def test_another_is_paused_or_resumed_where_one_is_refused() -> None:
+    stuck = serving(2, BIG, refused=refused("pause", "no"))
+    found = whole({BIG: 1}, serving(1, BIG), stuck)
+    assert found.actions == (Pause(Address("0x1")),)
+    assert found.lacks == ("pause of account 2 is refused: no",)
+    stuck = account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, refused=refused("resume"))
+    paused = account(2, NodeStatus.PAUSED, BIG, BIG, balance=GAS)
+    assert planned({BIG: 1}, stuck, paused) == (Resume(Address("0x2")),)
+    quitting = account(1, NodeStatus.PAUSED, SMALL, SMALL, refused=refused("quit"))
+    assert planned({SMALL: 0, BIG: 1}, quitting) == ()
+    low = serving(1, BIG, balance=0, refused=refused("gas"))
+    assert whole({BIG: 1}, low).lacks == ("gas of account 1 is refused: Network is full",)
+    earned = serving(1, BIG, balance=GAS + 101, refused=refused("sweep"))
+    assert planned({BIG: 1}, earned, policy=SWEEPING) == ()
+    poor = account(1, assigned=BIG, balance=0, refused=refused("fund"))
+    assert planned({BIG: 1}, poor) == ()
+
+
 # --- money ----------------------------------------------------------------------------------------
 
 
@@ -188,10 +257,31 @@ def test_earnings_beyond_the_threshold_go_to_the_beneficiary() -> None:
     assert planned({BIG: 1}, earned, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)
     assert planned({BIG: 1}, earned) == ()
     assert planned({BIG: 1}, serving(1, BIG, balance=GAS + 100), policy=SWEEPING) == ()
+    # Nobody pays itself.
+    itself = replace(SWEEPING, beneficiary=earned.address)
+    assert planned({BIG: 1}, earned, policy=itself) == ()
     # One that is out keeps its next stake.
     out = account(1, assigned=BIG, balance=STAKE + GAS + 101)
     assert planned({BIG: 0}, out, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)
     assert planned({BIG: 0}, account(1, balance=STAKE + GAS), policy=SWEEPING) == ()
+
+
+def test_who_joined_with_another_version_says_the_new_one_while_it_is_joined() -> None:
+    for old in (
+        serving(1, BIG, outdated=True),
+        serving(1, BIG, busy=True, outdated=True),
+        account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, outdated=True),
+    ):
+        assert planned({}, old) == (UpdateVersion(Address("0x1")),)
+        assert planned({}, replace(old, moving=True)) == ()
+        assert planned({}, replace(old, refused=refused("version"))) == ()
+        assert planned({}, replace(old, doubtful=True)) == ()
+    for status in (NodeStatus.QUIT, NodeStatus.PENDING_QUIT):
+        assert planned({}, account(1, status, BIG, BIG, outdated=True)) == ()
+    # What it stands for goes before, and so does the gas for it.
+    assert planned({BIG: 0}, serving(1, BIG, outdated=True)) == (Pause(Address("0x1")),)
+    poor = serving(1, BIG, balance=0, outdated=True)
+    assert isinstance(planned({BIG: 1}, poor)[0], TopUp)
 
 
 # --- pausing and moving ---------------------------------------------------------------------------
@@ -215,6 +305,19 @@ def test_what_is_pending_is_waited_for() -> None:
     assert planned({BIG: 0}, pausing, quitting) == ()
 
 
+def test_nobody_is_funded_or_joined_for_one_that_can_resume_in_a_moment() -> None:
+    pausing = account(1, NodeStatus.PENDING_PAUSE, BIG, BIG, balance=GAS)
+    resuming = account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, moving=True)
+    for out in (account(2, assigned=BIG), account(2, assigned=BIG, balance=0)):
+        for coming in (pausing, resuming):
+            assert planned({BIG: 1}, coming, out) == ()
+            assert planned({BIG: 2}, coming, out) != ()
+            # One that nothing may be done for can't.
+            assert planned({BIG: 1}, replace(coming, held=True), out) != ()
+            # Nor is one that serves paused for it.
+            assert planned({BIG: 1}, coming, serving(3, BIG)) == ()
+
+
 def test_a_class_that_lacks_an_account_gets_one_of_a_class_that_has_too_many() -> None:
     paused = account(1, NodeStatus.PAUSED, SMALL, SMALL, balance=GAS)
     assert planned({SMALL: 0, BIG: 1}, paused) == (Quit(Address("0x1")),)
@@ -234,6 +337,21 @@ def test_gas_comes_also_to_what_is_on_its_way_and_may_wait_for_it() -> None:
     assert planned({BIG: 1}, replace(low, paying=True)) == ()
 
 
+def test_what_a_write_needs_beyond_the_usual_is_paid_wherever_the_account_stands() -> None:
+    for short in (
+        serving(1, BIG, balance=LOW, moving=True, lacks=Wei(2)),
+        account(1, assigned=BIG, balance=RICH, moving=True, lacks=Wei(2)),
+        account(1, NodeStatus.PAUSED, BIG, BIG, balance=GAS, moving=True, lacks=Wei(2)),
+        serving(1, BIG, balance=LOW, lacks=Wei(2)),  # a task's write
+    ):
+        assert planned({BIG: 1}, short)[-1] == TopUp(Address("0x1"), Wei(GAS + 2))
+        assert not any(isinstance(a, TopUp) for a in planned({}, replace(short, paying=True)))
+        assert planned({}, replace(short, held=True)) == ()
+    # More than any gas is its stake, and somebody took that.
+    assert planned({}, account(1, assigned=BIG, moving=True, lacks=Wei(STAKE))) == ()
+    assert planned({}, account(1, assigned=BIG, barred=True, lacks=Wei(2))) == ()
+
+
 @pytest.mark.parametrize("more", [{"moving": True, "paying": True}, {"held": True}])
 def test_what_is_on_its_way_or_held_is_left_alone(more: dict[str, Any]) -> None:
     for left in (
@@ -243,6 +361,22 @@ def test_what_is_on_its_way_or_held_is_left_alone(more: dict[str, Any]) -> None:
     ):
         for wanted in (0, 1):
             assert planned({BIG: wanted}, left) == ()
+
+
+@pytest.mark.parametrize("status", [NodeStatus.QUIT, NodeStatus.PAUSED, NodeStatus.PENDING_QUIT])
+def test_an_account_in_doubt_may_serve_so_nobody_takes_its_place(status: NodeStatus) -> None:
+    on_chain = None if status is NodeStatus.QUIT else BIG
+    doubted = account(1, status, BIG, on_chain, doubtful=True)
+    out = account(2, assigned=BIG)
+    assert planned({BIG: 1}, doubted, out) == ()
+    assert planned({BIG: 2}, doubted, out) == (join(2, BIG),)
+    # Nor is another paused for what may not even serve.
+    assert planned({BIG: 1}, doubted, serving(2, BIG)) == ()
+    # Its stake may be there still.
+    policy = replace(POLICY, stake_budget=Wei(STAKE))
+    assert planned({BIG: 2}, doubted, out, policy=policy) == ()
+    # Held, it is the operator's, and another takes its place.
+    assert planned({BIG: 1}, replace(doubted, held=True), out) == (join(2, BIG),)
 
 
 def test_what_the_chain_says_goes_before_what_was_written_down() -> None:
@@ -262,6 +396,7 @@ ACCOUNTS = st.lists(
         st.sampled_from([(False, False), (True, False), (True, True)]),
         st.booleans(),
         st.booleans(),
+        st.booleans(),
     ),
     max_size=7,
 ).map(
@@ -276,8 +411,11 @@ ACCOUNTS = st.lists(
             paying=moving[1],
             barred=barred,
             held=held,
+            doubtful=doubtful,
         )
-        for index, (status, gpu_class, balance, moving, barred, held) in enumerate(rows, 1)
+        for index, (status, gpu_class, balance, moving, barred, held, doubtful) in enumerate(
+            rows, 1
+        )
     ]
 )
 TARGETS = st.dictionaries(
@@ -306,6 +444,7 @@ def test_one_action_each_within_the_means_and_never_for_what_isnt_known(
     for action in found:
         there = known[action.address]
         assert there.facts is not None
+        assert not there.doubtful
         if not isinstance(action, Assign):
             assert not there.held
             assert not there.paying or not isinstance(action, TopUp)

@@ -71,6 +71,13 @@ def test_waiting_for_a_drain(capsys: pytest.CaptureFixture[str]) -> None:
     looks = pops(busy, busy, DrainStatus(everything=True, done=True))
     assert module._wait_drained(looks, None, lambda _: None) == 0
     assert capsys.readouterr().out.splitlines() == ["2 tasks are open", "drained"]
+
+    def away() -> DrainStatus:
+        raise ClusterError("the coordinator doesn't answer")
+
+    asks: list[Callable[[], DrainStatus]] = [lambda: DrainStatus(everything=True, done=True), away]
+    assert module._wait_drained(lambda: asks.pop()(), None, lambda _: None) == 0
+    assert "doesn't answer; waiting for it\ndrained" in capsys.readouterr().out
     clock = pops(0.0, 1.0, 6.0)
     assert module._wait_drained(lambda: busy, 5.0, lambda _: None, clock) == 1
     assert "not drained yet" in capsys.readouterr().err

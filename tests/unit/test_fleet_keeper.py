@@ -17,21 +17,45 @@ from actors.drain import Drains
 from actors.fleet import FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.stores import RayStores
+from cluster.core.capacity import FEW, WINDOW_SECONDS
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
-from cluster.core.ports import Movement
+from cluster.core.ports import Movement, Refusal
+from cluster.core.record import (
+    AttemptStarted,
+    Closed,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+    Seen,
+)
 from cluster.core.standing import STRANGE_SECONDS
 from cluster.core.types import (
     AccountFacts,
     AccountView,
     Address,
+    AttemptId,
+    Commitment,
     GpuState,
     NodeStatus,
+    TaskType,
     Timestamp,
     Wei,
 )
 from cluster.journal import SqlJournal
-from tests.unit.actor_fakes import ALICE, BOB, CARD, CARD_2, KIND, START, Clock, FakeNetwork, gpu_of
+from tests.unit.actor_fakes import (
+    ALICE,
+    BOB,
+    CARD,
+    CARD_2,
+    KIND,
+    OTHER,
+    SCORE,
+    TASK,
+    Clock,
+    FakeNetwork,
+    gpu_of,
+)
 
 TREASURY, OWNER = Address("0x" + "ee" * 20), Address("0x" + "dd" * 20)
 POLICY = FleetPolicy(Wei(400), Wei(10), Wei(5), Wei(20))
@@ -69,14 +93,21 @@ class World:
             lambda: self.tasks,
             self.clock,
         )
+        self.ledger.told = self.keeper.closed
 
     def see(self, account: Address, status: NodeStatus, balance: int = 0, at: int = 100) -> None:
         gpu_class = None if status is NodeStatus.QUIT else KIND
         stake = Wei(0 if status is NodeStatus.QUIT else 400)
         facts = AccountFacts(account, status, gpu_class, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.clock()), facts, ())
-        if self.keeper.settled(account, self.views[account]):
-            self.keeper.looked(account, status)
+        self.keeper.looked(self.views[account])
+
+    def rounds(self, account: Address, status: NodeStatus, balance: int, seconds: float) -> None:
+        """Looks, and turns of the fleet between them that ask for nothing."""
+        for _ in range(int(seconds // 10) + 1):
+            self.see(account, status, balance)
+            assert self.turn() == []
+            self.later(10)
 
     def turn(self) -> list[tuple[object, ...]]:
         """What one turn of the fleet asks of the network."""
@@ -148,6 +179,53 @@ def test_a_treasury_that_cannot_be_asked_stops_nothing_that_costs_nothing(world:
     assert world.keeper.view.treasury is None
 
 
+def test_what_the_treasury_is_paying_is_not_there_any_more_and_stops_nothing(world: World) -> None:
+    world.network.treasury_has = Wei(1000)
+    world.cards.append(gpu_of(CARD_2))
+    world.see(ALICE, NodeStatus.QUIT)
+    world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    world.see(BOB, NodeStatus.AVAILABLE, balance=1)
+    # It doesn't come to be for long, and has its money bound.
+    world.network.moving = {
+        TREASURY: Movement(is_open=True, owes=Wei(990)),
+        ALICE: Movement(is_open=True, paying=True),
+    }
+    assert world.turn() == []
+    assert any("the treasury has 10 wei" in each for each in world.keeper.alerts())
+    world.network.moving[TREASURY] = Movement(is_open=True, owes=Wei(420))
+    assert world.turn() == [("transfer", TREASURY, BOB, 19, "gas")]
+    assert world.keeper.alerts() == ()
+    # As soon as it is paid what is left is looked up again, however lately that was done.
+    world.network.moving = {TREASURY: Movement(block=101)}
+    world.network.treasury_has = Wei(10)
+    assert world.turn() == []
+    assert any("the treasury has 10 wei" in each for each in world.keeper.alerts())
+
+
+def test_what_is_gone_while_something_is_on_its_way_shows_all_the_same(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    world.turn()
+    assert world.turn() == [("join", ALICE)]
+    world.network.moving = {ALICE: Movement(is_open=True, lacks=Wei(400))}
+    world.see(ALICE, NodeStatus.QUIT, balance=0)
+    assert world.turn() == []
+    assert "420 wei are gone" in world.keeper.alerts()[0]
+
+
+def test_what_is_paid_and_not_yet_in_the_look_isnt_missed(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT, balance=50)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 370, "fund")]
+    world.network.moving = {ALICE: Movement(block=105, paid_block=105)}
+    world.see(ALICE, NodeStatus.QUIT, balance=50, at=104)
+    assert world.keeper.alerts() == ()
+    world.network.moving = {ALICE: Movement(is_open=True, block=105, paid_block=105)}
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=106)
+    assert world.keeper.alerts() == ()
+
+
 def test_a_treasury_that_has_too_little_is_an_alert(world: World) -> None:
     world.network.treasury_has = Wei(5)
     world.see(ALICE, NodeStatus.QUIT)
@@ -169,6 +247,14 @@ def test_earnings_go_to_the_beneficiary(tmp_path: Path) -> None:
     assert world.turn() == [("transfer", ALICE, OWNER, 80, "sweep")]
 
 
+def test_a_new_version_reaches_accounts_that_joined_with_another(world: World) -> None:
+    world.see(ALICE, NodeStatus.BUSY, balance=20)
+    world.turn()
+    view = world.views[ALICE]
+    world.views[ALICE] = replace(view, account=replace(view.account, outdated=True))
+    assert world.turn() == [("update_version", ALICE)]
+
+
 def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
     tmp_path: Path,
 ) -> None:
@@ -182,9 +268,26 @@ def test_a_plan_that_waits_for_the_operator_does_nothing_until_it_is_applied(
     assert world.turn() == [("join", ALICE)]
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    world.see(ALICE, NodeStatus.PAUSED, balance=20)
+    world.cards.append(gpu_of(CARD_2))
+    world.see(BOB, NodeStatus.QUIT)
     assert world.turn() == []
-    assert world.keeper.view.plan == (f"resume {ALICE}",)
+    assert world.keeper.view.plan == (f"account 2 is for {KIND.name}",)
+
+
+def test_applying_ends_when_all_that_is_left_is_refused(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, automatic=False))
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    world.keeper.apply()
+    world.turn()
+    assert world.turn() == [("join", ALICE)]
+    again = Timestamp(world.clock() + 30)
+    full = Refusal("join", "Network is full", again)
+    world.network.moving = {ALICE: Movement(refused=(full,))}
+    assert world.turn() == []
+    assert world.keeper.alerts() == ("join of account 1 is refused: Network is full",)
+    world.later(31)
+    assert world.turn() == [], "it is applied no more"
+    assert world.keeper.view.plan == (f"join {ALICE} for {KIND.name}",)
 
 
 def test_an_action_that_fails_stops_no_other(world: World) -> None:
@@ -195,6 +298,21 @@ def test_an_action_that_fails_stops_no_other(world: World) -> None:
     world.network.faults["resume"] = [NetworkUnavailable("gone")]
     assert world.turn() == [("resume", ALICE), ("resume", BOB)]
     assert world.turn() == [("resume", ALICE), ("resume", BOB)]
+
+
+def test_what_can_wait_waits_for_what_is_on_its_way_and_for_a_drain(world: World) -> None:
+    world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    assert world.keeper.quiet() == frozenset()
+    world.network.moving = {ALICE: Movement(is_open=True)}
+    assert world.keeper.quiet() == {ALICE}
+    world.network.moving = {ALICE: Movement(reports=True)}
+    assert world.keeper.quiet() == {ALICE}
+    world.see(BOB, NodeStatus.PAUSED, balance=20)
+    assert world.keeper.quiet() == {ALICE, BOB}
+    world.network.moving = {}
+    world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    world.drains.add(everything=True)
+    assert world.keeper.quiet() == {ALICE, BOB}
 
 
 # --- what happens to accounts ---------------------------------------------------------------------
@@ -254,6 +372,134 @@ def test_an_account_that_somebody_else_moved_is_left_alone_and_said(
     assert world.turn() == [("resume", ALICE)]
 
 
+def test_a_thief_who_quits_an_account_gets_nothing_more(world: World, logs: list[Any]) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    # Quit, and the stake is not where it went back to: no event will explain that.
+    world.see(ALICE, NodeStatus.QUIT, balance=0)
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert "420 wei are gone" in alert
+    assert [entry["account"] for entry in logs if entry["event"] == "account_held"] == [ALICE]
+    world.rounds(ALICE, NodeStatus.QUIT, 0, 2 * STRANGE_SECONDS)
+    world.begin()
+    world.rounds(ALICE, NodeStatus.QUIT, 0, 2 * STRANGE_SECONDS)
+
+
+@pytest.mark.parametrize("found", [NodeStatus.QUIT, NodeStatus.PAUSED])
+def test_what_somebody_else_did_is_never_undone_by_itself(world: World, found: NodeStatus) -> None:
+    world.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    balance = 420 if found is NodeStatus.QUIT else 20
+    for _ in range(3):
+        world.rounds(ALICE, found, balance, STRANGE_SECONDS / 6)
+        world.begin()
+        world.see(BOB, NodeStatus.AVAILABLE, balance=20)
+    world.rounds(ALICE, found, balance, STRANGE_SECONDS)
+    (alert,) = world.keeper.alerts()
+    assert "did somebody else use its key?" in alert
+
+
+def test_what_the_account_was_funded_with_and_lost_is_not_paid_again(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    world.network.moving = {ALICE: Movement(block=101, paid_block=101)}
+    # It came, and somebody took it before it was ever seen.
+    world.see(ALICE, NodeStatus.QUIT, balance=0, at=102)
+    assert world.turn() == []
+    (alert,) = world.keeper.alerts()
+    assert "420 wei are gone" in alert
+
+
+def test_what_was_asked_for_and_refused_is_nobodys_theft(world: World) -> None:
+    world.see(ALICE, NodeStatus.QUIT)
+    world.turn()
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    # Nothing of it came to be, so it is paid again.
+    world.see(ALICE, NodeStatus.QUIT)
+    assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
+    world.network.moving = {ALICE: Movement(block=101, paid_block=101)}
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=101)
+    assert world.turn() == [("join", ALICE)]
+    world.see(ALICE, NodeStatus.QUIT, balance=419, at=102)
+    assert world.turn() == [("join", ALICE)]
+    assert world.keeper.alerts() == ()
+
+
+def test_a_sweep_is_nobodys_theft(tmp_path: Path) -> None:
+    policy = replace(POLICY, beneficiary=OWNER, sweep_above=Wei(50))
+    world = World(tmp_path, FleetSettings(policy))
+    world.see(ALICE, NodeStatus.BUSY, balance=1000)
+    world.turn()
+    assert world.turn() == [("transfer", ALICE, OWNER, 980, "sweep")]
+    world.see(ALICE, NodeStatus.BUSY, balance=18)
+    assert world.keeper.alerts() == ()
+
+
+def test_a_kick_that_is_seen_before_it_is_heard_of_waits_all_the_same(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.rounds(ALICE, NodeStatus.QUIT, 420, 10)
+    assert world.keeper.kicked(ALICE, 100)
+    assert not world.keeper.kicked(ALICE, 100), "the same one, heard of twice"
+    world.rounds(ALICE, NodeStatus.QUIT, 420, 40)
+    (alert,) = world.keeper.alerts()
+    assert "was kicked out 1 times" in alert
+    world.later(20)
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    assert world.turn() == [("join", ALICE)]
+
+
+def test_a_look_that_is_older_than_what_was_heard_says_nothing(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.keeper.kicked(ALICE, 105)
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20, at=104)
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=105)
+    world.later(STRANGE_SECONDS + 1)
+    world.see(ALICE, NodeStatus.QUIT, balance=420, at=106)
+    assert world.turn() == [("join", ALICE)]
+
+
+def test_as_long_as_not_all_is_known_an_account_is_doubted_and_not_held(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    facts = AccountFacts(ALICE, NodeStatus.QUIT, None, Wei(0), Wei(0), 0, None)
+    view = AccountView(110, Timestamp(world.clock()), facts, ())
+    world.views[ALICE] = view
+    assert world.keeper.puzzled(view)
+    for _ in range(2):
+        world.keeper.looked(view, sure=False)
+        world.later(STRANGE_SECONDS / 2)
+        assert world.keeper.alerts() == ()
+        assert world.turn() == []
+    world.later(STRANGE_SECONDS / 2)
+    (alert,) = world.keeper.alerts()
+    assert "not all that the network did to it could be read" in alert
+    world.keeper.slashed(ALICE, KIND, 108)
+    world.ledger.mark_slashed(ALICE)
+    assert not world.keeper.puzzled(view)
+    world.keeper.looked(view)
+    (alert,) = world.keeper.alerts()
+    assert "is stopped" in alert
+
+
+def test_what_is_found_while_a_plan_is_made_stops_its_action(world: World) -> None:
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=1)
+    world.turn()
+    world.later(module.TREASURY_SECONDS + 1)
+
+    def meanwhile(method: str) -> None:
+        if method == "balance":
+            world.see(ALICE, NodeStatus.PAUSED, balance=1)
+
+    world.network.before = meanwhile
+    assert world.turn() == []
+
+
 # --- cards, slots and load ------------------------------------------------------------------------
 
 
@@ -295,21 +541,117 @@ def test_more_slots_want_more_accounts(tmp_path: Path) -> None:
     assert (shown.slots, shown.least) == (2, 2)
 
 
+def paid(world: World, number: int, account: Address, compute: float, network: float) -> None:
+    """A task of the account that was paid, as its record tells."""
+    task = Commitment(f"0x{number:064x}")
+    began, ledger = world.clock.now, world.ledger
+    ledger.append(task, Seen(account, TaskType.SD, (), Wei(5)))
+    ledger.append(task, ParametersFetched("{}"))
+    ledger.append(task, AttemptStarted(AttemptId("a1"), CARD))
+    world.later(compute)
+    ledger.append(task, ResultStored(AttemptId("a1"), SCORE, ()))
+    world.later(network)
+    ledger.append(task, Closed(Outcome.SUCCESS, Wei(5)))
+    assert world.clock.now - began == compute + network
+
+
+def test_slots_that_were_measured_last_over_restarts(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=None))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    for number in range(FEW):
+        paid(world, number, ALICE, compute=10.0, network=9.0)
+    for _ in range(3):
+        assert world.turn() == []
+        assert [each.slots for each in world.keeper.view.classes] == [2]
+        world.begin()
+        # Long enough to be sure which cards there are.
+        world.turn()
+        world.later(world.settings.patience + 1)
+
+
+def test_as_long_as_slots_werent_measured_nobody_is_paused_for_want_of_them(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=None))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.later(world.settings.patience + 1)
+    assert world.turn() == []
+    # Where no card is left they are.
+    world.cards = []
+    world.turn()
+    world.later(world.settings.patience + 1)
+    assert world.turn() == [("pause", ALICE), ("pause", BOB)]
+
+
+def test_what_was_measured_is_one_slot_and_pauses_the_others(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=None))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    for number in range(FEW):
+        paid(world, number, ALICE, compute=100.0, network=2.0)
+    assert world.turn() == [("pause", BOB)]
+
+
 def test_a_queue_that_would_miss_its_deadlines_pauses_an_account(tmp_path: Path) -> None:
     world = World(tmp_path, FleetSettings(POLICY, slots=2))
     for account in (ALICE, BOB):
         world.see(account, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    deadline = Timestamp(START + 100)
-    world.tasks = [Outstanding(ALICE, 50.0, deadline), Outstanding(BOB, 50.0, deadline)]
-    world.later(module.LOAD_SECONDS + 1)
+    world.later(world.settings.patience)
+    deadline = Timestamp(world.clock() + 100)
+    world.tasks = [
+        Outstanding(ALICE, 45.0, deadline, TASK),
+        Outstanding(BOB, 45.0, deadline, OTHER),
+    ]
     assert world.turn() == [("pause", BOB)]
     world.see(BOB, NodeStatus.PAUSED, balance=20)
-    world.later(module.LOAD_SECONDS + 1)
-    world.tasks = [Outstanding(ALICE, 30.0, Timestamp(world.clock() + 50))]
-    assert world.turn() == []  # in between: as it is
-    world.tasks = [Outstanding(ALICE, 1.0, Timestamp(world.clock() + 50))]
+    # It lasts over a restart, and longer than what waited.
+    world.begin()
+    world.tasks = []
+    assert world.turn() == []
+    world.later(world.settings.patience)
+    assert world.turn() == []
+    world.later(WINDOW_SECONDS - 1)
+    world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    assert world.turn() == []
+    world.later(2)
     assert world.turn() == [("resume", BOB)]
+
+
+def test_what_is_urgent_and_nearly_done_makes_no_task_behind_it_late(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.later(world.settings.patience)
+    now = world.clock()
+    world.tasks = [
+        Outstanding(ALICE, 5.0, Timestamp(now + 60), TASK),
+        Outstanding(BOB, 60.0, Timestamp(now + 175), OTHER),
+    ]
+    assert world.turn() == []
+
+
+def test_what_waits_for_a_card_that_is_begun_anew_pauses_nobody(tmp_path: Path) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=2))
+    world.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.AVAILABLE, balance=20)
+    world.turn()
+    world.later(world.settings.patience)
+    world.turn()
+    deadline = Timestamp(world.clock() + 100)
+    world.tasks = [Outstanding(a, 60.0, deadline, t) for a, t in ((ALICE, TASK), (BOB, OTHER))]
+    world.cards = [gpu_of(CARD)]
+    assert world.turn() == []
+    world.cards = []
+    world.begin()
+    assert world.turn() == []
 
 
 def test_drained_is_drained_until_it_is_ended(world: World) -> None:
@@ -325,3 +667,67 @@ def test_drained_is_drained_until_it_is_ended(world: World) -> None:
     assert world.turn() == []
     world.drains.end()
     assert world.turn() == [("resume", ALICE)]
+
+
+# --- where the operator says when -----------------------------------------------------------------
+
+
+@pytest.fixture
+def manual(tmp_path: Path) -> World:
+    """With `fleet.auto: false`."""
+    policy = replace(POLICY, beneficiary=OWNER, sweep_above=Wei(50))
+    return World(tmp_path, FleetSettings(policy, automatic=False))
+
+
+def test_by_hand_nothing_is_spent_and_nobody_joins_or_leaves(manual: World) -> None:
+    manual.cards.append(gpu_of(CARD_2))
+    manual.see(ALICE, NodeStatus.QUIT, balance=420)
+    manual.see(BOB, NodeStatus.AVAILABLE, balance=500)
+    for _ in range(3):
+        assert manual.turn() == []
+        manual.later(10)
+    # What the chain says of an account is only written down.
+    assert [each.address for each in manual.journal.assignments()] == [BOB]
+    assert set(manual.keeper.view.plan) == {
+        f"account 1 is for {KIND.name}",
+        f"sweep 480 wei of {BOB} to {OWNER}",
+    }
+
+
+def test_by_hand_a_drain_and_its_end_are_carried_out_all_the_same(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    manual.turn()
+    manual.drains.add(everything=True)
+    assert manual.turn() == [("pause", ALICE)]
+    manual.see(ALICE, NodeStatus.PAUSED, balance=20)
+    assert manual.turn() == []
+    manual.drains.end()
+    assert manual.turn() == [("resume", ALICE)]
+
+
+def test_by_hand_a_slashed_class_pauses_all_the_same(manual: World) -> None:
+    manual.cards.append(gpu_of(CARD_2))
+    for account in (ALICE, BOB):
+        manual.see(account, NodeStatus.AVAILABLE, balance=20)
+    manual.turn()
+    manual.keeper.slashed(ALICE, KIND)
+    manual.ledger.mark_slashed(ALICE)
+    assert ("pause", BOB) in manual.turn()
+
+
+def test_by_hand_an_account_that_runs_dry_gets_gas_all_the_same(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.AVAILABLE, balance=1)
+    manual.turn()
+    assert manual.turn() == [("transfer", TREASURY, ALICE, 19, "gas")]
+
+
+def test_applying_ends_after_a_while_although_something_is_left(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.QUIT, balance=420)
+    manual.keeper.apply()
+    manual.turn()
+    assert manual.turn() == [("join", ALICE)]
+    # The network refuses it, again and again.
+    manual.later(module.APPLY_SECONDS - 1)
+    assert manual.turn() == [("join", ALICE)]
+    manual.later(2)
+    assert manual.turn() == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
 from cluster.models.refusals import Refused, Rule
 from cluster.models.settings import Limits
-from cluster.models.sources import Changed, Denied, SourceDown
+from cluster.models.sources import Changed, Denied, Listing, Opened, RemoteFile, SourceDown
 from cluster.models.store import ModelStore
 from tests.unit.model_fakes import (
     LIMITS,
@@ -122,6 +124,47 @@ def test_a_folder_without_its_manifest_is_no_model(tmp_path: Path, manifest: str
     with pytest.raises(ModelUnavailable) as caught:
         store.store.lora_file(LORA.name)
     assert caught.value.kind is ModelUnavailableKind.DAMAGED
+    assert store.ensure(LORA, NOBODY) is True
+    assert store.store.lora_file(LORA.name).is_file()
+    assert events(store) == ["fetched", "damaged", "fetched"]
+
+
+def test_what_was_laid_and_is_damaged_costs_no_fetched_model(tmp_path: Path) -> None:
+    base = ref("base", "acme/pipe")
+    shelf = Shelf(
+        {base: {"config.json": b'{"architectures": ["X"]}', "model.safetensors": weights()}}
+    )
+    store = keeper(tmp_path, shelf)
+    store.ensure(base, NOBODY)
+    laid = tmp_path / "acme" / "pipe"
+    laid.mkdir(parents=True)
+    (laid / "model_index.json").write_text("{")
+    assert kind_of(store, base) is ModelUnavailableKind.DAMAGED
+    assert shelf.listed == 1
+    assert base.key in store.disk.manifests()
+
+
+def test_all_that_is_published_has_reached_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    sync = os.fsync
+
+    def noted(file: int) -> None:
+        synced.add(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    base = ref("base", "acme/pipe")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}
+    files = {
+        "model_index.json": json.dumps(index).encode(),
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": weights(),
+    }
+    keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
+    assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
+    assert {"unet", base.key, "models", ".manifest.json"} <= synced
 
 
 # --- another source, at once ---------------------------------------------------------------------
@@ -252,6 +295,96 @@ def test_a_break_is_gone_on_from_and_counts_as_progress(tmp_path: Path) -> None:
     size = len(shelf.files[LORA][FILE])
     assert content_of(store, LORA) == shelf.files[LORA]
     assert shelf.sent < 2 * size
+
+
+def test_what_comes_again_and_again_is_no_progress(tmp_path: Path) -> None:
+    """A server without ranges that breaks each time gives the same bytes each time."""
+    shelf = lora_shelf(4000, ranges=False, cut=[100] * 1000)
+    kind = kind_of(keeper(tmp_path, shelf), wanted=Wanted(background=True))
+    assert kind is ModelUnavailableKind.UNREACHABLE
+    assert shelf.listed <= LIMITS.rounds + 1
+
+
+@dataclass
+class Drip:
+    """A shelf whose bytes come at a rate: the clock goes on with each piece."""
+
+    shelf: Shelf
+    time: Time
+    rate: float
+
+    name = "hub"
+
+    def serves(self, ref: ModelRef) -> bool:
+        return True
+
+    def list(self, ref: ModelRef) -> Listing:
+        return self.shelf.list(ref)
+
+    @contextmanager
+    def open(
+        self, listing: Listing, file: RemoteFile, start: int, stop: int | None
+    ) -> Iterator[Opened]:
+        with self.shelf.open(listing, file, start, stop) as opened:
+            yield replace(opened, chunks=self._slowly(opened.chunks))
+
+    def _slowly(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        piece = b""
+        for chunk in chunks:
+            piece += chunk
+            if len(piece) >= 10 * self.rate:
+                self.time.now += len(piece) / self.rate
+                yield piece
+                piece = b""
+        yield piece
+
+
+def dripping(tmp_path: Path, content: bytes, rate: float) -> tuple[Keeper, Drip, Time]:
+    time = Time()
+    source = Drip(Shelf({LORA: {FILE: content}}), time, rate)
+    limits = replace(LIMITS, connections=1, part=10**9)
+    return keeper(tmp_path, source, limits=limits, time=time), source, time
+
+
+def test_who_drips_is_left_for_another_source(tmp_path: Path) -> None:
+    store, drip, time = dripping(tmp_path, weights(400_000), rate=1000)
+    other = lora_shelf(400_000)
+    other.name = "web"
+    store.sources = (drip, other)
+    began = time.now
+    store.ensure(LORA, Wanted(deadline=began + 180))
+    assert time.now - began < 70
+    manifest = store.disk.manifest(LORA.key)
+    assert manifest is not None
+    assert manifest.source == "web"
+
+
+def test_the_background_gives_up_what_goes_on_for_ever(tmp_path: Path) -> None:
+    store, _, time = dripping(tmp_path, bytes(40 * 2**20), rate=5000)
+    began = time.now
+    with pytest.raises(ModelUnavailable) as caught:
+        store.ensure(LORA, Wanted(background=True))
+    assert caught.value.kind is ModelUnavailableKind.UNREACHABLE
+    assert "too slow" in str(caught.value)
+    assert 3600 < time.now - began < 4000
+    assert events(store)[-1] == "failed"
+
+
+def test_what_is_slow_and_gets_on_is_waited_for(tmp_path: Path) -> None:
+    store, drip, time = dripping(tmp_path, weights(4 * 2**20), rate=5000)
+    began = time.now
+    store.ensure(LORA, Wanted(background=True))
+    assert time.now - began > 800
+    assert content_of(store, LORA) == drip.shelf.files[LORA]
+
+
+def test_a_rate_of_our_own_choice_is_not_too_slow(tmp_path: Path) -> None:
+    time = Time()
+    limits = replace(LIMITS, rate=2000.0, connections=1, part=10**9)
+    store = keeper(tmp_path, lora_shelf(60_000), limits=limits, time=time)
+    began = time.now
+    store.ensure(LORA, Wanted(background=True))
+    assert time.now - began > 4000
 
 
 def test_cancelled_between_two_pieces(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 from ray.actor import ActorHandle
 
-from actors.keeping import StoreReport, StoreWorker
+from actors.keeping import TURN_SECONDS, StoreReport, StoreWorker
 from actors.stores import FETCHED_BYTES, RayStores, _Member
 from cluster.core.types import Gpu, GpuId, GpuState, ModelId, RayNodeId
 from cluster.models.keeper import Keeper
@@ -85,6 +85,38 @@ async def test_what_the_network_wants_queues_behind_and_once(house: House) -> No
     house.go.set()
     await report_when(worker, lambda r: r.here == {A, B, C})
     assert [str(ref) for ref in house.asked] == [A, B, C]
+
+
+async def test_what_takes_long_lets_others_go_first(house: House) -> None:
+    """Whoever creates tasks may have the network ask for anything, of any size."""
+    now = [0.0]
+    house.go.clear()
+    made = keeper(house.root, house.shelf)
+    worker = StoreWorker(lambda: made, "1+abc", (), clock=lambda: now[0])
+    await worker.want((A, B))
+    await until(lambda: bool(house.asked))
+
+    def opening() -> None:
+        now[0] += 2 * TURN_SECONDS if house.shelf.sent == 0 else 0.0
+
+    house.shelf.opening = opening
+    house.go.set()
+    report = await report_when(worker, lambda r: r.here == {A, B})
+    assert [str(ref) for ref in house.asked] == [A, B, A]
+    assert report.failed == {}
+
+
+async def test_alone_it_takes_as_long_as_it_takes(house: House) -> None:
+    now = [0.0]
+    made = keeper(house.root, house.shelf)
+
+    def opening() -> None:
+        now[0] += 2 * TURN_SECONDS
+
+    house.shelf.opening = opening
+    worker = StoreWorker(lambda: made, "1+abc", (A,), clock=lambda: now[0])
+    await report_when(worker, lambda r: r.here == {A})
+    assert [str(ref) for ref in house.asked] == [A]
 
 
 async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None:

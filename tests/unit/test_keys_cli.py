@@ -13,7 +13,7 @@ from cluster.identity import Identity
 from cluster.keystore import PASSWORD
 from tests.unit.test_identity import FIRST, PHRASE
 
-WORD = "correct horse"
+WORD, OTHER_WORD = "correct horse", "battery staple"
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,13 @@ def run(*words: object) -> int:
     with pytest.raises(SystemExit) as ended:
         main(["keys", *map(str, words)])
     return int(ended.value.code or 0)
+
+
+def secret_file(folder: Path, text: str) -> Path:
+    file = folder / "word"
+    file.write_text(text)
+    file.chmod(0o600)
+    return file
 
 
 def phrase_file(folder: Path) -> Path:
@@ -60,13 +67,16 @@ def test_no_command_prints_anything_secret(
     assert run("import", tmp_path / "key", "--from", source) == 0
     assert run("show", tmp_path / "key") == 0
     assert run("export", tmp_path / "key", "--to", tmp_path / "out") == 0
-    assert run("export", tmp_path / "key", "--to", tmp_path / "one", "--account", 1) == 0
+    word = secret_file(tmp_path, OTHER_WORD)
+    account = ("--account", 1, "--new-password-file", word)
+    assert run("export", tmp_path / "key", "--to", tmp_path / "one", *account) == 0
     said = "".join(capsys.readouterr())
     assert FIRST[0] in said
     assert "junk" not in said
     assert WORD not in said
+    assert OTHER_WORD not in said
     assert (tmp_path / "out").read_text().split() == PHRASE.split()
-    assert Identity.load(tmp_path / "one", lambda: WORD).address(0) == FIRST[1]
+    assert Identity.load(tmp_path / "one", lambda: OTHER_WORD).address(0) == FIRST[1]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,12 @@ def test_no_command_prints_anything_secret(
         (("import", "{f}/key", "--from", "{f}/there"), "not a valid BIP-39 phrase"),
         (("export", "{f}/phrase", "--to", "{f}/there"), "never overwritten"),
         (("new", "{f}/key", "--password-file", "{f}/short"), "shorter than 8"),
+        (
+            ("export", "{f}/phrase", "--to", "{f}/out", "--new-password-file", "{f}/short"),
+            "--new-password-file is for --account",
+        ),
+        # The old password is not taken for the new one.
+        (("export", "{f}/phrase", "--to", "{f}/out", "--account", "1"), "--new-password-file"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_made(
@@ -95,3 +111,20 @@ def test_what_is_wrong_is_one_line_and_nothing_is_made(
     assert len(said.err.strip().splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "there").read_text() == "not a phrase"
+
+
+def test_the_new_password_is_asked_for_at_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    asked: list[str] = []
+
+    def prompt(words: str, **_options: object) -> str:
+        asked.append(words)
+        return OTHER_WORD
+
+    monkeypatch.setattr("click.prompt", prompt)
+    one = tmp_path / "one"
+    assert run("export", phrase_file(tmp_path), "--to", one, "--account", 1) == 0
+    assert asked == [f"New password for {one}"]
+    assert Identity.load(one, lambda: OTHER_WORD).address(0) == FIRST[1]

@@ -6,10 +6,14 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import pytest
 import structlog
 
 from cluster import logs
+from cluster.models.refs import ref
+from cluster.models.urls import UrlRules
+from cluster.models.web import Web
 
 PHRASE = "test test test test test test test test test test test junk"
 KEY = "0x" + "1f" * 32
@@ -107,3 +111,36 @@ def test_what_boto_would_say_of_a_request_is_not_logged() -> None:
     logging.getLogger("botocore.auth").debug("x-amz-security-token:%s", "hunter2")
     logging.getLogger("cluster").debug("ours")
     assert [line["event"] for line in lines(stream)] == ["ours"]
+
+
+# --- what libraries say ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_no_links_query_is_logged(level: logs.Level) -> None:
+    """The library that asks logs each request, and the presigned one that it leads on to."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.host == "host.example":
+            where = "https://cdn.example/a.safetensors?X-Amz-Signature=SIGNED"
+            return httpx2.Response(302, headers={"Location": where})
+        return httpx2.Response(200, content=b"a")
+
+    out = io.StringIO()
+    logs.setup(level, "json", out)
+    asking = httpx2.Client(transport=httpx2.MockTransport(answer), follow_redirects=True)
+    asked = ref("lora", "https://host.example/a?token=SECRET")
+    Web(asking, UrlRules()).list(asked)
+    logging.getLogger("any").warning("a line")
+    assert "a line" in out.getvalue()
+    assert "SECRET" not in out.getvalue()
+    assert "SIGNED" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["httpx2", "httpcore2.http11", "boto3", "botocore.auth", "s3transfer", "huggingface_hub"],
+)
+def test_libraries_that_repeat_what_they_send_say_only_what_is_wrong(name: str) -> None:
+    logs.setup("debug", "json", io.StringIO())
+    assert not logging.getLogger(name).isEnabledFor(logging.INFO)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -42,75 +42,25 @@ from cluster.core.types import Stage as Stage_
 from cluster.metrics import Metrics
 from cluster.stages import Stage, stages
 from cluster.status import (
-    AccountStatus,
-    ChainView,
     ClassStatus,
     DownloadView,
     FleetStatus,
     GpuClassView,
-    GpuStatus,
     IdentityView,
-    MemoryView,
-    RelayView,
-    Status,
     StoreStatus,
     TaskView,
 )
-
-CARD = GpuClassView(name="NVIDIA GeForce RTX 4090+docker", vram=24)
-LABELS = {"gpu_name": CARD.name, "vram_gb": "24"}
-TASK = "0x" + "ab" * 32
-ADDRESS = "0xf39Fd6e51aad88F6F4ce6aB8827279cffFb92266"
-
-
-def gpu(number: int, state: GpuState, kind: GpuClassView = CARD) -> GpuStatus:
-    return GpuStatus(
-        gpu_id=f"n/{number}",
-        ray_node="n",
-        name=kind.name,
-        vram=kind.vram,
-        simulated=True,
-        state=state,
-        task=TASK if state is GpuState.BUSY else None,
-    )
-
-
-def account(index: int, status: NodeStatus, kind: GpuClassView | None = CARD) -> AccountStatus:
-    return AccountStatus(
-        index=index,
-        address=ADDRESS,
-        status=status.name.lower(),
-        gpu_class=kind,
-        stake=str(400 * 10**18),
-    )
-
-
-def snapshot(
-    gpus: tuple[GpuStatus, ...] = (),
-    accounts: tuple[AccountStatus, ...] = (),
-    tasks: tuple[TaskView, ...] = (),
-) -> Status:
-    return Status(
-        version="1",
-        config_digest="d",
-        now=1000.0,
-        acting=True,
-        epoch=7,
-        identity=IdentityView(treasury=ADDRESS),
-        chain=ChainView(reached=True, chain_id=31337, block=42, block_timestamp=999.0),
-        relay=RelayView(reached=False, error="refused"),
-        gpus=gpus,
-        accounts=accounts,
-        tasks=tasks,
-    )
-
-
-def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
-    for family in text_string_to_metric_families(metrics.render().decode()):
-        for found in family.samples:
-            if found.name == name and labels.items() <= found.labels.items():
-                return found.value
-    return None
+from tests.unit.metric_fakes import (
+    ADDRESS,
+    CARD,
+    LABELS,
+    TASK,
+    account,
+    card,
+    gpu,
+    sample,
+    snapshot,
+)
 
 
 def test_every_label_set_is_there_from_the_start() -> None:
@@ -233,19 +183,6 @@ def test_two_registries_live_side_by_side() -> None:
     one, other = Metrics("1", "d"), Metrics("1", "d")
     one.slashed()
     assert sample(other, "crynux_slashes_total") == 0
-
-
-def card(number: int, **said: Any) -> GpuStatus:
-    kind = GpuClassView(name=f"Card {number % 8}", vram=8 + number % 8)
-    fields = {
-        "uuid": f"GPU-{number}",
-        "memory": MemoryView(models=5, other=2, free=3),
-        "temperature": 61,
-        "ecc_uncorrected": 0,
-        "canary_at": 900.0,
-        **said,
-    }
-    return gpu(number, GpuState.READY, kind).model_copy(update=fields)
 
 
 def series(metrics: Metrics) -> list[bytes]:

@@ -583,7 +583,7 @@ async def test_what_is_on_its_way_shows_for_both_who_sends_and_who_gets_it(world
     assert world.outbox.movements() == {}  # a task's write is no account's own
     world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(5))
     assert world.outbox.movements()[BOB] == Movement(is_open=True, paying=True)
-    assert world.outbox.movements()[ALICE] == Movement(is_open=True)
+    assert world.outbox.movements()[ALICE] == Movement(is_open=True, owes=Wei(5))
     await world.settle()
     paid = world.outbox.movements()[BOB]
     assert paid.block == paid.paid_block > 0
@@ -609,3 +609,106 @@ async def test_what_was_refused_is_on_its_way_no_more(world: World) -> None:
     world.now += 2
     world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
     assert world.outbox.movements()[ALICE].is_open
+
+
+def refusals(world: World, account: Address = ALICE) -> list[tuple[str, str, float]]:
+    """What is refused of the account, and in how many seconds it may be asked for again."""
+    there = world.outbox.movements().get(account, Movement())
+    return [(each.verb, each.reason, each.again - world.now) for each in there.refused]
+
+
+async def test_what_is_refused_again_and_again_is_tried_more_and_more_seldom(world: World) -> None:
+    data = "0x" + b"join".hex()
+    world.chain.refusing[data] = "Network is full"
+    waits: list[float] = []
+    for _ in range(10):
+        assert world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join") is RowState.NEW
+        await world.outbox.pump()
+        ((verb, reason, wait),) = refusals(world)
+        assert (verb, reason) == ("join", "Network is full")
+        waits.append(wait)
+        world.now += wait - 0.5
+        state = world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+        assert state is RowState.REFUSED, "too soon"
+        world.now += 1
+    assert waits == [15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 900.0, 900.0, 900.0, 900.0]
+    # It is refused still while it is tried again, and also for who begins anew.
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+    assert [reason for _, reason, _ in refusals(world)] == ["Network is full"]
+    await world.outbox.pump()
+    world.restart()
+    assert [reason for _, reason, _ in refusals(world)] == ["Network is full"]
+    world.now += 900
+    del world.chain.refusing[data]
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+    await world.settle()
+    assert refusals(world) == []
+    # The next of its kind begins with no grudge.
+    world.chain.done.clear()
+    world.chain.refusing[data] = "Network is full"
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+    await world.outbox.pump()
+    assert refusals(world) == [("join", "Network is full", 15.0)]
+
+
+async def test_a_payment_that_is_refused_shows_for_who_would_get_it(world: World) -> None:
+    world.chain.gas = 10**7
+    world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(5))
+    await world.outbox.pump()
+    ((verb, reason, _),) = refusals(world, BOB)
+    assert verb == "fund"
+    assert "more than the cap" in reason
+
+
+async def test_what_reverts_waits_as_what_is_refused(world: World) -> None:
+    world.chain.reverting.add("0x" + b"join".hex())
+    for expected in (15.0, 30.0):
+        world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join")
+        await world.settle()
+        ((_, reason, wait),) = refusals(world)
+        assert reason.startswith("reverted in block")
+        assert wait == expected
+        world.now += wait
+
+
+# --- what accounts lack ---------------------------------------------------------------------------
+
+
+async def test_what_an_account_lacks_for_a_write_is_known_until_it_has_it(world: World) -> None:
+    world.chain.balance = 10**6
+    world.outbox.ensure(score())
+    with pytest.raises(ChainError, match="top it up"):
+        await world.outbox.pump()
+    need = 104_000 * 12
+    assert world.outbox.movements()[ALICE] == Movement(lacks=Wei(need - 10**6))
+    # What it is to pay belongs to it.
+    world.outbox.ensure_verb(BOB, "join", CONTRACT, b"join", Wei(400))
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.outbox.movements()[BOB].lacks == need + 400 - 10**6
+    world.chain.refusing["0x" + b"join".hex()] = "Network is full"
+    with pytest.raises(ChainError):
+        await world.outbox.pump()
+    assert world.outbox.movements()[BOB].lacks == 0
+    world.chain.balance = 10**18
+    await world.settle()
+    assert world.outbox.movements().get(ALICE, Movement()).lacks == 0
+
+
+async def test_what_is_on_its_way_is_owed(world: World) -> None:
+    for recipient, amount in ((BOB, 10**17), (CONTRACT, 3)):
+        world.outbox.ensure_verb(ALICE, f"fund:{recipient}", recipient, b"", Wei(amount))
+    assert world.outbox.movements()[ALICE].owes == 10**17 + 3
+    assert world.outbox.movements()[BOB].owes == 0
+    await world.settle()
+    assert world.outbox.movements()[ALICE].owes == 0
+
+
+async def test_a_report_of_a_model_moves_no_account(world: World) -> None:
+    world.outbox.ensure_verb(ALICE, "model:base:a", CONTRACT, b"a", once=True)
+    assert world.outbox.movements()[ALICE] == Movement(reports=True)
+    await world.settle()
+    there = world.outbox.movements().get(ALICE, Movement())
+    assert (there.is_open, there.block, there.reports) == (False, 0, False)
+    world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    assert world.outbox.movements()[ALICE] == Movement(is_open=True)

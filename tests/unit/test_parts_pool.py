@@ -268,3 +268,15 @@ def test_a_digest_is_kept_until_the_file_changes(folder: Path) -> None:
     assert digest_of(file) == first
     file.write_text("[]")
     assert digest_of(file) != first
+
+
+def test_two_tables_over_the_same_shards_make_two_parts(tmp_path: Path) -> None:
+    """The table decides which shards are read, so what one loads isn't the other's."""
+    (tmp_path / "config.json").write_text("{}")
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"w")
+    table = tmp_path / "model.safetensors.index.json"
+    table.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    before = source(tmp_path, "CLIPTextModel", "float32").key
+    table.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    assert source(tmp_path, "CLIPTextModel", "float32").key != before

@@ -82,6 +82,20 @@ def test_keys_are_plain_folder_names_and_differ_as_the_refs_do(a: str, b: str, c
     assert all(0 < len(each.key) < 100 and not each.key.startswith(".") for each in made)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["https://host/x\nevil line", "https://host/\x1b[31m", "https://host/\ud800", "https://hóst/x",
+     "https://host/a b", "https://host/" + "x" * 2048],
+)  # fmt: skip
+def test_links_that_are_not_plain_are_refused_in_one_plain_line(name: str) -> None:
+    for fields in (("lora", name), (f"lora:{name}",)):
+        with pytest.raises(Refused) as caught:
+            ref(*fields) if len(fields) == 2 else of_model_id(*fields)
+        assert str(caught.value).isascii()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 300
+
+
 def test_a_links_query_is_shown_to_nobody() -> None:
     link = ref("lora", "https://host/file?token=SECRET", file="a.safetensors")
     assert "SECRET" not in str(link) + link.key

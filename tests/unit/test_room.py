@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from cluster.core.errors import Cancelled, DeadlinePassed
 from cluster.models.disk import Progress
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
@@ -161,6 +165,95 @@ def test_old_leftovers_go_at_the_next_start(tmp_path: Path) -> None:
     assert new.exists()
     assert not old.exists()
     assert not list((tmp_path / ".store" / "trash").iterdir())
+
+
+def archive(size: int) -> bytes:
+    """A zip that unpacks to so many bytes, and has far fewer."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        weights = len(header).to_bytes(8, "little") + header + bytes(size)
+        packed.writestr(FILE, weights)
+    return file.getvalue()
+
+
+def packed(tmp_path: Path, size: int, quota: int, time: Time) -> tuple[Keeper, Shelf]:
+    shelf = Shelf({A: {"archive": archive(size)}}, archive=True)
+    limits = Limits(quota=quota, spare=0, rounds=1)
+    return keeper(tmp_path, shelf, limits=limits, time=time), shelf
+
+
+def on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class Looks:
+    """Asked whether the model is still wanted: while it unpacks, a second goes by at each look."""
+
+    def __init__(self, store: Keeper, shelf: Shelf, time: Time) -> None:
+        self.store, self.time = store, time
+        self.packed = len(shelf.files[A]["archive"])
+        self.bytes: list[int] = []
+        self.told: list[int] = []
+        self.enough = False
+
+    def __call__(self) -> bool:
+        self.bytes.append(on_disk(self.store.disk.base / "partial"))
+        self.time.now += self.bytes[-1] > 2 * self.packed
+        self.told += [max(each.done, each.total) for each in self.store.disk.downloads()]
+        return self.enough and self.bytes[-1] > 1_000_000
+
+
+def test_what_an_archive_unpacks_to_is_held_to_the_quota(tmp_path: Path) -> None:
+    time = Time()
+    store, shelf = packed(tmp_path, 20_000_000, 1_000_000, time)
+    looks = Looks(store, shelf, time)
+    with pytest.raises(Refused) as caught:
+        store.ensure(A, Wanted(cancelled=looks))
+    assert caught.value.rule is Rule.QUOTA
+    assert here(store) == set()
+    assert 500_000 < max(looks.bytes) <= 1_000_000
+    store, _ = packed(tmp_path, 500_000, 1_000_000, time)
+    store.ensure(A, NOBODY)
+    assert here(store) == {A}
+
+
+def test_while_it_unpacks_others_know_what_it_takes(tmp_path: Path) -> None:
+    time = Time()
+    store, shelf = packed(tmp_path, 5_000_000, 8_000_000, time)
+    looks = Looks(store, shelf, time)
+    store.ensure(A, Wanted(cancelled=looks))
+    assert 4_000_000 < max(looks.told) < 6_000_000
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+def test_unpacking_ends_when_nobody_wants_it_any_more(tmp_path: Path, how: str) -> None:
+    time = Time()
+    store, shelf = packed(tmp_path, 20_000_000, 10**9, time)
+    looks = Looks(store, shelf, time)
+    looks.enough = how == "cancelled"
+    deadline = None if looks.enough else time.now + 10
+    with pytest.raises((Cancelled, DeadlinePassed)):
+        store.ensure(A, Wanted(deadline, looks))
+    assert here(store) == set()
+    assert 1_000_000 < max(looks.bytes) < 15_000_000
+    sent = shelf.sent
+    store.ensure(A, NOBODY)
+    assert shelf.sent == sent, "the archive itself had come"
+
+
+def test_folders_that_lost_their_manifest_go_at_the_next_start(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    for each in (A, B):
+        store.ensure(each, NOBODY)
+    for each in (B, C):
+        store.disk.model(each.key).mkdir(exist_ok=True)
+        (store.disk.model(each.key) / ".manifest.json").write_text("")
+    with store.disk.try_lock(C.key):
+        store.room.tidy()
+    assert store.disk.keys() == tuple(sorted((A.key, C.key))), "another process has the lock"
+    store.room.tidy()
+    assert store.disk.keys() == (A.key,)
 
 
 def test_a_removed_model_is_gone_at_once_and_its_name_free(tmp_path: Path) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from structlog.testing import capture_logs
 
-from cluster import runtime
+from cluster import keystore, runtime
 from cluster.config import Config, digest, load
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
+from cluster.identity import Identity
 from cluster.journal import Assignment
 
 ADDRESS = "0x" + "11" * 20
+WORD = "correct horse"
 PHRASE = "test test test test test test test test test test test junk"
 OTHER_PHRASE = "legal winner thank year wave sausage worth useful legal winner thank yellow"
 
@@ -80,15 +82,9 @@ def test_a_port_that_cannot_be_had_is_named(
         runtime.check(config(tmp_path))
 
 
-@pytest.mark.parametrize("opens", [runtime.check, runtime.assemble])
 def test_another_identitys_journal_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: Callable[[Config], object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def reached(_config: Config) -> None:  # noqa: RUF029 - takes the place of one that awaits
-        pass
-
-    monkeypatch.setattr(runtime, "_check_port", lambda *_: None)
-    monkeypatch.setattr(runtime, "_check_chain", reached)
     monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
     mine = config(tmp_path)
     world = runtime.assemble(mine)
@@ -96,10 +92,93 @@ def test_another_identitys_journal_is_one_line(
     assert lease is not None
     assignment = Assignment(1, world.accounts[1], GpuClass("Card", GigaBytes(8)))
     world.journal.assign(lease, assignment)
-    opens(mine)
+    runtime.assemble(mine)
     (tmp_path / "seed").write_text(OTHER_PHRASE)
     with pytest.raises(ConfigError, match=r"journal\.url: this journal was begun with"):
-        opens(mine)
+        runtime.assemble(mine)
+
+
+# --- the key is the coordinator's -----------------------------------------------------------------
+
+
+def sealed(tmp_path: Path, **ray: object) -> Config:
+    """With a keystore that `WORD` opens."""
+    key = tmp_path / "key.json"
+    treasury = Identity.from_phrase(PHRASE).address(0)
+    key.write_text(keystore.seal_phrase(PHRASE, WORD, treasury, 2**4))
+    key.chmod(0o600)
+    plain = config(tmp_path, **ray)
+    identity = plain.identity.model_copy(update={"seed_file": None, "keystore_file": key})
+    return plain.model_copy(update={"identity": identity})
+
+
+def test_the_supervisor_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Kubernetes its container has none."""
+
+    async def reached(_config: Config) -> None:  # noqa: RUF029 - takes the place of one that awaits
+        pass
+
+    monkeypatch.setattr(runtime, "_check_port", lambda *_: None)
+    monkeypatch.setattr(runtime, "_check_chain", reached)
+    mine = sealed(tmp_path)
+    (tmp_path / "key.json").unlink()
+    (tmp_path / "seed").unlink()
+    runtime.check(mine)
+
+
+def test_a_password_in_the_environment_is_handed_over_and_nothing_inherits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.handover._MEMORY", tmp_path)
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    monkeypatch.setenv(keystore.PASSWORD, WORD)
+    mine = sealed(tmp_path)
+    given = runtime.hand_over(mine)
+    assert keystore.PASSWORD not in os.environ
+    assert given is not None
+    given.offer()
+    world = runtime.assemble(mine, given.folder)
+    assert world.treasury == Identity.from_phrase(PHRASE).address(0)
+    with pytest.raises(ConfigError, match="password"):
+        runtime.assemble(mine, given.folder)
+
+
+def test_what_needs_no_password_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(keystore.PASSWORD, WORD)
+    assert runtime.hand_over(config(tmp_path)) is None
+    assert keystore.PASSWORD not in os.environ
+    monkeypatch.setenv(keystore.PASSWORD, WORD)
+    file = tmp_path / "word"
+    mine = sealed(tmp_path)
+    identity = mine.identity.model_copy(update={"password_file": file})
+    assert runtime.hand_over(mine.model_copy(update={"identity": identity})) is None
+
+
+def test_a_cluster_that_runs_already_has_the_password_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert runtime.hand_over(sealed(tmp_path, address="auto")) is None
+
+
+def test_earnings_that_would_go_round_in_a_circle_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text(SECRETIVE)
+    world = runtime.assemble_from(file, digest(load(file)))
+    own = f'fleet: {{beneficiary: "{world.accounts[2]}"}}\n'
+    file.write_text(SECRETIVE + own)
+    with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
+        world.reload()
+    with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
+        runtime.assemble(load(file))
+    # The treasury may have them, to pay the stakes of others.
+    file.write_text(SECRETIVE + f'fleet: {{beneficiary: "{world.treasury}"}}\n')
+    assert world.reload()[0].fleet.policy.beneficiary == world.treasury
+    assert runtime.assemble(load(file)).fleet.policy.beneficiary == world.treasury
 
 
 @pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
@@ -126,6 +205,10 @@ async def test_the_check_asks_more_than_whether_there_is_code(
     async def swapped(_contracts: object, _rpc: object, chain_id: int) -> None:  # noqa: RUF029
         raise ConfigError(f"swapped on {chain_id}")
 
+    async def checked(_endpoints: object) -> None:
+        pass
+
+    monkeypatch.setattr("cluster.chain.endpoints.Endpoints.check", checked)
     monkeypatch.setattr("cluster.chain.network.Contracts.check", swapped)
     mine = config(tmp_path)
     with pytest.raises(ConfigError, match=f"^swapped on {mine.network.chain_id}$"):
@@ -204,3 +287,22 @@ def test_a_ray_cluster_that_cannot_be_had_is_one_line(
     monkeypatch.setattr("cluster.runtime.ray.init", init)
     with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
         runtime.connect(config(tmp_path, address=address))
+
+
+def test_accounts_that_were_ever_assigned_are_tended_beyond_the_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would go on taking tasks that nobody answers, with their stakes."""
+    monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
+    mine = config(tmp_path)
+    before = runtime.assemble(mine)
+    assert before.fleet.most_accounts == len(before.accounts) == 8
+    lease = before.journal.acquire("me", Timestamp(0), 1.0)
+    assert lease is not None
+    for index in (2, 7):
+        assignment = Assignment(index, before.accounts[index], GpuClass("Card", GigaBytes(8)))
+        before.journal.assign(lease, assignment)
+    fewer = mine.identity.model_copy(update={"accounts": 3})
+    after = runtime.assemble(mine.model_copy(update={"identity": fewer}))
+    assert after.accounts == {index: before.accounts[index] for index in (1, 2, 3, 7)}
+    assert after.fleet.most_accounts == 3

@@ -97,6 +97,22 @@ def test_both_ways_to_name_a_variants_shards(shards: str) -> None:
     assert chosen("base", paths, "fp16") == {"config.json", shards}
 
 
+def test_the_table_of_shards_is_the_variants_own() -> None:
+    plain = words("model.safetensors.index.json model-00001-of-00001.safetensors")
+    fp16 = words("model.safetensors.index.fp16.json model.fp16-00001-of-00001.safetensors")
+    assert chosen("base", ["config.json", *plain, *fp16]) == {"config.json", *plain}
+    assert chosen("base", ["config.json", *plain, *fp16], "fp16") == {"config.json", *fp16}
+
+
+def test_of_whole_weights_and_shards_the_one_is_taken_that_the_library_reads() -> None:
+    """Transformers reads the whole file where there is one, diffusers what the table names."""
+    shards = "{0}.safetensors.index.json {0}-00001-of-00001.safetensors"
+    text = [*words(shards.format("model")), "model.safetensors"]
+    unet = [*words(shards.format("diffusion_pytorch_model")), "diffusion_pytorch_model.safetensors"]
+    assert chosen("base", ["config.json", *text]) == {"config.json", "model.safetensors"}
+    assert chosen("unet", ["config.json", *unet]) == {"config.json", *unet}
+
+
 def test_networks_alone() -> None:
     files = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "x.ckpt"]
     fp16 = "diffusion_pytorch_model.fp16.safetensors"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.core import standing as module
 from cluster.core.standing import (
@@ -14,12 +16,18 @@ from cluster.core.standing import (
     Standing,
     asked,
     cleared,
+    counted,
+    gave,
+    judged,
     kicked,
     looked,
+    missing,
+    owed,
     place_of,
+    robbed,
     slashed,
 )
-from cluster.core.types import NodeStatus, Timestamp
+from cluster.core.types import AccountFacts, Address, NodeStatus, Timestamp, Wei
 
 NOW = Timestamp(1_000_000.0)
 SERVING = Standing(frozenset({Place.SERVING}))
@@ -64,6 +72,47 @@ def test_what_somebody_else_did_holds_the_account_after_a_while(status: NodeStat
     assert looked(cleared(held), status, NOW).held == ""
 
 
+def test_asking_makes_nothing_less_strange() -> None:
+    found = looked(SERVING, NodeStatus.QUIT, NOW)
+    assert asked(found, Place.PAUSED).strange_since == NOW
+    assert looked(asked(found, Place.PAUSED), NodeStatus.QUIT, later(STRANGE_SECONDS)).held
+
+
+def test_as_long_as_not_all_was_heard_nothing_is_held() -> None:
+    found = looked(SERVING, NodeStatus.QUIT, NOW, sure=False)
+    found = looked(found, NodeStatus.QUIT, later(2 * STRANGE_SECONDS), sure=False)
+    assert (found.strange_since, found.held) == (NOW, "")
+    assert looked(found, NodeStatus.QUIT, later(2 * STRANGE_SECONDS)).held
+
+
+def test_money_is_missed_only_where_it_should_be() -> None:
+    assert missing(SERVING, 0, 9) == 0, "never counted"
+    rich = counted(SERVING, 420)
+    assert missing(rich, 400, 9) == 20
+    assert missing(rich, 500, 9) < 0
+    assert missing(gave(rich, Wei(300)), 120, 9) == 0
+    paid = owed(rich, Wei(100), 9)
+    assert missing(paid, 420, 9) == 0, "it didn't come"
+    assert missing(paid, 420, 10) == 100
+    assert missing(owed(paid, Wei(50), 10), 420, 11) == 150
+    assert missing(owed(paid, Wei(50), 9), 420, 10) == 50
+    assert counted(paid, 519) == counted(SERVING, 519)
+    assert missing(slashed(rich, 7), 0, 9) == 0
+    held = robbed(rich, 420)
+    assert "420 wei are gone" in held.held
+    assert robbed(held, 1).held == held.held
+
+
+def test_an_event_counts_once() -> None:
+    once = kicked(SERVING, NOW, 7)
+    assert kicked(once, later(9), 7) == once
+    assert kicked(once, later(9), 6) == once
+    assert len(kicked(once, later(9), 8).kicks) == 2
+    # Also after the operator has cleared it, and where a moment isn't said, always.
+    assert kicked(cleared(once), later(9), 7).kicks == ()
+    assert len(kicked(kicked(SERVING, NOW), NOW).kicks) == 2
+
+
 def test_what_passes_by_itself_holds_nothing() -> None:
     odd = looked(SERVING, NodeStatus.PAUSED, NOW)
     fine = looked(odd, NodeStatus.AVAILABLE, later(STRANGE_SECONDS - 1))
@@ -96,7 +145,47 @@ def test_each_kick_within_a_day_makes_the_wait_longer() -> None:
     assert cleared(many).rejoin_at == Timestamp(0)
 
 
+ASKED = st.tuples(st.just("ask"), st.sampled_from(Place), st.booleans())
+STORY = st.lists(
+    ASKED | st.tuples(st.sampled_from(["kick", "kick unheard", "look"]), st.none(), st.none())
+)
+STATUS = {
+    Place.OUT: NodeStatus.QUIT,
+    Place.SERVING: NodeStatus.BUSY,
+    Place.PAUSED: NodeStatus.PAUSED,
+}
+
+
+@given(STORY)
+def test_what_we_and_the_network_do_holds_no_account(
+    story: list[tuple[str, Place | None, bool | None]],
+) -> None:
+    found, place, owns, heard = looked(Standing(), NodeStatus.QUIT, NOW), Place.OUT, 420, True
+    for number, (what, asked_for, done) in enumerate(story, 1):
+        if asked_for is not None and heard:
+            # Asked, and done or refused; either way the next look may come late.
+            found = asked(found, asked_for)
+            place = asked_for if done else place
+        elif what.startswith("kick"):
+            place, heard = Place.OUT, what == "kick"
+            if heard:
+                found = kicked(found, NOW, number)
+        else:
+            facts = AccountFacts(Address("0x1"), STATUS[place], None, Wei(0), Wei(owns), 0, None)
+            found = judged(found, facts, later(number), heard, 0, 20)
+            assert not found.held
+            assert not (heard and found.is_doubtful)
+            if not heard:
+                found, heard = kicked(found, NOW, number), True
+
+
 def test_the_text_form_keeps_everything() -> None:
     held = strange(kicked(SERVING, NOW), NodeStatus.PAUSED)
-    for each in (Standing(), SERVING, held, kicked(held, NOW)):
+    rich = owed(counted(kicked(held, NOW, 7), 10**24), Wei(5), 9)
+    for each in (Standing(), SERVING, held, rich):
         assert module.parsed(module.text(each)) == each
+
+
+def test_what_an_older_version_wrote_is_read() -> None:
+    old = '{"expected": ["serving"], "kicks": [5.0], "strange_since": null, "held": ""}'
+    assert module.parsed(old) == Standing(SERVING.expected, (Timestamp(5.0),))

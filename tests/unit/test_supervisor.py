@@ -13,10 +13,11 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from structlog.testing import capture_logs
 
-from actors.coordinator import NAME
+from actors.coordinator import NAME, REFUSED
 from cluster import runtime
 from cluster.config import Config
 from cluster.core.errors import ConfigError
+from cluster.handover import Handover, take
 from cluster.runtime import APPLICATION, SILENT_LOOKS, Supervisor
 from tests.unit.test_runtime import config as config_of
 
@@ -59,6 +60,9 @@ class FakeCluster:
     did: list[str] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
     asked: list[float] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    """Of those that are made; then they answer well."""
+    folders: list[Path | None] = field(default_factory=list)
 
     # --- as `ray`
 
@@ -82,11 +86,12 @@ class FakeCluster:
     def create(self, options: dict[str, Any], assemble: Callable[[], object]) -> FakeActor:
         assert isinstance(assemble, functools.partial)
         # What is an argument, Ray keeps: where the configuration is, and not what is in it.
-        file, digest = assemble.args
+        file, digest, folder = assemble.args
         assert (file, len(digest)) == (FILE, 12)
+        self.folders.append(folder)
         self.did.append("create")
         self.options.append(options)
-        self.coordinator = FakeActor(self, self.release)
+        self.coordinator = FakeActor(self, self.answers.pop(0) if self.answers else self.release)
         return self.coordinator
 
 
@@ -128,9 +133,9 @@ class Post:
     cluster: FakeCluster
     serve: FakeServe
 
-    def supervisor(self) -> Supervisor:
+    def supervisor(self, handover: Handover | None = None) -> Supervisor:
         build = cast(Any, lambda config: f"API of {config.ray.namespace}")
-        return Supervisor(self.config, FILE, build)
+        return Supervisor(self.config, FILE, build, handover)
 
 
 @pytest.fixture
@@ -226,6 +231,58 @@ def test_one_of_another_release_is_replaced(post: Post, stopping: Exception | No
     assert post.cluster.did == ["stop", "kill for good", "create"]
     supervisor.look()
     assert post.cluster.did == ["stop", "kill for good", "create"]
+
+
+# --- one that refuses -----------------------------------------------------------------------------
+
+WRONG = f"{REFUSED}key.json: the password doesn't open it"
+
+
+def test_one_that_refuses_ends_the_start_with_its_own_words(post: Post) -> None:
+    post.cluster.answers = [WRONG]
+    with pytest.raises(ConfigError, match=r"^key\.json: the password doesn't open it$"):
+        post.supervisor().look()
+    assert post.cluster.did == ["create", "kill for good"]
+    assert post.serve.ran == []
+
+
+def test_what_refused_an_earlier_start_is_not_believed(post: Post) -> None:
+    post.cluster.coordinator = FakeActor(post.cluster, WRONG)
+    supervisor = post.supervisor()
+    supervisor.look()
+    assert post.cluster.did == ["kill for good", "create"]
+    supervisor.look()
+    assert post.cluster.did == ["kill for good", "create"]
+
+
+def test_one_that_was_well_and_refuses_is_begun_anew_for_ever(post: Post, logs: list[Any]) -> None:
+    """Its database may be away for a while."""
+    supervisor = post.supervisor()
+    supervisor.look()
+    assert post.cluster.coordinator is not None
+    post.cluster.coordinator.answer = f"{REFUSED}the journal can't be opened"
+    for _ in range(3):
+        supervisor.look()
+    # By Ray, so that it stays the same actor, whose lease is its own.
+    assert post.cluster.did == ["create", "kill", "kill", "kill"]
+    assert names(logs).count("coordinator_refuses") == 3
+
+
+def test_each_that_begins_is_offered_the_password(
+    post: Post, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.handover._MEMORY", tmp_path)
+    given = Handover.of("a password")
+    supervisor = post.supervisor(given)
+    supervisor.look()
+    assert post.cluster.folders == [given.folder]
+    assert take(given.folder) == "a password"
+    assert post.cluster.coordinator is not None
+    # It crashed, and Ray began it anew: there was no password for it.
+    post.cluster.coordinator.answer = WRONG
+    supervisor.look()
+    assert take(given.folder) == "a password"
+    assert post.cluster.did == ["create", "kill"]
 
 
 # --- the API --------------------------------------------------------------------------------------

@@ -17,15 +17,18 @@ from structlog.testing import capture_logs
 
 from actors import coordinator as module
 from actors import fleet as fleet_module
-from actors.coordinator import Coordinator, RunningNetwork, World
+from actors import term as term_module
+from actors.coordinator import Coordinator
 from actors.fleet import FleetSettings
 from actors.inference import Health, Report
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
-from cluster.core.errors import LeaseLost, NetworkUnavailable
+from actors.world import RunningNetwork, World
+from cluster.core import standing
+from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
 from cluster.core.lifecycle import Policy
-from cluster.core.ports import Lease, Wakeup
+from cluster.core.ports import KICKED_OUT, Lease, Wakeup
 from cluster.core.record import Closed, Outcome
 from cluster.core.types import (
     Address,
@@ -44,7 +47,7 @@ from cluster.inference import canary
 from cluster.journal import SqlJournal
 from cluster.journal_tables import lease_table
 from cluster.metrics import Metrics
-from cluster.status import Status
+from cluster.status import Status, readiness
 from cluster.steering import ClearAccount, ClearQuarantine, Done, Order
 from tests.unit.actor_fakes import (
     ALICE,
@@ -79,13 +82,9 @@ async def told(office: Office, order: Order) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "SWEEP_SECONDS",
-        "BUSY_LOOK_SECONDS",
-        "BETWEEN_TERMS_SECONDS",
-        "POOL_SECONDS",
-    ):
-        monkeypatch.setattr(module, name, 0.01)
+    for name in ("SWEEP_SECONDS", "BUSY_LOOK_SECONDS", "POOL_SECONDS"):
+        monkeypatch.setattr(term_module, name, 0.01)
+    monkeypatch.setattr(module, "BETWEEN_TERMS_SECONDS", 0.01)
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.01)
 
 
@@ -243,7 +242,7 @@ async def test_the_lease_is_renewed_for_as_long_as_it_acts(office: Office) -> No
 async def test_a_wakeup_makes_it_look_at_once(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 1000.0)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 1000.0)
     async with serving(office):
         await until(lambda: len(office.network.called("look")) == 2)
         await asyncio.sleep(0.05)
@@ -258,7 +257,7 @@ async def test_a_wakeup_makes_it_look_at_once(
 async def test_an_attempts_end_makes_it_look_at_once(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUSY_LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(term_module, "BUSY_LOOK_SECONDS", 1000.0)
     office.network.add(facts_of())
     async with serving(office):
         await until(lambda: FIRST in office.pool.attempts)
@@ -277,6 +276,19 @@ async def test_bad_weather_ends_no_term(tmp_path: Path, logs: list[Any]) -> None
         assert office.status.epoch == epoch
     assert named(logs, "look_failed") == 1
     assert named(logs, "term_broke") == 0
+
+
+async def test_an_outage_is_known_at_once_though_only_one_account_is_looked_at(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 1000.0)
+    async with serving(office):
+        await until(lambda: office.status.chain.reached)
+        office.network.unreached = "no endpoint answers"
+        assert not office.status.chain.reached
+        assert "the chain is not reached: no endpoint answers" in readiness(office.status)[1]
+        office.network.unreached = None
+        assert office.status.chain.reached
 
 
 # --- losing it ------------------------------------------------------------------------------------
@@ -384,6 +396,23 @@ async def test_a_network_that_cant_be_opened_is_tried_again(
     async with serving(office):
         await office.acting()
     assert named(logs, "term_broke") == 2
+
+
+async def test_why_no_term_can_begin_is_said(office: Office) -> None:
+    wrong = [True]
+
+    async def opening() -> None:
+        await asyncio.sleep(0)
+        if wrong:
+            raise ConfigError("the endpoint serves chain 6, not 5")
+
+    office.opening = opening
+    async with serving(office):
+        await until(lambda: bool(office.status.not_acting))
+        assert any("serves chain 6, not 5" in each for each in readiness(office.status)[1])
+        wrong.clear()
+        await office.acting()
+        assert office.status.not_acting == ""
 
 
 # --- ending ---------------------------------------------------------------------------------------
@@ -522,7 +551,8 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
     office: Office, monkeypatch: pytest.MonkeyPatch, end: TaskStatus, joins: bool
 ) -> None:
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(standing, "FIRST_REJOIN_SECONDS", 0.0)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
@@ -530,6 +560,8 @@ async def test_only_an_account_that_was_not_slashed_joins_again(
         office.network.holding = Wei(10**24)
         office.network.node_status = NodeStatus.QUIT
         office.network.move(TASK, status=end, stage=Stage.ENDED)
+        for account in (ALICE, BOB) if joins else (BOB,):
+            office.network.wakeups.put_nowait(Wakeup(account, KICKED_OUT))
         await until(lambda: "Closed" in office.kinds())
         await several_plans(office)
         if joins:
@@ -586,7 +618,7 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
 ) -> None:
     """The task's turn may wait, for a file or for the relay, before it is closed as invalidated."""
     monkeypatch.setattr(fleet_module, "FLEET_SECONDS", 0.02)
-    monkeypatch.setattr(module, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(term_module, "SWEEP_SECONDS", 0.02)
     office.pool.cards.append(gpu_of(CARD_2))
     office.network.add(facts_of())
     async with serving(office):
@@ -600,6 +632,28 @@ async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account
         await several_plans(office)
         assert "Closed" not in office.kinds()
         assert (ALICE,) not in office.network.called("join")
+
+
+async def test_a_kick_that_nobody_heard_of_is_asked_for_before_anything_is_thought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    monkeypatch.setattr(standing, "STRANGE_SECONDS", 0.0)
+    office = Office(tmp_path, {1: ALICE})
+    kick = Wakeup(ALICE, KICKED_OUT, moment=101)
+    office.network.befallen[ALICE] = [kick]
+    async with serving(office):
+        await until(lambda: ALICE in {each.address for each in office.journal.assignments()})
+        office.network.faults["befell"] = [NetworkUnavailable("not yet")] * 3
+        office.network.node_status = NodeStatus.QUIT
+        await until(lambda: named(logs, "kicked_out") == 1)
+        # Heard of at last by itself too: it is the same one.
+        office.network.wakeups.put_nowait(kick)
+        office.network.wakeups.put_nowait(kick)
+        await until(lambda: office.network.wakeups.empty())
+        await several_plans(office)
+    assert named(logs, "kicked_out") == 1
+    assert named(logs, "account_held") == 0
+    assert office.network.called("join") == []
 
 
 # --- cards in quarantine --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from cluster.core.errors import Cancelled
 from cluster.models.sources import Changed, SourceDown
 from cluster.models.throttle import Throttle
 from cluster.models.transfer import Transfer
-from tests.unit.model_fakes import LORA, Shelf, lora_shelf
+from tests.unit.model_fakes import LORA, Shelf, lora_shelf, weights
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -95,13 +96,57 @@ def test_what_arrived_stays_over_a_break(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [1000, 10_000])
 def test_another_content_under_way_is_not_mixed_in(tmp_path: Path, part: int) -> None:
     shelf = lora_shelf(4000, hashes=False, cut=[1000, 50, 50, 50] if part == 1000 else [1500])
+    made, _ = transfer(shelf, part)
     with pytest.raises(SourceDown):
-        fetch(shelf, tmp_path, part)
+        made.fetch(made.listing.files[0], tmp_path)
     shelf.etag, shelf.cut = "another", []
     with pytest.raises(Changed):
-        fetch(shelf, tmp_path, part)
+        made.fetch(made.listing.files[0], tmp_path)
     assert not (tmp_path / FILE).exists()
     assert fetch(shelf, tmp_path, part).read_bytes() == shelf.files[LORA][FILE]
+
+
+@pytest.mark.parametrize("part", [1000, 10_000])
+@pytest.mark.parametrize("etag", ["e", ""])
+def test_of_two_contents_of_one_length_one_arrives(tmp_path: Path, part: int, etag: str) -> None:
+    """What was begun is gone on with only where something says that it is the same."""
+    shelf = lora_shelf(4000, hashes=False, etag=etag)
+    shelf.cut = [1000, 50, 50, 50] if part == 1000 and etag else [1500]
+    with pytest.raises(SourceDown):
+        fetch(shelf, tmp_path, part)
+    changed = weights(4000, salt=9)
+    shelf.files[LORA][FILE], shelf.etag, shelf.cut = changed, etag and "another", []
+    assert fetch(shelf, tmp_path, part).read_bytes() == changed
+
+
+def test_without_hash_and_tag_one_stream_from_the_beginning(tmp_path: Path) -> None:
+    shelf = lora_shelf(5000, hashes=False, etag="")
+    fetch(shelf, tmp_path)
+    assert shelf.opened == [(FILE, 0, None)]
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_what_came_of_a_part_is_not_asked_for_again(tmp_path: Path, hashes: bool) -> None:
+    """However early each connection breaks: on slow lines none lives for a whole part."""
+    shelf = lora_shelf(5000, hashes=hashes, cut=[300] * 100)
+    size = len(shelf.files[LORA][FILE])
+    for _ in range(100):
+        try:
+            fetch(shelf, tmp_path)
+            break
+        except SourceDown:
+            continue
+    assert (tmp_path / FILE).read_bytes() == shelf.files[LORA][FILE]
+    assert shelf.sent == size
+    assert len(shelf.opened) < size / 300 + 10
+
+
+def test_a_part_that_was_noted_and_is_not_on_the_disk_comes_again(tmp_path: Path) -> None:
+    shelf = lora_shelf(4900, cut=[1000, 1000, 400])
+    with pytest.raises(SourceDown):
+        fetch(shelf, tmp_path)
+    os.truncate(tmp_path / f"{FILE}.part", 700)
+    assert fetch(shelf, tmp_path).read_bytes() == shelf.files[LORA][FILE]
 
 
 def test_more_bytes_than_announced_are_not_taken(tmp_path: Path) -> None:

@@ -111,10 +111,11 @@ def test_no_secret_in_the_line() -> None:
 
 
 def test_what_the_operator_allows_and_denies() -> None:
-    own = UrlRules(allow_hosts=frozenset({"mirror.lan", "10.0.0.5"}))
+    own = UrlRules(allow_hosts=frozenset({"mirror.lan:8080", "10.0.0.5", "[fd00::5]:81"}))
     assert check("http://mirror.lan:8080/x", own) == "http://mirror.lan:8080/x"
     assert check("http://10.0.0.5/x", own) == "http://10.0.0.5/x"
-    check_address("mirror.lan", "10.0.0.9", own)
+    assert check("http://[fd00::5]:81/x", own) == "http://[fd00::5]:81/x"
+    check_address("http", "mirror.lan", 8080, "10.0.0.9", own)
     assert rule_of("http://sub.mirror.lan/x", own) is Rule.SCHEME
     plain = UrlRules(allow_http=True, ports=frozenset({80, 8080}))
     assert check("http://example.com:8080/x", plain) == "http://example.com:8080/x"
@@ -125,10 +126,33 @@ def test_what_the_operator_allows_and_denies() -> None:
     assert check("https://notbad.example/", denied)
 
 
+@pytest.mark.parametrize("port", [22, 6379, 8080, 9200])
+def test_a_host_of_ones_own_is_asked_at_its_port_and_no_other(port: int) -> None:
+    """Else a task's link could talk to every service of that machine."""
+    own = UrlRules(allow_hosts=frozenset({"mirror.lan:8081", "10.0.0.5"}))
+    for host in ("mirror.lan", "10.0.0.5"):
+        for scheme in ("http", "https"):
+            with pytest.raises(Refused):
+                check(f"{scheme}://{host}:{port}/x", own)
+    with pytest.raises(Refused):
+        check_address("https", "mirror.lan", 443, "10.0.0.9", own)
+
+
+def test_an_origin_is_allowed_as_it_is_and_nothing_beside_it() -> None:
+    hub = UrlRules(origins=frozenset({"http://10.0.0.5:8080"}))
+    assert check("http://10.0.0.5:8080/x", hub)
+    check_address("http", "10.0.0.5", 8080, "10.0.0.5", hub)
+    for other in ("https://10.0.0.5:8080/x", "http://10.0.0.5/x", "http://10.0.0.5:6379/x"):
+        with pytest.raises(Refused):
+            check(other, hub)
+    with pytest.raises(Refused):
+        check_address("http", "10.0.0.5", 80, "10.0.0.5", hub)
+
+
 @pytest.mark.parametrize("address", ["10.0.0.1", "::1", "169.254.169.254", "nonsense", ""])
 def test_a_name_that_leads_inside_is_refused(address: str) -> None:
     with pytest.raises(Refused) as caught:
-        check_address("example.com", address, RULES)
+        check_address("https", "example.com", 443, address, RULES)
     assert caught.value.rule is Rule.ADDRESS
 
 

@@ -116,7 +116,7 @@ async def test_only_our_accounts_are_woken_and_each_once() -> None:
         Wakeup(OURS, "TaskParametersUploaded"),
         Wakeup(OURS, "TaskValidated"),
         Wakeup(OURS, "TaskEndAborted"),
-        Wakeup(OURS, "NodeKickedOut"),
+        Wakeup(OURS, "NodeKickedOut", moment=6),
         Wakeup(OURS, "DownloadModel", (ModelId("base:org/model"),)),
     )
 
@@ -151,7 +151,7 @@ async def test_malformed_and_foreign_logs_hide_nothing() -> None:
 
 
 async def test_ranges_are_bounded_and_shrink_when_the_endpoint_wants_less() -> None:
-    rig = Rig(head=1000, cursor="1", span=400)
+    rig = Rig(head=1000, cursor="1", span=400, first_span=400)
     rig.chain.most = 150
     rig.chain.logs = [log("TaskStarted", TASK, OURS, block=900)]
     found: list[Wakeup] = []
@@ -163,6 +163,31 @@ async def test_ranges_are_bounded_and_shrink_when_the_endpoint_wants_less() -> N
     assert found == [Wakeup(OURS, "TaskStarted")]
     assert max(last - first + 1 for first, last in rig.chain.asked) == 400
     assert rig.chain.asked[-1][1] == 1000
+
+
+async def test_what_befell_an_account_is_read_again_in_bounded_ranges() -> None:
+    rig = Rig(head=3000, span=400)
+    rig.chain.most = 150
+    rig.chain.logs = [
+        log("NodeKickedOut", OURS, block=100, address=NODES),
+        log("NodeKickedOut", FOREIGN, block=900, address=NODES),
+        log("TaskStarted", TASK, OURS, block=901),
+        log("NodeSlashed", OURS, block=902, address=NODES),
+        log("NodeKickedOut", OURS, block=1501, address=NODES),
+    ]
+    found = await rig.watcher.befell(OURS, 101, 1500)
+    assert found == (Wakeup(OURS, "NodeSlashed", moment=902),)
+    assert rig.chain.asked[-1][1] == 1500
+    rig.chain.asked.clear()
+    rig.chain.most = 0
+    with pytest.raises(ChainError):
+        await rig.watcher.befell(OURS, 101, 1500)
+    rig.chain.most = 400
+    rig.chain.asked.clear()
+    # However long nobody looked, no more than so far back.
+    await rig.watcher.befell(OURS, 0, 100_000)
+    assert rig.chain.asked[0][0] == 90_001
+    assert rig.chain.asked[-1][1] == 100_000
 
 
 async def test_a_long_absence_is_skipped_and_everyone_is_woken() -> None:

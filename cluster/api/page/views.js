@@ -98,7 +98,9 @@ function tile(gpu, status, openStory, open) {
   made.append(make("dl", {}, ...facts.filter(([, value]) => value !== null)
     .flatMap(([word, value]) => [make("dt", {}, word), make("dd", {}, value)])));
   if (gpu.problem) made.append(make("p", {}, state("bad", gpu.problem)));
-  made.append(make("p", { class: "warmth" }, gpu.warm.length ? `Warm: ${gpu.warm.join(", ")}` : "Nothing is warm."));
+  // A pipeline is named by its model, and behind that by what makes it another one of the same.
+  const warm = [...new Set(gpu.warm.map((each) => each.split("|")[0]))];
+  made.append(make("p", { class: "warmth" }, warm.length ? `Warm: ${warm.join(", ")}` : "Nothing is warm."));
   return make("article", { class: `tile ${kind}` }, made);
 }
 

@@ -368,14 +368,21 @@ COORDINATOR = Section(
             [Query("crynux_process_resident_memory_bytes{@}", "{{instance}}")],
             "Of the coordinator's process.",
             unit=BYTES,
-            span=12,
         ),
         lines(
             "Processor",
             [Query(rate("crynux_process_cpu_seconds_total"), "{{instance}}")],
             "Of the coordinator's process; 1 is one core.",
             unit=COUNT,
-            span=12,
+        ),
+        lines(
+            "How late its loop is",
+            [
+                Query(quantile(0.5, "crynux_loop_lag_seconds"), "median"),
+                Query(quantile(0.99, "crynux_loop_lag_seconds"), "the worst hundredth"),
+            ],
+            "What is due waits so long for its turn.",
+            unit=SECONDS,
         ),
     ),
     folded=True,

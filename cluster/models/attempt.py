@@ -1,0 +1,189 @@
+"""One attempt to bring one model from one source: listed, fetched, checked, published.
+
+Who attempts has the model's lock. What arrived stays for the next attempt, unless it is refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cluster.models.archives import unpack
+from cluster.models.arrival import Teller
+from cluster.models.disk import Disk, Manifest, Stored
+from cluster.models.refs import ModelRef
+from cluster.models.refusals import Refused, Rule
+from cluster.models.room import Room
+from cluster.models.selection import needed
+from cluster.models.settings import Limits
+from cluster.models.shards import is_index, missing_shards
+from cluster.models.sources import Listing, Source
+from cluster.models.throttle import Throttle
+from cluster.models.transfer import Gate, Transfer, sha256_of
+from cluster.models.waiting import Watch
+from cluster.models.weights_check import check_file, check_table, check_text
+
+MOST_TEXT: Final = 64 * 2**20
+CHECK_ROOM: Final = 16 * 2**20
+"""Bytes of a file of unknown size, after which it is looked whether there is room for more."""
+LEAST_STEP: Final = 2**18
+"""The same for what comes out of a small archive, which may unpack to much."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """`has_progressed` tells afterwards whether more is on the disk than ever before."""
+
+    watch: Watch
+    source: Source
+    room: Room
+    limits: Limits
+    has_progressed: bool = False
+
+    @property
+    def _ref(self) -> ModelRef:
+        return self.watch.ref
+
+    @property
+    def _disk(self) -> Disk:
+        return self.watch.disk
+
+    def bring(self) -> Manifest:
+        """Raises the source's errors, `Damaged`, `Refused` and other `ModelUnavailable`, what the
+        watch raises, and `OSError` of our own disk."""
+        began = self.watch.clock()
+        listing = self.source.list(self._ref)
+        self._check_sizes(listing)
+        folder = self._disk.partial(self._ref.key)
+        teller = Teller(self.watch, listing)
+        before = self.watch.most
+        try:
+            background = self.watch.wanted.background
+            self.room.make(listing.size, self._ref, teller.tell, background)
+            folder.mkdir(parents=True, exist_ok=True)
+            _forget_other(folder, listing)
+            paths = self._fetched(listing, folder, teller)
+            _check_all(folder, paths)
+            files = tuple(_stored(folder, path) for path in paths)
+            now = self.watch.clock()
+            seconds = round(now - began, 3)
+            manifest = Manifest(self._ref, listing.source, listing.revision, files, now, seconds)
+            self._disk.publish(self._ref.key, manifest)
+            return manifest
+        except Refused:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.has_progressed = self.watch.most > before
+            teller.end()
+
+    def _check_sizes(self, listing: Listing) -> None:
+        most = self.limits.largest_file
+        for file in listing.files:
+            if file.size is not None and file.size > most:
+                raise Refused(
+                    Rule.FILE_SIZE,
+                    f"{self._ref}: {file.path} has {file.size} bytes, at most {most} are fetched "
+                    "(models.largest_file_gb)",
+                )
+
+    def _fetched(self, listing: Listing, folder: Path, teller: Teller) -> list[Path]:
+        transfer = Transfer(
+            self.source,
+            listing,
+            self.limits.largest_file,
+            self._gate(listing, teller),
+            teller.gain,
+            self.limits.part,
+            self.limits.connections,
+        )
+        fetched = [transfer.fetch(file, folder) for file in listing.files]
+        return self._unpacked(fetched[0], teller) if listing.archive else fetched
+
+    def _gate(self, listing: Listing, teller: Teller) -> Gate:
+        throttle = Throttle(self._disk.base / "bandwidth", self.limits.rate)
+        unknown = any(file.size is None for file in listing.files)
+
+        def gate(size: int) -> None:
+            self.watch.check()
+            before = self.watch.clock()
+            self.watch.stand_back()
+            fresh = teller.arrived(size)
+            if unknown and fresh % CHECK_ROOM < size:
+                self.room.make(fresh + CHECK_ROOM, self._ref, gentle=self.watch.wanted.background)
+            if (pause := throttle.take(size)) > 0:
+                self.watch.pause(pause)
+            if (waited := self.watch.clock() - before) > 0:
+                teller.waited(waited)
+
+        return gate
+
+    def _unpacking_gate(self, packed: int, teller: Teller) -> Gate:
+        """What comes out counts beside the archive itself, since both are there at once."""
+        out, promised = 0, 0
+        step = min(max(packed, LEAST_STEP), CHECK_ROOM)
+
+        def gate(size: int) -> None:
+            nonlocal out, promised
+            self.watch.check()
+            self.watch.stand_back()
+            out += size
+            if out > promised:
+                promised = out + step
+                gentle = self.watch.wanted.background
+                self.room.make(packed + promised, self._ref, gentle=gentle)
+            teller.gain(size)
+
+        return gate
+
+    def _unpacked(self, archive: Path, teller: Teller) -> list[Path]:
+        folder = archive.parent
+        inside = folder / "unpacked"
+        shutil.rmtree(inside, ignore_errors=True)
+        gate = self._unpacking_gate(archive.stat().st_size, teller)
+        paths = unpack(archive, inside, self.limits.largest_file, gate=gate)
+        archive.unlink()
+        names = [path.relative_to(inside).as_posix() for path in paths]
+        chosen = needed(self._ref, names)
+        for name in chosen:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (inside / name).rename(folder / name)
+        shutil.rmtree(inside)
+        return [folder / name for name in chosen]
+
+
+def _forget_other(folder: Path, listing: Listing) -> None:
+    """Whole files of another revision or source; those under way know what they are of."""
+    mark, of = folder / ".of", f"{listing.source} {listing.revision}"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == of:
+        return
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.suffix not in {".part", ".parts"}:
+            path.unlink()
+    mark.write_text(of, encoding="utf-8")
+
+
+def _check_all(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises `Refused`; what isn't the model's goes."""
+    for path in paths:
+        if path.suffix == ".safetensors":
+            check_file(path)
+        elif path.suffix in {".model", ".spm"}:
+            check_table(path, MOST_TEXT)
+        else:
+            check_text(path, MOST_TEXT)
+        if is_index(path.name) and (missing := missing_shards(path)):
+            raise Refused(Rule.FILE_KIND, f"{path.name}: {missing[0]}, which it names, isn't there")
+    keep = {*paths, *(parent for path in paths for parent in path.parents)}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path not in keep:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _stored(folder: Path, path: Path) -> Stored:
+    stat = path.stat()
+    name = path.relative_to(folder).as_posix()
+    return Stored(name, stat.st_size, sha256_of(path), stat.st_mtime_ns)

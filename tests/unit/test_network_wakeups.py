@@ -1,0 +1,216 @@
+"""What the network says of its own accord is handled before it is forgotten, whoever crashes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.chain.network import UNREACHED_SECONDS, ChainNetwork, Contracts, NetworkSettings
+from cluster.chain.outbox import Outbox
+from cluster.chain.rpc import Rpc
+from cluster.chain.wakeups import Wakeups
+from cluster.chain.watcher import CURSOR
+from cluster.core.errors import ChainError, NetworkUnavailable
+from cluster.core.ports import KICKED_OUT, Wakeup
+from cluster.core.types import Address, Commitment, Timestamp
+from cluster.journal import SqlJournal
+from tests.unit.test_watcher import FOREIGN, NODES, OURS, TASKS, FakeLogs, log
+
+QOS = Address("0x" + "55" * 20)
+KICK = Wakeup(OURS, KICKED_OUT, moment=51)
+
+
+class NoRelay:
+    async def fetch_parameters(self, account: Address, task: Commitment) -> str:
+        raise AssertionError
+
+    async def upload_result(
+        self, account: Address, task: Commitment, files: Sequence[tuple[str, bytes]]
+    ) -> None:
+        raise AssertionError
+
+
+class NoSigner:
+    def sign_transaction(self, account: Address, transaction: Mapping[str, int | str], /) -> bytes:
+        raise AssertionError(json.dumps(transaction))
+
+
+class Rig:
+    def __init__(self, folder: Path) -> None:
+        self.chain = FakeLogs(50)
+        self.now = 0.0
+        self.journal = SqlJournal(f"sqlite:///{folder / 'journal.db'}")
+        self.begin()
+
+    def begin(self) -> None:
+        """A new term, or process."""
+        lease = self.journal.acquire("me", Timestamp(0), 1e9)
+        assert lease is not None
+        rpc = Rpc(self.chain)
+        self.network = ChainNetwork(
+            rpc,
+            Contracts.at(rpc, TASKS, NODES, QOS),
+            Outbox(rpc, self.journal, lambda: lease, NoSigner(), lambda: Timestamp(0), 1),
+            self.journal,
+            lambda: lease,
+            NoRelay(),
+            (2, 5, 0),
+            lambda _: b"",
+            lambda: Timestamp(0),
+            NetworkSettings(poll=0.001),
+            accounts={OURS},
+            monotonic=lambda: self.now,
+        )
+        self.heard: list[Wakeup] = []
+
+    async def listen(self, count: int, handle: bool = True) -> None:
+        """Until so many wake-ups were taken, and the last one handled, unless it crashes first."""
+        async with asyncio.timeout(60):
+            watching = asyncio.create_task(self.network.watch())
+            while len(self.heard) < count:
+                self.heard.append(await self.network.next_wakeup())
+            if handle:
+                following = asyncio.create_task(self.network.next_wakeup())
+                asked = len(self.chain.asked)
+                while self.chain.asked[asked:] == []:  # noqa: ASYNC110
+                    self.chain.head += 1
+                    await asyncio.sleep(0.001)
+                following.cancel()
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    made = Rig(tmp_path)
+    # What an earlier process left: all up to block 50 is handled.
+    lease = made.journal.acquire("me", Timestamp(0), 1e9)
+    assert lease is not None
+    made.journal.set_cursor(lease, CURSOR, "51")
+    made.begin()
+    made.chain.head = 60
+    made.chain.logs = [
+        log("NodeKickedOut", FOREIGN, block=51, address=NODES),
+        log("NodeKickedOut", OURS, block=51, address=NODES),
+    ]
+    return made
+
+
+async def test_an_account_that_was_never_looked_at_is_heard_of(rig: Rig) -> None:
+    await rig.listen(1)
+    assert rig.heard == [KICK]
+
+
+async def test_what_was_taken_and_not_handled_is_said_again_after_a_crash(rig: Rig) -> None:
+    await rig.listen(1, handle=False)
+    rig.begin()
+    await rig.listen(1)
+    assert rig.heard == [KICK]
+    number = int((rig.journal.cursor(CURSOR) or "").split()[0])
+    assert number > 60
+    rig.begin()
+    rig.chain.head += 1
+    rig.chain.logs.append(log("NodeKickedOut", OURS, block=rig.chain.head, address=NODES))
+    newest = rig.chain.head
+    await rig.listen(1)
+    assert [each.moment for each in rig.heard] == [newest]
+
+
+async def test_what_befell_an_account_is_known_once_all_until_then_was_handled(rig: Rig) -> None:
+    with pytest.raises(NetworkUnavailable, match="not all events"):
+        await rig.network.befell(OURS, 50, 60)
+    await rig.listen(1)
+    assert await rig.network.befell(OURS, 50, 60) == (KICK,)
+    assert await rig.network.befell(OURS, 51, 60) == ()
+    # A term that has just begun doesn't know when it was last as it should be.
+    assert await rig.network.befell(OURS, None, 60) == (KICK,)
+    assert await rig.network.befell(FOREIGN, 51, 60) == ()
+
+
+async def test_an_outage_shows_once_it_has_lasted_and_ends_at_once(rig: Rig) -> None:
+    chain = rig.chain.__class__.__call__
+    away = True
+
+    async def transport(method: str, params: Sequence[object]) -> Mapping[str, object]:
+        if away:
+            raise ChainError("no endpoint answers")
+        return await chain(rig.chain, method, params)
+
+    rig.network._watcher._rpc = Rpc(transport)
+    async with asyncio.timeout(60):
+        watching = asyncio.create_task(rig.network.watch())
+        while rig.network._failing is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert rig.network.trouble() is None, "one that passes is none"
+        rig.now += UNREACHED_SECONDS + 1
+        assert rig.network.trouble() == "no endpoint answers"
+        away = False
+        while rig.network.trouble() is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+# --- from who finds them to who handles them ------------------------------------------------------
+
+STEPS = st.lists(st.sampled_from(["give", "take", "reached with a cursor", "reached"]), max_size=40)
+
+
+@given(STEPS)
+def test_only_what_was_handled_is_stored(steps: list[str]) -> None:
+    async def play() -> None:
+        stored: list[str] = []
+        wakeups = Wakeups(5, stored.append)
+        waiting: list[int] = []
+        """Blocks of what was given and isn't handled."""
+        holding: int | None = None
+        block, newest = 1, 0
+        for step in steps:
+            if step == "give" and len(waiting) < 5:
+                wakeups.give(Wakeup(OURS, "x", moment=block))
+                waiting.append(block)
+            elif step == "take" and waiting:
+                taken = await wakeups.take()
+                assert taken.moment == waiting.pop(0)
+                holding = taken.moment
+            elif step.startswith("reached"):
+                block += 1
+                cursor = str(block) if "cursor" in step else None
+                newest = block if cursor else newest
+                wakeups.reached(block, cursor)
+            unhandled = [*([] if holding is None else [holding]), *waiting]
+            lowest = min(unhandled, default=block)
+            assert (wakeups.handled or 0) <= lowest
+            assert all(int(each) <= lowest for each in stored)
+            assert stored == sorted(stored, key=int)
+        for _ in waiting:
+            await wakeups.take()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await wakeups.take()
+        if newest:
+            assert stored[-1] == str(newest)
+        if block > 1:
+            assert wakeups.handled == block
+
+    asyncio.run(play())
+
+
+async def test_who_doesnt_take_them_loses_some_and_no_memory_is_lost() -> None:
+    stored: list[str] = []
+    wakeups = Wakeups(2, stored.append)
+    for block in range(1, 100):
+        wakeups.give(Wakeup(OURS, "x"))
+        wakeups.reached(block, str(block))
+    assert stored == []
+    assert len(wakeups._marks) == 2
+    await wakeups.take()
+    await wakeups.take()
+    assert stored == ["1"]
