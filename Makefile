@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test lint unit chart chart-tools chart-test programs integration docs clean
+.PHONY: help setup demo test lint unit chart chart-tools chart-test programs integration docs lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,10 @@ docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, Grafana's dash
 	@$(BIN)/python docs/generate.py
 	@$(BIN)/python configs/grafana/generate.py
 	@$(BIN)/python -m helm.schema.generate
+
+lock: $(STAMP)  ## resolve again what the images are installed from (requirements/*.txt)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@PATH="$(BIN):$$PATH" $(BIN)/python requirements/lock.py
 
 clean:  ## remove what the devnet and the demo left behind (not .venv)
 	rm -rf .devnet/run demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -120,6 +120,10 @@ def _shape(key: str, field: Schema) -> Schema:
     kept = {"type", "minimum", "maximum", "exclusiveMinimum", "minLength", "pattern", "enum"}
     (one,) = choices
     shape = {name: value for name, value in one.items() if name in {*kept, "items"}}
+    if shape["type"] == "array":
+        items = shape["items"]
+        more = {"maxLength": 600} if items["type"] == "string" else {}
+        return shape | {"maxItems": 256, "items": {**items, **more}}
     return shape | {"maxLength": 253} if shape["type"] == "string" else shape
 
 

@@ -108,9 +108,9 @@ def main(arguments: list[str]) -> int:
         if not release.program.exists():
             fetch(release)
     if arguments[:1] == ["package"]:
-        chart = ROOT / "helm" / "crynux-cluster"
-        package = [str(RELEASES[4].program), "package", str(chart)]
-        subprocess.run([*package, "--destination", arguments[1]], check=True)
+        chart = str(ROOT / "helm" / "crynux-cluster")
+        command = [str(RELEASES[4].program), "package", chart, "--destination", arguments[1]]
+        subprocess.run(command, check=True)
     return 0
 
 
