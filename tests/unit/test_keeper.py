@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -166,6 +167,69 @@ def test_all_that_is_published_has_reached_the_disk(
     keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
     assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
+
+
+# --- what goes away under a reader ---------------------------------------------------------------
+
+PIPE = ref("base", "acme/pipe")
+PIPE_FILES = {
+    "model_index.json": b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}',
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": weights(),
+}
+
+
+@pytest.mark.parametrize("when", range(1, 40))
+def test_who_looks_sees_a_model_or_none_whenever_it_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Another process evicts it between any two of a look's system calls."""
+    store = keeper(tmp_path, Shelf({PIPE: PIPE_FILES}))
+    store.ensure(PIPE, NOBODY)
+    calls = [0]
+    removing = [False]
+
+    def between(call: Callable[..., object]) -> Callable[..., object]:
+        def called(path: object, *args: object, **options: object) -> object:
+            if not removing[0] and PIPE.key in str(path):
+                calls[0] += 1
+                if calls[0] == when:
+                    removing[0] = True
+                    store.disk.remove(PIPE.key)
+            return call(path, *args, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "scandir", between(os.scandir))
+    monkeypatch.setattr(os, "stat", between(os.stat))
+    monkeypatch.setattr(os, "lstat", between(os.lstat))
+    monkeypatch.setattr(io, "open", between(io.open))
+    found = store.has(PIPE)
+    store.store.is_language_model(PIPE.name)
+    monkeypatch.undo()
+    assert found or removing[0]
+    assert not (removing[0] and store.has(PIPE))
+
+
+def test_who_looks_removes_nothing_that_another_has_just_published(tmp_path: Path) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    store.store.lora_file(LORA.name).write_bytes(b"")
+    assert store.has(LORA) is False
+    assert store.disk.model(LORA.key).is_dir()
+
+
+def test_what_cannot_be_read_is_unavailable_and_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+
+    def broken(*_: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    assert kind_of(store) is ModelUnavailableKind.UNREACHABLE
 
 
 # --- what a crash leaves behind ------------------------------------------------------------------
