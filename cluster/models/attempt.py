@@ -20,9 +20,9 @@ from cluster.models.room import Room
 from cluster.models.selection import needed
 from cluster.models.settings import Limits
 from cluster.models.shards import is_index, missing_shards
-from cluster.models.sources import Listing, Source
+from cluster.models.sources import Changed, Listing, Source
 from cluster.models.throttle import Throttle
-from cluster.models.transfer import Gate, Transfer, sha256_of
+from cluster.models.transfer import Damaged, Gate, Transfer, mark_of, sha256_of
 from cluster.models.waiting import Watch
 from cluster.models.weights_check import check_file, check_table, check_text
 
@@ -65,9 +65,9 @@ class Attempt:
             self.room.make(listing.size, self._ref, teller.tell, background)
             folder.mkdir(parents=True, exist_ok=True)
             _forget_other(folder, listing)
-            paths = self._fetched(listing, folder, teller)
-            _check_all(folder, paths)
-            files = tuple(_stored(folder, path) for path in paths)
+            sums = self._fetched(listing, folder, teller)
+            _check_all(folder, tuple(sums))
+            files = tuple(_stored(folder, path, sha256) for path, sha256 in sums.items())
             now = self.watch.clock()
             seconds = round(now - began, 3)
             manifest = Manifest(self._ref, listing.source, listing.revision, files, now, seconds)
@@ -90,7 +90,8 @@ class Attempt:
                     "(models.largest_file_gb)",
                 )
 
-    def _fetched(self, listing: Listing, folder: Path, teller: Teller) -> list[Path]:
+    def _fetched(self, listing: Listing, folder: Path, teller: Teller) -> dict[Path, str]:
+        """The model's files, each with its sha256."""
         transfer = Transfer(
             self.source,
             listing,
@@ -101,7 +102,19 @@ class Attempt:
             self.limits.connections,
         )
         fetched = [transfer.fetch(file, folder) for file in listing.files]
-        return self._unpacked(fetched[0], teller) if listing.archive else fetched
+        sums: dict[Path, str] = {}
+        damaged: Damaged | Changed | None = None
+        for file, path in zip(listing.files, fetched, strict=True):
+            try:
+                sums[path] = transfer.verify(file, path)
+            except (Damaged, Changed) as error:
+                # All of them are to come again, not one after the other.
+                damaged = error
+        if damaged is not None:
+            raise damaged
+        if listing.archive:
+            return {path: sha256_of(path) for path in self._unpacked(fetched[0], teller)}
+        return sums
 
     def _gate(self, listing: Listing, teller: Teller) -> Gate:
         throttle = Throttle(self._disk.base / "bandwidth", self.limits.rate)
@@ -157,7 +170,7 @@ class Attempt:
 
 def _forget_other(folder: Path, listing: Listing) -> None:
     """Whole files of another revision or source; those under way know what they are of."""
-    mark, of = folder / ".of", f"{listing.source} {listing.revision}"
+    mark, of = folder / ".of", mark_of(listing)
     if mark.is_file() and mark.read_text(encoding="utf-8") == of:
         return
     for path in [path for path in folder.rglob("*") if path.is_file()]:
@@ -183,7 +196,7 @@ def _check_all(folder: Path, paths: Sequence[Path]) -> None:
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _stored(folder: Path, path: Path) -> Stored:
+def _stored(folder: Path, path: Path, sha256: str) -> Stored:
     stat = path.stat()
     name = path.relative_to(folder).as_posix()
-    return Stored(name, stat.st_size, sha256_of(path), stat.st_mtime_ns)
+    return Stored(name, stat.st_size, sha256, stat.st_mtime_ns)

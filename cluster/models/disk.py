@@ -205,6 +205,18 @@ class Disk:
         return ()
 
 
+def all_in(folder: Path) -> Iterator[Path]:
+    """Files and folders, at any depth; of what goes away meanwhile what was seen. Raises `OSError`
+    for what can't be read."""
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for parent, folders, files in os.walk(folder, onerror=unless_gone):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
 def manifest_text(manifest: Manifest) -> str:
     return json.dumps(asdict(manifest))
 

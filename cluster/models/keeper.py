@@ -122,7 +122,8 @@ class Keeper:
             for ref in refs:
                 brought |= self.ensure(ref, wanted)
                 if self.sources:
-                    locks.enter_context(self.disk.lock(f"{ref.key}.use", shared=True))
+                    with _nobodys_fault(ref):
+                        locks.enter_context(self.disk.lock(f"{ref.key}.use", shared=True))
                     # It may have been evicted between the two.
                     brought |= self.ensure(ref, wanted)
             yield brought
@@ -133,29 +134,18 @@ class Keeper:
         Raises `TaskInvalid` where the model certainly doesn't exist, `ModelUnavailable` for
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
-        if self.has(ref):
+        with _nobodys_fault(ref):
+            is_here = self.has(ref)
+            if not is_here and not any(source.serves(ref) for source in self.sources):
+                raise ModelUnavailable(
+                    ModelUnavailableKind.NOT_HERE,
+                    f"{ref} is not on this machine, and no source is configured for it",
+                )
+            if not is_here:
+                self.disk.prepare()
+                self._fetch_in_turn(ref, wanted)
             self._note_use(ref, wanted)
-            return False
-        if not any(source.serves(ref) for source in self.sources):
-            raise ModelUnavailable(
-                ModelUnavailableKind.NOT_HERE,
-                f"{ref} is not on this machine, and no source is configured for it",
-            )
-        try:
-            self.disk.prepare()
-            self._fetch_in_turn(ref, wanted)
-            self._note_use(ref, wanted)
-            return True
-        except OSError as error:
-            reason = f"{ref}: the store can't be written: {error.strerror or error}"
-            raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
-        except ClusterError:
-            raise
-        except Exception as error:
-            # A bug of ours, and still nothing that a card or a task is to blame for.
-            _log.exception("fetching_broke", model=str(ref))
-            reason = f"{ref}: {type(error).__name__} while it was fetched"
-            raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
+            return not is_here
 
     def _note_use(self, ref: ModelRef, wanted: Wanted) -> None:
         """A task's; that the network asks for a model says little of whether it is needed."""
@@ -248,6 +238,22 @@ class Keeper:
         rule = error.rule.value if isinstance(error, Refused) else ""
         self.diary.write("refused" if rule else "failed", ref, rule=rule, reason=str(error))
         return error
+
+
+@contextlib.contextmanager
+def _nobodys_fault(ref: ModelRef) -> Iterator[None]:
+    """Of the disk's trouble, and of a bug of ours, neither a card nor a task is to blame."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except OSError as error:
+        reason = f"{ref}: the store can't be written: {error.strerror or error}"
+        raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
+    except Exception as error:
+        _log.exception("fetching_broke", model=str(ref))
+        reason = f"{ref}: {type(error).__name__} while it was fetched"
+        raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
 
 
 def _sooner(one: SourceDown | None, other: SourceDown) -> SourceDown:

@@ -16,7 +16,7 @@ from typing import Final, TypeVar
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import strict_json
-from cluster.models.disk import Disk, Manifest, Stored
+from cluster.models.disk import Disk, Manifest, Stored, all_in
 from cluster.models.refs import ModelRef
 from cluster.models.shards import is_index, missing_shards
 from cluster.models.transfer import sha256_of
@@ -177,13 +177,18 @@ class ModelStore:
         if not _MAY_BE_FETCHED_ONLY.fullmatch(name) or kind not in KINDS:
             laid = self._folder(kind, name)
         for folder in (laid, self.disk.model(ref.key)):
-            if folder is None or not folder.is_dir():
-                continue
             try:
+                if folder is None or not folder.is_dir():
+                    continue
                 if folder is not laid:
                     self._check_unchanged(ref)
                 self._check_contents(folder)
                 return look(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                problem = _not_here(f"{kind} model {name[:200]} has just gone")
+            except OSError as error:
+                line = f"{kind} model {name[:200]} can't be read: {error.strerror}"
+                raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, line) from error
             except ModelUnavailable as error:
                 problem = error
                 if error.kind is not ModelUnavailableKind.NOT_HERE:
@@ -214,7 +219,7 @@ class ModelStore:
 
     def _check_contents(self, folder: Path) -> None:
         root = self.root.resolve()
-        for path in folder.rglob("*"):
+        for path in all_in(folder):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise _refused(f"{path.name} leads out of the store")
             if path.suffix == ".py":
@@ -292,12 +297,12 @@ def read_index(folder: Path) -> Index:
 
 def read_json(file: Path) -> dict[str, object]:
     """A small JSON object from a model's folder; raises `ModelUnavailable`."""
-    if not file.is_file():
-        raise _not_here(f"{file.parent.name} has no {file.name}")
-    if file.stat().st_size > _MAX_INDEX:
-        raise _refused(f"{file.name} is too long")
     try:
+        if file.stat().st_size > _MAX_INDEX:
+            raise _refused(f"{file.name} is too long")
         data = strict_json.loads(file.read_bytes())
+    except OSError:
+        raise _not_here(f"{file.parent.name} has no {file.name}") from None
     except ValueError:
         raise _damaged(f"{file.parent.name}/{file.name} is not JSON") from None
     if not isinstance(data, dict):
@@ -308,10 +313,9 @@ def read_json(file: Path) -> dict[str, object]:
 def _is_language_model(config: Path) -> bool:
     """Transformers writes what a model is into its configuration; diffusers' parts don't say so."""
     try:
-        said = read_json(config)
-    except ModelUnavailable:
+        return "architectures" in read_json(config) and any(config.parent.glob("*.safetensors"))
+    except (ModelUnavailable, OSError):
         return False
-    return "architectures" in said and any(config.parent.glob("*.safetensors"))
 
 
 def _check_weights(part: Path, variant: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from cluster.core.errors import (
     ModelUnavailableKind,
     TaskInvalid,
 )
+from cluster.models import transfer
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
 from cluster.models.refusals import Refused, Rule
@@ -165,6 +167,137 @@ def test_all_that_is_published_has_reached_the_disk(
     keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
     assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
+
+
+# --- what goes away under a reader ---------------------------------------------------------------
+
+PIPE = ref("base", "acme/pipe")
+PIPE_FILES = {
+    "model_index.json": b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}',
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": weights(),
+}
+
+
+@pytest.mark.parametrize("when", range(1, 40))
+def test_who_looks_sees_a_model_or_none_whenever_it_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Another process evicts it between any two of a look's system calls."""
+    store = keeper(tmp_path, Shelf({PIPE: PIPE_FILES}))
+    store.ensure(PIPE, NOBODY)
+    calls = [0]
+    removing = [False]
+
+    def between(call: Callable[..., object]) -> Callable[..., object]:
+        def called(path: object, *args: object, **options: object) -> object:
+            if not removing[0] and PIPE.key in str(path):
+                calls[0] += 1
+                if calls[0] == when:
+                    removing[0] = True
+                    store.disk.remove(PIPE.key)
+            return call(path, *args, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "scandir", between(os.scandir))
+    monkeypatch.setattr(os, "stat", between(os.stat))
+    monkeypatch.setattr(os, "lstat", between(os.lstat))
+    monkeypatch.setattr(io, "open", between(io.open))
+    found = store.has(PIPE)
+    store.store.is_language_model(PIPE.name)
+    monkeypatch.undo()
+    assert found or removing[0]
+    assert not (removing[0] and store.has(PIPE))
+
+
+def test_who_looks_removes_nothing_that_another_has_just_published(tmp_path: Path) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    store.store.lora_file(LORA.name).write_bytes(b"")
+    assert store.has(LORA) is False
+    assert store.disk.model(LORA.key).is_dir()
+
+
+def test_what_cannot_be_read_is_unavailable_and_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+
+    def broken(*_: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    assert kind_of(store) is ModelUnavailableKind.UNREACHABLE
+
+
+# --- what a crash leaves behind ------------------------------------------------------------------
+
+CHAT = ref("base", "acme/chat")
+CHAT_FILES = {
+    "config.json": b'{"architectures": ["X"]}',
+    "merges.txt": b"a b\n" * 500,
+    "model.safetensors": weights(5000),
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def left_behind(tmp_path: Path, **options: bool) -> tuple[Keeper, Shelf, Path]:
+    """A download that ended when all but the weights was whole."""
+    shelf = Shelf({CHAT: CHAT_FILES})
+    for name, value in options.items():
+        setattr(shelf, name, value)
+
+    def kill() -> None:
+        if shelf.opened[-1][0] == "model.safetensors":
+            raise Killed
+
+    shelf.opening = kill
+    store = keeper(tmp_path, shelf)
+    with pytest.raises(Killed):
+        store.ensure(CHAT, NOBODY)
+    shelf.opening = lambda: None
+    shelf.opened.clear()
+    return store, shelf, store.disk.partial(CHAT.key) / "merges.txt"
+
+
+def test_what_is_whole_is_not_asked_for_again(tmp_path: Path) -> None:
+    store, shelf, _ = left_behind(tmp_path)
+    store.ensure(CHAT, NOBODY)
+    assert {path for path, _, _ in shelf.opened} == {"model.safetensors"}
+    assert content_of(store, CHAT) == CHAT_FILES
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_file_that_lost_its_end_is_fetched_again(tmp_path: Path, hashes: bool) -> None:
+    store, _, file = left_behind(tmp_path, hashes=hashes)
+    os.truncate(file, 1000)
+    store.ensure(CHAT, NOBODY)
+    assert content_of(store, CHAT) == CHAT_FILES
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_files_that_lost_their_bytes_are_fetched_again(tmp_path: Path, git: bool) -> None:
+    store, _, file = left_behind(tmp_path, git=git)
+    for path in (file, file.with_name("config.json")):
+        path.write_bytes(bytes(path.stat().st_size))
+    store.ensure(CHAT, NOBODY)
+    assert content_of(store, CHAT) == CHAT_FILES
+
+
+def test_without_hashes_nothing_is_taken_on_from_before_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may have the file's name and length, and not its bytes."""
+    store, _, file = left_behind(tmp_path, hashes=False)
+    file.write_bytes(bytes(2000))
+    monkeypatch.setattr(transfer, "boot_id", lambda: "another")
+    store.ensure(CHAT, NOBODY)
+    assert content_of(store, CHAT) == CHAT_FILES
 
 
 # --- another source, at once ---------------------------------------------------------------------
