@@ -130,6 +130,27 @@ class Endpoints:
             if self._states[index].is_open and not before.is_open:
                 _log.warning("endpoint_given_up", endpoint=before.name, reason=why)
 
+    async def ask_each(self, method: str, params: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+        """What all that may be asked have to say; raises `ChainError` where none has anything."""
+        asked = health.order(self._states, self._clock())
+        if not asked:
+            raise ChainError(f"{method}: {self.why_none()}")
+        ended = await asyncio.gather(
+            *(self._ask(index, method, params) for index in asked), return_exceptions=True
+        )
+        found, failures = list[Mapping[str, Any]](), list[BaseException]()
+        for each in ended:
+            if isinstance(each, BaseException):
+                failures.append(each)
+            elif answers.meaning(method, each) is Meaning.ANSWER:
+                found.append(each)
+            else:
+                failures.append(ChainError(f"{method}: refused"))
+        failures.sort(key=lambda error: isinstance(error, ChainError))
+        if failures and not (found and isinstance(failures[0], ChainError)):
+            raise failures[0]
+        return found
+
     async def close(self) -> None:
         await asyncio.gather(*(close() for close in self._closes))
 

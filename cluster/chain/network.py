@@ -14,7 +14,8 @@ from cluster.chain.chainline import Pulse
 from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
-from cluster.chain.outbox import Clock, Outbox, Told, Untold
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import Clock, Told, Untold
 from cluster.chain.outbox_rows import REPORT, Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.chain.fees import FeeSettings
-from cluster.chain.outbox import ChainEvent, OutboxSettings
+from cluster.chain.outbox_ports import ChainEvent, OutboxSettings
 from cluster.chain.outbox_rows import Intent, RowState
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.lifecycle import WriteState
@@ -40,8 +40,9 @@ async def sent(world: World) -> None:
     await world.outbox.pump()
 
 
-async def later(world: World, seconds: float = 31.0) -> None:
+async def later(world: World, seconds: float = 31.0, blocks: int = 3) -> None:
     world.now += seconds
+    world.chain.head += blocks
     await world.outbox.pump()
 
 
