@@ -63,6 +63,12 @@ def first(market: Market, settings: FeeSettings, urgency: int = 1) -> Offer:
     return Offer(Wei(2 * market.base_fee + tip), tip)
 
 
+def too_low(offer: Offer, market: Market) -> bool:
+    """Whether the market has left it behind: it isn't mined as things are."""
+    asked = market.price if market.base_fee is None else market.base_fee + (offer.tip or 0)
+    return offer.fee < asked
+
+
 def raised(old: Offer, market: Market, settings: FeeSettings, urgency: int = 1) -> Offer | None:
     """An offer in the place of `old`; None when it would have to be above what is ever offered.
 

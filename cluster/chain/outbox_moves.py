@@ -21,7 +21,7 @@ from eth_utils.crypto import keccak
 
 from cluster.chain import outbox_rows as rows
 from cluster.chain.alerts import Alerts
-from cluster.chain.fees import Market, Offer, first, raised
+from cluster.chain.fees import Market, Offer, first, raised, too_low
 from cluster.chain.nonces import FEW, Nonces
 from cluster.chain.outbox_ports import Clock, OutboxSettings, Signer, Told, Untold
 from cluster.chain.outbox_rows import FILL, Intent, OutboxRow, RowState, Signed
@@ -309,7 +309,8 @@ class Moves:
         speaks for that: without new blocks it isn't the fee that keeps it."""
         signed, intent = _signed(row), row.intent
         market = await self._rpc.market()
-        if market.block < signed.block + self._settings.replace_blocks:
+        waited = market.block >= signed.block + self._settings.replace_blocks
+        if not waited and not too_low(signed.offer, market):
             return row
         offer = raised(signed.offer, market, self._settings.fees, self._urgency(intent))
         stuck = f"account {intent.account} has a transaction stuck at nonce {signed.nonce}"

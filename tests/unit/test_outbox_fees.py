@@ -56,6 +56,13 @@ async def test_without_a_block_nothing_is_offered_more(world: World) -> None:
     assert world.row(score().key).state is RowState.MINED
 
 
+async def test_what_the_market_left_behind_follows_it_at_once(world: World) -> None:
+    await sent(world)
+    world.chain.base_fee = 5 * GWEI
+    await later(world, blocks=1)
+    assert [tx["maxFeePerGas"] for tx in pooled(world)] == [3 * GWEI, 11 * GWEI]
+
+
 async def test_what_is_paid_anyway_has_a_bound_of_its_own(world: World) -> None:
     await sent(world)
     await pass_time(world, 3600, block_seconds=2, step=2)
