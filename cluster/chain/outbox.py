@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import structlog
+from sqlalchemy.exc import DBAPIError
 
 from cluster import journal_takings as takings
 from cluster.chain import outbox_rows as rows
@@ -33,7 +34,7 @@ from cluster.chain.outbox_rows import Intent, OutboxRow, Patience, RowState, Sig
 from cluster.chain.refusals import Refusals
 from cluster.chain.reverts import verdict
 from cluster.chain.rpc import Rpc, RpcRefused
-from cluster.core.errors import ChainError, NetworkUnavailable
+from cluster.core.errors import ChainError, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Lease, Movement
 from cluster.core.record import Claim
@@ -66,7 +67,11 @@ class Outbox(Moves):
         with journal.read() as connection:
             self._refusals = Refusals(rows.refused(connection), self._patience)
         self._due = asyncio.Event()
-        self._pumping = asyncio.Lock()
+        self._limit = asyncio.Semaphore(self._settings.parallel)
+        self._busy: set[Address] = set()
+        """Accounts that are being moved on now."""
+        self._fresh: set[Address] = set()
+        """Accounts that have got something to do since that began."""
 
     # --- intents
 
@@ -92,6 +97,7 @@ class Outbox(Moves):
                 row = rows.rearm(row, intent, now, self._patience, refused)
                 rows.store(connection, row)
                 state = row.state
+        self._fresh.add(intent.account)
         self._due.set()
         return state
 
@@ -142,40 +148,66 @@ class Outbox(Moves):
     # --- moving them on
 
     async def run(self) -> NoReturn:
-        """Pump for ever; raises `LeaseLost`."""
-        while True:
-            self._due.clear()
-            try:
-                await self.pump()
-            except NetworkUnavailable as error:
-                _log.warning("outbox_waits", reason=str(error))
-            # Not wait_for: on Python 3.11 it can swallow a cancellation.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.poll):
-                    await self._due.wait()
+        """Move accounts on for ever, each at its own pace. Raises, in an `ExceptionGroup`,
+        `LeaseLost`, and what the journal raises."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._due.clear()
+                for account, found in self._waiting().items():
+                    if account not in self._busy:
+                        self._busy.add(account)
+                        group.create_task(self._move(account, found))
+                # Not wait_for: on Python 3.11 it can swallow a cancellation.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.poll):
+                        await self._due.wait()
 
     async def pump(self) -> None:
         """Move every row on by what can be done now. Raises the first account's `ChainError`,
         after all accounts had their turn."""
-        async with self._pumping:
-            with self._journal.read() as connection:
-                found = rows.unresolved(connection)
-            accounts: dict[Address, list[OutboxRow]] = defaultdict(list)
-            for row in found:
-                accounts[row.intent.account].append(row)
-            limit = asyncio.Semaphore(self._settings.parallel)
-
-            async def one(account: Sequence[OutboxRow]) -> None:
-                async with limit:
-                    await self._pump_account(account)
-
-            ended = await asyncio.gather(
-                *(one(account) for account in accounts.values()), return_exceptions=True
-            )
+        waiting = {a: found for a, found in self._waiting().items() if a not in self._busy}
+        self._busy |= waiting.keys()
+        ended = await asyncio.gather(
+            *(self._turn(account, found) for account, found in waiting.items()),
+            return_exceptions=True,
+        )
         failed = [error for error in ended if error is not None]
         failed.sort(key=lambda error: isinstance(error, NetworkUnavailable))
         if failed:
             raise failed[0]
+
+    def _waiting(self) -> dict[Address, list[OutboxRow]]:
+        """The rows that something can be done for, by account; first those with an answer."""
+        head = self.head()
+        deep = None if head is None else head - self._settings.depth
+        with self._journal.read() as connection:
+            found = rows.due(connection, deep)
+        accounts: dict[Address, list[OutboxRow]] = defaultdict(list)
+        for row in sorted(found, key=lambda each: not each.intent.is_answer):
+            accounts[row.intent.account].append(row)
+        return accounts
+
+    async def _move(self, account: Address, found: Sequence[OutboxRow]) -> None:
+        """One account's turn; its trouble, even a bug, is no other account's."""
+        try:
+            await self._turn(account, found)
+        except (LeaseLost, DBAPIError):
+            raise
+        except NetworkUnavailable as error:
+            _log.warning("outbox_waits", account=account, reason=str(error))
+        except Exception:  # noqa: BLE001 - the top of an account's own supervised loop
+            _log.exception("outbox_broke", account=account)
+
+    async def _turn(self, account: Address, found: Sequence[OutboxRow]) -> None:
+        """For an account that is marked as busy, until it ends."""
+        try:
+            async with self._limit:
+                self._fresh.discard(account)
+                await self._pump_account(found)
+        finally:
+            self._busy.discard(account)
+            if account in self._fresh:
+                self._due.set()
 
     async def _pump_account(self, account: Sequence[OutboxRow]) -> None:
         failure: ChainError | None = None

@@ -284,6 +284,17 @@ def unresolved(connection: Connection) -> tuple[OutboxRow, ...]:
     return _rows(connection, select(table).where(table.c.state.in_(states)))
 
 
+def due(connection: Connection, deep: int | None) -> tuple[OutboxRow, ...]:
+    """Those that something can be done for: of what was mined, what lies as `deep` or deeper; none
+    of that where the head isn't known."""
+    waiting = table.c.state.in_([state.value for state in UNRESOLVED - {RowState.MINED}])
+    if deep is None:
+        return _rows(connection, select(table).where(waiting))
+    mined = table.c.state == RowState.MINED.value
+    reached = table.c.block.is_(None) | (table.c.block <= deep)
+    return _rows(connection, select(table).where(waiting | (mined & reached)))
+
+
 def highest_nonce(
     connection: Connection,
     account: Address,

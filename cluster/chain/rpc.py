@@ -35,7 +35,8 @@ LATEST = "latest"
 PENDING = "pending"
 MAX_ANSWER = 64 * 2**20
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
-_LAST_TIMESTAMP = 2**40
+LAST_TIMESTAMP = 2**40
+_MOST_SMALL = 2**62
 
 
 class RpcRefused(ChainError):
@@ -192,6 +193,14 @@ def _int(method: str, value: object) -> int:
     return int(value, 16)
 
 
+def _small(method: str, value: object) -> int:
+    """A number of blocks, transactions or units of gas: one that a journal can hold."""
+    number = _int(method, value)
+    if number > _MOST_SMALL:
+        raise ChainError(f"{method}: {number:#x} can't be")
+    return number
+
+
 def _bytes(method: str, value: object) -> bytes:
     if not isinstance(value, str) or not value.startswith("0x"):
         raise ChainError(f"{method}: {brief(value)} is not data")
@@ -215,31 +224,33 @@ def _log(value: object) -> Log | None:
         if not is_address(address):
             return None
         topics = tuple(_bytes("log", topic) for topic in value.get("topics") or ())
-        data, block = _bytes("log", value.get("data")), _int("log", value.get("blockNumber"))
-        index = None if value.get("logIndex") is None else _int("log", value.get("logIndex"))
+        data, block = _bytes("log", value.get("data")), _small("log", value.get("blockNumber"))
+        index = None if value.get("logIndex") is None else _small("log", value.get("logIndex"))
         where = Address(to_checksum_address(str(address)))
         return Log(where, topics, data, block, _hash(value.get("blockHash")), index)
     except (ChainError, TypeError):
         return None
 
 
-def _receipt(found: object) -> Receipt | None:
+def _receipt(tx_hash: str, found: object) -> Receipt | None:
     if found is None:
         return None
     if not isinstance(found, Mapping):
         raise ChainError(f"{RECEIPT}: {brief(found)} is not a receipt")
+    if (_hash(found.get("transactionHash")) or tx_hash) != tx_hash:
+        raise ChainError(f"{RECEIPT}: the receipt is another transaction's")
     if found.get("blockNumber") is None:
         return None
     status = _int(RECEIPT, found.get("status"))
     cost = 0
     if found.get("gasUsed") is not None and found.get("effectiveGasPrice") is not None:
         price = _int(RECEIPT, found.get("effectiveGasPrice"))
-        cost = _int(RECEIPT, found.get("gasUsed")) * price
-    return Receipt(_int(RECEIPT, found.get("blockNumber")), status == 1, Wei(cost))
+        cost = _small(RECEIPT, found.get("gasUsed")) * price
+    return Receipt(_small(RECEIPT, found.get("blockNumber")), status == 1, Wei(cost))
 
 
 def _count(found: object) -> int:
-    return _int(COUNT, found)
+    return _small(COUNT, found)
 
 
 def _tag(block: int | str) -> str:
@@ -306,10 +317,10 @@ class Rpc:
             raise ChainError(f"{BLOCK}: {brief(found)} is not a block")
         method = BLOCK
         base_fee, timestamp = found.get("baseFeePerGas"), _int(method, found.get("timestamp"))
-        if timestamp > _LAST_TIMESTAMP:
+        if timestamp > LAST_TIMESTAMP:
             raise ChainError(f"{method}: {timestamp} is not a time")
         return Block(
-            _int(method, found.get("number")),
+            _small(method, found.get("number")),
             Timestamp(timestamp),
             None if base_fee is None else Wei(_int(method, base_fee)),
             _hash(found.get("hash")),
@@ -325,7 +336,7 @@ class Rpc:
         return _bytes("eth_call", await self.request("eth_call", call.fields(), _tag(block)))
 
     async def estimate_gas(self, call: Call, block: int | str) -> int:
-        return _int(
+        return _small(
             "eth_estimateGas", await self.request("eth_estimateGas", call.fields(), _tag(block))
         )
 
@@ -355,11 +366,12 @@ class Rpc:
         await self.request("eth_sendRawTransaction", "0x" + raw.hex())
 
     async def receipt(self, tx_hash: str) -> Receipt | None:
-        return _receipt(await self.request(RECEIPT, tx_hash))
+        return _receipt(tx_hash, await self.request(RECEIPT, tx_hash))
 
     async def receipt_anywhere(self, tx_hash: str) -> Receipt | None:
         """As `receipt`, from whichever endpoint has it: not all have those of old."""
-        found = map(_receipt, await self._of_each(RECEIPT, tx_hash))
+        answers = await self._of_each(RECEIPT, tx_hash)
+        found = (_receipt(tx_hash, each) for each in answers)
         return next((each for each in found if each is not None), None)
 
     async def transactions_in(self, block: int) -> tuple[str, ...] | None:
@@ -385,9 +397,10 @@ class Rpc:
         return await self.request("eth_getTransactionByHash", tx_hash) is not None
 
     async def logs(self, addresses: Sequence[Address], first: int, last: int) -> tuple[Log, ...]:
-        """Logs of the blocks `first` to `last`, both included."""
+        """Logs of the blocks `first` to `last`, both included; what is of others is left out."""
         wanted = {"address": list(addresses), "fromBlock": hex(first), "toBlock": hex(last)}
         found = await self.request("eth_getLogs", wanted)
         if not isinstance(found, list):
             raise ChainError(f"eth_getLogs: {brief(found)} is not a list")
-        return tuple(log for log in map(_log, found) if log is not None)
+        logs = (log for log in map(_log, found) if log is not None)
+        return tuple(log for log in logs if first <= log.block <= last)
