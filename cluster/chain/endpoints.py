@@ -227,9 +227,9 @@ class Endpoints:
             task.add_done_callback(self._sent)
         waiting = set(sending)
         while waiting:
-            ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for each in ended:
-                if each.exception() is None and each.result().get("error") is None:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for each in sending:
+                if each.done() and each.exception() is None and each.result().get("error") is None:
                     return each.result()
         failures = [error for each in sending if (error := each.exception()) is not None]
         if len(failures) < len(sending):

@@ -71,7 +71,7 @@ async def test_logs_of_other_blocks_than_were_asked_for_are_left_out() -> None:
 def test_a_task_may_have_a_timeout_that_no_clock_reaches() -> None:
     nobody = "0x" + "00" * 20
     first = (0, nobody, TASK, b"", b"", 0, 1, OURS)
-    second = (2**256 - 1, b"", 2**256 - 1, 0, [], 8, "", 0)
+    second: tuple[Any, ...] = (2**256 - 1, b"", 2**256 - 1, 0, [], 8, "", 0)
     third: tuple[Any, ...] = ((2, 5, 0), 0, 0, [], [], 0, 2**256 - 1, 0)
     facts = task_facts((*first, *second, *third), {Address(OURS)})
     assert facts.deadline == facts.started_at == Timestamp(LAST_TIMESTAMP)
