@@ -169,6 +169,8 @@ def rearm(
     if not same and (intent.is_answer or row.intent.is_answer):
         raise IllegalMove(f"{intent.key}: another answer than the one stored")
     age = now - row.updated_at
+    if age < 0:
+        age = float("inf")  # the clock was set back: nothing waits for as long
     wait = patience.of_own(refused) if intent.task is None else patience.after(row.reason)
     if row.state in REFUSED and age >= wait:
         return replace(
