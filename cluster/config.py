@@ -33,6 +33,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from cluster.chain.fees import LEAST_STEP, FeeSettings
 from cluster.core.capacity import MOST_SLOTS
 from cluster.core.errors import ConfigError, ModelUnavailable
 from cluster.core.fleet import FleetPolicy
@@ -252,7 +253,9 @@ class NetworkConfig(Section):
     """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
     should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
     new blocks (eth_subscribe), where an endpoint offers that. A `_file` holds the URL in its place;
-    that of `rpc_url` may have further lines, which are asked before `fallback_rpc_urls`."""
+    that of `rpc_url` may have further lines, which are asked before `fallback_rpc_urls`. What a
+    transaction offers for gas is raised by `fee_step_percent` while it isn't mined, up to
+    `fee_ceiling_gwei`."""
 
     rpc_url: HttpUrl = Field(repr=False)
     rpc_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
@@ -262,6 +265,9 @@ class NetworkConfig(Section):
     ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
     ws_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    fee_step_percent: int = Field(default=25, ge=LEAST_STEP, le=200)
+    """Of less, most nodes take no replacement."""
+    fee_ceiling_gwei: float = Field(default=1_000.0, gt=0, allow_inf_nan=False)
     chain_id: int = Field(ge=1)
     devnet: bool = False
     contracts: Contracts
@@ -278,6 +284,10 @@ class NetworkConfig(Section):
     @classmethod
     def _from_files(cls, values: object, info: ValidationInfo) -> object:
         return put_in(values, _NETWORK_FILES, partial(_path, info=info))
+
+    @property
+    def fees(self) -> FeeSettings:
+        return FeeSettings(step=self.fee_step_percent, cap=Wei(int(self.fee_ceiling_gwei * 10**9)))
 
     @property
     def version(self) -> tuple[int, int, int]:

@@ -46,7 +46,8 @@ from cluster.artifacts import FolderArtifacts
 from cluster.chain.endpoints import Endpoints
 from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
-from cluster.chain.outbox import Outbox, Told
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import OutboxSettings, Told
 from cluster.chain.rpc import Rpc, http_transport
 from cluster.chain.starting import check_contracts
 from cluster.config import Config
@@ -244,13 +245,21 @@ async def open_network(
     """The on-chain form of the network, for one term of office."""
     network = config.network
     endpoints = open_endpoints(config, called)
-    rpc = Rpc(endpoints.send, endpoints.close)
+    rpc = Rpc(endpoints.send, endpoints.close, endpoints.ask_each)
     try:
         with contextlib.suppress(ChainError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
             await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
         async with httpx.AsyncClient(timeout=30.0, follow_redirects=False) as http:
-            outbox = make_outbox(rpc, journal, lease, identity, wall_clock, network.chain_id)
+            outbox = make_outbox(
+                rpc,
+                journal,
+                lease,
+                identity,
+                wall_clock,
+                network.chain_id,
+                OutboxSettings(fees=network.fees),
+            )
             yield ChainNetwork(
                 rpc,
                 Contracts.at(rpc, *network.contracts.addresses),

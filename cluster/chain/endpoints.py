@@ -64,6 +64,8 @@ class Endpoints:
         self._closes = [transport.close for transport in transports]
         self._states = [Endpoint(transport.name) for transport in transports]
         self._buckets = [Bucket(rate) for _ in transports]
+        self._sending: set[asyncio.Task[Mapping[str, Any]]] = set()
+        """Writes on their way to endpoints that nobody waits for."""
         self._best: Head | None = None
         """The best head of those that were compared, and when it was seen."""
         self._best_at = 0.0
@@ -130,7 +132,31 @@ class Endpoints:
             if self._states[index].is_open and not before.is_open:
                 _log.warning("endpoint_given_up", endpoint=before.name, reason=why)
 
+    async def ask_each(self, method: str, params: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+        """What all that may be asked have to say; raises `ChainError` where none has anything."""
+        asked = health.order(self._states, self._clock())
+        if not asked:
+            raise ChainError(f"{method}: {self.why_none()}")
+        ended = await asyncio.gather(
+            *(self._ask(index, method, params) for index in asked), return_exceptions=True
+        )
+        found, failures = list[Mapping[str, Any]](), list[BaseException]()
+        for each in ended:
+            if isinstance(each, BaseException):
+                failures.append(each)
+            elif answers.meaning(method, each) is Meaning.ANSWER:
+                found.append(each)
+            else:
+                failures.append(ChainError(f"{method}: refused"))
+        failures.sort(key=lambda error: isinstance(error, ChainError))
+        if failures and not (found and isinstance(failures[0], ChainError)):
+            raise failures[0]
+        return found
+
     async def close(self) -> None:
+        for each in self._sending:
+            each.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
         await asyncio.gather(*(close() for close in self._closes))
 
     def _next(self, tried: set[int]) -> int | None:
@@ -190,21 +216,31 @@ class Endpoints:
             await self._sleep(pause)
 
     async def _send_to_all(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
-        """A transaction that any endpoint has taken may be mined, so taken by one is taken."""
+        """A transaction that any endpoint has taken may be mined, so taken by one is taken: nobody
+        waits for the slower ones, which get it all the same."""
         chosen = health.for_writes(self._states, self._clock())
         if not chosen:
             raise ChainError(f"{method}: {self.why_none()}")
-        asked = [self._ask(index, method, params) for index in chosen]
-        ended = await asyncio.gather(*asked, return_exceptions=True)
-        answers = [each for each in ended if isinstance(each, Mapping)]
-        taken = [answer for answer in answers if answer.get("error") is None]
-        for found in (taken, answers):
-            if found:
-                return found[0]
-        for error in ended:
-            if isinstance(error, BaseException) and not isinstance(error, ChainError):
-                raise error
-        raise next(error for error in ended if isinstance(error, ChainError))
+        sending = [asyncio.create_task(self._ask(each, method, params)) for each in chosen]
+        self._sending.update(sending)
+        for task in sending:
+            task.add_done_callback(self._sent)
+        waiting = set(sending)
+        while waiting:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for each in sending:
+                if each.done() and each.exception() is None and each.result().get("error") is None:
+                    return each.result()
+        failures = [error for each in sending if (error := each.exception()) is not None]
+        if len(failures) < len(sending):
+            return next(each.result() for each in sending if each.exception() is None)
+        failures.sort(key=lambda error: isinstance(error, ChainError))
+        raise failures[0]
+
+    def _sent(self, task: asyncio.Task[Mapping[str, Any]]) -> None:
+        self._sending.discard(task)
+        if not task.cancelled():
+            task.exception()  # noted where it was asked
 
     def _learn(
         self, index: int, method: str, params: Sequence[Any], answer: Mapping[str, Any]

@@ -14,7 +14,8 @@ from cluster.chain.chainline import Pulse
 from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
-from cluster.chain.outbox import Clock, Outbox, Told, Untold
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import Clock, Told, Untold
 from cluster.chain.outbox_rows import REPORT, Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
@@ -280,7 +281,9 @@ class ChainNetwork:
         if head is None or wall >= self._head_until:
             head, wall = await self._rpc.head(), self._clock()
         now = self._chain_clock.observe(head, wall)
-        if head.number >= self._newest.number or wall - self._newest_at > BELIEVED_SECONDS:
+        # Also when the clock was set back: it would be held on to for as long.
+        held = 0 <= wall - self._newest_at <= BELIEVED_SECONDS
+        if head.number >= self._newest.number or not held:
             self._newest, self._newest_at = head, wall
         return self._newest, now
 

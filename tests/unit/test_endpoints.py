@@ -429,6 +429,23 @@ async def test_a_write_goes_to_all_and_one_that_takes_it_is_enough(rig: Rig) -> 
         await rig.ask(SEND)
 
 
+async def test_a_write_waits_for_no_slower_one_once_it_is_taken(rig: Rig) -> None:
+    gate = rig.nodes[1].gate = asyncio.Event()
+    async with asyncio.timeout(60):
+        assert await rig.ask(SEND) == "a"
+        gate.set()
+        while rig.calls[SEND, "ok"] < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert [node.asked for node in rig.nodes] == [[SEND]] * 3
+
+
+async def test_closing_leaves_no_write_behind(rig: Rig) -> None:
+    rig.nodes[1].gate = asyncio.Event()
+    assert await rig.ask(SEND) == "a"
+    await rig.endpoints.close()
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
 async def test_a_far_slower_one_stands_back() -> None:
     rig = Rig([Node("a", seconds=8.0), Node("b", seconds=0.1)])
     await rig.endpoints.check()
