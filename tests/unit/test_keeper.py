@@ -41,6 +41,18 @@ from tests.unit.model_fakes import (
 
 NOBODY = Wanted()
 FILE = "pytorch_lora_weights.safetensors"
+CHAT = ref("base", "acme/chat")
+CHAT_FILES = {
+    "config.json": b'{"architectures": ["X"]}',
+    "merges.txt": b"a b\n" * 500,
+    "model.safetensors": weights(5000),
+}
+PIPE = ref("base", "acme/pipe")
+PIPE_FILES = {
+    "model_index.json": b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}',
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": weights(5000),
+}
 
 
 def raising(error: ClusterError | OSError, times: int = 10**6) -> Callable[[], None]:
@@ -169,14 +181,110 @@ def test_all_that_is_published_has_reached_the_disk(
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
 
 
-# --- what goes away under a reader ---------------------------------------------------------------
+# --- what can't be used --------------------------------------------------------------------------
 
-PIPE = ref("base", "acme/pipe")
-PIPE_FILES = {
-    "model_index.json": b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}',
-    "unet/config.json": b"{}",
-    "unet/diffusion_pytorch_model.safetensors": weights(),
-}
+
+def fetched_bytes(tmp_path: Path, asked: ModelRef, files: dict[str, bytes], times: int = 3) -> int:
+    """What is sent of a model's weights for so many tasks that all want it in vain."""
+    shelf = Shelf({asked: files})
+    store = keeper(tmp_path, shelf)
+    for _ in range(times):
+        with pytest.raises(Refused), store.held((asked,), NOBODY):
+            pass
+    assert store.disk.manifests() == {}
+    assert not list((tmp_path / ".store" / "partial").iterdir())
+    return shelf.sent
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({"_class_name": "FluxPipeline", "unet": ["diffusers", "X"]}, "FluxPipeline"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["my_code", "X"]}, "my_code"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": [3]}, "damaged"),
+        (["no object"], "not a JSON object"),
+    ],
+)
+def test_a_foreign_pipelines_weights_are_not_fetched(
+    tmp_path: Path, index: object, says: str
+) -> None:
+    files = PIPE_FILES | {"model_index.json": json.dumps(index).encode()}
+    assert fetched_bytes(tmp_path, PIPE, files) < 1000
+    with pytest.raises(Refused, match=says):
+        keeper(tmp_path / "again", Shelf({PIPE: files})).ensure(PIPE, NOBODY)
+
+
+@pytest.mark.parametrize("config", [b"{}", b'{"_class_name": "UNet2DConditionModel"}', b"[]"])
+def test_what_is_neither_pipeline_nor_language_model_is_not_fetched(
+    tmp_path: Path, config: bytes
+) -> None:
+    files = {"config.json": config, "model.safetensors": weights(5000)}
+    assert fetched_bytes(tmp_path, CHAT, files) < 1000
+
+
+def test_a_language_model_has_no_variants(tmp_path: Path) -> None:
+    """A task names none, so that nobody could use it."""
+    asked = ref("base", "acme/chat", "fp16")
+    files = {"config.json": b'{"architectures": ["X"]}', "model.fp16.safetensors": weights(5000)}
+    assert fetched_bytes(tmp_path, asked, files) < 1000
+
+
+@pytest.mark.parametrize("config", [{"architectures": ["X"]}, {"model_type": "llama"}])
+def test_what_says_its_type_is_a_language_model_and_fetched_once(
+    tmp_path: Path, config: object
+) -> None:
+    said = json.dumps(config).encode()
+    shelf = Shelf({CHAT: {"config.json": said, "model.safetensors": weights(5000)}})
+    store = keeper(tmp_path, shelf)
+    for _ in range(2):
+        with store.held((CHAT,), NOBODY):
+            pass
+    assert shelf.listed == 1
+
+
+def test_what_was_refused_for_what_it_is_is_not_fetched_again_for_a_while(tmp_path: Path) -> None:
+    time = Time()
+    shelf = Shelf({LORA: {FILE: b"PK" + bytes(5000)}})
+    for _ in range(3):
+        store = keeper(tmp_path, shelf, time=time)
+        with pytest.raises(Refused) as caught:
+            store.ensure(LORA, Wanted(deadline=time.now + 100))
+        assert caught.value.rule is Rule.HEADER
+    assert shelf.listed == 1
+    assert events(store) == ["refused"]
+    time.now += 86400
+    shelf.files = lora_shelf().files
+    store.ensure(LORA, Wanted(deadline=time.now + 100))
+    assert shelf.listed == 2
+
+
+def test_who_asks_by_hand_may_ask_again_at_once(tmp_path: Path) -> None:
+    shelf = Shelf({LORA: {FILE: b"PK" + bytes(5000)}})
+    store = keeper(tmp_path, shelf)
+    with pytest.raises(Refused):
+        store.ensure(LORA, Wanted(background=True))
+    shelf.files = lora_shelf().files
+    store.ensure(LORA, NOBODY)
+
+
+def test_what_had_no_room_is_tried_again_at_once(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    limits = replace(LIMITS, quota=100)
+    for _ in range(2):
+        with pytest.raises(Refused):
+            keeper(tmp_path, shelf, limits=limits).ensure(LORA, Wanted(background=True))
+    keeper(tmp_path, shelf).ensure(LORA, Wanted(background=True))
+
+
+def test_what_one_source_has_in_vain_is_fetched_once_while_another_is_down(tmp_path: Path) -> None:
+    bad = Shelf({LORA: {FILE: b"PK" + bytes(5000)}}, name="mirror")
+    good = lora_shelf(listing=raising(SourceDown("500"), times=3))
+    time = Time()
+    keeper(tmp_path, bad, good, time=time).ensure(LORA, Wanted(deadline=time.now + 100))
+    assert bad.listed == 1
+
+
+# --- what goes away under a reader ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", range(1, 40))
@@ -233,13 +341,6 @@ def test_what_cannot_be_read_is_unavailable_and_no_bug(
 
 
 # --- what a crash leaves behind ------------------------------------------------------------------
-
-CHAT = ref("base", "acme/chat")
-CHAT_FILES = {
-    "config.json": b'{"architectures": ["X"]}',
-    "merges.txt": b"a b\n" * 500,
-    "model.safetensors": weights(5000),
-}
 
 
 class Killed(BaseException):
