@@ -274,7 +274,7 @@ async def open_network(
                 wall_clock,
                 NetworkSettings(poll=network.block_poll_seconds),
                 endpoints,
-                Heads(network.ws_url),
+                Heads(() if network.ws_url is None else (network.ws_url,)),
                 told,
                 _own(config, identity, journal),
             )

@@ -48,6 +48,10 @@ HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""
+MISSED_HEADS = 3
+"""After so many blocks' time without one, heads don't count as coming."""
+HOPES, SOON_SECONDS = 4, 0.3
+"""How often, and after how long, a head that was announced and isn't there is looked for again."""
 UNREACHED_SECONDS = 10.0
 """After so long without the logs the chain counts as not reached."""
 READ_BACK = 1_000
@@ -183,7 +187,7 @@ class ChainNetwork:
         self._clock = clock
         self._settings = settings or NetworkSettings()
         self._endpoints = endpoints
-        self._heads = heads or Heads(None)
+        self._heads = heads or Heads()
         self._pulse = Pulse(self._settings.poll)
         self._monotonic = monotonic
         self._failing: tuple[float, str] | None = None
@@ -411,15 +415,11 @@ class ChainNetwork:
             group.create_task(self._heads.run())
 
     async def watch(self) -> NoReturn:
+        hoped = 0
         while True:
-            pause = self._settings.poll
+            pause, before = self._settings.poll, self._number()
             try:
-                for wakeup in await self._watcher.poll():
-                    self._wakeups.give(wakeup)
-                self._failing = None
-                if self._watcher.next is not None:
-                    self._wakeups.reached(self._watcher.next, self._cursor)
-                    self._cursor = None
+                await self._look_on()
                 if self._watcher.is_behind:
                     continue
                 pause = self._pause()
@@ -427,13 +427,32 @@ class ChainNetwork:
                 since = self._monotonic() if self._failing is None else self._failing[0]
                 self._failing = since, str(error)
                 _log.warning("watcher_waits", reason=str(error))
-            await self._heads.wait(pause)
+            if self._number() != before:
+                hoped = 0
+            elif hoped:
+                # A head was announced that whoever we asked doesn't have yet.
+                pause, hoped = min(pause, SOON_SECONDS), hoped - 1
+            if await self._heads.wait(pause):
+                hoped = HOPES
+
+    async def _look_on(self) -> None:
+        for wakeup in await self._watcher.poll():
+            self._wakeups.give(wakeup)
+        self._failing = None
+        if self._watcher.next is not None:
+            self._wakeups.reached(self._watcher.next, self._cursor)
+            self._cursor = None
+
+    def _number(self) -> int | None:
+        return None if self._watcher.head is None else self._watcher.head.number
 
     def _pause(self) -> float:
-        """Until about the next block; longer where a head will wake us."""
+        """Until about the next block; longer where a head will wake us, as long as heads come."""
         head, now = self._watcher.head, self._clock()
         if head is not None:
             self._pulse.saw(head.number, head.timestamp, now)
-        pause = LIVE_SECONDS if self._heads.is_live else self._pulse.pause(now)
+        expected = max(MISSED_HEADS * (self._pulse.gap or 0.0), HEAD_SECONDS)
+        live = self._heads.is_live and self._heads.heard_within(expected)
+        pause = min(LIVE_SECONDS, expected) if live else self._pulse.pause(now)
         self._head_until = Timestamp(now + min(pause, HEAD_SECONDS))
         return pause
