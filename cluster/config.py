@@ -227,6 +227,17 @@ class Contracts(Section):
         return Address(self.task), Address(self.node), Address(self.qos)
 
 
+class EndpointConfig(Section):
+    """One RPC endpoint. Of those that do equally well the one with the lowest `priority` is asked
+    first, of equals the first in order; `rpc_url` has 0. `calls_per_second` where it has a rate of
+    its own; `ws_url` as in the section around."""
+
+    url: HttpUrl = Field(repr=False)
+    priority: int = Field(default=10, ge=0, le=1_000)
+    calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
+
+
 class NetworkConfig(Section):
     """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
     should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
@@ -237,6 +248,10 @@ class NetworkConfig(Section):
     fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
         default=(), repr=False
     )
+    endpoints: Annotated[tuple[EndpointConfig, ...], BeforeValidator(_listed)] = Field(
+        default=(), repr=False
+    )
+    """Further ones, of which more is to be said than a URL."""
     ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
     rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     fee_step_percent: int = Field(default=25, ge=LEAST_STEP, le=200)
@@ -252,6 +267,17 @@ class NetworkConfig(Section):
     block_poll_seconds: Seconds = 1.0
     explorer_url: Annotated[str | None, BeforeValidator(_explorer_url)] = None
     """Where a transaction is shown to people: a URL with `{hash}` in it."""
+
+    @property
+    def all_endpoints(self) -> tuple[EndpointConfig, ...]:
+        """Every one, in the order of the configuration."""
+        first = EndpointConfig(url=self.rpc_url, priority=0, ws_url=self.ws_url)
+        others = (EndpointConfig(url=url) for url in self.fallback_rpc_urls)
+        return (first, *others, *self.endpoints)
+
+    @property
+    def ws_urls(self) -> tuple[str, ...]:
+        return tuple(each.ws_url for each in self.all_endpoints if each.ws_url is not None)
 
     @property
     def fees(self) -> FeeSettings:
@@ -631,6 +657,8 @@ def _got(location: tuple[int | str, ...], value: object) -> str:
     secret = location[0] in {"identity", "journal"} or not {
         "rpc_url",
         "fallback_rpc_urls",
+        "endpoints",
+        "ws_url",
         "proxy",
     }.isdisjoint(location)
     if secret or isinstance(value, Mapping | list | tuple):

@@ -369,7 +369,8 @@ class ChainNetwork:
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, in words."""
-        return self._outbox.alerts()
+        of_endpoints = () if self._endpoints is None else self._endpoints.alerts()
+        return (*self._outbox.alerts(), *of_endpoints)
 
     def trouble(self) -> str | None:
         """Why the chain isn't reached, in words; None when it is, or was a moment ago."""

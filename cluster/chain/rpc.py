@@ -114,11 +114,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class HttpTransport:
-    """`name` is the endpoint's host, which may be shown; the URL may hold a key."""
+    """`name` is the endpoint's host, which may be shown; the URL may hold a key. The lowest
+    `priority` is asked first; `rate` in calls a second."""
 
     name: str
     send: Transport
     close: Callable[[], Awaitable[None]]
+    priority: int = 0
+    rate: float | None = None
 
 
 def http_transport(url: str, timeout: float) -> HttpTransport:
