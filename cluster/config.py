@@ -265,6 +265,8 @@ class NetworkConfig(Section):
     stake: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "400")
     """Written in CNX, held in wei."""
     block_poll_seconds: Seconds = 1.0
+    stalled_after_seconds: Seconds | None = 300.0
+    """Null where the chain makes blocks only when there is something to put in them."""
     explorer_url: Annotated[str | None, BeforeValidator(_explorer_url)] = None
     """Where a transaction is shown to people: a URL with `{hash}` in it."""
 

@@ -272,7 +272,9 @@ async def open_network(
                 network.version,
                 identity.public_key,
                 wall_clock,
-                NetworkSettings(poll=network.block_poll_seconds),
+                NetworkSettings(
+                    poll=network.block_poll_seconds, stalled_after=network.stalled_after_seconds
+                ),
                 endpoints,
                 Heads(network.ws_urls),
                 told,

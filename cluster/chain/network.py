@@ -48,6 +48,8 @@ HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""
+STALLED_SECONDS, STALLED_GAPS = 60.0, 10
+"""No new block for so long, and so many times as long as usual, is an alert."""
 MISSED_HEADS = 3
 """After so many blocks' time without one, heads don't count as coming."""
 HOPES, SOON_SECONDS = 4, 0.3
@@ -138,10 +140,13 @@ class ChainClock:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSettings:
-    """Seconds between two reads of the logs, and how many wake-ups wait at most."""
+    """Seconds between two reads of the logs, and how many wake-ups wait at most. Without a new
+    block for `stalled_after` seconds the chain counts as not reached; None where it makes blocks
+    only when there is something to put in them."""
 
     poll: float = 1.0
     waiting: int = 10_000
+    stalled_after: float | None = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +197,8 @@ class ChainNetwork:
         self._monotonic = monotonic
         self._failing: tuple[float, str] | None = None
         """Since when the watcher fails, and of what."""
+        self._grew: tuple[int, float] | None = None
+        """The newest block's number, and when it was first seen."""
         self._deadlines: dict[Commitment, Timestamp] = {}
         self._looked: dict[Address, _Looked] = {}
         self._head_until = Timestamp(0.0)
@@ -370,13 +377,27 @@ class ChainNetwork:
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, in words."""
         of_endpoints = () if self._endpoints is None else self._endpoints.alerts()
-        return (*self._outbox.alerts(), *of_endpoints)
+        after = self._settings.stalled_after
+        stalled = None if after is None else self._stalled(min(after, STALLED_SECONDS))
+        return (*self._outbox.alerts(), *of_endpoints, *(() if stalled is None else (stalled,)))
 
     def trouble(self) -> str | None:
         """Why the chain isn't reached, in words; None when it is, or was a moment ago."""
-        if self._failing is None or self._monotonic() - self._failing[0] < UNREACHED_SECONDS:
+        if self._failing is not None and self._passed(self._failing[0]) >= UNREACHED_SECONDS:
+            return self._failing[1]
+        after = self._settings.stalled_after
+        return None if after is None else self._stalled(after)
+
+    def _stalled(self, least: float) -> str | None:
+        """That there was no new block for so long, and far longer than usual."""
+        gap = self._pulse.gap or 0.0
+        if self._grew is None or self._passed(self._grew[1]) < max(least, STALLED_GAPS * gap):
             return None
-        return self._failing[1]
+        usual = f", usually there is one in {gap:.1f} s" if gap else ""
+        return f"no new block for {self._passed(self._grew[1]):.0f} s{usual}"
+
+    def _passed(self, since: float) -> float:
+        return self._monotonic() - since
 
     # --- wake-ups and loops
 
@@ -440,6 +461,9 @@ class ChainNetwork:
         for wakeup in await self._watcher.poll():
             self._wakeups.give(wakeup)
         self._failing = None
+        number = self._number()
+        if number is not None and (self._grew is None or number > self._grew[0]):
+            self._grew = number, self._monotonic()
         if self._watcher.next is not None:
             self._wakeups.reached(self._watcher.next, self._cursor)
             self._cursor = None

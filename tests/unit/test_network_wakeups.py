@@ -160,6 +160,39 @@ async def test_an_outage_shows_once_it_has_lasted_and_ends_at_once(rig: Rig) -> 
         await asyncio.gather(watching, return_exceptions=True)
 
 
+async def test_a_chain_that_stands_still_is_an_alert_and_then_an_outage(rig: Rig) -> None:
+    async with asyncio.timeout(60):
+        watching = asyncio.create_task(rig.network.watch())
+        while rig.network._number() is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert rig.network.alerts() == ()
+        rig.now += 61
+        assert rig.network.alerts() == ("no new block for 61 s",)
+        assert rig.network.trouble() is None
+        rig.now += 240
+        assert rig.network.trouble() == "no new block for 301 s"
+        rig.chain.head += 1
+        while rig.network.trouble() is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert rig.network.alerts() == ()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_a_slow_chain_and_one_that_rests_stand_still_for_longer(rig: Rig) -> None:
+    for number in range(5):
+        rig.network._pulse.saw(number, 100.0 * number, 100.0 * number)
+    rig.network._grew = 5, 0.0
+    rig.now = 900.0
+    assert rig.network.trouble() is None
+    rig.now = 1001.0
+    words = "no new block for 1001 s, usually there is one in 100.0 s"
+    assert rig.network.trouble() == words
+    rig.network._settings = NetworkSettings(stalled_after=None)
+    assert rig.network.trouble() is None
+    assert rig.network.alerts() == ()
+
+
 def quiet_chain(rig: Rig, heads: Heads) -> None:
     """A block each two seconds, so far; and a connection that promises heads."""
     rig.network._heads = heads
