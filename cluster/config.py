@@ -249,6 +249,17 @@ _NETWORK_FILES = {
 }
 
 
+class EndpointConfig(Section):
+    """One RPC endpoint. Of those that do equally well the one with the lowest `priority` is asked
+    first, of equals the first in order; `rpc_url` has 0. `calls_per_second` where it has a rate of
+    its own; `ws_url` as in the section around."""
+
+    url: HttpUrl = Field(repr=False)
+    priority: int = Field(default=10, ge=0, le=1_000)
+    calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
+
+
 class NetworkConfig(Section):
     """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
     should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
@@ -262,6 +273,10 @@ class NetworkConfig(Section):
     fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
         default=(), repr=False
     )
+    endpoints: Annotated[tuple[EndpointConfig, ...], BeforeValidator(_listed)] = Field(
+        default=(), repr=False
+    )
+    """Further ones, of which more is to be said than a URL."""
     ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
     ws_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -277,6 +292,8 @@ class NetworkConfig(Section):
     stake: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "400")
     """Written in CNX, held in wei."""
     block_poll_seconds: Seconds = 1.0
+    stalled_after_seconds: Seconds | None = 300.0
+    """Null where the chain makes blocks only when there is something to put in them."""
     explorer_url: Annotated[str | None, BeforeValidator(_explorer_url)] = None
     """Where a transaction is shown to people: a URL with `{hash}` in it."""
 
@@ -284,6 +301,17 @@ class NetworkConfig(Section):
     @classmethod
     def _from_files(cls, values: object, info: ValidationInfo) -> object:
         return put_in(values, _NETWORK_FILES, partial(_path, info=info))
+
+    @property
+    def all_endpoints(self) -> tuple[EndpointConfig, ...]:
+        """Every one, in the order of the configuration."""
+        first = EndpointConfig(url=self.rpc_url, priority=0, ws_url=self.ws_url)
+        others = (EndpointConfig(url=url) for url in self.fallback_rpc_urls)
+        return (first, *others, *self.endpoints)
+
+    @property
+    def ws_urls(self) -> tuple[str, ...]:
+        return tuple(each.ws_url for each in self.all_endpoints if each.ws_url is not None)
 
     @property
     def fees(self) -> FeeSettings:
@@ -675,6 +703,7 @@ def _got(location: tuple[int | str, ...], value: object) -> str:
     secret = location[0] in {"identity", "journal"} or not {
         "rpc_url",
         "fallback_rpc_urls",
+        "endpoints",
         "ws_url",
         "relay_url",
         "proxy",

@@ -270,9 +270,11 @@ async def open_network(
                 network.version,
                 identity.public_key,
                 wall_clock,
-                NetworkSettings(poll=network.block_poll_seconds),
+                NetworkSettings(
+                    poll=network.block_poll_seconds, stalled_after=network.stalled_after_seconds
+                ),
                 endpoints,
-                Heads(network.ws_url),
+                Heads(network.ws_urls),
                 told,
                 _own(config, identity, journal),
             )
@@ -291,10 +293,15 @@ def open_endpoints(
 ) -> Endpoints:
     """All configured RPC endpoints, in their order."""
     network = config.network
-    urls = (network.rpc_url, *network.fallback_rpc_urls)
+    found = network.all_endpoints
     # With others to ask, one that is slow needn't be waited for as long.
-    timeout = RPC_SECONDS if len(urls) == 1 else RPC_SECONDS / 2
-    transports = [http_transport(url, timeout) for url in urls]
+    timeout = RPC_SECONDS if len(found) == 1 else RPC_SECONDS / 2
+    transports = [
+        replace(
+            http_transport(each.url, timeout), priority=each.priority, rate=each.calls_per_second
+        )
+        for each in found
+    ]
     chain_id, rate = network.chain_id, network.rpc_calls_per_second
     endpoints = Endpoints(transports, chain_id, rate, called=called)
     endpoints.contracts = network.contracts.addresses

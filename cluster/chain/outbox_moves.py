@@ -21,6 +21,7 @@ from eth_utils.crypto import keccak
 
 from cluster.chain import outbox_rows as rows
 from cluster.chain.alerts import Alerts
+from cluster.chain.endpoints import URGENT
 from cluster.chain.fees import Market, Offer, first, raised, too_low
 from cluster.chain.nonces import FEW, Nonces
 from cluster.chain.outbox_ports import Clock, OutboxSettings, Signer, Told, Untold
@@ -94,6 +95,7 @@ class Moves:
     # --- moving ----------------------------------------------------------------------------------
 
     async def _advance(self, row: OutboxRow) -> None:
+        URGENT.set(row.intent.is_answer and row.state in {RowState.NEW, RowState.SIGNED})
         if row.state is RowState.NEW:
             signed = await self._sign(row)
             if signed is None:

@@ -8,6 +8,7 @@ here want the endpoint's own errors and decide themselves when to try again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from eth_utils.address import is_address, to_checksum_address
+from eth_utils.address import to_checksum_address
 
 from cluster.chain import answers, reverts
 from cluster.chain.answers import MOST_PATIENCE, Throttled, TooLong
@@ -33,7 +34,10 @@ BLOCK, COUNT = "eth_getBlockByNumber", "eth_getTransactionCount"
 RECEIPT = "eth_getTransactionReceipt"
 LATEST = "latest"
 PENDING = "pending"
-MAX_ANSWER = 64 * 2**20
+MAX_ANSWER = 32 * 2**20
+AT_ONCE = 500
+"""Logs that are read before others have their turn."""
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
 LAST_TIMESTAMP = 2**40
 _MOST_SMALL = 2**62
@@ -114,11 +118,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class HttpTransport:
-    """`name` is the endpoint's host, which may be shown; the URL may hold a key."""
+    """`name` is the endpoint's host, which may be shown; the URL may hold a key. The lowest
+    `priority` is asked first; `rate` in calls a second."""
 
     name: str
     send: Transport
     close: Callable[[], Awaitable[None]]
+    priority: int = 0
+    rate: float | None = None
 
 
 def http_transport(url: str, timeout: float) -> HttpTransport:
@@ -215,18 +222,24 @@ def _hash(value: object) -> str:
     return str(value).lower() if whole else ""
 
 
+@functools.lru_cache(1024)
+def _checksummed(address: str) -> Address:
+    """Most logs are of few contracts, and it takes a hash."""
+    return Address(to_checksum_address(address))
+
+
 def _log(value: object) -> Log | None:
     """The log, or None when it can't be one: a bad log must not hide those beside it."""
     if not isinstance(value, Mapping) or value.get("removed"):
         return None
     try:
         address = value.get("address")
-        if not is_address(address):
+        if not isinstance(address, str) or _ADDRESS.fullmatch(address) is None:
             return None
         topics = tuple(_bytes("log", topic) for topic in value.get("topics") or ())
         data, block = _bytes("log", value.get("data")), _small("log", value.get("blockNumber"))
         index = None if value.get("logIndex") is None else _small("log", value.get("logIndex"))
-        where = Address(to_checksum_address(str(address)))
+        where = _checksummed(address)
         return Log(where, topics, data, block, _hash(value.get("blockHash")), index)
     except (ChainError, TypeError):
         return None
@@ -402,5 +415,9 @@ class Rpc:
         found = await self.request("eth_getLogs", wanted)
         if not isinstance(found, list):
             raise ChainError(f"eth_getLogs: {brief(found)} is not a list")
-        logs = (log for log in map(_log, found) if log is not None)
-        return tuple(log for log in logs if first <= log.block <= last)
+        logs: list[Log] = []
+        for begin in range(0, len(found), AT_ONCE):
+            read = (_log(each) for each in found[begin : begin + AT_ONCE])
+            logs += (log for log in read if log is not None and first <= log.block <= last)
+            await asyncio.sleep(0)
+        return tuple(logs)
