@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -75,7 +75,8 @@ _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 
 @dataclass(frozen=True, slots=True)
 class FleetSettings:
-    """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that.
+    """`slots`: accounts for each card, None to measure how many; `most_slots` bounds that;
+    `slots_by_name`: the same for cards of a class's name.
     `patience`: seconds before accounts of cards that left are paused. `automatic`: False spends
     nothing, and changes nobody's place in the fleet, until it is told to. Accounts of an index
     above `most_accounts` leave for good; None for no bound."""
@@ -86,6 +87,10 @@ class FleetSettings:
     patience: float = 120.0
     automatic: bool = True
     most_accounts: int | None = None
+    slots_by_name: Mapping[str, int | None] = field(default_factory=dict)
+
+    def slots_of(self, gpu_class: GpuClass) -> int | None:
+        return self.slots_by_name.get(gpu_class.name, self.slots)
 
 
 class FleetKeeper:
@@ -464,15 +469,16 @@ class FleetKeeper:
 
     def _knows_slots(self, gpu_class: GpuClass) -> bool:
         measured = self._measures.of(gpu_class).cycle.tasks >= capacity.FEW
-        return self._settings.slots is not None or measured
+        return self._settings.slots_of(gpu_class) is not None or measured
 
     def _slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
-        return self._measures.slots(gpu_class, settings.slots, settings.most_slots)
+        return self._measures.slots(gpu_class, settings.slots_of(gpu_class), settings.most_slots)
 
     def _most_slots_of(self, gpu_class: GpuClass) -> int:
         settings = self._settings
-        return self._measures.most_slots(gpu_class, settings.slots, settings.most_slots)
+        fixed = settings.slots_of(gpu_class)
+        return self._measures.most_slots(gpu_class, fixed, settings.most_slots)
 
     def _loads(self, classes: Iterable[GpuClass]) -> dict[GpuClass, Load]:
         """How near to their deadlines the tasks of each class come, if each card of the class

@@ -528,9 +528,19 @@ def _slots(value: object) -> int | Literal["auto"]:
     return value
 
 
+Slots = Annotated[int | Literal["auto"], BeforeValidator(_slots)]
+
+
+class SlotsOf(Section):
+    gpu: str = Field(min_length=1)
+    """The driver's name for the card."""
+    slots: Slots
+
+
 class FleetConfig(Section):
     """Amounts are written in CNX. `slots_per_gpu`: node accounts for each card; `auto` takes as
-    many as keep it busy, by what was measured, at most `max_slots`. `stake_budget` bounds the
+    many as keep it busy, by what was measured, at most `max_slots`. `slots_by_gpu`: other slots for
+    cards of a name. `stake_budget` bounds the
     stakes of all accounts together. `gas_reserve` is what an account must own beyond its stake to
     join; below `gas_low` the treasury tops it up to `gas_target`. Earnings beyond `gas_target` go
     to `beneficiary` once they are more than `sweep_above`. Accounts of cards that left are paused
@@ -538,7 +548,8 @@ class FleetConfig(Section):
     `crynux-cluster fleet apply`."""
 
     auto: bool = True
-    slots_per_gpu: Annotated[int | Literal["auto"], BeforeValidator(_slots)] = 1
+    slots_per_gpu: Slots = 1
+    slots_by_gpu: Annotated[tuple[SlotsOf, ...], BeforeValidator(_listed)] = ()
     max_slots: int = Field(default=8, ge=1, le=MOST_SLOTS)
     stake_budget: Annotated[Wei | None, BeforeValidator(_optional_amount)] = None
     gas_reserve: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "0.01")
@@ -552,6 +563,14 @@ class FleetConfig(Section):
     def _in_order(self) -> FleetConfig:
         if not self.gas_low <= self.gas_reserve <= self.gas_target:
             raise ValueError("gas_low, gas_reserve and gas_target: expected in rising order")
+        return self
+
+    @model_validator(mode="after")
+    def _each_gpu_once(self) -> FleetConfig:
+        names = [each.gpu for each in self.slots_by_gpu]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"slots_by_gpu: {name} stands twice")
         return self
 
     def check_accounts(self, accounts: Mapping[int, Address]) -> None:

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import httpx
 import ray
@@ -215,12 +215,17 @@ def fleet_settings(config: Config) -> FleetSettings:
     fleet = config.fleet
     return FleetSettings(
         fleet.policy(config.network.stake),
-        None if fleet.slots_per_gpu == "auto" else fleet.slots_per_gpu,
+        _fixed(fleet.slots_per_gpu),
         fleet.max_slots,
         fleet.pause_after_seconds,
         fleet.auto,
         config.identity.accounts,
+        {f"{each.gpu}+{config.ray.platform}": _fixed(each.slots) for each in fleet.slots_by_gpu},
     )
+
+
+def _fixed(slots: int | Literal["auto"]) -> int | None:
+    return None if slots == "auto" else slots
 
 
 def owner(config: Config, identity: Identity) -> Owner:

@@ -37,6 +37,7 @@ OURS: Final = frozenset(
         "serve.open_reads",
         "serve.host",
         "serve.port",
+        "fleet.slots_by_gpu",
     }
 )
 """Keys that the chart sets, from other values or by itself."""
@@ -46,6 +47,12 @@ AMOUNT: Schema = {
     "type": ["number", "string"],
     "exclusiveMinimum": 0,
     "pattern": r"^[0-9]+(\.[0-9]{1,18})?$",
+}
+SLOTS: Schema = {
+    "type": ["integer", "string"],
+    "minimum": 1,
+    "maximum": 16,
+    "pattern": "^auto$",
 }
 _ADDRESS: Schema = {"type": "string", "pattern": ADDRESS}
 _MODELS: Schema = {"type": "array", "maxItems": 256, "items": {"type": "string", "maxLength": 600}}
@@ -75,12 +82,7 @@ SHAPES: Final[Mapping[str, Schema]] = {
     "models.web.allow_hosts": _HOSTS,
     "models.web.deny_hosts": _HOSTS,
     "tracing.endpoint": _URL,
-    "fleet.slots_per_gpu": {
-        "type": ["integer", "string"],
-        "minimum": 1,
-        "maximum": 16,
-        "pattern": "^auto$",
-    },
+    "fleet.slots_per_gpu": SLOTS,
     "fleet.stake_budget": AMOUNT,
     "fleet.gas_reserve": AMOUNT,
     "fleet.gas_low": AMOUNT,

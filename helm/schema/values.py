@@ -22,7 +22,7 @@ from helm.schema.kinds import (
     whole,
 )
 from helm.schema.kubernetes import definitions, placement, volume
-from helm.schema.operator import operator_config
+from helm.schema.operator import SLOTS, operator_config
 
 
 def image(about: str) -> Schema:
@@ -51,6 +51,11 @@ def group() -> Schema:
             r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
         ),
         gpusPerPod=whole("Whole cards of each pod.", 1, 16),
+        gpuName=text("The driver's name for the cards, where slots are given.", most=80),
+        slots={
+            "description": "Accounts for each card, or auto; else config.fleet.slots_per_gpu.",
+            **SLOTS,
+        },
         simulated=obj(
             "Cards that compute on the CPU instead; devnets only.",
             ("name", "vram"),

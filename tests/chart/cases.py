@@ -90,6 +90,13 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
     "two groups": {
         "gpuGroups": [one(), one(name="other", gpuResource="amd.com/gpu", labels={"team": "a"})]
     },
+    "slots of their own": {
+        "gpuGroups": [
+            one(gpuName="NVIDIA L4", slots=3),
+            one(name="more", gpuName="NVIDIA L4", slots=3),
+            one(name="a40", gpuName="NVIDIA A40", slots="auto"),
+        ]
+    },
     "simulated cards": {
         "gpuGroups": [one(gpusPerPod=2, simulated={"name": "NVIDIA GeForce RTX 4090", "vram": 24})]
     }

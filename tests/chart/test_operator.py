@@ -122,6 +122,13 @@ def test_the_stake_is_in_cnx_to_the_last_digit(tmp_path: Path) -> None:
     assert config.fleet.stake_budget == 800 * 10**18
 
 
+def test_a_groups_slots_are_those_of_its_kind_of_card(tmp_path: Path) -> None:
+    config = loaded(render(case(values_of("slots of their own"))), "ray-head", tmp_path)
+    found = {each.gpu: each.slots for each in config.fleet.slots_by_gpu}
+    assert found == {"NVIDIA L4": 3, "NVIDIA A40": "auto"}
+    assert config.fleet.slots_per_gpu == 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_that_is_named_is_mounted_for_who_reads_it(name: str) -> None:
     objects = render(case(values_of(name)))

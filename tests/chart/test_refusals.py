@@ -62,6 +62,14 @@ BY_THE_CHART: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"gpuGroups": [one(minReplicas=1)]},
         "gpuGroups[card]: give replicas, or minReplicas and maxReplicas",
     ),
+    "slots for cards without a name": (
+        {"gpuGroups": [one(slots=2)]},
+        "gpuGroups[card].slots: needs gpuName, the driver's name for the cards",
+    ),
+    "two minds about slots": (
+        {"gpuGroups": [one(gpuName="A", slots=2), one(name="b", gpuName="A", slots=3)]},
+        "gpuGroups[b].slots: another group has other slots for A",
+    ),
     "bounds the wrong way round": (
         {"gpuGroups": [one(replicas=None, minReplicas=3, maxReplicas=2)]},
         "gpuGroups[card]: minReplicas is more than maxReplicas",

@@ -8,8 +8,10 @@ import pytest
 from cluster.config import Config, HubConfig, ModelsConfig, digest, load
 from cluster.core.errors import ConfigError
 from cluster.core.lifecycle import Policy
+from cluster.core.types import GigaBytes, GpuClass
 from cluster.models.refusals import Refused
 from cluster.models.urls import check
+from cluster.runtime import fleet_settings
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "0x5FbDB2315678afecb367f032d93F642f64180aa3"
@@ -251,3 +253,24 @@ def test_the_operator_has_one_key(tmp_path: Path) -> None:
     )
     config = loaded(tmp_path, MINIMAL + "identity: {keystore_file: key}\n")
     assert config.identity.key_file == tmp_path / "key"
+
+
+def test_slots_of_a_card_are_looked_up_by_the_networks_name(tmp_path: Path) -> None:
+    more = "fleet: {slots_by_gpu: [{gpu: Big Card, slots: 3}, {gpu: Odd Card, slots: auto}]}\n"
+    settings = fleet_settings(loaded(tmp_path, MINIMAL + more))
+    names = ("Big Card+docker", "Odd Card+docker", "Card+docker")
+    found = [settings.slots_of(GpuClass(name, GigaBytes(8))) for name in names]
+    assert found == [3, None, 1]
+
+
+@pytest.mark.parametrize(
+    ("slots", "says"),
+    [
+        ("[{gpu: A, slots: 2}, {gpu: A, slots: 3}]", "fleet: slots_by_gpu: A stands twice"),
+        ("[{gpu: A, slots: 17}]", "fleet.slots_by_gpu[0].slots: expected auto, or a number"),
+        ("[{gpu: A}]", "fleet.slots_by_gpu[0].slots: missing"),
+        ("[{gpus: A, slots: 1}]", "fleet.slots_by_gpu[0].gpus: unknown key; did you mean gpu?"),
+    ],
+)
+def test_slots_of_a_card_that_cant_be(tmp_path: Path, slots: str, says: str) -> None:
+    assert says in complaint(tmp_path, MINIMAL + f"fleet: {{slots_by_gpu: {slots}}}\n")

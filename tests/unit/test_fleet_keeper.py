@@ -541,6 +541,17 @@ def test_more_slots_want_more_accounts(tmp_path: Path) -> None:
     assert (shown.slots, shown.least) == (2, 2)
 
 
+@pytest.mark.parametrize(("name", "least"), [(KIND.name, 2), ("Other+docker", 1)])
+def test_cards_of_a_name_may_have_slots_of_their_own(tmp_path: Path, name: str, least: int) -> None:
+    world = World(tmp_path, FleetSettings(POLICY, slots=1, slots_by_name={name: 2}))
+    for account in (ALICE, BOB):
+        world.see(account, NodeStatus.PAUSED, balance=20)
+    world.turn()
+    assert len(world.turn()) == least
+    (shown,) = world.keeper.view.classes
+    assert (shown.slots, shown.least) == (least, least)
+
+
 def paid(world: World, number: int, account: Address, compute: float, network: float) -> None:
     """A task of the account that was paid, as its record tells."""
     task = Commitment(f"0x{number:064x}")

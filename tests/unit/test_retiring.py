@@ -153,13 +153,13 @@ def test_nobody_elses_account_is_retired(tmp_path: Path) -> None:
 # --- beyond what is tended ------------------------------------------------------------------------
 
 
-def beyond(tmp_path: Path, **settings: bool) -> Site:
+def beyond(tmp_path: Path, automatic: bool = True) -> Site:
     """Two accounts in use, one of which the configuration has no more."""
     site = Site(tmp_path, card("a-0"), card("a-1"))
     for index, address in ((1, ALICE), (2, BOB)):
         site.house.journal.assign(site.house.ledger.lease, Assignment(index, address, KIND))
         site.see(address, NodeStatus.AVAILABLE)
-    site.settings = FleetSettings(POLICY, most_accounts=1, **settings)
+    site.settings = FleetSettings(POLICY, automatic=automatic, most_accounts=1)
     site.begin()
     return site
 

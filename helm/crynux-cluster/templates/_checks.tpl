@@ -90,6 +90,7 @@ what to do; nothing is looked up in a cluster, so it is the same wherever it is 
 {{- fail "gpuGroups: missing; name at least one group of GPU nodes" -}}
 {{- end -}}
 {{- $names := list -}}
+{{- $slots := dict -}}
 {{- range .Values.gpuGroups -}}
 {{- $where := printf "gpuGroups[%s]" .name -}}
 {{- $group := include "crynux-cluster.group" . | fromJson -}}
@@ -99,6 +100,15 @@ what to do; nothing is looked up in a cluster, so it is the same wherever it is 
 {{- $names = append $names .name -}}
 {{- if and (hasKey . "replicas") (or (hasKey . "minReplicas") (hasKey . "maxReplicas")) -}}
 {{- fail (printf "%s: give replicas, or minReplicas and maxReplicas" $where) -}}
+{{- end -}}
+{{- if and (hasKey . "slots") (not $group.gpuName) -}}
+{{- fail (printf "%s.slots: needs gpuName, the driver's name for the cards (crynux-cluster gpus tells it)" $where) -}}
+{{- end -}}
+{{- if ne (dig $group.gpuName (toString .slots) $slots) (toString .slots) -}}
+{{- fail (printf "%s.slots: another group has other slots for %s; an account belongs to a kind of card, not to a group" $where $group.gpuName) -}}
+{{- end -}}
+{{- if $group.gpuName -}}
+{{- $_ := set $slots $group.gpuName (toString .slots) -}}
 {{- end -}}
 {{- if gt (int $group.least) (int $group.most) -}}
 {{- fail (printf "%s: minReplicas is more than maxReplicas" $where) -}}

@@ -27,6 +27,15 @@
 {{- if .Values.models.civitai.existingSecret -}}
 {{- $_ := set $models "web" (dict "civitai_token_file" (printf "%s/civitai/token" $etc)) -}}
 {{- end -}}
+{{- $slots := list -}}
+{{- range .Values.gpuGroups -}}
+{{- if hasKey . "slots" -}}
+{{- $slots = append $slots (dict "gpu" .gpuName "slots" .slots) -}}
+{{- end -}}
+{{- end -}}
+{{- if $slots -}}
+{{- $_ := set $config "fleet" (merge (dict "slots_by_gpu" (uniq $slots)) ($config.fleet | default (dict))) -}}
+{{- end -}}
 {{- $ours := dict
   "identity" (merge (dict "accounts" .Values.identity.accounts) $identity)
   "network" $urls
