@@ -374,7 +374,8 @@ class HubConfig(Section):
 
 class LinksConfig(Section):
     """Models by URL. `allow_hosts`, as `host` (at `ports`) or `host:port`, may have any address and
-    be asked by plain http: the operator's own. `deny_hosts` are never asked, nor their subdomains.
+    be asked by plain http: the operator's own. Where there are `only_hosts`, links lead to those,
+    or their subdomains, or one's own. `deny_hosts` are never asked, nor their subdomains.
     What one of `certain_hosts` hasn't got is reported as the task's fault.
     """
 
@@ -382,6 +383,7 @@ class LinksConfig(Section):
     allow_http: bool = False
     ports: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (80, 443)
     allow_hosts: HostsAndPorts = ()
+    only_hosts: Hosts = ()
     deny_hosts: Hosts = ()
     certain_hosts: Hosts = ()
 
@@ -435,6 +437,7 @@ class ModelsConfig(Section):
             frozenset(self.web.ports),
             frozenset(self.web.allow_hosts),
             frozenset(self.web.deny_hosts),
+            only_hosts=frozenset(self.web.only_hosts),
         )
         # What a task's link may lead to isn't widened by where the operator's hub is.
         own = () if self.hub.endpoint == HUB else (origin_of(self.hub.endpoint),)

@@ -29,7 +29,7 @@ from cluster.models.settings import Limits
 from cluster.models.sources import Absent, Changed, Denied, Source, SourceDown
 from cluster.models.store import ModelStore, Spoilt
 from cluster.models.transfer import Damaged
-from cluster.models.waiting import LOOK_SECONDS, TooSlow, Watch
+from cluster.models.waiting import LOOK_SECONDS, GiveWay, TooSlow, Watch
 from cluster.models.waiting import Wanted as Wanted
 
 _log = structlog.get_logger("models")
@@ -37,6 +37,8 @@ _log = structlog.get_logger("models")
 FIRST_PATIENCE, MOST_PATIENCE = 1.0, 60.0
 SECOND_LOOK: Final = 3.0
 """Seconds before the same host is asked again whether a model exists."""
+GIVE_SECONDS: Final = 10 * LOOK_SECONDS
+"""In which a task that waits for the lock takes it."""
 MOST_DAMAGED: Final = 2
 REFUSED_SECONDS: Final = 3600.0
 """For which what was refused for what it is isn't fetched again."""
@@ -184,17 +186,20 @@ class Keeper:
         watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
         while True:
             watch.check()
-            with self.disk.try_lock(ref.key) as got, watch.in_front():
-                if got:
-                    if not self.has(ref):
-                        self._drop_spoilt(ref)
-                        self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
-                    return
-            # Somebody else fetches it: as long as that makes progress, we do.
-            if self.disk.progress(ref.key) is not None:
-                wanted.alive()
+            pause = LOOK_SECONDS
+            try:
+                with self.disk.try_lock(ref.key) as got, watch.in_front():
+                    if got:
+                        if not self.has(ref):
+                            self._drop_spoilt(ref)
+                            self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
+                        return
+            except GiveWay:
+                pause = GIVE_SECONDS
+            # Somebody else has the lock or takes it now, and lives.
+            wanted.alive()
             with watch.waiting():
-                self.sleep(LOOK_SECONDS)
+                self.sleep(pause)
 
     def _fetch(self, watch: Watch) -> None:
         """Try the sources in order, again and again; the lock is ours."""
@@ -225,7 +230,7 @@ class Keeper:
             if failures.down is not None:
                 pause = max(patience, failures.down.retry_after or 0.0) * (0.5 + self.chance())
                 patience = min(patience * 2, MOST_PATIENCE)
-            watch.pause(pause)
+            watch.pause_for_a_source(pause)
 
     def _try_all(self, watch: Watch, refused: dict[str, Refused]) -> _Failures | None:
         """One round; None when the model is here. Another source is tried at once, and one whose

@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -179,6 +181,54 @@ def test_all_that_is_published_has_reached_the_disk(
     keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
     assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
+
+
+# --- two who want the same ----------------------------------------------------------------------
+
+
+def test_a_task_does_not_wait_out_the_pause_of_the_background(tmp_path: Path) -> None:
+    shelf = lora_shelf(listing=raising(SourceDown("429", retry_after=3600.0), times=1))
+    background, task = Time(), Time()
+    behind = keeper(tmp_path, shelf, time=background)
+    ahead = keeper(tmp_path, lora_shelf(), time=task)
+    pausing, done = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        background.sleep(seconds)
+        pausing.set()
+        # Real time only goes by where the two meet.
+        done.wait(0.01)
+
+    behind.sleep = sleep
+
+    def fetch() -> None:
+        behind.ensure(LORA, Wanted(background=True))
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    assert pausing.wait(30)
+
+    def wait(seconds: float) -> None:
+        task.sleep(seconds)
+        time.sleep(0.001)
+
+    ahead.sleep = wait
+    ahead.ensure(LORA, Wanted(deadline=task.now + 600))
+    done.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert shelf.listed == 1, "the background found it there"
+    assert background.now < 1_000_000 + 3600
+
+
+def test_who_waits_for_a_living_process_lives(tmp_path: Path) -> None:
+    """Also while that one pauses, hashes or unpacks, and tells of no progress."""
+    store = keeper(tmp_path, lora_shelf())
+    heard: list[None] = []
+    with store.disk.try_lock(LORA.key), pytest.raises(Cancelled):
+        store.ensure(
+            LORA, Wanted(cancelled=lambda: len(heard) > 3, alive=lambda: heard.append(None))
+        )
 
 
 # --- what can't be used --------------------------------------------------------------------------
