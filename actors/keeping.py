@@ -8,6 +8,7 @@ back while they do (`cluster.models.keeper`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -92,7 +93,7 @@ class StoreWorker:
             known = model_id in self._queue or model_id in self._here
             if not known and len(self._queue) < MOST_QUEUED:
                 self._queue.append(model_id)
-        self._news.set()
+                self._news.set()
 
     async def drop(self, model_id: str) -> str:
         """Remove a model from the disk: `dropped`, or why it stays."""
@@ -124,16 +125,20 @@ class StoreWorker:
     async def _work(self) -> None:
         """Fetch what is queued, one model after the other; configured ones again and again."""
         loop = asyncio.get_running_loop()
+        again_at = self._clock() + self._again_seconds
         while True:
-            while self._queue:
-                model_id = self._queue.popleft()
-                await loop.run_in_executor(self._thread, self._fetch, model_id)
+            if self._clock() >= again_at:
+                again_at = self._clock() + self._again_seconds
+                waiting = self._here | set(self._queue)
+                missing = [each for each in self._configured if each not in waiting]
+                self._queue.extendleft(reversed(missing))
+            if self._queue:
+                await loop.run_in_executor(self._thread, self._fetch, self._queue.popleft())
+                continue
             self._news.clear()
-            try:
-                async with asyncio.timeout(self._again_seconds):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(again_at - self._clock(), 0.0)):
                     await self._news.wait()
-            except TimeoutError:
-                self._queue.extend(each for each in self._configured if each not in self._here)
 
     def _fetch(self, model_id: str) -> None:
         ends = self._clock() + TURN_SECONDS

@@ -101,6 +101,11 @@ class _Pause:
     until: float
     length: float
 
+    def left(self, action: type[Action], now: float) -> float:
+        """Seconds that this action has to wait; not where the clock was set back since."""
+        left = self.until - now
+        return left if action is self.action and 0 < left < self.length + 1.0 else 0.0
+
 
 class Reconciler:
     """Runs the lifecycle for the tasks of every account."""
@@ -181,8 +186,9 @@ class Reconciler:
         if not isinstance(action, Execute):
             self._dispatcher.forget(task)
         pause = self._pauses.get(task)
-        if pause is not None and pause.action is type(action) and self._clock() < pause.until:
-            return pause.until - self._clock()
+        left = 0.0 if pause is None else pause.left(type(action), self._clock())
+        if left > 0:
+            return left
         try:
             wait = await self._do(situation, action)
         except ParametersNotReady as error:

@@ -33,6 +33,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from cluster.chain.fees import LEAST_STEP, FeeSettings
 from cluster.core.capacity import MOST_SLOTS
 from cluster.core.errors import ConfigError, ModelUnavailable
 from cluster.core.fleet import FleetPolicy
@@ -248,20 +249,40 @@ _NETWORK_FILES = {
 }
 
 
+class EndpointConfig(Section):
+    """One RPC endpoint. Of those that do equally well the one with the lowest `priority` is asked
+    first, of equals the first in order; `rpc_url` has 0. `calls_per_second` where it has a rate of
+    its own; `ws_url` as in the section around."""
+
+    url: HttpUrl = Field(repr=False)
+    priority: int = Field(default=10, ge=0, le=1_000)
+    calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
+
+
 class NetworkConfig(Section):
     """`fallback_rpc_urls` are asked in this order where the ones before don't answer as they
     should; transactions go to all. `rpc_calls_per_second` is for each of them. `ws_url` announces
     new blocks (eth_subscribe), where an endpoint offers that. A `_file` holds the URL in its place;
-    that of `rpc_url` may have further lines, which are asked before `fallback_rpc_urls`."""
+    that of `rpc_url` may have further lines, which are asked before `fallback_rpc_urls`. What a
+    transaction offers for gas is raised by `fee_step_percent` while it isn't mined, up to
+    `fee_ceiling_gwei`."""
 
     rpc_url: HttpUrl = Field(repr=False)
     rpc_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     fallback_rpc_urls: Annotated[tuple[HttpUrl, ...], BeforeValidator(_listed)] = Field(
         default=(), repr=False
     )
+    endpoints: Annotated[tuple[EndpointConfig, ...], BeforeValidator(_listed)] = Field(
+        default=(), repr=False
+    )
+    """Further ones, of which more is to be said than a URL."""
     ws_url: Annotated[str | None, BeforeValidator(_ws_url)] = Field(default=None, repr=False)
     ws_url_file: Annotated[Path | None, BeforeValidator(_optional_path)] = None
     rpc_calls_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    fee_step_percent: int = Field(default=25, ge=LEAST_STEP, le=200)
+    """Of less, most nodes take no replacement."""
+    fee_ceiling_gwei: float = Field(default=1_000.0, gt=0, allow_inf_nan=False)
     chain_id: int = Field(ge=1)
     devnet: bool = False
     contracts: Contracts
@@ -271,6 +292,8 @@ class NetworkConfig(Section):
     stake: Annotated[Wei, BeforeValidator(_amount)] = cast(Wei, "400")
     """Written in CNX, held in wei."""
     block_poll_seconds: Seconds = 1.0
+    stalled_after_seconds: Seconds | None = 300.0
+    """Null where the chain makes blocks only when there is something to put in them."""
     explorer_url: Annotated[str | None, BeforeValidator(_explorer_url)] = None
     """Where a transaction is shown to people: a URL with `{hash}` in it."""
 
@@ -278,6 +301,21 @@ class NetworkConfig(Section):
     @classmethod
     def _from_files(cls, values: object, info: ValidationInfo) -> object:
         return put_in(values, _NETWORK_FILES, partial(_path, info=info))
+
+    @property
+    def all_endpoints(self) -> tuple[EndpointConfig, ...]:
+        """Every one, in the order of the configuration."""
+        first = EndpointConfig(url=self.rpc_url, priority=0, ws_url=self.ws_url)
+        others = (EndpointConfig(url=url) for url in self.fallback_rpc_urls)
+        return (first, *others, *self.endpoints)
+
+    @property
+    def ws_urls(self) -> tuple[str, ...]:
+        return tuple(each.ws_url for each in self.all_endpoints if each.ws_url is not None)
+
+    @property
+    def fees(self) -> FeeSettings:
+        return FeeSettings(step=self.fee_step_percent, cap=Wei(int(self.fee_ceiling_gwei * 10**9)))
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -336,7 +374,8 @@ class HubConfig(Section):
 
 class LinksConfig(Section):
     """Models by URL. `allow_hosts`, as `host` (at `ports`) or `host:port`, may have any address and
-    be asked by plain http: the operator's own. `deny_hosts` are never asked, nor their subdomains.
+    be asked by plain http: the operator's own. Where there are `only_hosts`, links lead to those,
+    or their subdomains, or one's own. `deny_hosts` are never asked, nor their subdomains.
     What one of `certain_hosts` hasn't got is reported as the task's fault.
     """
 
@@ -344,6 +383,7 @@ class LinksConfig(Section):
     allow_http: bool = False
     ports: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (80, 443)
     allow_hosts: HostsAndPorts = ()
+    only_hosts: Hosts = ()
     deny_hosts: Hosts = ()
     certain_hosts: Hosts = ()
 
@@ -397,6 +437,7 @@ class ModelsConfig(Section):
             frozenset(self.web.ports),
             frozenset(self.web.allow_hosts),
             frozenset(self.web.deny_hosts),
+            only_hosts=frozenset(self.web.only_hosts),
         )
         # What a task's link may lead to isn't widened by where the operator's hub is.
         own = () if self.hub.endpoint == HUB else (origin_of(self.hub.endpoint),)
@@ -684,6 +725,7 @@ def _got(location: tuple[int | str, ...], value: object) -> str:
     secret = location[0] in {"identity", "journal"} or not {
         "rpc_url",
         "fallback_rpc_urls",
+        "endpoints",
         "ws_url",
         "relay_url",
         "proxy",

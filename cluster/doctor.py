@@ -58,8 +58,8 @@ async def _network(
 ) -> list[Check]:
     found: list[Check] = []
     reached: Rpc | None = None
-    for url in (config.network.rpc_url, *config.network.fallback_rpc_urls):
-        transport = http_transport(url, REACH_SECONDS)
+    for each in config.network.all_endpoints:
+        transport = http_transport(each.url, REACH_SECONDS)
         rpc = Rpc(transport.send, transport.close)
         check = await check_endpoint(config, rpc, transport.name)
         found.append(check)

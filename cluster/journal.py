@@ -9,8 +9,9 @@ lease can't write anything, however late it wakes up. Epochs only grow; each acq
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,9 +30,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from cluster import journal_lease as lease_rows
 from cluster import journal_takings as takings
 from cluster.core import ports
-from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
+from cluster.core.errors import ConfigError, IllegalMove
 from cluster.core.record import (
     Closed,
     Event,
@@ -115,9 +117,13 @@ _OWNED = {
 class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
-    def __init__(self, url: str, look_only: bool = False) -> None:
+    def __init__(
+        self, url: str, look_only: bool = False, wall: Callable[[], float] = time.time
+    ) -> None:
         """Opens the database, and makes its tables where it is new; with `look_only` it is left as
-        it is, and may be of another version. Raises `ConfigError`."""
+        it is, and may be of another version. `wall` is this machine's clock. Raises
+        `ConfigError`."""
+        self._wall = wall
         self._database = open_engine(url, look_only)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
         if look_only:
@@ -201,7 +207,7 @@ class SqlJournal:
     def write(self, lease: ports.Lease) -> Iterator[Connection]:
         """A transaction under the lease; raises `LeaseLost`, having written nothing."""
         with self._transaction() as connection:
-            _check(connection, lease)
+            lease_rows.check(connection, lease)
             yield connection
 
     @contextmanager
@@ -213,29 +219,32 @@ class SqlJournal:
 
     def acquire(self, holder: str, now: Timestamp, ttl: float) -> ports.Lease | None:
         with self._transaction() as connection:
-            held = _current(connection)
+            held = lease_rows.current(connection)
+            now = lease_rows.common(connection, now, self._wall)
             if held.holder not in {"", holder} and held.expires_at > now:
                 return None
             lease = ports.Lease(holder, held.epoch + 1, Timestamp(now + ttl))
-            _store_lease(connection, lease)
+            lease_rows.store(connection, lease)
             return lease
 
     def holder(self, now: float) -> tuple[str, float]:
         """Who holds the lease and for how many seconds more; an empty name when nobody does."""
         with self.read() as connection:
             held = connection.execute(select(lease_table)).one()
+            now = lease_rows.common(connection, Timestamp(now), self._wall)
         left = held.expires_at - now
         return (held.holder, left) if held.holder and left > 0 else ("", 0.0)
 
     def renew(self, lease: ports.Lease, now: Timestamp, ttl: float) -> ports.Lease:
         with self.write(lease) as connection:
-            renewed = replace(lease, expires_at=Timestamp(now + ttl))
-            _store_lease(connection, renewed)
+            ends = lease_rows.common(connection, now, self._wall) + ttl
+            renewed = replace(lease, expires_at=Timestamp(ends))
+            lease_rows.store(connection, renewed)
             return renewed
 
     def release(self, lease: ports.Lease) -> None:
         with self.write(lease) as connection:
-            _store_lease(connection, replace(lease, holder="", expires_at=Timestamp(0)))
+            lease_rows.store(connection, replace(lease, holder="", expires_at=Timestamp(0)))
 
     # --- tasks
 
@@ -478,21 +487,3 @@ def _history(
 def _inserted(key: Row[Any] | None) -> Any:
     assert key is not None, "one row was inserted"  # noqa: S101
     return key[0]
-
-
-def _current(connection: Connection) -> Row[Any]:
-    return connection.execute(select(lease_table).with_for_update()).one()
-
-
-def _check(connection: Connection, lease: ports.Lease) -> None:
-    newest = _current(connection).epoch
-    if newest != lease.epoch:
-        raise LeaseLost(f"lease {lease.epoch} of {lease.holder} was followed by {newest}")
-
-
-def _store_lease(connection: Connection, lease: ports.Lease) -> None:
-    connection.execute(
-        update(lease_table).values(
-            holder=lease.holder, epoch=lease.epoch, expires_at=lease.expires_at
-        )
-    )

@@ -18,7 +18,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from cluster.card_metrics import CardMetrics
-from cluster.chain.outbox import ChainEvent
+from cluster.chain.outbox_ports import ChainEvent
 from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Fault, Outcome, Progress, TaskRecord
 from cluster.core.types import (

@@ -46,7 +46,8 @@ from cluster.artifacts import FolderArtifacts
 from cluster.chain.endpoints import Endpoints
 from cluster.chain.heads import Heads
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
-from cluster.chain.outbox import Outbox, Told
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import OutboxSettings, Told
 from cluster.chain.rpc import Rpc, http_transport
 from cluster.chain.starting import check_contracts
 from cluster.config import Config
@@ -249,13 +250,21 @@ async def open_network(
     """The on-chain form of the network, for one term of office."""
     network = config.network
     endpoints = open_endpoints(config, called)
-    rpc = Rpc(endpoints.send, endpoints.close)
+    rpc = Rpc(endpoints.send, endpoints.close, endpoints.ask_each)
     try:
         with contextlib.suppress(ChainError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
             await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
         async with httpx.AsyncClient(timeout=30.0, follow_redirects=False) as http:
-            outbox = make_outbox(rpc, journal, lease, identity, wall_clock, network.chain_id)
+            outbox = make_outbox(
+                rpc,
+                journal,
+                lease,
+                identity,
+                wall_clock,
+                network.chain_id,
+                OutboxSettings(fees=network.fees),
+            )
             yield ChainNetwork(
                 rpc,
                 Contracts.at(rpc, *network.contracts.addresses),
@@ -266,9 +275,11 @@ async def open_network(
                 network.version,
                 identity.public_key,
                 wall_clock,
-                NetworkSettings(poll=network.block_poll_seconds),
+                NetworkSettings(
+                    poll=network.block_poll_seconds, stalled_after=network.stalled_after_seconds
+                ),
                 endpoints,
-                Heads(network.ws_url),
+                Heads(network.ws_urls),
                 told,
                 _own(config, identity, journal),
             )
@@ -287,10 +298,15 @@ def open_endpoints(
 ) -> Endpoints:
     """All configured RPC endpoints, in their order."""
     network = config.network
-    urls = (network.rpc_url, *network.fallback_rpc_urls)
+    found = network.all_endpoints
     # With others to ask, one that is slow needn't be waited for as long.
-    timeout = RPC_SECONDS if len(urls) == 1 else RPC_SECONDS / 2
-    transports = [http_transport(url, timeout) for url in urls]
+    timeout = RPC_SECONDS if len(found) == 1 else RPC_SECONDS / 2
+    transports = [
+        replace(
+            http_transport(each.url, timeout), priority=each.priority, rate=each.calls_per_second
+        )
+        for each in found
+    ]
     chain_id, rate = network.chain_id, network.rpc_calls_per_second
     endpoints = Endpoints(transports, chain_id, rate, called=called)
     endpoints.contracts = network.contracts.addresses

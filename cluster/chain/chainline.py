@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from cluster.chain.rpc import Block
 
+LEAST_PAUSE = 0.1
+"""Seconds between two looks, also where blocks come faster or all have one time."""
 HashOf = Callable[[int], Awaitable[str | None]]
 
 
@@ -101,11 +103,16 @@ class Pulse:
         if number != self._number:
             self._number, self._timestamp = number, timestamp
 
+    @property
+    def gap(self) -> float | None:
+        """Seconds between two blocks, as far as is known."""
+        return self._gap
+
     def pause(self, now: float) -> float:
         """How long to wait with the next look."""
         if self._gap is None or self._delay is None:
             return self.least
         expected = self._timestamp + self._gap + self._delay
         # Overdue, it may come at any moment.
-        least = min(self.least, self._gap / 3)
+        least = max(min(self.least, self._gap / 3), LEAST_PAUSE)
         return min(max(expected - now, least), self.most)

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ from cluster.core.errors import ChainError
 
 _log = structlog.get_logger(__name__)
 
+URGENT: ContextVar[bool] = ContextVar("urgent", default=False)
+"""Whether what is asked for waits for nobody's rate: a task's answer is on its way."""
 SEND: Final = "eth_sendRawTransaction"
 HEAD: Final = "eth_getBlockByNumber"
 CHECK_SECONDS: Final = 15.0
@@ -57,13 +60,17 @@ class Endpoints:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         called: Callable[[str, str], None] = lambda _method, _result: None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
-        """`rate`: calls a second to each endpoint; None for no limit. `called` hears of each call
-        by method and result (ok, refused, throttled, failed)."""
+        """`rate`: calls a second to each endpoint that has no rate of its own; None for no limit.
+        `called` hears of each call by method and result (ok, refused, throttled, failed). `wall`
+        is the time of day."""
         self._sends: list[Transport] = [transport.send for transport in transports]
         self._closes = [transport.close for transport in transports]
-        self._states = [Endpoint(transport.name) for transport in transports]
-        self._buckets = [Bucket(rate) for _ in transports]
+        self._states = [Endpoint(each.name, each.priority) for each in transports]
+        self._buckets = [Bucket(rate if each.rate is None else each.rate) for each in transports]
+        self._sending: set[asyncio.Task[Mapping[str, Any]]] = set()
+        """Writes on their way to endpoints that nobody waits for."""
         self._best: Head | None = None
         """The best head of those that were compared, and when it was seen."""
         self._best_at = 0.0
@@ -75,6 +82,9 @@ class Endpoints:
         self._clock = clock
         self._sleep = sleep
         self._called = called
+        self._wall = wall
+        self._undecided: tuple[str, ...] = ()
+        """Endpoints that tell of different chains, without a majority for one."""
 
     # --- the transport ---------------------------------------------------------------------------
 
@@ -130,12 +140,37 @@ class Endpoints:
             if self._states[index].is_open and not before.is_open:
                 _log.warning("endpoint_given_up", endpoint=before.name, reason=why)
 
+    async def ask_each(self, method: str, params: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+        """What all that may be asked have to say; raises `ChainError` where none has anything."""
+        asked = health.order(self._states, self._clock())
+        if not asked:
+            raise ChainError(f"{method}: {self.why_none()}")
+        ended = await asyncio.gather(
+            *(self._ask(index, method, params) for index in asked), return_exceptions=True
+        )
+        found, failures = list[Mapping[str, Any]](), list[BaseException]()
+        for each in ended:
+            if isinstance(each, BaseException):
+                failures.append(each)
+            elif answers.meaning(method, each) is Meaning.ANSWER:
+                found.append(each)
+            else:
+                failures.append(ChainError(f"{method}: refused"))
+        failures.sort(key=lambda error: isinstance(error, ChainError))
+        if failures and not (found and isinstance(failures[0], ChainError)):
+            raise failures[0]
+        return found
+
     async def close(self) -> None:
+        for each in self._sending:
+            each.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
         await asyncio.gather(*(close() for close in self._closes))
 
     def _next(self, tried: set[int]) -> int | None:
         now = self._clock()
-        return next((i for i in health.order(self._states, now) if i not in tried), None)
+        waits = {i: bucket.wait(now) for i, bucket in enumerate(self._buckets)}
+        return next((i for i in health.order(self._states, now, waits) if i not in tried), None)
 
     async def _ask(self, index: int, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
         """One endpoint's answer, and what it says about the endpoint."""
@@ -186,25 +221,35 @@ class Endpoints:
 
     async def _wait_for_turn(self, index: int) -> None:
         self._buckets[index], pause = self._buckets[index].take(self._clock())
-        if pause > 0:
+        if pause > 0 and not URGENT.get():
             await self._sleep(pause)
 
     async def _send_to_all(self, method: str, params: Sequence[Any]) -> Mapping[str, Any]:
-        """A transaction that any endpoint has taken may be mined, so taken by one is taken."""
+        """A transaction that any endpoint has taken may be mined, so taken by one is taken: nobody
+        waits for the slower ones, which get it all the same."""
         chosen = health.for_writes(self._states, self._clock())
         if not chosen:
             raise ChainError(f"{method}: {self.why_none()}")
-        asked = [self._ask(index, method, params) for index in chosen]
-        ended = await asyncio.gather(*asked, return_exceptions=True)
-        answers = [each for each in ended if isinstance(each, Mapping)]
-        taken = [answer for answer in answers if answer.get("error") is None]
-        for found in (taken, answers):
-            if found:
-                return found[0]
-        for error in ended:
-            if isinstance(error, BaseException) and not isinstance(error, ChainError):
-                raise error
-        raise next(error for error in ended if isinstance(error, ChainError))
+        sending = [asyncio.create_task(self._ask(each, method, params)) for each in chosen]
+        self._sending.update(sending)
+        for task in sending:
+            task.add_done_callback(self._sent)
+        waiting = set(sending)
+        while waiting:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for each in sending:
+                if each.done() and each.exception() is None and each.result().get("error") is None:
+                    return each.result()
+        failures = [error for each in sending if (error := each.exception()) is not None]
+        if len(failures) < len(sending):
+            return next(each.result() for each in sending if each.exception() is None)
+        failures.sort(key=lambda error: isinstance(error, ChainError))
+        raise failures[0]
+
+    def _sent(self, task: asyncio.Task[Mapping[str, Any]]) -> None:
+        self._sending.discard(task)
+        if not task.cancelled():
+            task.exception()  # noted where it was asked
 
     def _learn(
         self, index: int, method: str, params: Sequence[Any], answer: Mapping[str, Any]
@@ -252,6 +297,7 @@ class Endpoints:
 
     def _compare_heads(self, heads: Mapping[int, Head]) -> None:
         now = self._clock()
+        self._judge_times(heads)
         best = health.vouched([head for i, head in heads.items() if not self._states[i].wrong])
         if self._best is not None and now - self._best_at <= health.STALE_SECONDS:
             best = health.vouched([self._best, *([] if best is None else [best])])
@@ -261,6 +307,14 @@ class Endpoints:
             self._best, self._best_at = best, now
         for index, head in heads.items():
             self._states[index] = health.compared(self._states[index], head, best, now)
+
+    def _judge_times(self, heads: Mapping[int, Head]) -> None:
+        """Where all are of the future, it is our clock that is wrong."""
+        latest = self._wall() + health.MOST_AHEAD
+        odd = {index for index, head in heads.items() if head.timestamp > latest}
+        for index in heads:
+            from_future = index in odd and len(odd) < len(heads)
+            self._judge(index, replace(self._states[index], from_future=from_future))
 
     async def _is_suitable(self, index: int) -> bool:
         """Whether it answers, serves our chain, and has all contracts."""
@@ -317,6 +371,8 @@ class Endpoints:
         found = await asyncio.gather(*(self._hash(index, number) for index in asked))
         hashes = {i: each for i, each in zip(asked, found, strict=True) if each is not None}
         strangers = health.outvoted(hashes)
+        names = tuple(self._states[index].name for index in hashes)
+        self._undecided = names if health.undecided(hashes) else ()
         for index in hashes:
             self._judge(index, replace(self._states[index], forked=index in strangers))
 
@@ -342,6 +398,14 @@ class Endpoints:
             EndpointView(each.name, health.problem(each, now), each.latency, each.head)
             for each in self._states
         )
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, in words."""
+        if not self._undecided:
+            return ()
+        names = ", ".join(self._undecided)
+        line = f"RPC endpoints tell of different chains, and no majority of one ({names})"
+        return (f"{line}: the first in order is believed; add another endpoint",)
 
     def why_none(self) -> str:
         """Why no endpoint can be asked, in one line."""

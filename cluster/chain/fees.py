@@ -34,21 +34,24 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Market:
-    """What the chain asks now: a base fee, or else a price."""
+    """What the chain asks now: a base fee, or else a price; and its newest block's number."""
 
     base_fee: Wei | None
     price: Wei = Wei(0)
+    block: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class FeeSettings:
     """`percent` of a price without a base fee. `cap`: nothing is ever offered above it. `step`:
-    percent more for each replacement."""
+    percent more for each replacement. What is paid in any case, the tip or a price, never becomes
+    more than so many times (`most`) what a new transaction would offer that is in no hurry."""
 
     percent: int = 120
     tip: Wei = Wei(10**9)
     cap: Wei = Wei(10**12)
     step: int = 25
+    most: int = 20
 
 
 def first(market: Market, settings: FeeSettings, urgency: int = 1) -> Offer:
@@ -60,18 +63,28 @@ def first(market: Market, settings: FeeSettings, urgency: int = 1) -> Offer:
     return Offer(Wei(2 * market.base_fee + tip), tip)
 
 
+def too_low(offer: Offer, market: Market) -> bool:
+    """Whether the market has left it behind: it isn't mined as things are."""
+    asked = market.price if market.base_fee is None else market.base_fee + (offer.tip or 0)
+    return offer.fee < asked
+
+
 def raised(old: Offer, market: Market, settings: FeeSettings, urgency: int = 1) -> Offer | None:
-    """An offer in the place of `old`; None when it would have to be above the cap.
+    """An offer in the place of `old`; None when it would have to be above what is ever offered.
 
     A transaction keeps its kind: one without a tip stays without.
     """
     fresh = first(market, settings, urgency)
     step = 100 + max(settings.step, LEAST_STEP)
     fee = max(_more(old.fee, step), fresh.fee)
-    tip = None if old.tip is None else Wei(max(_more(old.tip, step), fresh.tip or 0))
-    if tip is not None:
-        fee = max(fee, tip)
-    return None if fee > settings.cap else Offer(Wei(fee), tip)
+    usual = first(market, settings)
+    if old.tip is None:
+        most = max(usual.fee * settings.most, fresh.fee)
+        return None if fee > min(settings.cap, most) else Offer(Wei(fee))
+    tip = max(_more(old.tip, step), fresh.tip or 0)
+    fee = max(fee, tip)
+    most = max(settings.tip * settings.most, fresh.tip or 0)
+    return None if fee > settings.cap or tip > most else Offer(Wei(fee), Wei(tip))
 
 
 def _more(value: int, percent: int) -> int:

@@ -26,6 +26,10 @@ STALE_SECONDS: Final = 60.0
 LATENCY_WEIGHT: Final = 0.2
 SLOW: Final = 4.0
 """An endpoint so many times slower than one behind it in the order stands back."""
+LONG_WAIT: Final = 0.2
+"""Of endpoints that have to be waited for, by their rates, so many seconds make a difference."""
+MOST_AHEAD: Final = 600.0
+"""Seconds of the wall clock that a block's time may be ahead."""
 SLOW_SECONDS: Final = 1.0
 """And never one that answers within this."""
 
@@ -36,6 +40,8 @@ class Endpoint:
     one clock, in seconds; `latency` is a mean of answers that came."""
 
     name: str
+    priority: int = 0
+    """Of those that do equally well the lowest is asked first."""
     failures: int = 0
     refusals: int = 0
     why: str = ""
@@ -56,6 +62,8 @@ class Endpoint:
     """A contract that isn't on it: it may not have come so far in the chain yet."""
     forked: bool = False
     """Its blocks aren't those that the others tell of."""
+    from_future: bool = False
+    """Its head is of a time to come, and others' aren't."""
 
     @property
     def is_open(self) -> bool:
@@ -68,6 +76,8 @@ class Endpoint:
             return f"serves chain {self.chain_id}"
         if self.lacks:
             return f"has no contract at {self.lacks}"
+        if self.from_future:
+            return "tells of blocks of the future"
         return "tells of another fork" if self.forked else ""
 
 
@@ -146,8 +156,11 @@ def problem(endpoint: Endpoint, now: float) -> str:
     return f"{endpoint.behind} blocks behind" if lags(endpoint, now) else ""
 
 
-def order(endpoints: Sequence[Endpoint], now: float) -> tuple[int, ...]:
-    """Whom to ask, by index, the first first; those with a problem are left out.
+def order(
+    endpoints: Sequence[Endpoint], now: float, waits: Mapping[int, float] | None = None
+) -> tuple[int, ...]:
+    """Whom to ask, by index, the first first; those with a problem are left out. `waits`: for how
+    many seconds each would have to be waited for, by its rate.
 
     One whose circuit is half-open comes last, but it comes: else it would never be known to be
     back while another answers. One that lags a little comes behind that: what it tells is old, but
@@ -157,9 +170,9 @@ def order(endpoints: Sequence[Endpoint], now: float) -> tuple[int, ...]:
     swift = min((_latency(endpoints[index]) for index in fit), default=0.0)
     bar = max(swift * SLOW, SLOW_SECONDS)
 
-    def rank(index: int) -> tuple[bool, bool, bool, int]:
-        each = endpoints[index]
-        return lags(each, now), each.is_open, _latency(each) > bar, index
+    def rank(index: int) -> tuple[bool, bool, bool, int, int, int]:
+        each, waited = endpoints[index], int((waits or {}).get(index, 0.0) / LONG_WAIT)
+        return lags(each, now), each.is_open, _latency(each) > bar, waited, each.priority, index
 
     return tuple(sorted(fit, key=rank))
 
@@ -171,11 +184,13 @@ def _may_be_asked(endpoint: Endpoint, now: float) -> bool:
 
 
 def for_writes(endpoints: Sequence[Endpoint], now: float) -> tuple[int, ...]:
-    """Every endpoint that may pass a transaction on: one that lags can still do that."""
+    """Every endpoint that may pass a transaction on: one that lags can still do that, and what is
+    good on one fork of the chain is on the other."""
     return tuple(
         index
         for index, each in enumerate(endpoints)
-        if not each.wrong
+        if each.chain_id is None
+        and not each.lacks
         and each.patience_until <= now
         and not (each.is_open and (each.open_until > now or each.probing))
     )
@@ -186,11 +201,22 @@ def outvoted(hashes: Mapping[int, str]) -> frozenset[int]:
     whose block is not the one most name, of equals the one that the first in order names."""
     if len(set(hashes.values())) < 2:
         return frozenset()
+    votes = _votes(hashes)
+    believed = max(votes.values(), key=lambda voters: (len(voters), -voters[0]))
+    return frozenset(hashes) - frozenset(believed)
+
+
+def undecided(hashes: Mapping[int, str]) -> bool:
+    """Whether those who are believed are only so because they come first."""
+    counts = sorted(map(len, _votes(hashes).values()), reverse=True)
+    return len(counts) > 1 and counts[0] == counts[1]
+
+
+def _votes(hashes: Mapping[int, str]) -> dict[str, list[int]]:
     votes: dict[str, list[int]] = {}
     for index in sorted(hashes):
         votes.setdefault(hashes[index], []).append(index)
-    believed = max(votes.values(), key=lambda voters: (len(voters), -voters[0]))
-    return frozenset(hashes) - frozenset(believed)
+    return votes
 
 
 def _latency(endpoint: Endpoint) -> float:
@@ -205,6 +231,10 @@ class Bucket:
     level: float = 0.0
     at: float | None = None
     burst: float = 1.0
+
+    def wait(self, now: float) -> float:
+        """How long one more call would have to wait."""
+        return self.take(now)[1]
 
     def take(self, now: float) -> tuple[Bucket, float]:
         """The bucket after one more call, and how long the call has to wait."""

@@ -14,7 +14,8 @@ from cluster.chain.chainline import Pulse
 from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
-from cluster.chain.outbox import Clock, Outbox, Told, Untold
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import Clock, Told, Untold
 from cluster.chain.outbox_rows import REPORT, Intent, OutboxRow, task_intent
 from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
@@ -47,6 +48,12 @@ HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
 """Between two looks while new heads are announced."""
+STALLED_SECONDS, STALLED_GAPS = 60.0, 10
+"""No new block for so long, and so many times as long as usual, is an alert."""
+MISSED_HEADS = 3
+"""After so many blocks' time without one, heads don't count as coming."""
+HOPES, SOON_SECONDS = 4, 0.3
+"""How often, and after how long, a head that was announced and isn't there is looked for again."""
 UNREACHED_SECONDS = 10.0
 """After so long without the logs the chain counts as not reached."""
 READ_BACK = 1_000
@@ -133,10 +140,13 @@ class ChainClock:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSettings:
-    """Seconds between two reads of the logs, and how many wake-ups wait at most."""
+    """Seconds between two reads of the logs, and how many wake-ups wait at most. Without a new
+    block for `stalled_after` seconds the chain counts as not reached; None where it makes blocks
+    only when there is something to put in them."""
 
     poll: float = 1.0
     waiting: int = 10_000
+    stalled_after: float | None = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +192,13 @@ class ChainNetwork:
         self._clock = clock
         self._settings = settings or NetworkSettings()
         self._endpoints = endpoints
-        self._heads = heads or Heads(None)
+        self._heads = heads or Heads()
         self._pulse = Pulse(self._settings.poll)
         self._monotonic = monotonic
         self._failing: tuple[float, str] | None = None
         """Since when the watcher fails, and of what."""
+        self._grew: tuple[int, float] | None = None
+        """The newest block's number, and when it was first seen."""
         self._deadlines: dict[Commitment, Timestamp] = {}
         self._looked: dict[Address, _Looked] = {}
         self._head_until = Timestamp(0.0)
@@ -280,7 +292,9 @@ class ChainNetwork:
         if head is None or wall >= self._head_until:
             head, wall = await self._rpc.head(), self._clock()
         now = self._chain_clock.observe(head, wall)
-        if head.number >= self._newest.number or wall - self._newest_at > BELIEVED_SECONDS:
+        # Also when the clock was set back: it would be held on to for as long.
+        held = 0 <= wall - self._newest_at <= BELIEVED_SECONDS
+        if head.number >= self._newest.number or not held:
             self._newest, self._newest_at = head, wall
         return self._newest, now
 
@@ -362,13 +376,28 @@ class ChainNetwork:
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, in words."""
-        return self._outbox.alerts()
+        of_endpoints = () if self._endpoints is None else self._endpoints.alerts()
+        after = self._settings.stalled_after
+        stalled = None if after is None else self._stalled(min(after, STALLED_SECONDS))
+        return (*self._outbox.alerts(), *of_endpoints, *(() if stalled is None else (stalled,)))
 
     def trouble(self) -> str | None:
         """Why the chain isn't reached, in words; None when it is, or was a moment ago."""
-        if self._failing is None or self._monotonic() - self._failing[0] < UNREACHED_SECONDS:
+        if self._failing is not None and self._passed(self._failing[0]) >= UNREACHED_SECONDS:
+            return self._failing[1]
+        after = self._settings.stalled_after
+        return None if after is None else self._stalled(after)
+
+    def _stalled(self, least: float) -> str | None:
+        """That there was no new block for so long, and far longer than usual."""
+        gap = self._pulse.gap or 0.0
+        if self._grew is None or self._passed(self._grew[1]) < max(least, STALLED_GAPS * gap):
             return None
-        return self._failing[1]
+        usual = f", usually there is one in {gap:.1f} s" if gap else ""
+        return f"no new block for {self._passed(self._grew[1]):.0f} s{usual}"
+
+    def _passed(self, since: float) -> float:
+        return self._monotonic() - since
 
     # --- wake-ups and loops
 
@@ -408,15 +437,11 @@ class ChainNetwork:
             group.create_task(self._heads.run())
 
     async def watch(self) -> NoReturn:
+        hoped = 0
         while True:
-            pause = self._settings.poll
+            pause, before = self._settings.poll, self._number()
             try:
-                for wakeup in await self._watcher.poll():
-                    self._wakeups.give(wakeup)
-                self._failing = None
-                if self._watcher.next is not None:
-                    self._wakeups.reached(self._watcher.next, self._cursor)
-                    self._cursor = None
+                await self._look_on()
                 if self._watcher.is_behind:
                     continue
                 pause = self._pause()
@@ -424,13 +449,35 @@ class ChainNetwork:
                 since = self._monotonic() if self._failing is None else self._failing[0]
                 self._failing = since, str(error)
                 _log.warning("watcher_waits", reason=str(error))
-            await self._heads.wait(pause)
+            if self._number() != before:
+                hoped = 0
+            elif hoped:
+                # A head was announced that whoever we asked doesn't have yet.
+                pause, hoped = min(pause, SOON_SECONDS), hoped - 1
+            if await self._heads.wait(pause):
+                hoped = HOPES
+
+    async def _look_on(self) -> None:
+        for wakeup in await self._watcher.poll():
+            self._wakeups.give(wakeup)
+        self._failing = None
+        number = self._number()
+        if number is not None and (self._grew is None or number > self._grew[0]):
+            self._grew = number, self._monotonic()
+        if self._watcher.next is not None:
+            self._wakeups.reached(self._watcher.next, self._cursor)
+            self._cursor = None
+
+    def _number(self) -> int | None:
+        return None if self._watcher.head is None else self._watcher.head.number
 
     def _pause(self) -> float:
-        """Until about the next block; longer where a head will wake us."""
+        """Until about the next block; longer where a head will wake us, as long as heads come."""
         head, now = self._watcher.head, self._clock()
         if head is not None:
             self._pulse.saw(head.number, head.timestamp, now)
-        pause = LIVE_SECONDS if self._heads.is_live else self._pulse.pause(now)
+        expected = max(MISSED_HEADS * (self._pulse.gap or 0.0), HEAD_SECONDS)
+        live = self._heads.is_live and self._heads.heard_within(expected)
+        pause = min(LIVE_SECONDS, expected) if live else self._pulse.pause(now)
         self._head_until = Timestamp(now + min(pause, HEAD_SECONDS))
         return pause

@@ -44,6 +44,8 @@ IN_FLIGHT = frozenset({RowState.SIGNED, RowState.SENT})
 UNRESOLVED = IN_FLIGHT | {RowState.NEW, RowState.MINED}
 IN_THE_CHAIN = frozenset({RowState.MINED, RowState.FINAL})
 REFUSED = frozenset({RowState.REFUSED, RowState.REVERTED})
+FILL = "fill"
+"""The verb of a transfer of nothing, which stands for a nonce that is missing."""
 REPORT = "model"
 """The verb of a write that says which model an account holds."""
 LONGEST_WAIT = 900.0
@@ -94,7 +96,8 @@ def task_intent(
 class Signed:
     """The bytes that are sent. `replaced` are the hashes of those that they replace: of all of
     them, which have one nonce, one is mined at most. `offer` and `gas` are 0 where an older version
-    signed."""
+    signed. `block`: the chain's newest when it was signed; `mined`: the one that it was last seen
+    in, also when that was taken back."""
 
     nonce: int
     raw: bytes
@@ -103,6 +106,8 @@ class Signed:
     gas: int = 0
     at: Timestamp = Timestamp(0.0)
     replaced: tuple[str, ...] = ()
+    block: int = 0
+    mined: int | None = None
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -164,6 +169,8 @@ def rearm(
     if not same and (intent.is_answer or row.intent.is_answer):
         raise IllegalMove(f"{intent.key}: another answer than the one stored")
     age = now - row.updated_at
+    if age < 0:
+        age = float("inf")  # the clock was set back: nothing waits for as long
     wait = patience.of_own(refused) if intent.task is None else patience.after(row.reason)
     if row.state in REFUSED and age >= wait:
         return replace(
@@ -228,12 +235,15 @@ def _signed(found: Any) -> Signed:
         said["gas"],
         Timestamp(said["at"]),
         tuple(said.get("replaced", ())),
+        said.get("block", 0),
+        said.get("mined"),
     )
 
 
 def _offer_text(signed: Signed) -> str:
     said = {"fee": signed.offer.fee, "tip": signed.offer.tip, "gas": signed.gas, "at": signed.at}
-    return json.dumps({**said, "replaced": signed.replaced})
+    where = {"block": signed.block, "mined": signed.mined}
+    return json.dumps({**said, **where, "replaced": signed.replaced})
 
 
 def _columns(row: OutboxRow) -> dict[str, object]:
@@ -276,16 +286,51 @@ def unresolved(connection: Connection) -> tuple[OutboxRow, ...]:
     return _rows(connection, select(table).where(table.c.state.in_(states)))
 
 
+def due(connection: Connection, deep: int | None) -> tuple[OutboxRow, ...]:
+    """Those that something can be done for: of what was mined, what lies as `deep` or deeper; none
+    of that where the head isn't known."""
+    waiting = table.c.state.in_([state.value for state in UNRESOLVED - {RowState.MINED}])
+    if deep is None:
+        return _rows(connection, select(table).where(waiting))
+    mined = table.c.state == RowState.MINED.value
+    reached = table.c.block.is_(None) | (table.c.block <= deep)
+    return _rows(connection, select(table).where(waiting | (mined & reached)))
+
+
 def highest_nonce(
-    connection: Connection, account: Address, states: frozenset[RowState], since: float
+    connection: Connection,
+    account: Address,
+    states: frozenset[RowState] | None = None,
+    since: float | None = None,
 ) -> int | None:
-    """The highest nonce among the account's rows in `states` that changed after `since`."""
-    query = select(func.max(table.c.nonce)).where(
-        table.c.account == account,
-        table.c.state.in_([state.value for state in states]),
-        table.c.updated_at > since,
+    """Of the account's rows, those in `states` that changed after `since` where that is said."""
+    query = select(func.max(table.c.nonce)).where(table.c.account == account)
+    if states is not None:
+        query = query.where(table.c.state.in_([state.value for state in states]))
+    if since is not None:
+        query = query.where(table.c.updated_at > since)
+    return connection.execute(query).scalar()
+
+
+def lowest_nonce(
+    connection: Connection, account: Address, states: frozenset[RowState]
+) -> int | None:
+    query = select(func.min(table.c.nonce)).where(
+        table.c.account == account, table.c.state.in_([state.value for state in states])
     )
     return connection.execute(query).scalar()
+
+
+def with_nonce(connection: Connection, account: Address, nonce: int) -> OutboxRow | None:
+    """The newest of the account that has the nonce."""
+    query = select(table).where(table.c.account == account, table.c.nonce == nonce)
+    return next(reversed(_rows(connection, query)), None)
+
+
+def reverted_since(connection: Connection, block: int) -> tuple[OutboxRow, ...]:
+    """Those that reverted in that block or later."""
+    reverted = table.c.state == RowState.REVERTED.value
+    return _rows(connection, select(table).where(reverted, table.c.block >= block))
 
 
 def count_mined(connection: Connection, account: Address, prefix: str) -> int:

@@ -8,6 +8,7 @@ here want the endpoint's own errors and decide themselves when to try again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from eth_utils.address import is_address, to_checksum_address
+from eth_utils.address import to_checksum_address
 
 from cluster.chain import answers, reverts
 from cluster.chain.answers import MOST_PATIENCE, Throttled, TooLong
@@ -26,12 +27,20 @@ from cluster.core.types import Address, Timestamp, Wei
 
 Transport = Callable[[str, Sequence[Any]], Awaitable[Mapping[str, Any]]]
 """Sends one call, gives the JSON-RPC response object; raises `ChainError` when none came."""
+AskEach = Callable[[str, Sequence[Any]], Awaitable[Sequence[Mapping[str, Any]]]]
+"""Sends one call to several, gives the answers of those that have one; `ChainError` without any."""
 
+BLOCK, COUNT = "eth_getBlockByNumber", "eth_getTransactionCount"
+RECEIPT = "eth_getTransactionReceipt"
 LATEST = "latest"
 PENDING = "pending"
-MAX_ANSWER = 64 * 2**20
+MAX_ANSWER = 32 * 2**20
+AT_ONCE = 500
+"""Logs that are read before others have their turn."""
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
 _QUANTITY = re.compile(r"0x[0-9a-fA-F]{1,64}")
-_LAST_TIMESTAMP = 2**40
+LAST_TIMESTAMP = 2**40
+_MOST_SMALL = 2**62
 
 
 class RpcRefused(ChainError):
@@ -109,11 +118,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class HttpTransport:
-    """`name` is the endpoint's host, which may be shown; the URL may hold a key."""
+    """`name` is the endpoint's host, which may be shown; the URL may hold a key. The lowest
+    `priority` is asked first; `rate` in calls a second."""
 
     name: str
     send: Transport
     close: Callable[[], Awaitable[None]]
+    priority: int = 0
+    rate: float | None = None
 
 
 def http_transport(url: str, timeout: float) -> HttpTransport:
@@ -159,6 +171,14 @@ async def _post(
     return response, bytes(body)
 
 
+def _result(method: str, answer: Mapping[str, Any]) -> Any:
+    if answer.get("error") is not None:
+        raise _failure(method, answer["error"])
+    if "result" not in answer:
+        raise ChainError(f"{method}: an answer without a result")
+    return answer["result"]
+
+
 def _failure(method: str, error: object) -> ChainError:
     if not isinstance(error, Mapping):
         return ChainError(f"{method}: malformed error {brief(error)}")
@@ -180,6 +200,14 @@ def _int(method: str, value: object) -> int:
     return int(value, 16)
 
 
+def _small(method: str, value: object) -> int:
+    """A number of blocks, transactions or units of gas: one that a journal can hold."""
+    number = _int(method, value)
+    if number > _MOST_SMALL:
+        raise ChainError(f"{method}: {number:#x} can't be")
+    return number
+
+
 def _bytes(method: str, value: object) -> bytes:
     if not isinstance(value, str) or not value.startswith("0x"):
         raise ChainError(f"{method}: {brief(value)} is not data")
@@ -194,21 +222,48 @@ def _hash(value: object) -> str:
     return str(value).lower() if whole else ""
 
 
+@functools.lru_cache(1024)
+def _checksummed(address: str) -> Address:
+    """Most logs are of few contracts, and it takes a hash."""
+    return Address(to_checksum_address(address))
+
+
 def _log(value: object) -> Log | None:
     """The log, or None when it can't be one: a bad log must not hide those beside it."""
     if not isinstance(value, Mapping) or value.get("removed"):
         return None
     try:
         address = value.get("address")
-        if not is_address(address):
+        if not isinstance(address, str) or _ADDRESS.fullmatch(address) is None:
             return None
         topics = tuple(_bytes("log", topic) for topic in value.get("topics") or ())
-        data, block = _bytes("log", value.get("data")), _int("log", value.get("blockNumber"))
-        index = None if value.get("logIndex") is None else _int("log", value.get("logIndex"))
-        where = Address(to_checksum_address(str(address)))
+        data, block = _bytes("log", value.get("data")), _small("log", value.get("blockNumber"))
+        index = None if value.get("logIndex") is None else _small("log", value.get("logIndex"))
+        where = _checksummed(address)
         return Log(where, topics, data, block, _hash(value.get("blockHash")), index)
     except (ChainError, TypeError):
         return None
+
+
+def _receipt(tx_hash: str, found: object) -> Receipt | None:
+    if found is None:
+        return None
+    if not isinstance(found, Mapping):
+        raise ChainError(f"{RECEIPT}: {brief(found)} is not a receipt")
+    if (_hash(found.get("transactionHash")) or tx_hash) != tx_hash:
+        raise ChainError(f"{RECEIPT}: the receipt is another transaction's")
+    if found.get("blockNumber") is None:
+        return None
+    status = _int(RECEIPT, found.get("status"))
+    cost = 0
+    if found.get("gasUsed") is not None and found.get("effectiveGasPrice") is not None:
+        price = _int(RECEIPT, found.get("effectiveGasPrice"))
+        cost = _small(RECEIPT, found.get("gasUsed")) * price
+    return Receipt(_small(RECEIPT, found.get("blockNumber")), status == 1, Wei(cost))
+
+
+def _count(found: object) -> int:
+    return _small(COUNT, found)
 
 
 def _tag(block: int | str) -> str:
@@ -216,11 +271,19 @@ def _tag(block: int | str) -> str:
 
 
 class Rpc:
-    """Typed calls to one endpoint. All raise `ChainError`; `call` also `Reverted`."""
+    """Typed calls to an endpoint, or several as one. All raise `ChainError`; `call` also
+    `Reverted`."""
 
-    def __init__(self, transport: Transport, close: Callable[[], Awaitable[None]] | None = None):
+    def __init__(
+        self,
+        transport: Transport,
+        close: Callable[[], Awaitable[None]] | None = None,
+        ask_each: AskEach | None = None,
+    ) -> None:
+        """`ask_each` where there are several."""
         self._transport = transport
         self._close = close
+        self._ask_each = ask_each
 
     @classmethod
     def http(cls, url: str, timeout: float = 10.0) -> Rpc:
@@ -232,12 +295,13 @@ class Rpc:
             await self._close()
 
     async def request(self, method: str, *params: Any) -> Any:
-        response = await self._transport(method, params)
-        if response.get("error") is not None:
-            raise _failure(method, response["error"])
-        if "result" not in response:
-            raise ChainError(f"{method}: an answer without a result")
-        return response["result"]
+        return _result(method, await self._transport(method, params))
+
+    async def _of_each(self, method: str, *params: Any) -> tuple[Any, ...]:
+        """What every endpoint that answers has to say."""
+        if self._ask_each is None:
+            return (await self.request(method, *params),)
+        return tuple(_result(method, each) for each in await self._ask_each(method, params))
 
     async def check(self, chain_id: int, contracts: Mapping[str, Address]) -> None:
         """Raises `ConfigError` when this is another chain, or a contract isn't on it."""
@@ -261,15 +325,15 @@ class Rpc:
         return _bytes("eth_getCode", await self.request("eth_getCode", address, LATEST))
 
     async def head(self) -> Block:
-        found = await self.request("eth_getBlockByNumber", LATEST, False)
+        found = await self.request(BLOCK, LATEST, False)
         if not isinstance(found, Mapping):
-            raise ChainError(f"eth_getBlockByNumber: {brief(found)} is not a block")
-        method = "eth_getBlockByNumber"
+            raise ChainError(f"{BLOCK}: {brief(found)} is not a block")
+        method = BLOCK
         base_fee, timestamp = found.get("baseFeePerGas"), _int(method, found.get("timestamp"))
-        if timestamp > _LAST_TIMESTAMP:
+        if timestamp > LAST_TIMESTAMP:
             raise ChainError(f"{method}: {timestamp} is not a time")
         return Block(
-            _int(method, found.get("number")),
+            _small(method, found.get("number")),
             Timestamp(timestamp),
             None if base_fee is None else Wei(_int(method, base_fee)),
             _hash(found.get("hash")),
@@ -278,62 +342,82 @@ class Rpc:
 
     async def block_hash(self, number: int) -> str | None:
         """Of the block with that number on the chain as it is now; None where there is none."""
-        found = await self.request("eth_getBlockByNumber", hex(number), False)
+        found = await self.request(BLOCK, hex(number), False)
         return _hash(found.get("hash")) or None if isinstance(found, Mapping) else None
 
     async def call(self, call: Call, block: int | str) -> bytes:
         return _bytes("eth_call", await self.request("eth_call", call.fields(), _tag(block)))
 
     async def estimate_gas(self, call: Call, block: int | str) -> int:
-        return _int(
+        return _small(
             "eth_estimateGas", await self.request("eth_estimateGas", call.fields(), _tag(block))
         )
 
     async def market(self) -> Market:
         """What the chain asks for gas. Not eth_gasPrice where there is a base fee: it follows what
         was offered, and so would grow with every transaction of ours."""
-        base_fee = (await self.head()).base_fee
-        if base_fee is not None:
-            return Market(base_fee)
-        return Market(None, Wei(_int("eth_gasPrice", await self.request("eth_gasPrice"))))
+        head = await self.head()
+        if head.base_fee is not None:
+            return Market(head.base_fee, block=head.number)
+        price = Wei(_int("eth_gasPrice", await self.request("eth_gasPrice")))
+        return Market(None, price, head.number)
 
     async def balance(self, address: Address, block: int | str) -> Wei:
         return Wei(
             _int("eth_getBalance", await self.request("eth_getBalance", address, _tag(block)))
         )
 
-    async def transaction_count(self, address: Address) -> int:
+    async def transaction_count(self, address: Address, block: int | str = LATEST) -> int:
         """How many transactions of the account are in the chain: the next nonce, pool aside."""
-        method = "eth_getTransactionCount"
-        return _int(method, await self.request(method, address, LATEST))
+        return _count(await self.request(COUNT, address, _tag(block)))
+
+    async def transaction_counts(self, address: Address) -> tuple[int, ...]:
+        """The same, of every endpoint that may be asked."""
+        return tuple(map(_count, await self._of_each(COUNT, address, LATEST)))
 
     async def send(self, raw: bytes) -> None:
         await self.request("eth_sendRawTransaction", "0x" + raw.hex())
 
     async def receipt(self, tx_hash: str) -> Receipt | None:
-        method = "eth_getTransactionReceipt"
-        found = await self.request(method, tx_hash)
-        if found is None:
+        return _receipt(tx_hash, await self.request(RECEIPT, tx_hash))
+
+    async def receipt_anywhere(self, tx_hash: str) -> Receipt | None:
+        """As `receipt`, from whichever endpoint has it: not all have those of old."""
+        answers = await self._of_each(RECEIPT, tx_hash)
+        found = (_receipt(tx_hash, each) for each in answers)
+        return next((each for each in found if each is not None), None)
+
+    async def transactions_in(self, block: int) -> tuple[str, ...] | None:
+        """The hashes of a block's transactions; None where the endpoint hasn't the block."""
+        found = await self.request(BLOCK, hex(block), False)
+        there = found.get("transactions") if isinstance(found, Mapping) else None
+        if not isinstance(there, list):
             return None
-        if not isinstance(found, Mapping):
-            raise ChainError(f"{method}: {brief(found)} is not a receipt")
-        if found.get("blockNumber") is None:
-            return None
-        status = _int(method, found.get("status"))
-        cost = 0
-        if found.get("gasUsed") is not None and found.get("effectiveGasPrice") is not None:
-            price = _int(method, found.get("effectiveGasPrice"))
-            cost = _int(method, found.get("gasUsed")) * price
-        return Receipt(_int(method, found.get("blockNumber")), status == 1, Wei(cost))
+        return tuple(filter(None, map(_hash, there)))
+
+    async def transaction_by(self, sender: Address, nonce: int, block: int) -> str | None:
+        """The hash of the sender's transaction with that nonce, where it is in that block."""
+        found = await self.request(BLOCK, hex(block), True)
+        there = found.get("transactions") if isinstance(found, Mapping) else None
+        for each in there if isinstance(there, list) else ():
+            named = isinstance(each, Mapping) and str(each.get("from")).lower() == sender.lower()
+            if named and each.get("nonce") == hex(nonce):
+                return _hash(each.get("hash")) or None
+        return None
 
     async def knows(self, tx_hash: str) -> bool:
         """Whether the endpoint has the transaction, in its pool or in a block."""
         return await self.request("eth_getTransactionByHash", tx_hash) is not None
 
     async def logs(self, addresses: Sequence[Address], first: int, last: int) -> tuple[Log, ...]:
-        """Logs of the blocks `first` to `last`, both included."""
+        """Logs of the blocks `first` to `last`, both included; what is of others is left out."""
         wanted = {"address": list(addresses), "fromBlock": hex(first), "toBlock": hex(last)}
         found = await self.request("eth_getLogs", wanted)
         if not isinstance(found, list):
             raise ChainError(f"eth_getLogs: {brief(found)} is not a list")
-        return tuple(log for log in map(_log, found) if log is not None)
+        logs: list[Log] = []
+        for begin in range(0, len(found), AT_ONCE):
+            read = (_log(each) for each in found[begin : begin + AT_ONCE])
+            logs += (log for log in read if log is not None and first <= log.block <= last)
+            await asyncio.sleep(0)
+        return tuple(logs)

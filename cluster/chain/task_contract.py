@@ -15,7 +15,7 @@ from cluster.chain.contract import (
     commitment_bytes,
     commitment_of,
 )
-from cluster.chain.rpc import Reverted, Rpc
+from cluster.chain.rpc import LAST_TIMESTAMP, Reverted, Rpc
 from cluster.core.errors import ChainError
 from cluster.core.types import (
     ENDED,
@@ -84,10 +84,15 @@ def task_facts(info: Sequence[Any], own: Collection[Address]) -> TaskFacts:
         payment=Wei(paid),
         score=Score(score),
         error=member(TaskError, error),
-        started_at=Timestamp(started) if started else None,
-        deadline=Timestamp(started + timeout) if started and not ended else None,
+        started_at=_when(started) if started else None,
+        deadline=_when(started + timeout) if started and not ended else None,
         abortable=not ended,
     )
+
+
+def _when(seconds: int) -> Timestamp:
+    """A task may have any number for its timeout, also one that no clock can reach."""
+    return Timestamp(min(seconds, LAST_TIMESTAMP))
 
 
 class TaskContract(Contract):

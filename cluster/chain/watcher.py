@@ -16,9 +16,10 @@ long; then all accounts are looked at.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from eth_typing import ABIEvent
 from cluster.chain.abi import NODE_ABI, TASK_ABI
 from cluster.chain.chainline import ChainLine
 from cluster.chain.contract import address_of, commitment_of, decode_log, events_by_topic
-from cluster.chain.rpc import Block, Log, Rpc, RpcRefused
+from cluster.chain.rpc import AT_ONCE, Block, Log, Rpc, RpcRefused
 from cluster.core.errors import ChainError
 from cluster.core.ports import KICKED_OUT, SLASHED, Wakeup
 from cluster.core.types import Address, Commitment, ModelId
@@ -50,6 +51,7 @@ _ACCOUNT_FIELDS = {
     "NodeKickedOut": "nodeAddress",
 }
 """Events that name the node. The others name only the task: its holder is woken."""
+_HEAD_BYTES = 12 * 32
 _BEFELL = frozenset({KICKED_OUT, SLASHED})
 _log = structlog.get_logger(__name__)
 
@@ -69,6 +71,9 @@ class Holders:
 
     def get(self, task: Commitment) -> Address | None:
         return self._held.get(task)
+
+    def knows(self, task: bytes) -> bool:
+        return "0x" + task.hex() in self._held
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,11 @@ def wakeup_of(
             return None
     models = (ModelId(fields["modelID"]),) if name == "DownloadModel" else ()
     return Wakeup(account, name, models, block if name in _BEFELL else 0)
+
+
+def _head(data: bytes) -> Iterable[bytes]:
+    """The words in which an event's addresses and commitments stand."""
+    return (data[at : at + 32] for at in range(0, min(len(data), _HEAD_BYTES), 32))
 
 
 class Watcher:
@@ -232,9 +242,8 @@ class Watcher:
             logs = ()
         self._stuck = None
         before = len(self._found)
-        for log in logs:
-            wakeup = None if log in self._told else self._wakeup(log, self._own())
-            if wakeup is not None:
+        for log, wakeup in await self._woken(logs, self._own()):
+            if log not in self._told:
                 self._found[wakeup] = self._told[log] = None
         self._advance(last + 1, len(self._found) > before)
 
@@ -264,8 +273,8 @@ class Watcher:
                 if upto == first:
                     raise
                 continue
-            woken = (self._wakeup(log, {account}) for log in logs)
-            found += [each for each in woken if each is not None and each.reason in _BEFELL]
+            woken = await self._woken(logs, {account})
+            found += [each for _, each in woken if each.reason in _BEFELL]
             first = upto + 1
         return tuple(found)
 
@@ -297,6 +306,22 @@ class Watcher:
             self._next = oldest
             self._found[Wakeup(None, LEFT_OUT)] = None
         return self._next
+
+    async def _woken(
+        self, logs: Sequence[Log], own: Collection[Address]
+    ) -> list[tuple[Log, Wakeup]]:
+        """Those that concern one of our accounts, found by what stands in their data: to decode all
+        would keep everybody else waiting, however many are other people's."""
+        names = {bytes(12) + bytes.fromhex(address[2:]) for address in own}
+        found: list[tuple[Log, Wakeup]] = []
+        for index, log in enumerate(logs):
+            if index % AT_ONCE == 0:
+                await asyncio.sleep(0)
+            if any(word in names or self._holders.knows(word) for word in _head(log.data)):
+                wakeup = self._wakeup(log, own)
+                if wakeup is not None:
+                    found.append((log, wakeup))
+        return found
 
     def _wakeup(self, log: Log, own: Collection[Address]) -> Wakeup | None:
         decoded = decode_log(log, self._events.get(log.address, {}))

@@ -5,12 +5,14 @@ Who attempts has the model's lock. What arrived stays for the next attempt, unle
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cluster.core.errors import ModelUnavailable
 from cluster.models.archives import unpack
 from cluster.models.arrival import Teller
 from cluster.models.disk import Disk, Manifest, Stored
@@ -20,9 +22,10 @@ from cluster.models.room import Room
 from cluster.models.selection import needed
 from cluster.models.settings import Limits
 from cluster.models.shards import is_index, missing_shards
-from cluster.models.sources import Listing, Source
+from cluster.models.sources import Changed, Listing, RemoteFile, Source
+from cluster.models.store import ModelStore
 from cluster.models.throttle import Throttle
-from cluster.models.transfer import Gate, Transfer, sha256_of
+from cluster.models.transfer import Damaged, Gate, Transfer, mark_of, sha256_of
 from cluster.models.waiting import Watch
 from cluster.models.weights_check import check_file, check_table, check_text
 
@@ -38,6 +41,7 @@ class Attempt:
     """`has_progressed` tells afterwards whether more is on the disk than ever before."""
 
     watch: Watch
+    store: ModelStore
     source: Source
     room: Room
     limits: Limits
@@ -65,9 +69,11 @@ class Attempt:
             self.room.make(listing.size, self._ref, teller.tell, background)
             folder.mkdir(parents=True, exist_ok=True)
             _forget_other(folder, listing)
-            paths = self._fetched(listing, folder, teller)
-            _check_all(folder, paths)
-            files = tuple(_stored(folder, path) for path in paths)
+            sums = self._fetched(listing, folder, teller)
+            _check_all(folder, tuple(sums))
+            with refusing(self._ref):
+                self.store.judge(self._ref, folder)
+            files = tuple(_stored(folder, path, sha256) for path, sha256 in sums.items())
             now = self.watch.clock()
             seconds = round(now - began, 3)
             manifest = Manifest(self._ref, listing.source, listing.revision, files, now, seconds)
@@ -90,7 +96,8 @@ class Attempt:
                     "(models.largest_file_gb)",
                 )
 
-    def _fetched(self, listing: Listing, folder: Path, teller: Teller) -> list[Path]:
+    def _fetched(self, listing: Listing, folder: Path, teller: Teller) -> dict[Path, str]:
+        """The model's files, each with its sha256."""
         transfer = Transfer(
             self.source,
             listing,
@@ -100,8 +107,17 @@ class Attempt:
             self.limits.part,
             self.limits.connections,
         )
-        fetched = [transfer.fetch(file, folder) for file in listing.files]
-        return self._unpacked(fetched[0], teller) if listing.archive else fetched
+        if listing.archive:
+            (archive,) = _verified(transfer, listing.files, folder)
+            return {path: sha256_of(path) for path in self._unpacked(archive, teller)}
+        # Texts first: they tell of many a model that its weights needn't be fetched.
+        texts = [file for file in listing.files if not file.path.endswith(".safetensors")]
+        sums = _verified(transfer, texts, folder)
+        _check_texts(tuple(sums))
+        with refusing(self._ref):
+            self.store.judge_texts(self._ref, folder)
+        weights = [file for file in listing.files if file.path.endswith(".safetensors")]
+        return sums | _verified(transfer, weights, folder)
 
     def _gate(self, listing: Listing, teller: Teller) -> Gate:
         throttle = Throttle(self._disk.base / "bandwidth", self.limits.rate)
@@ -155,9 +171,25 @@ class Attempt:
         return [folder / name for name in chosen]
 
 
+def _verified(transfer: Transfer, files: Sequence[RemoteFile], folder: Path) -> dict[Path, str]:
+    """The files, whole, each with its sha256."""
+    fetched = [transfer.fetch(file, folder) for file in files]
+    sums: dict[Path, str] = {}
+    damaged: Damaged | Changed | None = None
+    for file, path in zip(files, fetched, strict=True):
+        try:
+            sums[path] = transfer.verify(file, path)
+        except (Damaged, Changed) as error:
+            # All of them are to come again, not one after the other.
+            damaged = error
+    if damaged is not None:
+        raise damaged
+    return sums
+
+
 def _forget_other(folder: Path, listing: Listing) -> None:
     """Whole files of another revision or source; those under way know what they are of."""
-    mark, of = folder / ".of", f"{listing.source} {listing.revision}"
+    mark, of = folder / ".of", mark_of(listing)
     if mark.is_file() and mark.read_text(encoding="utf-8") == of:
         return
     for path in [path for path in folder.rglob("*") if path.is_file()]:
@@ -166,15 +198,32 @@ def _forget_other(folder: Path, listing: Listing) -> None:
     mark.write_text(of, encoding="utf-8")
 
 
-def _check_all(folder: Path, paths: Sequence[Path]) -> None:
-    """Raises `Refused`; what isn't the model's goes."""
+@contextlib.contextmanager
+def refusing(ref: ModelRef) -> Iterator[None]:
+    """What the store wouldn't read isn't taken into it."""
+    try:
+        yield
+    except Refused:
+        raise
+    except ModelUnavailable as error:
+        raise Refused(Rule.FILE_KIND, f"{ref}: {error}") from error
+
+
+def _check_texts(paths: Sequence[Path]) -> None:
+    """Raises `Refused`."""
     for path in paths:
-        if path.suffix == ".safetensors":
-            check_file(path)
-        elif path.suffix in {".model", ".spm"}:
+        if path.suffix in {".model", ".spm"}:
             check_table(path, MOST_TEXT)
         else:
             check_text(path, MOST_TEXT)
+
+
+def _check_all(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises `Refused`; what isn't the model's goes."""
+    _check_texts([path for path in paths if path.suffix != ".safetensors"])
+    for path in paths:
+        if path.suffix == ".safetensors":
+            check_file(path)
         if is_index(path.name) and (missing := missing_shards(path)):
             raise Refused(Rule.FILE_KIND, f"{path.name}: {missing[0]}, which it names, isn't there")
     keep = {*paths, *(parent for path in paths for parent in path.parents)}
@@ -183,7 +232,7 @@ def _check_all(folder: Path, paths: Sequence[Path]) -> None:
             path.rmdir() if path.is_dir() else path.unlink()
 
 
-def _stored(folder: Path, path: Path) -> Stored:
+def _stored(folder: Path, path: Path, sha256: str) -> Stored:
     stat = path.stat()
     name = path.relative_to(folder).as_posix()
-    return Stored(name, stat.st_size, sha256_of(path), stat.st_mtime_ns)
+    return Stored(name, stat.st_size, sha256, stat.st_mtime_ns)

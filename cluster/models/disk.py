@@ -7,6 +7,7 @@
                                   all who wait for it and who read it
     <root>/.store/uses/<key>      how often it was needed of late, for choosing what leaves
     <root>/.store/progress/<key>  how far a download is, for those who watch
+    <root>/.store/refused/<key>   why what was fetched was refused, for a while
 
 Locks are the kernel's (flock), so a killed process leaves none behind.
 """
@@ -94,7 +95,7 @@ class Disk:
 
     def prepare(self) -> None:
         """Raises `OSError` where the store can't be written."""
-        for name in ("models", "partial", "locks", "uses", "progress", "trash"):
+        for name in ("models", "partial", "locks", "uses", "progress", "refused", "trash"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
 
     # --- what is published -----------------------------------------------------------------------
@@ -180,6 +181,22 @@ class Disk:
         except (OSError, ValueError, TypeError):
             return 0.0, 0.0
 
+    # --- refusals, so that nothing is fetched in vain again and again ----------------------------
+
+    def note_refusal(self, key: str, rule: str, reason: str, until: float) -> None:
+        _write(self.base / "refused" / key, json.dumps([rule, reason, until]))
+
+    def forget_refusal(self, key: str) -> None:
+        (self.base / "refused" / key).unlink(missing_ok=True)
+
+    def refusal(self, key: str, now: float) -> tuple[str, str] | None:
+        """Rule and reason, of one that still holds."""
+        try:
+            rule, reason, until = strict_json.loads((self.base / "refused" / key).read_bytes())
+            return (str(rule), str(reason)) if now < float(until) else None
+        except (OSError, ValueError, TypeError):
+            return None
+
     # --- progress --------------------------------------------------------------------------------
 
     def tell(self, key: str, progress: Progress | None) -> None:
@@ -203,6 +220,18 @@ class Disk:
             told = [self.progress(key) for key in sorted(os.listdir(self.base / "progress"))]
             return tuple(progress for progress in told if progress is not None)
         return ()
+
+
+def all_in(folder: Path) -> Iterator[Path]:
+    """Files and folders, at any depth; of what goes away meanwhile what was seen. Raises `OSError`
+    for what can't be read."""
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for parent, folders, files in os.walk(folder, onerror=unless_gone):
+        yield from (Path(parent, name) for name in (*folders, *files))
 
 
 def manifest_text(manifest: Manifest) -> str:

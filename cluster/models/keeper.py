@@ -23,13 +23,13 @@ from cluster.models.attempt import Attempt
 from cluster.models.diary import Diary
 from cluster.models.disk import Disk
 from cluster.models.refs import ModelRef
-from cluster.models.refusals import Refused
+from cluster.models.refusals import Refused, Rule
 from cluster.models.room import Room
 from cluster.models.settings import Limits
 from cluster.models.sources import Absent, Changed, Denied, Source, SourceDown
 from cluster.models.store import ModelStore, Spoilt
 from cluster.models.transfer import Damaged
-from cluster.models.waiting import LOOK_SECONDS, TooSlow, Watch
+from cluster.models.waiting import LOOK_SECONDS, GiveWay, TooSlow, Watch
 from cluster.models.waiting import Wanted as Wanted
 
 _log = structlog.get_logger("models")
@@ -37,7 +37,13 @@ _log = structlog.get_logger("models")
 FIRST_PATIENCE, MOST_PATIENCE = 1.0, 60.0
 SECOND_LOOK: Final = 3.0
 """Seconds before the same host is asked again whether a model exists."""
+GIVE_SECONDS: Final = 10 * LOOK_SECONDS
+"""In which a task that waits for the lock takes it."""
 MOST_DAMAGED: Final = 2
+REFUSED_SECONDS: Final = 3600.0
+"""For which what was refused for what it is isn't fetched again."""
+_FOR_GOOD: Final = frozenset({Rule.HEADER, Rule.ARCHIVE, Rule.FILE_KIND, Rule.CODE, Rule.LINK})
+"""What nothing of ours may change."""
 
 
 @dataclass(slots=True)
@@ -51,6 +57,20 @@ class _Failures:
     damaged: Damaged | None = None
     certainly_absent: bool = False
     progress: bool = False
+
+    def add(self, error: ClusterError) -> None:
+        match error:
+            case Absent():
+                self.absent = error
+                self.certainly_absent |= error.certain
+            case Denied():
+                self.denied = error
+            case Damaged() | Changed() | SourceDown():
+                self.damaged = error if isinstance(error, Damaged) else self.damaged
+                down = error if isinstance(error, SourceDown) else SourceDown(str(error))
+                self.down = _sooner(self.down, down)
+            case ModelUnavailable():
+                self.unfit = error
 
     def verdict(self, ref: ModelRef) -> ClusterError:
         for unfit in (self.unfit, self.damaged):
@@ -122,7 +142,8 @@ class Keeper:
             for ref in refs:
                 brought |= self.ensure(ref, wanted)
                 if self.sources:
-                    locks.enter_context(self.disk.lock(f"{ref.key}.use", shared=True))
+                    with _nobodys_fault(ref):
+                        locks.enter_context(self.disk.lock(f"{ref.key}.use", shared=True))
                     # It may have been evicted between the two.
                     brought |= self.ensure(ref, wanted)
             yield brought
@@ -133,29 +154,25 @@ class Keeper:
         Raises `TaskInvalid` where the model certainly doesn't exist, `ModelUnavailable` for
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
-        if self.has(ref):
+        with _nobodys_fault(ref):
+            is_here = self.has(ref)
+            if not is_here and not any(source.serves(ref) for source in self.sources):
+                raise ModelUnavailable(
+                    ModelUnavailableKind.NOT_HERE,
+                    f"{ref} is not on this machine, and no source is configured for it",
+                )
+            if not is_here:
+                self._check_not_refused(ref, wanted)
+                self.disk.prepare()
+                self._fetch_in_turn(ref, wanted)
             self._note_use(ref, wanted)
-            return False
-        if not any(source.serves(ref) for source in self.sources):
-            raise ModelUnavailable(
-                ModelUnavailableKind.NOT_HERE,
-                f"{ref} is not on this machine, and no source is configured for it",
-            )
-        try:
-            self.disk.prepare()
-            self._fetch_in_turn(ref, wanted)
-            self._note_use(ref, wanted)
-            return True
-        except OSError as error:
-            reason = f"{ref}: the store can't be written: {error.strerror or error}"
-            raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
-        except ClusterError:
-            raise
-        except Exception as error:
-            # A bug of ours, and still nothing that a card or a task is to blame for.
-            _log.exception("fetching_broke", model=str(ref))
-            reason = f"{ref}: {type(error).__name__} while it was fetched"
-            raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
+            return not is_here
+
+    def _check_not_refused(self, ref: ModelRef, wanted: Wanted) -> None:
+        """Not by whoever asks by hand: he may have mended it."""
+        by_hand = wanted.deadline is None and not wanted.background
+        if (said := self.disk.refusal(ref.key, self.clock())) is not None and not by_hand:
+            raise Refused(Rule(said[0]), said[1])
 
     def _note_use(self, ref: ModelRef, wanted: Wanted) -> None:
         """A task's; that the network asks for a model says little of whether it is needed."""
@@ -169,17 +186,20 @@ class Keeper:
         watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
         while True:
             watch.check()
-            with self.disk.try_lock(ref.key) as got, watch.in_front():
-                if got:
-                    if not self.has(ref):
-                        self._drop_spoilt(ref)
-                        self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
-                    return
-            # Somebody else fetches it: as long as that makes progress, we do.
-            if self.disk.progress(ref.key) is not None:
-                wanted.alive()
+            pause = LOOK_SECONDS
+            try:
+                with self.disk.try_lock(ref.key) as got, watch.in_front():
+                    if got:
+                        if not self.has(ref):
+                            self._drop_spoilt(ref)
+                            self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
+                        return
+            except GiveWay:
+                pause = GIVE_SECONDS
+            # Somebody else has the lock or takes it now, and lives.
+            wanted.alive()
             with watch.waiting():
-                self.sleep(LOOK_SECONDS)
+                self.sleep(pause)
 
     def _fetch(self, watch: Watch) -> None:
         """Try the sources in order, again and again; the lock is ours."""
@@ -191,8 +211,9 @@ class Keeper:
     def _try_again_and_again(self, watch: Watch) -> None:
         ref = watch.ref
         rounds, damaged, certain, patience = 0, 0, 0, FIRST_PATIENCE
+        refused: dict[str, Refused] = {}
         while True:
-            failures = self._try_all(watch)
+            failures = self._try_all(watch, refused)
             if failures is None:
                 return
             rounds, patience = (0, FIRST_PATIENCE) if failures.progress else (rounds + 1, patience)
@@ -209,45 +230,71 @@ class Keeper:
             if failures.down is not None:
                 pause = max(patience, failures.down.retry_after or 0.0) * (0.5 + self.chance())
                 patience = min(patience * 2, MOST_PATIENCE)
-            watch.pause(pause)
+            watch.pause_for_a_source(pause)
 
-    def _try_all(self, watch: Watch) -> _Failures | None:
-        """One round; None when the model is here. Another source is tried at once."""
+    def _try_all(self, watch: Watch, refused: dict[str, Refused]) -> _Failures | None:
+        """One round; None when the model is here. Another source is tried at once, and one whose
+        model was `refused` for what it is never again."""
         failures, ref = _Failures(), watch.ref
         for source in self.sources:
             if not source.serves(ref):
                 continue
-            attempt = Attempt(watch, source, self.room, self.limits)
+            if source.name in refused:
+                failures.unfit = refused[source.name]
+                continue
+            attempt = Attempt(watch, self.store, source, self.room, self.limits)
             try:
                 manifest = attempt.bring()
-            except Absent as error:
-                failures.absent = error
-                failures.certainly_absent |= error.certain
-            except Denied as error:
-                failures.denied = error
-            except (SourceDown, Changed, Damaged) as error:
-                failures.damaged = error if isinstance(error, Damaged) else failures.damaged
-                down = error if isinstance(error, SourceDown) else SourceDown(str(error))
-                failures.down = _sooner(failures.down, down)
-                event = "damaged" if isinstance(error, Damaged) else "broke"
-                self.diary.write(event, ref, source=source.name, reason=str(error))
             except TooSlow:
                 raise
-            except ModelUnavailable as error:
-                failures.unfit = error
-            else:
-                size, seconds = manifest.size, manifest.seconds
-                self.diary.write("fetched", ref, source=source.name, bytes=size, seconds=seconds)
-                return None
-            failures.progress |= attempt.has_progressed
+            except (Absent, Denied, SourceDown, Changed, ModelUnavailable) as error:
+                failures.add(error)
+                failures.progress |= attempt.has_progressed
+                self._tell(ref, source, error)
+                if isinstance(error, Refused) and error.rule in _FOR_GOOD:
+                    refused[source.name] = error
+                continue
+            self.disk.forget_refusal(ref.key)
+            size, seconds = manifest.size, manifest.seconds
+            self.diary.write("fetched", ref, source=source.name, bytes=size, seconds=seconds)
+            return None
         # A host's certainty is worth nothing beside another that may yet have it.
         failures.certainly_absent &= not (failures.down or failures.denied or failures.unfit)
         return failures
 
+    def _tell(self, ref: ModelRef, source: Source, error: ClusterError) -> None:
+        """What a source did, where that is more than not to have it."""
+        reason = str(error)
+        if isinstance(error, Refused):
+            self.diary.write("refused", ref, rule=error.rule.value, reason=reason)
+        elif isinstance(error, SourceDown | Changed | Damaged):
+            event = "damaged" if isinstance(error, Damaged) else "broke"
+            self.diary.write(event, ref, source=source.name, reason=reason)
+
     def _told(self, ref: ModelRef, error: ClusterError) -> ClusterError:
-        rule = error.rule.value if isinstance(error, Refused) else ""
-        self.diary.write("refused" if rule else "failed", ref, rule=rule, reason=str(error))
+        """The end of it. A refusal was told when it came."""
+        if not isinstance(error, Refused):
+            self.diary.write("failed", ref, reason=str(error))
+        elif error.rule in _FOR_GOOD:
+            until = self.clock() + REFUSED_SECONDS
+            self.disk.note_refusal(ref.key, error.rule.value, str(error), until)
         return error
+
+
+@contextlib.contextmanager
+def _nobodys_fault(ref: ModelRef) -> Iterator[None]:
+    """Of the disk's trouble, and of a bug of ours, neither a card nor a task is to blame."""
+    try:
+        yield
+    except ClusterError:
+        raise
+    except OSError as error:
+        reason = f"{ref}: the store can't be written: {error.strerror or error}"
+        raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
+    except Exception as error:
+        _log.exception("fetching_broke", model=str(ref))
+        reason = f"{ref}: {type(error).__name__} while it was fetched"
+        raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, reason) from error
 
 
 def _sooner(one: SourceDown | None, other: SourceDown) -> SourceDown:

@@ -17,7 +17,7 @@ from typing import Final
 
 from cluster.core.eviction import Resident, victims
 from cluster.models.diary import Diary
-from cluster.models.disk import Disk, Manifest
+from cluster.models.disk import Disk, Manifest, all_in
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 
@@ -138,7 +138,8 @@ def _folders(folder: Path) -> list[Path]:
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    with contextlib.suppress(OSError):
+        for path in all_in(folder):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
     return total

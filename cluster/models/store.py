@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import strict_json
-from cluster.models.disk import Disk, Manifest, Stored
+from cluster.models.disk import Disk, Manifest, Stored, all_in
 from cluster.models.refs import ModelRef
 from cluster.models.shards import is_index, missing_shards
 from cluster.models.transfer import sha256_of
@@ -81,14 +82,9 @@ class ModelStore:
         if variant and not _VARIANT.fullmatch(variant):
             raise _refused(f"{variant!r} is not a variant's name")
 
-        def checked(folder: Path) -> Path:
-            if kind == "base":
-                self._check_base(folder, variant or None)
-            elif kind in _NETWORKS and variant:
-                _check_weights(folder, variant)
-            return folder
-
-        return self._first(kind, name, ModelRef(_stored_as(kind), name, variant or ""), checked)
+        ref = ModelRef(_stored_as(kind), name, variant or "")
+        look = _pipeline_in if kind == "base" else _network_in if kind in _NETWORKS else _any_in
+        return self._first(kind, name, ref, partial(look, variant=variant or ""))
 
     def lora_file(self, name: str, weight_file_name: str = "") -> Path:
         """The LoRA's one weights file; of several without a name the conventional one is taken."""
@@ -101,28 +97,13 @@ class ModelStore:
         """An inversion's embeddings, under the one name that the network's runner looks for, or
         whatever name they have where they come by URL."""
 
-        def found(folder: Path) -> Path:
-            if "://" in name:
-                return _lora_in(folder, "")
-            if not (folder / INVERSION_FILE).is_file():
-                raise _not_here(f"textual inversion {name} has no {INVERSION_FILE}")
-            return folder / INVERSION_FILE
-
-        return self._first("textual_inversion", name, ModelRef("textual_inversion", name), found)
+        ref = ModelRef("textual_inversion", name)
+        return self._first("textual_inversion", name, ref, partial(_inversion_in, ref))
 
     def language_folder(self, name: str) -> Path:
         """A language model's folder: configuration, tokenizer and safetensors weights, no code."""
 
-        def checked(folder: Path) -> Path:
-            if not (folder / CONFIG).is_file():
-                raise _not_here(f"{name} has no {CONFIG}")
-            if (folder / ADAPTER).exists():
-                # Transformers would load the model that it names, from wherever that is.
-                raise _refused(f"{name} is an adapter to another model")
-            _check_weights(folder, None)
-            return folder
-
-        return self._first("language", name, ModelRef("base", name), checked)
+        return self._first("language", name, ModelRef("base", name), _language_model_in)
 
     def find(self, ref: ModelRef) -> Path:
         """Where the model is, as the methods above look for it. Raises as they do."""
@@ -130,9 +111,26 @@ class ModelStore:
             return self.lora_file(ref.name, ref.file).parent
         if ref.kind == "textual_inversion":
             return self.inversion_file(ref.name).parent
-        if ref.kind == "base" and self.is_language_model(ref.name):
-            return self.language_folder(ref.name)
+        if ref.kind == "base":
+            return self._first("base", ref.name, ref, partial(_base_in, variant=ref.variant))
         return self.resolve(ref.kind, ref.name, ref.variant)
+
+    def judge_texts(self, ref: ModelRef, folder: Path) -> None:
+        """What can be said of a model before its weights are there. Raises `ModelUnavailable`."""
+        if ref.kind == "base":
+            _base_by_its_texts(folder, ref.variant)
+
+    def judge(self, ref: ModelRef, folder: Path) -> None:
+        """What `find` would say of a folder that isn't published yet. Raises `ModelUnavailable`."""
+        self._check_contents(folder)
+        if ref.kind == "lora":
+            _lora_in(folder, ref.file)
+        elif ref.kind == "textual_inversion":
+            _inversion_in(ref, folder)
+        elif ref.kind == "base":
+            _base_in(folder, ref.variant)
+        else:
+            _network_in(folder, ref.variant)
 
     def is_language_model(self, name: str) -> bool:
         """Whether what is here under the name is one."""
@@ -177,13 +175,18 @@ class ModelStore:
         if not _MAY_BE_FETCHED_ONLY.fullmatch(name) or kind not in KINDS:
             laid = self._folder(kind, name)
         for folder in (laid, self.disk.model(ref.key)):
-            if folder is None or not folder.is_dir():
-                continue
             try:
+                if folder is None or not folder.is_dir():
+                    continue
                 if folder is not laid:
                     self._check_unchanged(ref)
                 self._check_contents(folder)
                 return look(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                problem = _not_here(f"{kind} model {name[:200]} has just gone")
+            except OSError as error:
+                line = f"{kind} model {name[:200]} can't be read: {error.strerror}"
+                raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, line) from error
             except ModelUnavailable as error:
                 problem = error
                 if error.kind is not ModelUnavailableKind.NOT_HERE:
@@ -214,7 +217,7 @@ class ModelStore:
 
     def _check_contents(self, folder: Path) -> None:
         root = self.root.resolve()
-        for path in folder.rglob("*"):
+        for path in all_in(folder):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise _refused(f"{path.name} leads out of the store")
             if path.suffix == ".py":
@@ -222,14 +225,68 @@ class ModelStore:
             if is_index(path.name) and (missing := missing_shards(path)):
                 raise _not_here(f"{folder.name}: {missing[0]}, which {path.name} names, isn't here")
 
-    def _check_base(self, folder: Path, variant: str | None) -> None:
-        for part, (library, _) in read_index(folder).parts.items():
-            if library not in _LIBRARIES:
-                raise _refused(f"{part} is made of foreign code ({library})")
-            if (folder / part / ADAPTER).exists():
-                raise _refused(f"{part} is an adapter to another model")
-            if part not in _WITHOUT_WEIGHTS:
-                _check_weights(folder / part, variant)
+
+def _any_in(folder: Path, variant: str) -> Path:
+    return folder
+
+
+def _base_in(folder: Path, variant: str) -> Path:
+    """A pipeline or a language model, whichever its files make of it."""
+    if _base_by_its_texts(folder, variant) is None:
+        return _language_model_in(folder)
+    return _pipeline_in(folder, variant)
+
+
+def _base_by_its_texts(folder: Path, variant: str) -> Index | None:
+    """The pipeline's index, checked; None for a language model."""
+    if (folder / INDEX).exists() or not (folder / CONFIG).exists():
+        return _checked_index(folder)
+    if not _says_language_model(read_json(folder / CONFIG)):
+        raise _refused(f"{folder.name} is neither a pipeline nor a language model")
+    if variant:
+        raise _refused(f"{folder.name} is a language model, and tasks know no variants of those")
+    return None
+
+
+def _checked_index(folder: Path) -> Index:
+    index = read_index(folder)
+    for part, (library, _) in index.parts.items():
+        if library not in _LIBRARIES:
+            raise _refused(f"{part} is made of foreign code ({library})")
+    return index
+
+
+def _pipeline_in(folder: Path, variant: str) -> Path:
+    for part in _checked_index(folder).parts:
+        if (folder / part / ADAPTER).exists():
+            raise _refused(f"{part} is an adapter to another model")
+        if part not in _WITHOUT_WEIGHTS:
+            _check_weights(folder / part, variant)
+    return folder
+
+
+def _network_in(folder: Path, variant: str) -> Path:
+    if variant:
+        _check_weights(folder, variant)
+    return folder
+
+
+def _language_model_in(folder: Path) -> Path:
+    if not (folder / CONFIG).is_file():
+        raise _not_here(f"{folder.name} has no {CONFIG}")
+    if (folder / ADAPTER).exists():
+        # Transformers would load the model that it names, from wherever that is.
+        raise _refused(f"{folder.name} is an adapter to another model")
+    _check_weights(folder, "")
+    return folder
+
+
+def _inversion_in(ref: ModelRef, folder: Path) -> Path:
+    if ref.is_url:
+        return _lora_in(folder, "")
+    if not (folder / INVERSION_FILE).is_file():
+        raise _not_here(f"{ref} has no {INVERSION_FILE}")
+    return folder / INVERSION_FILE
 
 
 def _stored_as(kind: str) -> str:
@@ -292,12 +349,12 @@ def read_index(folder: Path) -> Index:
 
 def read_json(file: Path) -> dict[str, object]:
     """A small JSON object from a model's folder; raises `ModelUnavailable`."""
-    if not file.is_file():
-        raise _not_here(f"{file.parent.name} has no {file.name}")
-    if file.stat().st_size > _MAX_INDEX:
-        raise _refused(f"{file.name} is too long")
     try:
+        if file.stat().st_size > _MAX_INDEX:
+            raise _refused(f"{file.name} is too long")
         data = strict_json.loads(file.read_bytes())
+    except OSError:
+        raise _not_here(f"{file.parent.name} has no {file.name}") from None
     except ValueError:
         raise _damaged(f"{file.parent.name}/{file.name} is not JSON") from None
     if not isinstance(data, dict):
@@ -305,16 +362,20 @@ def read_json(file: Path) -> dict[str, object]:
     return data
 
 
-def _is_language_model(config: Path) -> bool:
+def _says_language_model(config: dict[str, object]) -> bool:
     """Transformers writes what a model is into its configuration; diffusers' parts don't say so."""
+    return "architectures" in config or "model_type" in config
+
+
+def _is_language_model(config: Path) -> bool:
     try:
         said = read_json(config)
-    except ModelUnavailable:
+        return _says_language_model(said) and any(config.parent.glob("*.safetensors"))
+    except (ModelUnavailable, OSError):
         return False
-    return "architectures" in said and any(config.parent.glob("*.safetensors"))
 
 
-def _check_weights(part: Path, variant: str | None) -> None:
+def _check_weights(part: Path, variant: str) -> None:
     names = [file.name for file in part.glob("*.safetensors")]
     if not names:
         if any(part.glob("*.bin")) or any(part.glob("*.ckpt")) or any(part.glob("*.pt")):

@@ -4,6 +4,10 @@ While a file is under way it is `<path>.part`, and `<path>.parts` says how much 
 there, for the next one who tries. A file is only ever under its own name when it is what it claims
 to be.
 
+A killed process loses nothing that it has written; a machine without power may lose the bytes of a
+file that has its name and its length. So what a hash will tell is told in the end, whoever fetched
+it, and what none will tell isn't gone on with after the machine was started anew.
+
 Bytes of two answers are put together only where something says that they are of one content: a
 hash of the whole, or a tag that the source repeats. Without either a file comes in one stream, and
 after a break from its beginning.
@@ -20,7 +24,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -62,15 +66,17 @@ class Transfer:
     gain: Callable[[int], None]
     part: int = PART
     connections: int = CONNECTIONS
+    taken: dict[Path, str] = field(default_factory=dict)
+    """The sha256 of what was read through just now."""
 
     def fetch(self, file: RemoteFile, folder: Path) -> Path:
-        """The file in `folder`, whole and checked.
+        """The file in `folder`, whole and checked, or as an earlier try has left it (`verify`).
 
         Raises the source's errors, `Damaged`, `Refused`, what `gate` raises, or `OSError` for our
         own disk. What has arrived stays for the next try, unless it can't be trusted.
         """
         target = folder / file.path
-        if target.is_file():
+        if target.is_file() and file.size in {None, target.stat().st_size}:
             self.gain(target.stat().st_size)
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,7 @@ class Transfer:
         self.gain(under_way.arrived)
         try:
             self._fill(file, under_way)
-            _check(file, under_way.path)
+            sha256 = _check(file, under_way.path)
         except (Changed, Damaged, Refused):
             self.gain(-under_way.arrived)
             under_way.drop()
@@ -90,7 +96,20 @@ class Transfer:
             under_way.close()
         under_way.path.rename(target)
         under_way.forget()
+        self.taken[target] = sha256
         return target
+
+    def verify(self, file: RemoteFile, target: Path) -> str:
+        """The sha256 of a whole file, held against what the source says unless it just was. Raises
+        `Damaged`; the file is then gone."""
+        if target not in self.taken:
+            try:
+                self.taken[target] = _check(file, target)
+            except (Changed, Damaged):
+                self.gain(-target.stat().st_size)
+                target.unlink()
+                raise
+        return self.taken[target]
 
     def _fill(self, file: RemoteFile, under_way: _UnderWay) -> None:
         in_parts = self.connections > 1 and _can_be_joined(file)
@@ -285,8 +304,21 @@ def _noted(sidecar: Path, head: bytes) -> bytes | None:
 
 def _identity(listing: Listing, file: RemoteFile) -> str:
     """What a file under way is of: by its hash, whoever it comes from."""
-    tag = f"{listing.source} {listing.revision} {file.where} {file.etag}"
+    tag = f"{listing.source} {listing.revision} {file.where} {file.etag} {boot_id()}"
     return file.sha256 or file.git_sha1 or tag
+
+
+def mark_of(listing: Listing) -> str:
+    """What whole files of an earlier try must be of to be taken on."""
+    mark = f"{listing.source} {listing.revision}"
+    return mark if all(file.is_hashed for file in listing.files) else f"{mark} {boot_id()}"
+
+
+def boot_id() -> str:
+    """Another each time the machine is started."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
 
 
 def _can_be_joined(file: RemoteFile) -> bool:
@@ -299,14 +331,17 @@ def _same(opened: Opened, file: RemoteFile) -> None:
         raise Changed(f"{file.path}: changed while it was fetched")
 
 
-def _check(file: RemoteFile, path: Path) -> None:
+def _check(file: RemoteFile, path: Path) -> str:
+    """Its sha256; raises `Changed` or `Damaged`."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise Changed(f"{file.path}: {size} bytes arrived, {file.size} were announced")
-    if file.sha256 is not None and sha256_of(path) != file.sha256:
+    sha256 = sha256_of(path)
+    if file.sha256 not in {None, sha256}:
         raise Damaged(f"{file.path}: its sha256 is not what the source says")
     if file.git_sha1 is not None and _git_sha1(path, size) != file.git_sha1:
         raise Damaged(f"{file.path}: its hash is not what the source says")
+    return sha256
 
 
 def sha256_of(path: Path) -> str:

@@ -32,13 +32,15 @@ _DEFAULT: Final = {"http": 80, "https": 443}
 class UrlRules:
     """`allow_hosts` (exact names or addresses, `host` or `host:port`) may have any address and be
     asked by http, at that port, or at `ports`: they are the operator's own. So may `origins`
-    (`scheme://host:port`). `deny_hosts` and their subdomains are never asked; that wins."""
+    (`scheme://host:port`). `deny_hosts` and their subdomains are never asked; that wins. Where
+    there are `only_hosts`, links lead to those and their subdomains or to the operator's own."""
 
     allow_http: bool = False
     ports: frozenset[int] = frozenset({80, 443})
     allow_hosts: frozenset[str] = frozenset()
     deny_hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
+    only_hosts: frozenset[str] = frozenset()
 
     def is_own(self, scheme: str, host: str, port: int) -> bool:
         """Whether the operator has said that it may be asked, wherever it is."""
@@ -96,7 +98,7 @@ def check(url: str, rules: UrlRules) -> str:
         raise Refused(Rule.CREDENTIALS, "a URL with credentials in it")
     host, port = _host_and_port(authority)
     allowed = rules.is_own(scheme, host, port or _DEFAULT[scheme])
-    if any(_shown(host) == each or host.endswith(f".{each}") for each in rules.deny_hosts):
+    if _is_among(host, rules.deny_hosts):
         raise Refused(Rule.HOST, f"{host}: on the list of hosts that are not asked")
     if scheme == "http" and not (rules.allow_http or allowed):
         raise Refused(Rule.SCHEME, f"{host}: http, and only https is asked")
@@ -112,6 +114,18 @@ def check(url: str, rules: UrlRules) -> str:
     return normal
 
 
+def check_link(url: str, rules: UrlRules) -> str:
+    """A task's own URL, which may be held to `only_hosts` too; where it leads on to isn't."""
+    normal = check(url, rules)
+    parts = urlsplit(normal)
+    host, port = parts.hostname or "", parts.port or _DEFAULT[parts.scheme]
+    if rules.only_hosts and not (
+        _is_among(host, rules.only_hosts) or rules.is_own(parts.scheme, host, port)
+    ):
+        raise Refused(Rule.HOST, f"{host}: not on the list of hosts that links may lead to")
+    return normal
+
+
 def check_address(scheme: str, host: str, port: int, address: str, rules: UrlRules) -> None:
     """What the host's name leads to. Raises `Refused`."""
     if rules.is_own(scheme, host, port):
@@ -122,6 +136,11 @@ def check_address(scheme: str, host: str, port: int, address: str, rules: UrlRul
         kind = "malformed"
     if kind is not None:
         raise Refused(Rule.ADDRESS, f"{host}: leads to {address}, a {kind} address")
+
+
+def _is_among(host: str, hosts: frozenset[str]) -> bool:
+    """Itself, or as a subdomain."""
+    return any(_shown(host) == each or host.endswith(f".{each}") for each in hosts)
 
 
 def _shown(host: str) -> str:

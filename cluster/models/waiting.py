@@ -9,6 +9,7 @@ from typing import Final
 
 from cluster.core.errors import (
     Cancelled,
+    ClusterError,
     DeadlinePassed,
     ModelUnavailable,
     ModelUnavailableKind,
@@ -42,6 +43,10 @@ class TooSlow(ModelUnavailable):
 
     def __reduce__(self) -> tuple[type[TooSlow], tuple[str]]:  # type: ignore[override]
         return type(self), (str(self),)
+
+
+class GiveWay(ClusterError):
+    """A task wants the model that isn't fetched for one just now: it may fetch it itself."""
 
 
 @dataclass(slots=True)
@@ -80,6 +85,14 @@ class Watch:
             self.wanted.alive()
             self.sleep(min(left, 1.0))
 
+    def pause_for_a_source(self, seconds: float) -> None:
+        """As `pause`; raises `GiveWay` as soon as a task waits for what isn't fetched for one."""
+        until = self.clock() + seconds
+        while (left := until - self.clock()) > 0:
+            if self.wanted.background and self.disk.is_locked(self._wait_lock):
+                raise GiveWay("a task waits for it")
+            self.pause(min(left, 1.0))
+
     def stand_back(self) -> None:
         """What isn't a task's waits while a task waits for another model, and none for this."""
         while self.wanted.background and self._is_in_the_way():
@@ -92,11 +105,14 @@ class Watch:
 
     def waiting(self) -> AbstractContextManager[None]:
         """As long as a task waits for this model, who fetches it doesn't stand back."""
-        return self._shared(f"{self.ref.key}.wait")
+        return self._shared(self._wait_lock)
 
     def _shared(self, lock: str) -> AbstractContextManager[None]:
         return nullcontext() if self.wanted.background else self.disk.lock(lock, shared=True)
 
     def _is_in_the_way(self) -> bool:
-        waited_for = self.disk.is_locked(f"{self.ref.key}.wait")
-        return self.disk.is_locked(FOREGROUND) and not waited_for
+        return self.disk.is_locked(FOREGROUND) and not self.disk.is_locked(self._wait_lock)
+
+    @property
+    def _wait_lock(self) -> str:
+        return f"{self.ref.key}.wait"

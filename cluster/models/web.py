@@ -21,7 +21,7 @@ from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.sources import Absent, Listing, Opened, RemoteFile, promised
 from cluster.models.store import INVERSION_FILE, LORA_FILE
-from cluster.models.urls import UrlRules, check
+from cluster.models.urls import UrlRules, check_link
 
 CIVITAI: Final = ("civitai.com", "civitai.green")
 ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -53,7 +53,7 @@ class Web:
 
     def list(self, ref: ModelRef) -> Listing:
         """Asks for the first byte, because not every host answers HEAD as it answers GET."""
-        url = check(ref.name, self._rules)
+        url = check_link(ref.name, self._rules)
         own = self._headers(url)
         headers = own | {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
         with promised(str(ref)), self._client.stream("GET", url, headers=headers) as response:

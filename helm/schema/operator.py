@@ -21,6 +21,7 @@ OURS: Final = frozenset(
         "network.rpc_url",
         "network.rpc_url_file",
         "network.fallback_rpc_urls",
+        "network.endpoints",
         "network.ws_url",
         "network.ws_url_file",
         "network.relay_url",
@@ -40,7 +41,8 @@ OURS: Final = frozenset(
         "fleet.slots_by_gpu",
     }
 )
-"""Keys that the chart sets, from other values or by itself."""
+"""Keys that the chart sets, from other values or by itself; and `network.endpoints`, whose URLs may
+hold a credential, so that no ConfigMap may have them: all of them come from the Secret, alike."""
 
 _URL: Schema = {"type": "string", "pattern": URL, "maxLength": 2048}
 AMOUNT: Schema = {

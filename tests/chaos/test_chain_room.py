@@ -25,7 +25,8 @@ from cluster.chain.contract import commitment_bytes
 from cluster.chain.endpoints import Endpoints
 from cluster.chain.fees import FeeSettings, first
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
-from cluster.chain.outbox import Outbox, OutboxSettings
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import OutboxSettings
 from cluster.chain.outbox_rows import RowState
 from cluster.chain.rpc import Rpc, http_transport
 from cluster.core.errors import NetworkUnavailable

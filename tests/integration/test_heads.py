@@ -37,7 +37,7 @@ async def live(heads: Heads) -> None:
 
 async def test_each_block_wakes_once() -> None:
     with Anvil() as anvil:
-        heads = Heads(f"ws://127.0.0.1:{anvil.port}")
+        heads = Heads((f"ws://127.0.0.1:{anvil.port}",))
         rpc = Rpc.http(anvil.rpc_url)
         async with listening(heads):
             await live(heads)
@@ -53,7 +53,7 @@ async def test_a_lost_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
     with Anvil() as anvil:
         port = anvil.port
-        heads = Heads(f"ws://127.0.0.1:{port}")
+        heads = Heads((f"ws://127.0.0.1:{port}",))
         async with listening(heads):
             await live(heads)
             anvil.stop()
@@ -71,7 +71,7 @@ async def test_a_lost_connection_is_made_anew(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_without_an_address_nobody_wakes() -> None:
-    heads = Heads(None)
+    heads = Heads()
     await heads.run()
     assert not await heads.wait(0.01)
     assert not heads.is_live

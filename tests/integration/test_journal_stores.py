@@ -101,6 +101,26 @@ def test_of_many_who_want_it_at_once_one_has_it(url: str) -> None:
         assert got[0].epoch == round_ + 1
 
 
+def test_a_machine_whose_clock_is_ahead_takes_no_lease_that_holds(url: str) -> None:
+    """The two of them have the server's clock; of a file there is one machine."""
+    if url.startswith("sqlite"):
+        pytest.skip("a file's machine has one clock")
+    ahead = 3600.0
+    holding, coming = SqlJournal(url), SqlJournal(url, wall=lambda: time.time() + ahead)
+    lease = holding.acquire("first", Timestamp(time.time()), 60.0)
+    assert lease is not None
+    assert coming.acquire("second", Timestamp(time.time() + ahead), 60.0) is None
+    name, seconds = coming.holder(time.time() + ahead)
+    assert name == "first"
+    assert 0 < seconds <= 60
+    holding.renew(lease, Timestamp(time.time()), 60.0)
+    assert coming.acquire("second", Timestamp(time.time() + ahead), 60.0) is None
+    late = Timestamp(time.time() + ahead + 61)
+    assert coming.acquire("second", late, 60.0) is not None
+    for journal in (holding, coming):
+        journal.close()
+
+
 def test_journals_made_at_the_same_moment(url: str) -> None:
     at_once(*(lambda: SqlJournal(url).close() for _ in range(4)))
     journal = SqlJournal(url)

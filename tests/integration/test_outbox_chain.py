@@ -13,7 +13,8 @@ import pytest
 from eth_utils.address import to_checksum_address
 
 from cluster.chain.fees import FeeSettings
-from cluster.chain.outbox import Outbox, OutboxSettings
+from cluster.chain.outbox import Outbox
+from cluster.chain.outbox_ports import OutboxSettings
 from cluster.chain.outbox_rows import Intent, OutboxRow, RowState, by_key
 from cluster.chain.rpc import Rpc
 from cluster.core.ports import Lease

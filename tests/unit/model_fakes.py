@@ -26,6 +26,11 @@ def weights(size: int = 40, salt: int = 0) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
+def git_sha1_of(content: bytes) -> str:
+    blob = b"blob %d\0" % len(content) + content
+    return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+
+
 @dataclass
 class Shelf:
     """`opening` and `listing` are called before each answer and may raise; `cut` holds how many
@@ -34,6 +39,8 @@ class Shelf:
     files: dict[ModelRef, dict[str, bytes]] = field(default_factory=dict)
     name: str = "hub"
     hashes: bool = True
+    git: bool = False
+    """Whether the hashes are git's."""
     ranges: bool = True
     sizes: bool = True
     certain: bool = False
@@ -60,7 +67,8 @@ class Shelf:
             RemoteFile(
                 path,
                 len(content) if self.sizes else None,
-                hashlib.sha256(content).hexdigest() if self.hashes else None,
+                hashlib.sha256(content).hexdigest() if self.hashes and not self.git else None,
+                git_sha1_of(content) if self.hashes and self.git else None,
                 where=ref.key,
                 etag=self.etag,
             )

@@ -239,6 +239,13 @@ def test_a_steady_chain_is_looked_at_about_once_a_block(
     assert looks <= 100 * max(1.0, gap / 3.0 + 1.0) * 1.6 + 40
 
 
+def test_a_chain_whose_blocks_have_one_time_is_not_looked_at_without_end() -> None:
+    pulse = Pulse(least=1.0)
+    for number in range(20):
+        pulse.saw(number, 5.0, 5.0 + number)
+    assert pulse.pause(1000.0) >= 0.1
+
+
 def test_an_unknown_or_late_chain_is_looked_at_at_the_least_interval() -> None:
     pulse = Pulse(least=1.0)
     assert pulse.pause(5.0) == 1.0

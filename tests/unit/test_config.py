@@ -207,6 +207,30 @@ def test_no_secret_is_echoed(tmp_path: Path) -> None:
     assert "hunter2" not in repr(config)
 
 
+def test_endpoints_have_priorities_rates_and_websockets_of_their_own(tmp_path: Path) -> None:
+    more = """31337
+  ws_url: ws://first/hunter2
+  fallback_rpc_urls: [http://second]
+  endpoints:
+    - {url: http://third/hunter2, priority: 5, calls_per_second: 3, ws_url: wss://third}
+    - {url: http://fourth}"""
+    config = loaded(tmp_path, MINIMAL.replace("31337", more))
+    network = config.network
+    assert [(each.url.split("/")[2], each.priority) for each in network.all_endpoints] == [
+        ("127.0.0.1:8545", 0),
+        ("second", 10),
+        ("third", 5),
+        ("fourth", 10),
+    ]
+    assert network.all_endpoints[2].calls_per_second == 3
+    assert network.ws_urls == ("ws://first/hunter2", "wss://third")
+    assert "hunter2" not in repr(config)
+    for old, new in (("url: http://third", "url: hunter2"), ("ws_url: wss:", "ws_url: hunter2:")):
+        line = complaint(tmp_path, MINIMAL.replace("31337", more.replace(old, new)))
+        assert "network.endpoints[0]" in line
+        assert "hunter2" not in line
+
+
 def test_the_digest_follows_the_values(tmp_path: Path) -> None:
     config = loaded(tmp_path, MINIMAL)
     assert digest(config) == digest(loaded(tmp_path, "# a comment\n" + MINIMAL))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.chain import health
 from cluster.chain.answers import Throttled, TooLong
-from cluster.chain.endpoints import CHECK_SECONDS, SEND, Endpoints
+from cluster.chain.endpoints import CHECK_SECONDS, SEND, URGENT, Endpoints
 from cluster.chain.health import Bucket, Endpoint
 from cluster.chain.rpc import HttpTransport
 from cluster.core.errors import ChainError
@@ -36,6 +36,10 @@ class Node:
     gate: asyncio.Event | None = None
     seconds: float = 0.0
     block_seconds: float = 2.0
+    ahead: float = 0.0
+    """Of the time that its blocks should have."""
+    priority: int = 0
+    rate: float | None = None
 
     def transport(self, time: Time) -> HttpTransport:
         async def send(method: str, params: Sequence[Any]) -> Mapping[str, Any]:
@@ -52,14 +56,14 @@ class Node:
         async def close() -> None:  # noqa: RUF029 - as the real one
             self.asked.append("close")
 
-        return HttpTransport(self.name, send, close)
+        return HttpTransport(self.name, send, close, self.priority, self.rate)
 
     def _result(self, method: str, params: Sequence[Any]) -> object:
         if method == "eth_chainId":
             return hex(self.chain)
         if method == "eth_getBlockByNumber":
             number = self.head if params[0] == "latest" else int(params[0], 16)
-            time = hex(int(number * self.block_seconds))
+            time = hex(int(number * self.block_seconds + self.ahead))
             return {"number": hex(number), "hash": f"{self.fork}{number}", "timestamp": time}
         return self.name
 
@@ -81,6 +85,7 @@ class Time:
 class Rig:
     nodes: list[Node]
     rate: float | None = None
+    wall: float = 1e6
     time: Time = field(default_factory=Time)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -92,6 +97,7 @@ class Rig:
             self.time.clock,
             self.time.sleep,
             lambda method, result: self.calls.update([(method, result)]),
+            lambda: self.wall,
         )
 
     async def ask(self, method: str = "eth_call") -> object:
@@ -429,6 +435,23 @@ async def test_a_write_goes_to_all_and_one_that_takes_it_is_enough(rig: Rig) -> 
         await rig.ask(SEND)
 
 
+async def test_a_write_waits_for_no_slower_one_once_it_is_taken(rig: Rig) -> None:
+    gate = rig.nodes[1].gate = asyncio.Event()
+    async with asyncio.timeout(60):
+        assert await rig.ask(SEND) == "a"
+        gate.set()
+        while rig.calls[SEND, "ok"] < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert [node.asked for node in rig.nodes] == [[SEND]] * 3
+
+
+async def test_closing_leaves_no_write_behind(rig: Rig) -> None:
+    rig.nodes[1].gate = asyncio.Event()
+    assert await rig.ask(SEND) == "a"
+    await rig.endpoints.close()
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
 async def test_a_far_slower_one_stands_back() -> None:
     rig = Rig([Node("a", seconds=8.0), Node("b", seconds=0.1)])
     await rig.endpoints.check()
@@ -443,6 +466,76 @@ async def test_no_more_calls_than_the_rate_to_each() -> None:
     for _ in range(6):
         await rig.ask()
     assert sum(rig.time.slept) == pytest.approx(2.0)
+
+
+async def test_the_lowest_priority_comes_first_whatever_the_order() -> None:
+    rig = Rig([Node("a", priority=10), Node("b", priority=10), Node("c")])
+    assert await rig.ask() == "c"
+    rig.nodes[2].trouble = ChainError("gone")
+    assert await rig.ask() == "a"
+
+
+async def test_one_that_can_be_asked_at_once_comes_before_one_that_has_to_be_waited_for() -> None:
+    rig = Rig([Node("a", rate=5.0), Node("b", rate=5.0)])
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await asyncio.sleep(0)
+
+    rig.endpoints._sleep = sleep
+    await asyncio.gather(*(rig.ask() for _ in range(100)))
+    assert max(slept) <= (100 - 10) / 10 + 0.5
+    assert abs(len(rig.nodes[0].asked) - len(rig.nodes[1].asked)) <= 2
+
+
+async def test_each_has_a_rate_of_its_own() -> None:
+    rig = Rig([Node("a", rate=2.0)], rate=100.0)
+    for _ in range(6):
+        await rig.ask()
+    assert sum(rig.time.slept) == pytest.approx(2.0)
+
+
+async def test_a_tasks_answer_waits_for_nobodys_rate() -> None:
+    rig = Rig([Node("a")], rate=1.0)
+    await rig.ask()
+    urgent = URGENT.set(True)
+    for _ in range(5):
+        await rig.ask()
+    URGENT.reset(urgent)
+    assert rig.time.slept == []
+    await rig.ask()
+    assert sum(rig.time.slept) >= 5.0, "others wait for it"
+
+
+async def test_two_that_disagree_are_told_of_and_both_get_the_writes() -> None:
+    rig = Rig([Node("a", fork="x"), Node("b", fork="y")])
+    await rig.endpoints.check()
+    assert rig.problems() == ["", "tells of another fork"]
+    (alert,) = rig.endpoints.alerts()
+    assert "add another endpoint" in alert and "(a, b)" in alert
+    await rig.ask(SEND)
+    assert rig.nodes[1].asked[-1] == SEND
+    rig.nodes[1].fork = "x"
+    await rig.endpoints.check()
+    assert rig.endpoints.alerts() == ()
+
+
+async def test_a_majority_decides_without_a_word(rig: Rig) -> None:
+    rig.nodes[2].fork = "b"
+    await rig.endpoints.check()
+    assert rig.problems() == ["", "", "tells of another fork"]
+    assert rig.endpoints.alerts() == ()
+
+
+async def test_blocks_of_the_future_are_not_believed_unless_all_have_them() -> None:
+    rig = Rig([Node("a"), Node("b", head=10**9, ahead=1e9)])
+    await rig.endpoints.check()
+    assert rig.problems() == ["", "tells of blocks of the future"]
+    assert await rig.ask() == "a"
+    rig.wall = -1e6
+    await rig.endpoints.check()
+    assert "tells of blocks of the future" not in rig.problems(), "our clock is wrong then"
 
 
 async def test_when_none_answers_the_line_says_what_each_lacks(rig: Rig) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,3 +52,17 @@ def test_every_replacement_is_one_that_nodes_take(
     if new.tip is not None and old.tip is not None:
         assert new.tip * 10 >= old.tip * 11
         assert new.tip <= new.fee
+
+
+@pytest.mark.parametrize("market", [Market(Wei(100)), Market(None, Wei(100))])
+def test_while_the_market_stands_what_is_paid_anyway_stays_in_bounds(market: Market) -> None:
+    settings = FeeSettings(tip=Wei(100), percent=100)
+    last = first(market, settings)
+    while (offer := raised(last, market, settings)) is not None:
+        last = offer
+    assert 1500 <= (last.fee if last.tip is None else last.tip) <= 2000
+
+
+def test_a_price_that_rose_is_followed() -> None:
+    settings = FeeSettings(percent=100)
+    assert raised(Offer(Wei(100)), Market(None, Wei(90_000)), settings) == Offer(Wei(90_000))

@@ -15,7 +15,7 @@ from eth_account.hdaccount.deterministic import derive_child_key
 from eth_keys.datatypes import PublicKey, Signature
 from eth_utils.crypto import keccak
 
-from cluster.chain.outbox import Signer
+from cluster.chain.outbox_ports import Signer
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.types import Address, Commitment
 from cluster.identity import Identity

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +23,7 @@ from cluster.core.errors import (
     ModelUnavailableKind,
     TaskInvalid,
 )
+from cluster.models import transfer
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
 from cluster.models.refusals import Refused, Rule
@@ -39,6 +43,18 @@ from tests.unit.model_fakes import (
 
 NOBODY = Wanted()
 FILE = "pytorch_lora_weights.safetensors"
+CHAT = ref("base", "acme/chat")
+CHAT_FILES = {
+    "config.json": b'{"architectures": ["X"]}',
+    "merges.txt": b"a b\n" * 500,
+    "model.safetensors": weights(5000),
+}
+PIPE = ref("base", "acme/pipe")
+PIPE_FILES = {
+    "model_index.json": b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}',
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": weights(5000),
+}
 
 
 def raising(error: ClusterError | OSError, times: int = 10**6) -> Callable[[], None]:
@@ -165,6 +181,274 @@ def test_all_that_is_published_has_reached_the_disk(
     keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
     assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
+
+
+# --- two who want the same ----------------------------------------------------------------------
+
+
+def test_a_task_does_not_wait_out_the_pause_of_the_background(tmp_path: Path) -> None:
+    shelf = lora_shelf(listing=raising(SourceDown("429", retry_after=3600.0), times=1))
+    background, task = Time(), Time()
+    behind = keeper(tmp_path, shelf, time=background)
+    ahead = keeper(tmp_path, lora_shelf(), time=task)
+    pausing, done = threading.Event(), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        background.sleep(seconds)
+        pausing.set()
+        # Real time only goes by where the two meet.
+        done.wait(0.01)
+
+    behind.sleep = sleep
+
+    def fetch() -> None:
+        behind.ensure(LORA, Wanted(background=True))
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    assert pausing.wait(30)
+
+    def wait(seconds: float) -> None:
+        task.sleep(seconds)
+        time.sleep(0.001)
+
+    ahead.sleep = wait
+    ahead.ensure(LORA, Wanted(deadline=task.now + 600))
+    done.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert shelf.listed == 1, "the background found it there"
+    assert background.now < 1_000_000 + 3600
+
+
+def test_who_waits_for_a_living_process_lives(tmp_path: Path) -> None:
+    """Also while that one pauses, hashes or unpacks, and tells of no progress."""
+    store = keeper(tmp_path, lora_shelf())
+    heard: list[None] = []
+    with store.disk.try_lock(LORA.key), pytest.raises(Cancelled):
+        store.ensure(
+            LORA, Wanted(cancelled=lambda: len(heard) > 3, alive=lambda: heard.append(None))
+        )
+
+
+# --- what can't be used --------------------------------------------------------------------------
+
+
+def fetched_bytes(tmp_path: Path, asked: ModelRef, files: dict[str, bytes], times: int = 3) -> int:
+    """What is sent of a model's weights for so many tasks that all want it in vain."""
+    shelf = Shelf({asked: files})
+    store = keeper(tmp_path, shelf)
+    for _ in range(times):
+        with pytest.raises(Refused), store.held((asked,), NOBODY):
+            pass
+    assert store.disk.manifests() == {}
+    assert not list((tmp_path / ".store" / "partial").iterdir())
+    return shelf.sent
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ({"_class_name": "FluxPipeline", "unet": ["diffusers", "X"]}, "FluxPipeline"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["my_code", "X"]}, "my_code"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": [3]}, "damaged"),
+        (["no object"], "not a JSON object"),
+    ],
+)
+def test_a_foreign_pipelines_weights_are_not_fetched(
+    tmp_path: Path, index: object, says: str
+) -> None:
+    files = PIPE_FILES | {"model_index.json": json.dumps(index).encode()}
+    assert fetched_bytes(tmp_path, PIPE, files) < 1000
+    with pytest.raises(Refused, match=says):
+        keeper(tmp_path / "again", Shelf({PIPE: files})).ensure(PIPE, NOBODY)
+
+
+@pytest.mark.parametrize("config", [b"{}", b'{"_class_name": "UNet2DConditionModel"}', b"[]"])
+def test_what_is_neither_pipeline_nor_language_model_is_not_fetched(
+    tmp_path: Path, config: bytes
+) -> None:
+    files = {"config.json": config, "model.safetensors": weights(5000)}
+    assert fetched_bytes(tmp_path, CHAT, files) < 1000
+
+
+def test_a_language_model_has_no_variants(tmp_path: Path) -> None:
+    """A task names none, so that nobody could use it."""
+    asked = ref("base", "acme/chat", "fp16")
+    files = {"config.json": b'{"architectures": ["X"]}', "model.fp16.safetensors": weights(5000)}
+    assert fetched_bytes(tmp_path, asked, files) < 1000
+
+
+@pytest.mark.parametrize("config", [{"architectures": ["X"]}, {"model_type": "llama"}])
+def test_what_says_its_type_is_a_language_model_and_fetched_once(
+    tmp_path: Path, config: object
+) -> None:
+    said = json.dumps(config).encode()
+    shelf = Shelf({CHAT: {"config.json": said, "model.safetensors": weights(5000)}})
+    store = keeper(tmp_path, shelf)
+    for _ in range(2):
+        with store.held((CHAT,), NOBODY):
+            pass
+    assert shelf.listed == 1
+
+
+def test_what_was_refused_for_what_it_is_is_not_fetched_again_for_a_while(tmp_path: Path) -> None:
+    time = Time()
+    shelf = Shelf({LORA: {FILE: b"PK" + bytes(5000)}})
+    for _ in range(3):
+        store = keeper(tmp_path, shelf, time=time)
+        with pytest.raises(Refused) as caught:
+            store.ensure(LORA, Wanted(deadline=time.now + 100))
+        assert caught.value.rule is Rule.HEADER
+    assert shelf.listed == 1
+    assert events(store) == ["refused"]
+    time.now += 86400
+    shelf.files = lora_shelf().files
+    store.ensure(LORA, Wanted(deadline=time.now + 100))
+    assert shelf.listed == 2
+
+
+def test_who_asks_by_hand_may_ask_again_at_once(tmp_path: Path) -> None:
+    shelf = Shelf({LORA: {FILE: b"PK" + bytes(5000)}})
+    store = keeper(tmp_path, shelf)
+    with pytest.raises(Refused):
+        store.ensure(LORA, Wanted(background=True))
+    shelf.files = lora_shelf().files
+    store.ensure(LORA, NOBODY)
+
+
+def test_what_had_no_room_is_tried_again_at_once(tmp_path: Path) -> None:
+    shelf = lora_shelf()
+    limits = replace(LIMITS, quota=100)
+    for _ in range(2):
+        with pytest.raises(Refused):
+            keeper(tmp_path, shelf, limits=limits).ensure(LORA, Wanted(background=True))
+    keeper(tmp_path, shelf).ensure(LORA, Wanted(background=True))
+
+
+def test_what_one_source_has_in_vain_is_fetched_once_while_another_is_down(tmp_path: Path) -> None:
+    bad = Shelf({LORA: {FILE: b"PK" + bytes(5000)}}, name="mirror")
+    good = lora_shelf(listing=raising(SourceDown("500"), times=3))
+    time = Time()
+    keeper(tmp_path, bad, good, time=time).ensure(LORA, Wanted(deadline=time.now + 100))
+    assert bad.listed == 1
+
+
+# --- what goes away under a reader ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", range(1, 40))
+def test_who_looks_sees_a_model_or_none_whenever_it_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Another process evicts it between any two of a look's system calls."""
+    store = keeper(tmp_path, Shelf({PIPE: PIPE_FILES}))
+    store.ensure(PIPE, NOBODY)
+    calls = [0]
+    removing = [False]
+
+    def between(call: Callable[..., object]) -> Callable[..., object]:
+        def called(path: object, *args: object, **options: object) -> object:
+            if not removing[0] and PIPE.key in str(path):
+                calls[0] += 1
+                if calls[0] == when:
+                    removing[0] = True
+                    store.disk.remove(PIPE.key)
+            return call(path, *args, **options)
+
+        return called
+
+    monkeypatch.setattr(os, "scandir", between(os.scandir))
+    monkeypatch.setattr(os, "stat", between(os.stat))
+    monkeypatch.setattr(os, "lstat", between(os.lstat))
+    monkeypatch.setattr(io, "open", between(io.open))
+    found = store.has(PIPE)
+    store.store.is_language_model(PIPE.name)
+    monkeypatch.undo()
+    assert found or removing[0]
+    assert not (removing[0] and store.has(PIPE))
+
+
+def test_who_looks_removes_nothing_that_another_has_just_published(tmp_path: Path) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    store.store.lora_file(LORA.name).write_bytes(b"")
+    assert store.has(LORA) is False
+    assert store.disk.model(LORA.key).is_dir()
+
+
+def test_what_cannot_be_read_is_unavailable_and_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+
+    def broken(*_: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    assert kind_of(store) is ModelUnavailableKind.UNREACHABLE
+
+
+# --- what a crash leaves behind ------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def left_behind(tmp_path: Path, **options: bool) -> tuple[Keeper, Shelf, Path]:
+    """A download that ended when all but the weights was whole."""
+    shelf = Shelf({CHAT: CHAT_FILES})
+    for name, value in options.items():
+        setattr(shelf, name, value)
+
+    def kill() -> None:
+        if shelf.opened[-1][0] == "model.safetensors":
+            raise Killed
+
+    shelf.opening = kill
+    store = keeper(tmp_path, shelf)
+    with pytest.raises(Killed):
+        store.ensure(CHAT, NOBODY)
+    shelf.opening = lambda: None
+    shelf.opened.clear()
+    return store, shelf, store.disk.partial(CHAT.key) / "merges.txt"
+
+
+def test_what_is_whole_is_not_asked_for_again(tmp_path: Path) -> None:
+    store, shelf, _ = left_behind(tmp_path)
+    store.ensure(CHAT, NOBODY)
+    assert {path for path, _, _ in shelf.opened} == {"model.safetensors"}
+    assert content_of(store, CHAT) == CHAT_FILES
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_a_file_that_lost_its_end_is_fetched_again(tmp_path: Path, hashes: bool) -> None:
+    store, _, file = left_behind(tmp_path, hashes=hashes)
+    os.truncate(file, 1000)
+    store.ensure(CHAT, NOBODY)
+    assert content_of(store, CHAT) == CHAT_FILES
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_files_that_lost_their_bytes_are_fetched_again(tmp_path: Path, git: bool) -> None:
+    store, _, file = left_behind(tmp_path, git=git)
+    for path in (file, file.with_name("config.json")):
+        path.write_bytes(bytes(path.stat().st_size))
+    store.ensure(CHAT, NOBODY)
+    assert content_of(store, CHAT) == CHAT_FILES
+
+
+def test_without_hashes_nothing_is_taken_on_from_before_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may have the file's name and length, and not its bytes."""
+    store, _, file = left_behind(tmp_path, hashes=False)
+    file.write_bytes(bytes(2000))
+    monkeypatch.setattr(transfer, "boot_id", lambda: "another")
+    store.ensure(CHAT, NOBODY)
+    assert content_of(store, CHAT) == CHAT_FILES
 
 
 # --- another source, at once ---------------------------------------------------------------------

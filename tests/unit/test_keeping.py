@@ -140,6 +140,24 @@ async def test_a_configured_model_is_tried_again(house: House) -> None:
     assert report.failed == {}
 
 
+@pytest.mark.parametrize("asked", [(), (B,), (B, C)])
+async def test_a_configured_model_is_tried_again_however_busy_the_network_is(
+    house: House, asked: tuple[str, ...]
+) -> None:
+    def refuse() -> None:
+        if house.asked[-1] == of_model_id(A) and house.asked.count(of_model_id(A)) < 3:
+            raise Denied("401")
+
+    house.shelf.listing = refuse
+    worker = house.begin(A, again=0.3)
+    for _ in range(1000):
+        await worker.want(asked)
+        await asyncio.sleep(0.01)
+        if A in (await worker.report()).here:
+            return
+    raise AssertionError(house.asked)
+
+
 async def test_what_was_evicted_is_here_no_more(house: House) -> None:
     worker = house.begin(A)
     await report_when(worker, lambda r: r.here == {A})

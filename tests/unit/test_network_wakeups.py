@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.chain import network as module
+from cluster.chain.heads import Heads
 from cluster.chain.network import UNREACHED_SECONDS, ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc
@@ -156,6 +158,96 @@ async def test_an_outage_shows_once_it_has_lasted_and_ends_at_once(rig: Rig) -> 
             await asyncio.sleep(0.001)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_chain_that_stands_still_is_an_alert_and_then_an_outage(rig: Rig) -> None:
+    async with asyncio.timeout(60):
+        watching = asyncio.create_task(rig.network.watch())
+        while rig.network._number() is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert rig.network.alerts() == ()
+        rig.now += 61
+        assert rig.network.alerts() == ("no new block for 61 s",)
+        assert rig.network.trouble() is None
+        rig.now += 240
+        assert rig.network.trouble() == "no new block for 301 s"
+        rig.chain.head += 1
+        while rig.network.trouble() is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert rig.network.alerts() == ()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_a_slow_chain_and_one_that_rests_stand_still_for_longer(rig: Rig) -> None:
+    for number in range(5):
+        rig.network._pulse.saw(number, 100.0 * number, 100.0 * number)
+    rig.network._grew = 5, 0.0
+    rig.now = 900.0
+    assert rig.network.trouble() is None
+    rig.now = 1001.0
+    words = "no new block for 1001 s, usually there is one in 100.0 s"
+    assert rig.network.trouble() == words
+    rig.network._settings = NetworkSettings(stalled_after=None)
+    assert rig.network.trouble() is None
+    assert rig.network.alerts() == ()
+
+
+def quiet_chain(rig: Rig, heads: Heads) -> None:
+    """A block each two seconds, so far; and a connection that promises heads."""
+    rig.network._heads = heads
+    heads._listening = 1
+    for number in range(5):
+        rig.network._pulse.saw(number, 2.0 * number, 2.0 * number + 0.3)
+
+
+@pytest.mark.parametrize("heard", [None, -100.0, -7.0])
+def test_a_connection_that_announces_nothing_slows_nobody(rig: Rig, heard: float | None) -> None:
+    heads = Heads(clock=lambda: rig.now)
+    quiet_chain(rig, heads)
+    heads._heard_at = heard
+    assert rig.network._pause() <= 3.0
+
+
+def test_as_long_as_heads_come_nothing_else_is_asked(rig: Rig) -> None:
+    heads = Heads(clock=lambda: rig.now)
+    quiet_chain(rig, heads)
+    heads._heard_at = 0.0
+    assert rig.network._pause() == pytest.approx(6.0), "three blocks' time"
+    rig.now = 6.5
+    assert rig.network._pause() <= 3.0
+
+
+async def test_a_head_that_is_announced_too_early_is_looked_for_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one who announces it and the one who is asked are different machines."""
+    monkeypatch.setattr(module, "SOON_SECONDS", 0.001)
+    heads = Heads(clock=lambda: rig.now)
+    rig.network._settings = NetworkSettings(poll=1000.0)
+    rig.network._pause = lambda: 1000.0  # type: ignore[method-assign]
+    rig.network._heads = heads
+    polls = 0
+    poll = rig.network._watcher.poll
+
+    async def counted() -> tuple[Wakeup, ...]:
+        nonlocal polls
+        polls += 1
+        if polls == 4:
+            rig.chain.head += 1
+        return await poll()
+
+    rig.network._watcher.poll = counted  # type: ignore[method-assign]
+    async with asyncio.timeout(60):
+        watching = asyncio.create_task(rig.network.watch())
+        while polls < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        heads._new.set()
+        while rig.network._number() != rig.chain.head or polls < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    assert polls == 4
 
 
 # --- from who finds them to who handles them ------------------------------------------------------

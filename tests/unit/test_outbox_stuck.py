@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 
 from cluster.chain.fees import FeeSettings
-from cluster.chain.outbox import ChainEvent, OutboxSettings
-from cluster.chain.outbox_rows import Intent, RowState
+from cluster.chain.outbox_ports import ChainEvent, OutboxSettings
+from cluster.chain.outbox_rows import Intent, RowState, task_intent
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.lifecycle import WriteState
 from cluster.core.record import Claim
-from cluster.core.types import Address, Wei
+from cluster.core.types import Address, Commitment, Wei
 from cluster.journal import SqlJournal
 from tests.unit.test_outbox import ALICE, SPENT, TASK, World, gas, score
 
 GWEI = 10**9
+OTHER = Commitment("0x" + "02" * 32)
 
 
 @pytest.fixture
@@ -40,8 +41,9 @@ async def sent(world: World) -> None:
     await world.outbox.pump()
 
 
-async def later(world: World, seconds: float = 31.0) -> None:
+async def later(world: World, seconds: float = 31.0, blocks: int = 3) -> None:
     world.now += seconds
+    world.chain.head += blocks
     await world.outbox.pump()
 
 
@@ -129,6 +131,23 @@ async def test_too_little_gas_money_is_an_alert_until_there_is_enough(world: Wor
     await world.settle()
     assert world.outbox.alerts() == ()
     assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.DONE}
+
+
+async def test_a_clock_that_is_set_back_holds_nothing_up(world: World) -> None:
+    await sent(world)
+    world.chain.pool.clear()
+    world.now -= 3600
+    await later(world, 1.0)
+    assert len(world.chain.pool) == 1
+    world.chain.pool.clear()
+    world.chain.refusing["0x" + b"other".hex()] = "Timeout not reached"
+    other = task_intent(ALICE, OTHER, Claim.ABORT, score().recipient, b"other")
+    world.outbox.ensure(other)
+    await later(world, 1.0)
+    world.now -= 3600
+    assert world.outbox.ensure(other) is RowState.NEW
+    await later(world, 31.0)
+    assert len(world.chain.pool) == 1
 
 
 # --- taken back ----------------------------------------------------------------------------------

@@ -237,6 +237,16 @@ async def test_a_pause_holds_however_often_the_task_is_woken(house: House) -> No
     assert len(house.network.called("submit_score")) == 2
 
 
+async def test_a_clock_that_is_set_back_prolongs_no_pause(house: House) -> None:
+    house.open(TASK, *await computed(house))
+    house.network.add(facts_of())
+    house.network.faults["submit_score"] = [AWAY]
+    await house.turn()
+    house.clock.now -= 3600
+    await house.turn()
+    assert len(house.network.called("submit_score")) == 2
+
+
 async def test_a_sent_write_is_not_pressed_while_the_facts_lag(house: House) -> None:
     house.open(TASK, *await computed(house))
     house.network.add(facts_of())

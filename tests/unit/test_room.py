@@ -137,6 +137,25 @@ def test_the_disks_own_end_is_one_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert caught.value.rule is Rule.QUOTA
 
 
+def test_anothers_download_that_ends_meanwhile_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small(tmp_path, 2.5)
+    (store.disk.partial(B.key) / "unet").mkdir(parents=True)
+    store.disk.tell(B.key, Progress(B, "hub", 0, 1, 0.0, 0.0, background=False))
+    scandir = os.scandir
+
+    def published(path: str) -> object:
+        if str(path) == str(store.disk.partial(B.key) / "unet"):
+            shutil.rmtree(store.disk.partial(B.key))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", published)
+    with store.disk.try_lock(B.key):
+        store.ensure(A, NOBODY)
+    assert here(store) == {A}
+
+
 def leftovers(store: Keeper, key: str) -> Path:
     folder = store.disk.partial(key)
     folder.mkdir()

@@ -25,10 +25,10 @@ from cluster.models.hub import Hub
 from cluster.models.keeper import Wanted
 from cluster.models.mirror import Mirror
 from cluster.models.refs import ModelRef, ref
-from cluster.models.refusals import Refused
+from cluster.models.refusals import Refused, Rule
 from cluster.models.settings import StoreSettings
 from cluster.models.sources import Absent, Changed, Denied, Listing, RemoteFile, Source, SourceDown
-from cluster.models.urls import UrlRules
+from cluster.models.urls import UrlRules, check
 from cluster.models.web import Web
 from tests.unit.model_fakes import LORA, Shelf, keeper, lora_shelf, weights
 
@@ -308,6 +308,46 @@ def test_when_a_links_404_holds_for_every_node(
     tmp_path: Path, url: str, text: str, certain: bool
 ) -> None:
     assert is_certain(configured(tmp_path, text), ref("lora", url), gone) is certain
+
+
+@pytest.mark.parametrize(
+    ("url", "text", "asked"),
+    [
+        ("https://any.example/x", "", True),
+        ("https://any.example/x", "web: {only_hosts: [civitai.com]}", False),
+        ("https://notcivitai.com/x", "web: {only_hosts: [civitai.com]}", False),
+        ("https://civitai.com.any.example/x", "web: {only_hosts: [civitai.com]}", False),
+        ("https://civitai.com/x", "web: {only_hosts: [civitai.com]}", True),
+        ("https://www.civitai.com/x", "web: {only_hosts: [Civitai.com]}", True),
+        ("https://a.com/x", "web: {only_hosts: [a.com], deny_hosts: [a.com]}", False),
+        ("https://own.example/x", "web: {only_hosts: [a.com], allow_hosts: [own.example]}", True),
+    ],
+)  # fmt: skip
+def test_links_to_the_hosts_that_are_named_and_no_others(
+    tmp_path: Path, url: str, text: str, asked: bool
+) -> None:
+    seen: list[str] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        seen.append(str(request.url))
+        return httpx2.Response(404)
+
+    settings = configured(tmp_path, text)
+    (source,) = [
+        each
+        for each in sources_of(settings, lambda _rules, proxy: client(answer))
+        if each.name == "web"
+    ]
+    with pytest.raises(Absent if asked else Refused) as caught:
+        source.list(ref("lora", url))
+    assert bool(seen) is asked
+    assert asked or getattr(caught.value, "rule", None) is Rule.HOST
+
+
+def test_where_a_named_host_leads_on_to_is_held_to_the_addresses_only(tmp_path: Path) -> None:
+    """Such hosts keep their files elsewhere."""
+    rules = configured(tmp_path, "web: {only_hosts: [civitai.com]}").rules
+    assert check("https://cdn.example/x?signature=y", rules)
 
 
 def test_the_next_source_is_asked_after_an_odd_one(tmp_path: Path) -> None:

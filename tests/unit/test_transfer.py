@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.core.errors import Cancelled
+from cluster.models import transfer as transfer_module
 from cluster.models.sources import Changed, SourceDown
 from cluster.models.throttle import Throttle
 from cluster.models.transfer import Transfer
@@ -146,6 +147,18 @@ def test_a_part_that_was_noted_and_is_not_on_the_disk_comes_again(tmp_path: Path
     with pytest.raises(SourceDown):
         fetch(shelf, tmp_path)
     os.truncate(tmp_path / f"{FILE}.part", 700)
+    assert fetch(shelf, tmp_path).read_bytes() == shelf.files[LORA][FILE]
+
+
+def test_without_a_hash_parts_of_before_a_power_cut_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = lora_shelf(4900, hashes=False, cut=[1000, 1000, 400])
+    with pytest.raises(SourceDown):
+        fetch(shelf, tmp_path)
+    part = tmp_path / f"{FILE}.part"
+    part.write_bytes(bytes(part.stat().st_size))
+    monkeypatch.setattr(transfer_module, "boot_id", lambda: "another")
     assert fetch(shelf, tmp_path).read_bytes() == shelf.files[LORA][FILE]
 
 

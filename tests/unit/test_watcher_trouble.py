@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.chain.rpc import Rpc
+from cluster.chain import watcher
+from cluster.chain.contract import decode_log
+from cluster.chain.rpc import AT_ONCE, Log, Rpc
 from cluster.chain.watcher import LEFT_OUT, REORGANISED, Holders, Watcher, WatcherSettings
 from cluster.core.errors import ChainError
 from cluster.core.ports import Wakeup
 from tests.unit.test_chainline import Node, digest
-from tests.unit.test_watcher import NODES, OURS, TASK, TASKS, log
+from tests.unit.test_watcher import FOREIGN, NODES, OURS, TASK, TASKS, log
 
 REFUSAL = {"error": {"code": -32005, "message": "request rate limited"}}
 STARTED = Wakeup(OURS, "TaskStarted")
@@ -274,3 +277,36 @@ async def test_catching_up_begins_with_small_ranges_that_grow() -> None:
     assert sizes[0] <= 50
     assert sizes == sorted(sizes)
     assert max(sizes) == 1000
+
+
+# --- other people's -------------------------------------------------------------------------------
+
+
+async def test_other_peoples_logs_are_not_decoded_and_keep_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[Log] = []
+
+    def counted(each: Log, events: Any) -> Any:
+        decoded.append(each)
+        return decode_log(each, events)
+
+    monkeypatch.setattr(watcher, "decode_log", counted)
+    rig = Rig()
+    await rig.poll()
+    others = [log("TaskStarted", TASK, FOREIGN, block=101) for _ in range(5000)]
+    rig.node.logs = [*others, started(101), log("TaskEndSuccess", TASK, block=101)]
+    rig.node.chain.head = 101
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(other())
+    assert await rig.poll() == [STARTED, Wakeup(OURS, "TaskEndSuccess")]
+    running.cancel()
+    assert len(decoded) == 2
+    assert turns >= 2 * 5000 // AT_ONCE
