@@ -37,6 +37,7 @@ unit: $(STAMP)  ## unit tests: no sockets, no ray
 
 chart-tools: $(STAMP)
 	@$(BIN)/python -m tests.chart.tools
+	@$(BIN)/python -m tests.prometheus_tools
 
 chart-test: chart-tools  ## the Helm chart: rendered by real Helm 3 and 4, validated, judged; no cluster
 	@$(BIN)/python -m pytest tests/chart -q

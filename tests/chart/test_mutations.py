@@ -142,9 +142,9 @@ MUTATIONS = {
     ),
     "an impatient probe": Mutation(
         HEAD,
-        "failureThreshold: 20",
+        "failureThreshold: 18",
         "failureThreshold: 1",
-        "supervisor: is ended after 30 s of silence",
+        "supervisor: is ended after 10 s of silence",
     ),
     "a probe of another port": Mutation(
         SECURITY,

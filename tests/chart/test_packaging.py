@@ -17,6 +17,7 @@ import cluster
 from tests.chart.cases import values_of
 from tests.chart.charts import CHART, Refused, case, of_kind, render, run
 from tests.chart.tools import ROOT
+from tests.prometheus_tools import promtool
 
 CONFIGS = ROOT / "configs"
 SOURCES = {
@@ -38,6 +39,15 @@ def test_rules_and_dashboards_are_the_files_of_configs() -> None:
     wanted = {f"crynux-{file.name}": file for file in SOURCES.values() if file.suffix == ".json"}
     assert len(wanted) >= 4
     assert found == {name: file.read_text() for name, file in wanted.items()}
+
+
+def test_promtool_takes_the_rules_as_they_are_rendered(tmp_path: Path) -> None:
+    (rules,) = of_kind(render(case(values_of("monitored"))), "PrometheusRule")
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump(rules["spec"]), encoding="utf-8")
+    count = sum(len(group["rules"]) for group in rules["spec"]["groups"])
+    said = promtool("check", "rules", "--lint=all", "--lint-fatal", file)
+    assert f"{count} rules found" in said
 
 
 def test_the_chart_holds_links_and_no_copies() -> None:

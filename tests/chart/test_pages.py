@@ -15,7 +15,7 @@ import yaml
 from cluster.core.types import Timestamp
 from cluster.journal import SqlJournal
 from tests.chart.cases import SWITCHES, values_of
-from tests.chart.charts import CHART, EXAMPLES, case, defaults, head, merged, only, operator_values
+from tests.chart.charts import CHART, EXAMPLES, case, defaults, head, only, operator_values
 from tests.chart.charts import render as rendered
 from tests.chart.policy.containers import pods_are_restricted
 from tests.chart.policy.rendered import Rendered, mounted_files
@@ -72,7 +72,7 @@ def test_the_pod_that_restores_is_one_that_a_restricted_namespace_takes() -> Non
     pod["metadata"]["labels"] = {}
     cluster = only(rendered(case(values_of("single-server"))), "RayCluster")
     # It writes to its volume only, and its root's being writable is nobody's concern.
-    writable = merged(defaults(), {"security": {"readOnlyRootFilesystem": None}})
+    writable = defaults()
     writable["security"]["readOnlyRootFilesystem"] = None
     said = pods_are_restricted(Rendered([cluster, pod], writable))
     assert [line for line in said if line.startswith("Pod restore")] == []

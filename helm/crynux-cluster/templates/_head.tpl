@@ -75,7 +75,8 @@ spec:
         {{- toYaml $head.supervisorResources | nindent 8 }}
       securityContext:
         {{- include "crynux-cluster.security" . | nindent 8 }}
-      # The API is the supervisor's to deploy, and to deploy again.
+      # The API is the supervisor's to deploy, and to deploy again. Where Ray was begun anew under its feet it
+      # may be left with a Ray that is gone: then it is begun anew too.
       startupProbe:
         httpGet: {path: /healthz, port: {{ .Values.api.port }}}
         periodSeconds: 10
@@ -83,9 +84,9 @@ spec:
         failureThreshold: 60
       livenessProbe:
         httpGet: {path: /healthz, port: {{ .Values.api.port }}}
-        periodSeconds: 30
-        timeoutSeconds: 10
-        failureThreshold: 20
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: 18
       readinessProbe:
         httpGet: {path: /readyz, port: {{ .Values.api.port }}}
         periodSeconds: 10
