@@ -8,6 +8,8 @@ hostile until it has passed the patterns here, and nothing but safetensors weigh
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ _WITHOUT_WEIGHTS: Final = frozenset(
 )
 _NETWORKS: Final = frozenset({"unet", "vae", "controlnet"})
 _MAX_INDEX: Final = 2**20
+_read_through: dict[tuple[str, int, int, int], str] = {}
+"""The sha256 of files whose time says that they may have changed, by path and what `stat` says."""
 _listings: dict[tuple[str, int], tuple[Manifest, ...]] = {}
 
 
@@ -294,13 +298,23 @@ def _stored_as(kind: str) -> str:
 
 
 def _is_as_stored(folder: Path, file: Stored) -> bool:
+    path = folder / file.path
     try:
-        stat = (folder / file.path).stat()
+        stat = path.stat()
         if stat.st_size != file.size:
             return False
-        return stat.st_mtime_ns == file.mtime_ns or sha256_of(folder / file.path) == file.sha256
+        seen = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if stat.st_mtime_ns == file.mtime_ns or _read_through.get(seen) == file.sha256:
+            return True
+        if sha256_of(path) != file.sha256:
+            return False
+        _read_through[seen] = file.sha256
+        with contextlib.suppress(OSError):
+            # Only touched: nobody need read it through for that again.
+            os.utime(path, ns=(stat.st_atime_ns, file.mtime_ns))
     except OSError:
         return False
+    return True
 
 
 def _lora_in(folder: Path, weight_file_name: str) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +129,51 @@ def test_a_touched_file_is_read_through_and_stays(tmp_path: Path) -> None:
     store.store.lora_file(LORA.name).touch()
     store.ensure(LORA, NOBODY)
     assert shelf.listed == 1
+
+
+def test_a_touched_file_is_read_through_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restored backup or a moved volume touches them all."""
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    file = store.store.lora_file(LORA.name)
+    os.utime(file, (1, 1))
+    read: list[Path] = []
+
+    def counted(path: Path, *rest: Any) -> str:
+        read.append(path)
+        return transfer.sha256_of(path, *rest)
+
+    monkeypatch.setattr("cluster.models.store.sha256_of", counted)
+    for _ in range(3):
+        assert ModelStore(tmp_path).find(LORA)
+    assert read == [file]
+    changed = weights(4000, salt=3)
+    file.write_bytes(changed)
+    assert store.has(LORA) is False
+
+
+def test_a_touched_file_that_is_not_ours_is_read_through_once_in_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    os.utime(store.store.lora_file(LORA.name), (1, 1))
+    read: list[Path] = []
+
+    def counted(path: Path, *rest: Any) -> str:
+        read.append(path)
+        return transfer.sha256_of(path, *rest)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("cluster.models.store.sha256_of", counted)
+    monkeypatch.setattr(os, "utime", forbidden)
+    for _ in range(3):
+        assert store.has(LORA)
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', None])
