@@ -162,11 +162,11 @@ class Attempt:
         gate = self._unpacking_gate(archive.stat().st_size, teller)
         paths = unpack(archive, inside, self.limits.largest_file, gate=gate)
         archive.unlink()
-        names = [path.relative_to(inside).as_posix() for path in paths]
-        chosen = needed(self._ref, names)
+        top = _common_folder(paths, inside)
+        chosen = needed(self._ref, [path.relative_to(top).as_posix() for path in paths])
         for name in chosen:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (inside / name).rename(folder / name)
+            (top / name).rename(folder / name)
         shutil.rmtree(inside)
         return [folder / name for name in chosen]
 
@@ -185,6 +185,13 @@ def _verified(transfer: Transfer, files: Sequence[RemoteFile], folder: Path) -> 
     if damaged is not None:
         raise damaged
     return sums
+
+
+def _common_folder(paths: Sequence[Path], inside: Path) -> Path:
+    """The one folder at the top that all files are in, or where they were unpacked."""
+    tops = {path.relative_to(inside).parts[0] for path in paths}
+    top = inside / tops.pop()
+    return top if not tops and top.is_dir() else inside
 
 
 def _forget_other(folder: Path, listing: Listing) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -227,6 +228,20 @@ def test_all_that_is_published_has_reached_the_disk(
     keeper(tmp_path, Shelf({base: files})).ensure(base, NOBODY)
     assert {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"} <= synced
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
+
+
+@pytest.mark.parametrize("top", ["", "vae/", "my-vae 2/"])
+def test_an_archive_of_a_folder_and_one_of_its_files(tmp_path: Path, top: str) -> None:
+    """`zip -r x.zip vae/` makes the former."""
+    link = ref("vae", "https://host.example/vae.zip")
+    contents = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": weights(50)}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as packed:
+        for name, content in contents.items():
+            packed.writestr(top + name, content)
+    store = keeper(tmp_path, Shelf({link: {"archive": file.getvalue()}}, archive=True))
+    store.ensure(link, NOBODY)
+    assert content_of(store, link) == contents
 
 
 # --- two who want the same ----------------------------------------------------------------------
