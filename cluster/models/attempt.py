@@ -77,7 +77,7 @@ class Attempt:
             now = self.watch.clock()
             seconds = round(now - began, 3)
             manifest = Manifest(self._ref, listing.source, listing.revision, files, now, seconds)
-            self._disk.publish(self._ref.key, manifest)
+            self._disk.publish(self._ref.key, manifest, self.watch.look)
             return manifest
         except Refused:
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,10 +106,12 @@ class Attempt:
             teller.gain,
             self.limits.part,
             self.limits.connections,
+            self.watch.look,
         )
         if listing.archive:
             (archive,) = _verified(transfer, listing.files, folder)
-            return {path: sha256_of(path) for path in self._unpacked(archive, teller)}
+            unpacked = self._unpacked(archive, teller)
+            return {path: sha256_of(path, self.watch.look) for path in unpacked}
         # Texts first: they tell of many a model that its weights needn't be fetched.
         texts = [file for file in listing.files if not file.path.endswith(".safetensors")]
         sums = _verified(transfer, texts, folder)

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import random
 from typing import Final
 
@@ -110,11 +110,12 @@ class Keeper:
 
     # --- what is here ----------------------------------------------------------------------------
 
-    def has(self, ref: ModelRef) -> bool:
+    def has(self, ref: ModelRef, look: Callable[[], None] = lambda: None) -> bool:
         """Whether it is here, whole and unchanged. Raises `ModelUnavailable` where it is here and
-        can't be used."""
+        can't be used, and what `look` raises, which is called now and then while that takes long.
+        """
         try:
-            self.store.find(ref)
+            replace(self.store, look=look).find(ref)
         except Spoilt:
             return False
         except ModelUnavailable as error:
@@ -123,10 +124,11 @@ class Keeper:
             return False
         return True
 
-    def _drop_spoilt(self, ref: ModelRef) -> None:
+    def _drop_spoilt(self, watch: Watch) -> None:
         """Make way for what is to be fetched again; the model's lock is ours."""
+        ref = watch.ref
         try:
-            self.store.find(ref)
+            replace(self.store, look=watch.look).find(ref)
         except Spoilt as error:
             self.diary.write("damaged", ref, reason=str(error))
             self.disk.remove(ref.key)
@@ -155,7 +157,8 @@ class Keeper:
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
         with _nobodys_fault(ref):
-            is_here = self.has(ref)
+            watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
+            is_here = self.has(ref, watch.look)
             if not is_here and not any(source.serves(ref) for source in self.sources):
                 raise ModelUnavailable(
                     ModelUnavailableKind.NOT_HERE,
@@ -164,7 +167,7 @@ class Keeper:
             if not is_here:
                 self._check_not_refused(ref, wanted)
                 self.disk.prepare()
-                self._fetch_in_turn(ref, wanted)
+                self._fetch_in_turn(watch)
             self._note_use(ref, wanted)
             return not is_here
 
@@ -182,16 +185,16 @@ class Keeper:
 
     # --- fetching --------------------------------------------------------------------------------
 
-    def _fetch_in_turn(self, ref: ModelRef, wanted: Wanted) -> None:
-        watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
+    def _fetch_in_turn(self, watch: Watch) -> None:
+        ref, wanted = watch.ref, watch.wanted
         while True:
             watch.check()
             pause = LOOK_SECONDS
             try:
                 with self.disk.try_lock(ref.key) as got, watch.in_front():
                     if got:
-                        if not self.has(ref):
-                            self._drop_spoilt(ref)
+                        if not self.has(ref, watch.look):
+                            self._drop_spoilt(watch)
                             self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
                         return
             except GiveWay:

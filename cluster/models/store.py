@@ -72,7 +72,10 @@ class Spoilt(ModelUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class ModelStore:
+    """`look` is called between the pieces of what has to be read through, and may raise."""
+
     root: Path
+    look: Callable[[], None] = lambda: None
 
     @property
     def disk(self) -> Disk:
@@ -205,7 +208,7 @@ class ModelStore:
             raise Spoilt(f"{ref} has lost its manifest")
         folder = self.disk.model(ref.key)
         for file in manifest.files:
-            if not _is_as_stored(folder, file):
+            if not _is_as_stored(folder, file, self.look):
                 raise Spoilt(f"{ref}: {file.path} isn't what was fetched")
 
     def _folder(self, kind: str, name: str) -> Path:
@@ -297,7 +300,7 @@ def _stored_as(kind: str) -> str:
     return "base" if kind == "language" else kind
 
 
-def _is_as_stored(folder: Path, file: Stored) -> bool:
+def _is_as_stored(folder: Path, file: Stored, look: Callable[[], None]) -> bool:
     path = folder / file.path
     try:
         stat = path.stat()
@@ -306,7 +309,7 @@ def _is_as_stored(folder: Path, file: Stored) -> bool:
         seen = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
         if stat.st_mtime_ns == file.mtime_ns or _read_through.get(seen) == file.sha256:
             return True
-        if sha256_of(path) != file.sha256:
+        if sha256_of(path, look) != file.sha256:
             return False
         _read_through[seen] = file.sha256
         with contextlib.suppress(OSError):

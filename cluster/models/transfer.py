@@ -34,6 +34,8 @@ from cluster.models.sources import Changed, Listing, Opened, RemoteFile, Source,
 
 PART: Final = 16 * 2**20
 CONNECTIONS: Final = 4
+PIECE = 4 * 2**20
+"""Of what is hashed."""
 _FORM: Final = 2
 _NOTE: Final = struct.Struct("<IQ")
 
@@ -66,6 +68,8 @@ class Transfer:
     gain: Callable[[int], None]
     part: int = PART
     connections: int = CONNECTIONS
+    look: Callable[[], None] = lambda: None
+    """Called between the pieces of what is hashed; may raise to stop."""
     taken: dict[Path, str] = field(default_factory=dict)
     """The sha256 of what was read through just now."""
 
@@ -87,7 +91,7 @@ class Transfer:
         self.gain(under_way.arrived)
         try:
             self._fill(file, under_way)
-            sha256 = _check(file, under_way.path)
+            sha256 = _check(file, under_way.path, self.look)
         except (Changed, Damaged, Refused):
             self.gain(-under_way.arrived)
             under_way.drop()
@@ -104,7 +108,7 @@ class Transfer:
         `Damaged`; the file is then gone."""
         if target not in self.taken:
             try:
-                self.taken[target] = _check(file, target)
+                self.taken[target] = _check(file, target, self.look)
             except (Changed, Damaged):
                 self.gain(-target.stat().st_size)
                 target.unlink()
@@ -331,12 +335,12 @@ def _same(opened: Opened, file: RemoteFile) -> None:
         raise Changed(f"{file.path}: changed while it was fetched")
 
 
-def _check(file: RemoteFile, path: Path) -> str:
+def _check(file: RemoteFile, path: Path, look: Callable[[], None]) -> str:
     """Its sha256; raises `Changed` or `Damaged`."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise Changed(f"{file.path}: {size} bytes arrived, {file.size} were announced")
-    sha256 = sha256_of(path)
+    sha256 = sha256_of(path, look)
     if file.sha256 not in {None, sha256}:
         raise Damaged(f"{file.path}: its sha256 is not what the source says")
     if file.git_sha1 is not None and _git_sha1(path, size) != file.git_sha1:
@@ -344,9 +348,14 @@ def _check(file: RemoteFile, path: Path) -> str:
     return sha256
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of(path: Path, look: Callable[[], None] = lambda: None) -> str:
+    """`look` is called between the pieces, and may raise."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+            look()
+    return digest.hexdigest()
 
 
 def _git_sha1(path: Path, size: int) -> str:

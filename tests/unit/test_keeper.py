@@ -292,6 +292,71 @@ def test_who_waits_for_a_living_process_lives(tmp_path: Path) -> None:
         )
 
 
+# --- while nothing comes over the wire -----------------------------------------------------------
+
+
+class Ears:
+    """Hears that somebody lives once all has come; may have had enough of that."""
+
+    def __init__(self, shelf: Shelf, enough: int = 10**9) -> None:
+        self.shelf, self.enough, self.heard = shelf, enough, 0
+        self.size = sum(map(len, shelf.files[LORA].values()))
+
+    def alive(self) -> None:
+        self.heard += self.shelf.sent >= self.size
+
+    def wanted(self) -> Wanted:
+        return Wanted(alive=self.alive, cancelled=lambda: self.heard > self.enough)
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_who_hashes_lives_and_looks_whether_it_is_still_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes: bool
+) -> None:
+    monkeypatch.setattr(transfer, "PIECE", 100)
+    shelf = lora_shelf(4000, hashes=hashes)
+    store = keeper(tmp_path, shelf)
+    ears = Ears(shelf, enough=10)
+    with pytest.raises(Cancelled):
+        store.ensure(LORA, ears.wanted())
+    assert ears.heard == 11
+    assert store.disk.manifests() == {}
+    ears.enough = 10**9
+    store.ensure(LORA, ears.wanted())
+    assert shelf.sent == ears.size, "nothing came twice"
+    assert 50 < ears.heard < 60, "and each byte was hashed once more"
+
+
+def test_who_looks_through_what_was_touched_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "PIECE", 100)
+    shelf = lora_shelf(4000)
+    store = keeper(tmp_path, shelf)
+    store.ensure(LORA, NOBODY)
+    os.utime(store.store.lora_file(LORA.name), (1, 1))
+    ears = Ears(shelf, enough=10)
+    with pytest.raises(Cancelled):
+        store.ensure(LORA, ears.wanted())
+    ears.enough = 10**9
+    with store.held((LORA,), ears.wanted()):
+        assert 50 < ears.heard < 60
+    assert shelf.listed == 1
+
+
+def test_who_publishes_many_files_lives(tmp_path: Path) -> None:
+    heard: list[int] = []
+    files = CHAT_FILES | {f"tokenizer_{number}.json": b"{}" for number in range(30)}
+    shelf = Shelf({CHAT: files})
+    size = sum(map(len, files.values()))
+
+    def alive() -> None:
+        heard.append(shelf.sent)
+
+    keeper(tmp_path, shelf).ensure(CHAT, Wanted(alive=alive))
+    assert heard.count(size) >= 30
+
+
 # --- what can't be used --------------------------------------------------------------------------
 
 
