@@ -146,7 +146,9 @@ class StoreWorker:
             return self._ended.is_set() or (bool(self._queue) and self._clock() > ends)
 
         try:
-            ref = self._refs[model_id] = of_model_id(model_id)
+            with self._keeper.telling(model_id):
+                ref = of_model_id(model_id)
+            self._refs[model_id] = ref
             self._keeper.ensure(ref, Wanted(cancelled=is_over, background=True))
         except Cancelled:
             self._queue.append(model_id)

@@ -158,7 +158,8 @@ class Keeper:
         """
         with _nobodys_fault(ref):
             watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
-            is_here = self.has(ref, watch.look)
+            with self.telling(ref):
+                is_here = self.has(ref, watch.look)
             if not is_here and not any(source.serves(ref) for source in self.sources):
                 raise ModelUnavailable(
                     ModelUnavailableKind.NOT_HERE,
@@ -264,6 +265,15 @@ class Keeper:
         # A host's certainty is worth nothing beside another that may yet have it.
         failures.certainly_absent &= not (failures.down or failures.denied or failures.unfit)
         return failures
+
+    @contextlib.contextmanager
+    def telling(self, what: ModelRef | str) -> Iterator[None]:
+        """A refusal in here is written down, by its rule; `what` it was of."""
+        try:
+            yield
+        except Refused as error:
+            self.diary.write("refused", what, rule=error.rule.value, reason=str(error))
+            raise
 
     def _tell(self, ref: ModelRef, source: Source, error: ClusterError) -> None:
         """What a source did, where that is more than not to have it."""

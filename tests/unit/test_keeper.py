@@ -460,6 +460,54 @@ def test_what_one_source_has_in_vain_is_fetched_once_while_another_is_down(tmp_p
     assert bad.listed == 1
 
 
+def told(keeper: Keeper) -> list[tuple[str, str]]:
+    return [
+        (str(entry["model"]), str(entry["rule"]))
+        for entry, _ in keeper.diary.read()
+        if entry["event"] == "refused"
+    ]
+
+
+def test_a_refusal_is_told_though_another_source_has_the_model(tmp_path: Path) -> None:
+    inside = lora_shelf(listing=raising(Refused(Rule.ADDRESS, "leads to 10.0.0.1")))
+    store = keeper(tmp_path, inside, lora_shelf(name="web"))
+    store.ensure(LORA, NOBODY)
+    assert events(store) == ["refused", "fetched"]
+    assert told(store) == [(str(LORA), "address")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("loader.py", b"", "code"),
+        ("away.safetensors", None, "link"),
+        ("adapter_config.json", b"{}", "file_kind"),
+        ("tokenizer_config.json", b'{"auto_map": {}}', "code"),
+    ],
+)
+def test_what_is_refused_of_what_was_laid_is_told_by_its_rule(
+    tmp_path: Path, name: str, content: bytes | None, rule: str
+) -> None:
+    laid = tmp_path / "acme" / "chat"
+    laid.mkdir(parents=True)
+    for path, text in CHAT_FILES.items():
+        (laid / path).write_bytes(text)
+    store = keeper(tmp_path, Shelf({CHAT: CHAT_FILES}))
+    if content is None:
+        (laid / name).symlink_to("/etc/passwd")
+    else:
+        (laid / name).write_bytes(content)
+    with pytest.raises(Refused):
+        store.ensure(CHAT, NOBODY)
+    assert told(store) == [(str(CHAT), rule)]
+
+
+def test_a_model_with_code_of_its_own_is_not_fetched(tmp_path: Path) -> None:
+    config = b'{"architectures": ["X"], "auto_map": {"AutoModel": "modeling.X"}}'
+    files = {"config.json": config, "model.safetensors": weights(5000)}
+    assert fetched_bytes(tmp_path, CHAT, files) < 1000
+
+
 # --- what goes away under a reader ---------------------------------------------------------------
 
 

@@ -129,6 +129,13 @@ async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None
     assert "not a model's id" in report.failed["nonsense"]
 
 
+async def test_what_is_no_models_id_is_told_and_counted(house: House) -> None:
+    worker = house.begin()
+    await worker.want(("nonsense", "base:../../etc", "lora:https://host/\x1b[31m"))
+    report = await report_when(worker, lambda r: len(r.failed) == 3)
+    assert report.events == {("refused", "name"): 2, ("refused", "url"): 1}
+
+
 async def test_a_configured_model_is_tried_again(house: House) -> None:
     def refuse() -> None:
         if house.shelf.listed < 3:
