@@ -45,6 +45,8 @@ class Attempt:
     source: Source
     room: Room
     limits: Limits
+    in_one: bool = False
+    """For a source whose tags differ with each answer."""
     has_progressed: bool = False
 
     @property
@@ -106,6 +108,7 @@ class Attempt:
             teller.gain,
             self.limits.part,
             self.limits.connections,
+            self.in_one,
             self.watch.look,
         )
         if listing.archive:

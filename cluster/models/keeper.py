@@ -40,6 +40,8 @@ SECOND_LOOK: Final = 3.0
 GIVE_SECONDS: Final = 10 * LOOK_SECONDS
 """In which a task that waits for the lock takes it."""
 MOST_DAMAGED: Final = 2
+MOST_CHANGED: Final = 2
+"""Rounds after which a file that is another each time is read in one stream."""
 REFUSED_SECONDS: Final = 3600.0
 """For which what was refused for what it is isn't fetched again."""
 _FOR_GOOD: Final = frozenset({Rule.HEADER, Rule.ARCHIVE, Rule.FILE_KIND, Rule.CODE, Rule.LINK})
@@ -56,6 +58,7 @@ class _Failures:
     unfit: ModelUnavailable | None = None
     damaged: Damaged | None = None
     certainly_absent: bool = False
+    changed: bool = False
     progress: bool = False
 
     def add(self, error: ClusterError) -> None:
@@ -67,6 +70,7 @@ class _Failures:
                 self.denied = error
             case Damaged() | Changed() | SourceDown():
                 self.damaged = error if isinstance(error, Damaged) else self.damaged
+                self.changed |= isinstance(error, Changed)
                 down = error if isinstance(error, SourceDown) else SourceDown(str(error))
                 self.down = _sooner(self.down, down)
             case ModelUnavailable():
@@ -215,11 +219,12 @@ class Keeper:
     def _try_again_and_again(self, watch: Watch) -> None:
         ref = watch.ref
         rounds, damaged, certain, patience = 0, 0, 0, FIRST_PATIENCE
-        refused: dict[str, Refused] = {}
+        changed, refused = 0, dict[str, Refused]()
         while True:
-            failures = self._try_all(watch, refused)
+            failures = self._try_all(watch, refused, changed >= MOST_CHANGED)
             if failures is None:
                 return
+            changed += failures.changed
             rounds, patience = (0, FIRST_PATIENCE) if failures.progress else (rounds + 1, patience)
             damaged += failures.damaged is not None
             certain = certain + 1 if failures.certainly_absent else 0
@@ -236,9 +241,9 @@ class Keeper:
                 patience = min(patience * 2, MOST_PATIENCE)
             watch.pause_for_a_source(pause)
 
-    def _try_all(self, watch: Watch, refused: dict[str, Refused]) -> _Failures | None:
+    def _try_all(self, watch: Watch, refused: dict[str, Refused], in_one: bool) -> _Failures | None:
         """One round; None when the model is here. Another source is tried at once, and one whose
-        model was `refused` for what it is never again."""
+        model was `refused` for what it is never again. `in_one`: see `Attempt`."""
         failures, ref = _Failures(), watch.ref
         for source in self.sources:
             if not source.serves(ref):
@@ -246,7 +251,7 @@ class Keeper:
             if source.name in refused:
                 failures.unfit = refused[source.name]
                 continue
-            attempt = Attempt(watch, self.store, source, self.room, self.limits)
+            attempt = Attempt(watch, self.store, source, self.room, self.limits, in_one)
             try:
                 manifest = attempt.bring()
             except TooSlow:

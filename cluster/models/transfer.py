@@ -68,6 +68,8 @@ class Transfer:
     gain: Callable[[int], None]
     part: int = PART
     connections: int = CONNECTIONS
+    in_one: bool = False
+    """Tags tell nothing here: what no hash will tell comes in one stream."""
     look: Callable[[], None] = lambda: None
     """Called between the pieces of what is hashed; may raise to stop."""
     taken: dict[Path, str] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class Transfer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._check_size(file, file.size)
         under_way = _UnderWay.resume(target, _identity(self.listing, file), file.size, self.part)
-        if not _can_be_joined(file):
+        if not self._joins(file):
             under_way.begin_stream(0)
         self.gain(under_way.arrived)
         try:
@@ -116,7 +118,7 @@ class Transfer:
         return self.taken[target]
 
     def _fill(self, file: RemoteFile, under_way: _UnderWay) -> None:
-        in_parts = self.connections > 1 and _can_be_joined(file)
+        in_parts = self.connections > 1 and self._joins(file)
         if in_parts and file.size is not None and file.size > self.part:
             missing = under_way.missing()
             # The first alone shows whether the server gives parts at all.
@@ -132,7 +134,7 @@ class Transfer:
             with self.source.open(self.listing, file, start, stop) as opened:
                 if not opened.ranged or opened.start != start:
                     return False
-                _same(opened, file)
+                self._check_same(opened, file)
                 self._write(under_way, start, stop, opened.chunks, part)
         finally:
             under_way.note(part)
@@ -174,7 +176,7 @@ class Transfer:
             if opened.start not in {0, start}:
                 raise SourceDown(f"{file.path}: another range than was asked for")
             self._check_size(file, opened.size)
-            _same(opened, file)
+            self._check_same(opened, file)
             self.gain(opened.start - under_way.arrived)
             under_way.begin_stream(opened.start)
             self._write(under_way, opened.start, opened.size or file.size, opened.chunks)
@@ -201,6 +203,15 @@ class Transfer:
             self.gain(len(chunk))
         if stop is not None and at != stop:
             raise SourceDown(f"{under_way.name}: cut off at byte {at}")
+
+    def _joins(self, file: RemoteFile) -> bool:
+        """Whether bytes of two answers may be put together."""
+        return file.is_hashed or (bool(file.etag) and not self.in_one)
+
+    def _check_same(self, opened: Opened, file: RemoteFile) -> None:
+        """Where no hash will tell, the source's tags must: two contents never mix."""
+        if not file.is_hashed and self._joins(file) and opened.etag != file.etag:
+            raise Changed(f"{file.path}: changed while it was fetched")
 
     def _check_size(self, file: RemoteFile, size: int | None) -> None:
         if size is not None and size > self.most:
@@ -323,16 +334,6 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""
-
-
-def _can_be_joined(file: RemoteFile) -> bool:
-    return file.is_hashed or bool(file.etag)
-
-
-def _same(opened: Opened, file: RemoteFile) -> None:
-    """Where no hash will tell, the source's tags must: two contents never mix."""
-    if not file.is_hashed and file.etag and opened.etag != file.etag:
-        raise Changed(f"{file.path}: changed while it was fetched")
 
 
 def _check(file: RemoteFile, path: Path, look: Callable[[], None]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import threading
@@ -861,6 +862,20 @@ def test_who_waits_hears_that_there_is_progress(tmp_path: Path) -> None:
     shelf = lora_shelf(listing=raising(SourceDown("500"), times=2))
     keeper(tmp_path, shelf).ensure(LORA, Wanted(alive=lambda: heard.append(None)))
     assert len(heard) >= 3
+
+
+@pytest.mark.parametrize("part", [1000, 10**9])
+def test_a_server_that_tags_each_answer_otherwise_is_read_in_one_stream(
+    tmp_path: Path, part: int
+) -> None:
+    """Behind one address are several, each with tags of its own."""
+    shelf = lora_shelf(4000, hashes=False)
+    counter = itertools.count()
+    shelf.opening = shelf.listing = lambda: setattr(shelf, "etag", str(next(counter)))
+    store = keeper(tmp_path, shelf, limits=replace(LIMITS, part=part))
+    store.ensure(LORA, NOBODY)
+    assert content_of(store, LORA) == shelf.files[LORA]
+    assert shelf.listed <= 3
 
 
 # --- what isn't what it says ---------------------------------------------------------------------
