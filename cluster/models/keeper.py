@@ -237,7 +237,9 @@ class Keeper:
                 raise self._told(ref, failures.verdict(ref))
             pause = self.second_look
             if failures.down is not None:
-                pause = max(patience, failures.down.retry_after or 0.0) * (0.5 + self.chance())
+                # What was asked for is the least; only our own pauses are made shorter too.
+                asked = failures.down.retry_after or 0.0
+                pause = max(patience * (0.5 + self.chance()), asked + patience * self.chance())
                 patience = min(patience * 2, MOST_PATIENCE)
             watch.pause_for_a_source(pause)
 
