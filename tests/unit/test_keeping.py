@@ -138,6 +138,20 @@ async def test_what_is_no_models_id_is_told_and_counted(house: House) -> None:
     assert report.events == {("refused", "name"): 2, ("refused", "url"): 1}
 
 
+async def test_what_strangers_write_is_shown_in_short_and_plain(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = house.begin()
+    link = "lora:https://host.example/x?token=SECRET"
+    await worker.want(("x" * 10_000, "lora:https://host/\n\x1b[31m\ud800", link))
+    report = await report_when(worker, lambda r: len(r.failed) == 3)
+    assert all(len(key) < 300 and key.isascii() and key.isprintable() for key in report.failed)
+    said = capsys.readouterr().out
+    assert "not_fetched" in said
+    assert "SECRET" not in said
+    assert "\x1b[31m" not in said.replace("\x1b[0m", "").split("host/")[1][:20]
+
+
 async def test_a_configured_model_is_tried_again(house: House) -> None:
     def refuse() -> None:
         if house.shelf.listed < 3:
