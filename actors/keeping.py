@@ -23,7 +23,7 @@ import structlog
 from cluster.core.errors import Cancelled, ClusterError
 from cluster.models.disk import Progress
 from cluster.models.keeper import Keeper, Wanted
-from cluster.models.refs import ModelRef, of_model_id
+from cluster.models.refs import ModelRef, of_model_id, plain
 
 MOST_QUEUED = 256
 """Models the network has asked for; whoever creates tasks may ask for any number."""
@@ -147,23 +147,33 @@ class StoreWorker:
             return self._ended.is_set() or (bool(self._queue) and self._clock() > ends)
 
         try:
-            ref = self._refs[model_id] = of_model_id(model_id)
+            with self._keeper.telling(plain(model_id)):
+                ref = of_model_id(model_id)
+            self._refs[model_id] = ref
             self._keeper.ensure(ref, Wanted(cancelled=is_over, background=True))
         except Cancelled:
             self._queue.append(model_id)
         except ClusterError as error:
-            self._log.warning("model_not_fetched", model=model_id[:200], reason=str(error))
+            shown = self._shown(model_id)
+            self._log.warning("model_not_fetched", model=shown, reason=str(error))
             self._note_failure(model_id, str(error))
         except Exception as error:  # noqa: BLE001 - one model never ends the fetching of all others
-            self._log.exception("fetching_broke", model=model_id[:200])
+            self._log.exception("fetching_broke", model=self._shown(model_id))
             self._note_failure(model_id, type(error).__name__)
         else:
-            self._failed.pop(model_id, None)
+            self._failed.pop(self._shown(model_id), None)
             self._here.add(model_id)
-            self._log.info("model_here", model=model_id)
+            self._log.info("model_here", model=self._shown(model_id))
+
+    def _shown(self, model_id: str) -> str:
+        """Without what may be a secret or no text; a configured one as it is configured."""
+        if model_id in self._configured:
+            return model_id
+        ref = self._refs.get(model_id)
+        return plain(model_id) if ref is None else str(ref)
 
     def _note_failure(self, model_id: str, reason: str) -> None:
-        self._failed[model_id] = reason
+        self._failed[self._shown(model_id)] = reason
         self._here.discard(model_id)
         if model_id not in self._configured:
             # The network may ask for anything; only the newest failures are kept in mind.

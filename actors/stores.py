@@ -131,10 +131,8 @@ class RayStores:
         for gone in self._members.keys() - set(nodes):
             await self._end(gone, self._members.pop(gone))
         for new in sorted(set(nodes) - self._members.keys()):
-            try:
-                self._members[new] = _Member(await asyncio.to_thread(self._actor, new))
-            except (RayError, ValueError) as error:
-                self._log.warning("store_not_begun", node=new, error=type(error).__name__)
+            if (actor := await self._begun(new)) is not None:
+                self._members[new] = _Member(actor)
         await asyncio.gather(*(self._ping(n, member) for n, member in self._members.items()))
 
     async def _ping(self, node: RayNodeId, member: _Member) -> None:
@@ -143,14 +141,22 @@ class RayStores:
                 report: StoreReport = await member.actor.report.remote()
         except (RayError, TimeoutError) as error:
             if isinstance(error, ActorDiedError):
-                member.actor = await asyncio.to_thread(self._actor, node)
+                member.actor = await self._begun(node) or member.actor
             return
         if report.release != self._release:
             self._log.info("store_actor_replaced", node=node, old=report.release)
             await self._end(node, member)
-            member.actor = await asyncio.to_thread(self._actor, node)
+            member.actor = await self._begun(node) or member.actor
             return
         member.report = report
+
+    async def _begun(self, node: RayNodeId) -> ActorHandle[Any] | None:
+        """None where it can't be now: the next look tries again."""
+        try:
+            return await asyncio.to_thread(self._actor, node)
+        except (RayError, ValueError) as error:
+            self._log.warning("store_not_begun", node=node, error=type(error).__name__)
+            return None
 
     async def _end(self, node: RayNodeId, member: _Member) -> None:
         try:

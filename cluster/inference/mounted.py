@@ -65,7 +65,7 @@ class MountedEngine:
         """Fetch what is missing, and compute. Raises what `Keeper.ensure` and `Engine.run` do."""
         wanted = Wanted(order.deadline, cancelled, lambda: on_step(0, 0))
         began = monotonic()
-        with self.keeper.held(_refs(order), wanted) as brought:
+        with self.keeper.held(self._refs(order), wanted) as brought:
             waited = monotonic() - began
             computed = self.engine.run(order, cancelled, on_step)
         return replace(
@@ -78,8 +78,12 @@ class MountedEngine:
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         """Fetch an order's models to the disk and read them into memory, beside what computes."""
         asked = Wanted(order.deadline, lambda: not wanted())
-        with self.keeper.held(_refs(order), asked):
+        with self.keeper.held(self._refs(order), asked):
             self.engine.prefetch(order, wanted)
+
+    def _refs(self, order: Order) -> tuple[ModelRef, ...]:
+        with self.keeper.telling(f"task {order.task}"):
+            return refs_of(parse(TaskType(order.task_type), order.parameters))
 
     def has_to_tend(self) -> bool:
         return any(self._may_be_preloaded())
@@ -116,7 +120,3 @@ class MountedEngine:
                 return sys.maxsize
             self._sizes[key] = size if fits else None
         return self._sizes[key]
-
-
-def _refs(order: Order) -> tuple[ModelRef, ...]:
-    return refs_of(parse(TaskType(order.task_type), order.parameters))

@@ -45,6 +45,8 @@ class Attempt:
     source: Source
     room: Room
     limits: Limits
+    in_one: bool = False
+    """For a source whose tags differ with each answer."""
     has_progressed: bool = False
 
     @property
@@ -77,7 +79,7 @@ class Attempt:
             now = self.watch.clock()
             seconds = round(now - began, 3)
             manifest = Manifest(self._ref, listing.source, listing.revision, files, now, seconds)
-            self._disk.publish(self._ref.key, manifest)
+            self._disk.publish(self._ref.key, manifest, self.watch.look)
             return manifest
         except Refused:
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,10 +108,13 @@ class Attempt:
             teller.gain,
             self.limits.part,
             self.limits.connections,
+            self.in_one,
+            self.watch.look,
         )
         if listing.archive:
             (archive,) = _verified(transfer, listing.files, folder)
-            return {path: sha256_of(path) for path in self._unpacked(archive, teller)}
+            unpacked = self._unpacked(archive, teller)
+            return {path: sha256_of(path, self.watch.look) for path in unpacked}
         # Texts first: they tell of many a model that its weights needn't be fetched.
         texts = [file for file in listing.files if not file.path.endswith(".safetensors")]
         sums = _verified(transfer, texts, folder)
@@ -162,11 +167,11 @@ class Attempt:
         gate = self._unpacking_gate(archive.stat().st_size, teller)
         paths = unpack(archive, inside, self.limits.largest_file, gate=gate)
         archive.unlink()
-        names = [path.relative_to(inside).as_posix() for path in paths]
-        chosen = needed(self._ref, names)
+        top = _common_folder(paths, inside)
+        chosen = needed(self._ref, [path.relative_to(top).as_posix() for path in paths])
         for name in chosen:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (inside / name).rename(folder / name)
+            (top / name).rename(folder / name)
         shutil.rmtree(inside)
         return [folder / name for name in chosen]
 
@@ -185,6 +190,13 @@ def _verified(transfer: Transfer, files: Sequence[RemoteFile], folder: Path) -> 
     if damaged is not None:
         raise damaged
     return sums
+
+
+def _common_folder(paths: Sequence[Path], inside: Path) -> Path:
+    """The one folder at the top that all files are in, or where they were unpacked."""
+    tops = {path.relative_to(inside).parts[0] for path in paths}
+    top = inside / tops.pop()
+    return top if not tops and top.is_dir() else inside
 
 
 def _forget_other(folder: Path, listing: Listing) -> None:

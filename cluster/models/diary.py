@@ -19,6 +19,7 @@ from cluster.models.refs import ModelRef
 MOST: Final = 4 * 2**20
 """Bytes, after which the file begins anew; one old one is kept."""
 MOST_REASON: Final = 300
+MOST_NAME: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,13 @@ class Diary:
     file: Path
     clock: Callable[[], float] = time.time
 
-    def write(self, event: str, ref: ModelRef, **fields: str | float) -> None:
-        """`event`: fetched, evicted, broke, damaged, refused, failed."""
+    def write(self, event: str, model: ModelRef | str, **fields: str | float) -> None:
+        """`event`: fetched, evicted, broke, damaged, refused, failed. Of a `model` that isn't even
+        an id the text, as far as it is short."""
         said = {k: v[:MOST_REASON] if isinstance(v, str) else v for k, v in fields.items() if v}
-        line = json.dumps({"at": round(self.clock(), 3), "event": event, "model": str(ref)} | said)
+        line = json.dumps(
+            {"at": round(self.clock(), 3), "event": event, "model": str(model)[:MOST_NAME]} | said
+        )
         with contextlib.suppress(OSError):
             if self.file.stat().st_size > MOST:
                 self.file.replace(self.file.with_suffix(".old"))

@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -116,13 +116,17 @@ class Disk:
         found = {key: self.manifest(key) for key in self.keys()}
         return {key: manifest for key, manifest in found.items() if manifest is not None}
 
-    def publish(self, key: str, manifest: Manifest) -> None:
-        """Make the partial folder the model, at once and for all. The caller holds the lock."""
+    def publish(
+        self, key: str, manifest: Manifest, look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Make the partial folder the model, at once and for all. The caller holds the lock; `look`
+        is called between the files, and may raise."""
         folder = self.partial(key)
         _write(folder / MANIFEST, manifest_text(manifest))
         files = [folder / MANIFEST, *(folder / file.path for file in manifest.files)]
         for path in (*files, *sorted({file.parent for file in files}, reverse=True)):
             _sync(path)
+            look()
         self.remove(key)
         folder.rename(self.model(key))
         _sync(self.model(key).parent)

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import random
 from typing import Final
 
@@ -40,6 +40,8 @@ SECOND_LOOK: Final = 3.0
 GIVE_SECONDS: Final = 10 * LOOK_SECONDS
 """In which a task that waits for the lock takes it."""
 MOST_DAMAGED: Final = 2
+MOST_CHANGED: Final = 2
+"""Rounds after which a file that is another each time is read in one stream."""
 REFUSED_SECONDS: Final = 3600.0
 """For which what was refused for what it is isn't fetched again."""
 _FOR_GOOD: Final = frozenset({Rule.HEADER, Rule.ARCHIVE, Rule.FILE_KIND, Rule.CODE, Rule.LINK})
@@ -56,6 +58,7 @@ class _Failures:
     unfit: ModelUnavailable | None = None
     damaged: Damaged | None = None
     certainly_absent: bool = False
+    changed: bool = False
     progress: bool = False
 
     def add(self, error: ClusterError) -> None:
@@ -67,6 +70,7 @@ class _Failures:
                 self.denied = error
             case Damaged() | Changed() | SourceDown():
                 self.damaged = error if isinstance(error, Damaged) else self.damaged
+                self.changed |= isinstance(error, Changed)
                 down = error if isinstance(error, SourceDown) else SourceDown(str(error))
                 self.down = _sooner(self.down, down)
             case ModelUnavailable():
@@ -110,11 +114,12 @@ class Keeper:
 
     # --- what is here ----------------------------------------------------------------------------
 
-    def has(self, ref: ModelRef) -> bool:
+    def has(self, ref: ModelRef, look: Callable[[], None] = lambda: None) -> bool:
         """Whether it is here, whole and unchanged. Raises `ModelUnavailable` where it is here and
-        can't be used."""
+        can't be used, and what `look` raises, which is called now and then while that takes long.
+        """
         try:
-            self.store.find(ref)
+            replace(self.store, look=look).find(ref)
         except Spoilt:
             return False
         except ModelUnavailable as error:
@@ -123,10 +128,11 @@ class Keeper:
             return False
         return True
 
-    def _drop_spoilt(self, ref: ModelRef) -> None:
+    def _drop_spoilt(self, watch: Watch) -> None:
         """Make way for what is to be fetched again; the model's lock is ours."""
+        ref = watch.ref
         try:
-            self.store.find(ref)
+            replace(self.store, look=watch.look).find(ref)
         except Spoilt as error:
             self.diary.write("damaged", ref, reason=str(error))
             self.disk.remove(ref.key)
@@ -155,7 +161,9 @@ class Keeper:
         everything else that stands against it, `Cancelled` or `DeadlinePassed`.
         """
         with _nobodys_fault(ref):
-            is_here = self.has(ref)
+            watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
+            with self.telling(ref):
+                is_here = self.has(ref, watch.look)
             if not is_here and not any(source.serves(ref) for source in self.sources):
                 raise ModelUnavailable(
                     ModelUnavailableKind.NOT_HERE,
@@ -164,7 +172,7 @@ class Keeper:
             if not is_here:
                 self._check_not_refused(ref, wanted)
                 self.disk.prepare()
-                self._fetch_in_turn(ref, wanted)
+                self._fetch_in_turn(watch)
             self._note_use(ref, wanted)
             return not is_here
 
@@ -182,16 +190,16 @@ class Keeper:
 
     # --- fetching --------------------------------------------------------------------------------
 
-    def _fetch_in_turn(self, ref: ModelRef, wanted: Wanted) -> None:
-        watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
+    def _fetch_in_turn(self, watch: Watch) -> None:
+        ref, wanted = watch.ref, watch.wanted
         while True:
             watch.check()
             pause = LOOK_SECONDS
             try:
                 with self.disk.try_lock(ref.key) as got, watch.in_front():
                     if got:
-                        if not self.has(ref):
-                            self._drop_spoilt(ref)
+                        if not self.has(ref, watch.look):
+                            self._drop_spoilt(watch)
                             self._fetch(Watch(self.disk, ref, wanted, self.clock, self.sleep))
                         return
             except GiveWay:
@@ -211,11 +219,12 @@ class Keeper:
     def _try_again_and_again(self, watch: Watch) -> None:
         ref = watch.ref
         rounds, damaged, certain, patience = 0, 0, 0, FIRST_PATIENCE
-        refused: dict[str, Refused] = {}
+        changed, refused = 0, dict[str, Refused]()
         while True:
-            failures = self._try_all(watch, refused)
+            failures = self._try_all(watch, refused, changed >= MOST_CHANGED)
             if failures is None:
                 return
+            changed += failures.changed
             rounds, patience = (0, FIRST_PATIENCE) if failures.progress else (rounds + 1, patience)
             damaged += failures.damaged is not None
             certain = certain + 1 if failures.certainly_absent else 0
@@ -228,13 +237,15 @@ class Keeper:
                 raise self._told(ref, failures.verdict(ref))
             pause = self.second_look
             if failures.down is not None:
-                pause = max(patience, failures.down.retry_after or 0.0) * (0.5 + self.chance())
+                # What was asked for is the least; only our own pauses are made shorter too.
+                asked = failures.down.retry_after or 0.0
+                pause = max(patience * (0.5 + self.chance()), asked + patience * self.chance())
                 patience = min(patience * 2, MOST_PATIENCE)
             watch.pause_for_a_source(pause)
 
-    def _try_all(self, watch: Watch, refused: dict[str, Refused]) -> _Failures | None:
+    def _try_all(self, watch: Watch, refused: dict[str, Refused], in_one: bool) -> _Failures | None:
         """One round; None when the model is here. Another source is tried at once, and one whose
-        model was `refused` for what it is never again."""
+        model was `refused` for what it is never again. `in_one`: see `Attempt`."""
         failures, ref = _Failures(), watch.ref
         for source in self.sources:
             if not source.serves(ref):
@@ -242,7 +253,7 @@ class Keeper:
             if source.name in refused:
                 failures.unfit = refused[source.name]
                 continue
-            attempt = Attempt(watch, self.store, source, self.room, self.limits)
+            attempt = Attempt(watch, self.store, source, self.room, self.limits, in_one)
             try:
                 manifest = attempt.bring()
             except TooSlow:
@@ -261,6 +272,15 @@ class Keeper:
         # A host's certainty is worth nothing beside another that may yet have it.
         failures.certainly_absent &= not (failures.down or failures.denied or failures.unfit)
         return failures
+
+    @contextlib.contextmanager
+    def telling(self, what: ModelRef | str) -> Iterator[None]:
+        """A refusal in here is written down, by its rule; `what` it was of."""
+        try:
+            yield
+        except Refused as error:
+            self.diary.write("refused", what, rule=error.rule.value, reason=str(error))
+            raise
 
     def _tell(self, ref: ModelRef, source: Source, error: ClusterError) -> None:
         """What a source did, where that is more than not to have it."""

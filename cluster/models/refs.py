@@ -22,6 +22,7 @@ KINDS: Final = ("base", "lora", "controlnet", "unet", "vae", "textual_inversion"
 _ID: Final = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?", re.ASCII)
 _NEVER_AN_ID: Final = re.compile(r"[^\w./-]|/.*/|--|\.\.", re.DOTALL)
 """In every version of the library's rule; on the rest its versions differ, or might."""
+MOST_SHOWN: Final = 200
 _WORD: Final = re.compile(r"(?!\.)[\w.-]{1,100}", re.ASCII)
 _URL: Final = re.compile(r"[!-~]{1,2048}", re.ASCII)
 """Nothing that could break a line, or that no file's name could be made of."""
@@ -50,8 +51,12 @@ class ModelRef:
 
     @property
     def shown(self) -> str:
-        """For people: a URL without its query, which may hold a token."""
-        return self.name.partition("?")[0] if self.is_url else self.name
+        """For people: a URL without user, query and fragment, which may hold a secret."""
+        if not self.is_url:
+            return self.name
+        scheme, _, rest = self.name.partition("://")
+        authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+        return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
     @property
     def base_key(self) -> str:
@@ -59,7 +64,14 @@ class ModelRef:
         return f"{self.name}+{self.variant}" if self.variant else self.name
 
     def __str__(self) -> str:
-        return "+".join(filter(None, (f"{self.kind}:{self.shown}", self.variant, self.file)))
+        name = self.shown if len(self.shown) <= MOST_SHOWN else f"{self.shown[:MOST_SHOWN]}..."
+        return "+".join(filter(None, (f"{self.kind}:{name}", self.variant, self.file)))
+
+
+def plain(text: str) -> str:
+    """What a stranger wrote, on one line, and not a long one."""
+    short = text[:MOST_SHOWN]
+    return short if short.isascii() and short.isprintable() else ascii(short)[:MOST_SHOWN]
 
 
 def ref(kind: str, name: str, variant: str | None = None, file: str = "") -> ModelRef:

@@ -41,7 +41,14 @@ _TABLE: Final = re.compile(
     r"(?P<late>\.\w+)?\.json",
     re.ASCII,
 )
-_COMPANIONS: Final = re.compile(r"[\w-]+\.(json|txt|model|jinja|spm)", re.ASCII)
+_COMPANIONS: Final = re.compile(
+    r"(config|generation_config|scheduler_config|(pre)?processor_config|quantize_config"
+    r"|tokenizer[\w-]*|special_tokens_map|added_tokens|[\w-]*vocab|merges|dict|emoji|byte_maps"
+    r"|chat_template|spiece|sentencepiece(\.bpe)?|spm(_char)?|source|target|tiktoken)"
+    r"\.(json|txt|model|jinja|spm)",
+    re.ASCII,
+)
+"""What diffusers and transformers open. What else lies there may be of any kind."""
 _LOADABLE_BY_CODE: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 

@@ -8,6 +8,8 @@ hostile until it has passed the patterns here, and nothing but safetensors weigh
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import strict_json
 from cluster.models.disk import Disk, Manifest, Stored, all_in
 from cluster.models.refs import ModelRef
+from cluster.models.refusals import Refused, Rule
 from cluster.models.shards import is_index, missing_shards
 from cluster.models.transfer import sha256_of
 
@@ -50,6 +53,8 @@ _WITHOUT_WEIGHTS: Final = frozenset(
 )
 _NETWORKS: Final = frozenset({"unet", "vae", "controlnet"})
 _MAX_INDEX: Final = 2**20
+_read_through: dict[tuple[str, int, int, int], str] = {}
+"""The sha256 of files whose time says that they may have changed, by path and what `stat` says."""
 _listings: dict[tuple[str, int], tuple[Manifest, ...]] = {}
 
 
@@ -68,7 +73,10 @@ class Spoilt(ModelUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class ModelStore:
+    """`look` is called between the pieces of what has to be read through, and may raise."""
+
     root: Path
+    look: Callable[[], None] = lambda: None
 
     @property
     def disk(self) -> Disk:
@@ -80,7 +88,7 @@ class ModelStore:
         A base model's parts all have safetensors weights, of that variant if one is asked for.
         """
         if variant and not _VARIANT.fullmatch(variant):
-            raise _refused(f"{variant!r} is not a variant's name")
+            raise _refused(f"{variant!r} is not a variant's name", Rule.NAME)
 
         ref = ModelRef(_stored_as(kind), name, variant or "")
         look = _pipeline_in if kind == "base" else _network_in if kind in _NETWORKS else _any_in
@@ -89,7 +97,7 @@ class ModelStore:
     def lora_file(self, name: str, weight_file_name: str = "") -> Path:
         """The LoRA's one weights file; of several without a name the conventional one is taken."""
         if weight_file_name and not _VARIANT.fullmatch(weight_file_name):
-            raise _refused(f"{weight_file_name!r} is not a file's name")
+            raise _refused(f"{weight_file_name!r} is not a file's name", Rule.NAME)
         ref = ModelRef("lora", name, "", weight_file_name)
         return self._first("lora", name, ref, lambda folder: _lora_in(folder, weight_file_name))
 
@@ -201,27 +209,27 @@ class ModelStore:
             raise Spoilt(f"{ref} has lost its manifest")
         folder = self.disk.model(ref.key)
         for file in manifest.files:
-            if not _is_as_stored(folder, file):
+            if not _is_as_stored(folder, file, self.look):
                 raise Spoilt(f"{ref}: {file.path} isn't what was fetched")
 
     def _folder(self, kind: str, name: str) -> Path:
         if kind not in KINDS:
-            raise _refused(f"{kind!r} is not a kind of model")
+            raise _refused(f"{kind!r} is not a kind of model", Rule.NAME)
         match = _NAME.fullmatch(name)
         if match is None:
-            raise _refused(f"{name[:200]!r} is not a model's name (org/name)")
+            raise _refused(f"{name[:200]!r} is not a model's name (org/name)", Rule.NAME)
         folder = self.root / match[1] / match[2]
         if not folder.resolve().is_relative_to(self.root.resolve()):
-            raise _refused(f"{name} leads out of the store")
+            raise _refused(f"{name} leads out of the store", Rule.LINK)
         return folder
 
     def _check_contents(self, folder: Path) -> None:
         root = self.root.resolve()
         for path in all_in(folder):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise _refused(f"{path.name} leads out of the store")
+                raise _refused(f"{path.name} leads out of the store", Rule.LINK)
             if path.suffix == ".py":
-                raise _refused(f"{path.name} is code")
+                raise _refused(f"{path.name} is code", Rule.CODE)
             if is_index(path.name) and (missing := missing_shards(path)):
                 raise _not_here(f"{folder.name}: {missing[0]}, which {path.name} names, isn't here")
 
@@ -241,6 +249,7 @@ def _base_by_its_texts(folder: Path, variant: str) -> Index | None:
     """The pipeline's index, checked; None for a language model."""
     if (folder / INDEX).exists() or not (folder / CONFIG).exists():
         return _checked_index(folder)
+    _check_no_code(folder)
     if not _says_language_model(read_json(folder / CONFIG)):
         raise _refused(f"{folder.name} is neither a pipeline nor a language model")
     if variant:
@@ -248,11 +257,17 @@ def _base_by_its_texts(folder: Path, variant: str) -> Index | None:
     return None
 
 
+def _check_no_code(folder: Path) -> None:
+    for name in (CONFIG, "tokenizer_config.json"):
+        if (folder / name).exists() and "auto_map" in read_json(folder / name):
+            raise _refused(f"{folder.name} comes with code of its own ({name})", Rule.CODE)
+
+
 def _checked_index(folder: Path) -> Index:
     index = read_index(folder)
     for part, (library, _) in index.parts.items():
         if library not in _LIBRARIES:
-            raise _refused(f"{part} is made of foreign code ({library})")
+            raise _refused(f"{part} is made of foreign code ({library})", Rule.CODE)
     return index
 
 
@@ -293,14 +308,24 @@ def _stored_as(kind: str) -> str:
     return "base" if kind == "language" else kind
 
 
-def _is_as_stored(folder: Path, file: Stored) -> bool:
+def _is_as_stored(folder: Path, file: Stored, look: Callable[[], None]) -> bool:
+    path = folder / file.path
     try:
-        stat = (folder / file.path).stat()
+        stat = path.stat()
         if stat.st_size != file.size:
             return False
-        return stat.st_mtime_ns == file.mtime_ns or sha256_of(folder / file.path) == file.sha256
+        seen = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if stat.st_mtime_ns == file.mtime_ns or _read_through.get(seen) == file.sha256:
+            return True
+        if sha256_of(path, look) != file.sha256:
+            return False
+        _read_through[seen] = file.sha256
+        with contextlib.suppress(OSError):
+            # Only touched: nobody need read it through for that again.
+            os.utime(path, ns=(stat.st_atime_ns, file.mtime_ns))
     except OSError:
         return False
+    return True
 
 
 def _lora_in(folder: Path, weight_file_name: str) -> Path:
@@ -342,7 +367,7 @@ def read_index(folder: Path) -> Index:
         if len(what) != 2 or not all(isinstance(word, str) for word in what):
             raise _damaged(f"{folder.name}/{INDEX} is damaged at {part[:100]!r}")
         if not _VARIANT.fullmatch(part):
-            raise _refused(f"{part[:100]!r} is not a part's name")
+            raise _refused(f"{part[:100]!r} is not a part's name", Rule.NAME)
         parts[part] = (what[0], what[1])
     return Index(pipeline, parts)
 
@@ -388,8 +413,8 @@ def _check_weights(part: Path, variant: str) -> None:
         raise _not_here(f"{part.parent.name}/{part.name} has no variant {variant or 'by default'}")
 
 
-def _refused(message: str) -> ModelUnavailable:
-    return ModelUnavailable(ModelUnavailableKind.REFUSED, message)
+def _refused(message: str, rule: Rule = Rule.FILE_KIND) -> ModelUnavailable:
+    return Refused(rule, message)
 
 
 def _not_here(message: str) -> ModelUnavailable:

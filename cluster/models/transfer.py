@@ -34,6 +34,8 @@ from cluster.models.sources import Changed, Listing, Opened, RemoteFile, Source,
 
 PART: Final = 16 * 2**20
 CONNECTIONS: Final = 4
+PIECE = 4 * 2**20
+"""Of what is hashed."""
 _FORM: Final = 2
 _NOTE: Final = struct.Struct("<IQ")
 
@@ -66,6 +68,10 @@ class Transfer:
     gain: Callable[[int], None]
     part: int = PART
     connections: int = CONNECTIONS
+    in_one: bool = False
+    """Tags tell nothing here: what no hash will tell comes in one stream."""
+    look: Callable[[], None] = lambda: None
+    """Called between the pieces of what is hashed; may raise to stop."""
     taken: dict[Path, str] = field(default_factory=dict)
     """The sha256 of what was read through just now."""
 
@@ -82,12 +88,12 @@ class Transfer:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._check_size(file, file.size)
         under_way = _UnderWay.resume(target, _identity(self.listing, file), file.size, self.part)
-        if not _can_be_joined(file):
+        if not self._joins(file):
             under_way.begin_stream(0)
         self.gain(under_way.arrived)
         try:
             self._fill(file, under_way)
-            sha256 = _check(file, under_way.path)
+            sha256 = _check(file, under_way.path, self.look)
         except (Changed, Damaged, Refused):
             self.gain(-under_way.arrived)
             under_way.drop()
@@ -104,7 +110,7 @@ class Transfer:
         `Damaged`; the file is then gone."""
         if target not in self.taken:
             try:
-                self.taken[target] = _check(file, target)
+                self.taken[target] = _check(file, target, self.look)
             except (Changed, Damaged):
                 self.gain(-target.stat().st_size)
                 target.unlink()
@@ -112,7 +118,7 @@ class Transfer:
         return self.taken[target]
 
     def _fill(self, file: RemoteFile, under_way: _UnderWay) -> None:
-        in_parts = self.connections > 1 and _can_be_joined(file)
+        in_parts = self.connections > 1 and self._joins(file)
         if in_parts and file.size is not None and file.size > self.part:
             missing = under_way.missing()
             # The first alone shows whether the server gives parts at all.
@@ -128,7 +134,7 @@ class Transfer:
             with self.source.open(self.listing, file, start, stop) as opened:
                 if not opened.ranged or opened.start != start:
                     return False
-                _same(opened, file)
+                self._check_same(opened, file)
                 self._write(under_way, start, stop, opened.chunks, part)
         finally:
             under_way.note(part)
@@ -170,7 +176,7 @@ class Transfer:
             if opened.start not in {0, start}:
                 raise SourceDown(f"{file.path}: another range than was asked for")
             self._check_size(file, opened.size)
-            _same(opened, file)
+            self._check_same(opened, file)
             self.gain(opened.start - under_way.arrived)
             under_way.begin_stream(opened.start)
             self._write(under_way, opened.start, opened.size or file.size, opened.chunks)
@@ -197,6 +203,15 @@ class Transfer:
             self.gain(len(chunk))
         if stop is not None and at != stop:
             raise SourceDown(f"{under_way.name}: cut off at byte {at}")
+
+    def _joins(self, file: RemoteFile) -> bool:
+        """Whether bytes of two answers may be put together."""
+        return file.is_hashed or (bool(file.etag) and not self.in_one)
+
+    def _check_same(self, opened: Opened, file: RemoteFile) -> None:
+        """Where no hash will tell, the source's tags must: two contents never mix."""
+        if not file.is_hashed and self._joins(file) and opened.etag != file.etag:
+            raise Changed(f"{file.path}: changed while it was fetched")
 
     def _check_size(self, file: RemoteFile, size: int | None) -> None:
         if size is not None and size > self.most:
@@ -321,22 +336,12 @@ def boot_id() -> str:
     return ""
 
 
-def _can_be_joined(file: RemoteFile) -> bool:
-    return file.is_hashed or bool(file.etag)
-
-
-def _same(opened: Opened, file: RemoteFile) -> None:
-    """Where no hash will tell, the source's tags must: two contents never mix."""
-    if not file.is_hashed and file.etag and opened.etag != file.etag:
-        raise Changed(f"{file.path}: changed while it was fetched")
-
-
-def _check(file: RemoteFile, path: Path) -> str:
+def _check(file: RemoteFile, path: Path, look: Callable[[], None]) -> str:
     """Its sha256; raises `Changed` or `Damaged`."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise Changed(f"{file.path}: {size} bytes arrived, {file.size} were announced")
-    sha256 = sha256_of(path)
+    sha256 = sha256_of(path, look)
     if file.sha256 not in {None, sha256}:
         raise Damaged(f"{file.path}: its sha256 is not what the source says")
     if file.git_sha1 is not None and _git_sha1(path, size) != file.git_sha1:
@@ -344,9 +349,14 @@ def _check(file: RemoteFile, path: Path) -> str:
     return sha256
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of(path: Path, look: Callable[[], None] = lambda: None) -> str:
+    """`look` is called between the pieces, and may raise."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+            look()
+    return digest.hexdigest()
 
 
 def _git_sha1(path: Path, size: int) -> str:

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 from cluster.models.addresses import not_public
 from cluster.models.refusals import Refused, Rule
 
-MOST: Final = 2048
-"""Characters."""
+MOST: Final = 8192
+"""Characters: what a link leads on to may be signed at length."""
+MOST_OF_A_LINK: Final = 2048
 _WHOLE: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<rest>[/?][^#]*)?(#.*)?",
     re.ASCII,
@@ -116,6 +117,8 @@ def check(url: str, rules: UrlRules) -> str:
 
 def check_link(url: str, rules: UrlRules) -> str:
     """A task's own URL, which may be held to `only_hosts` too; where it leads on to isn't."""
+    if len(url) > MOST_OF_A_LINK:
+        raise Refused(Rule.URL, f"a link of {len(url)} characters, {MOST_OF_A_LINK} at most")
     normal = check(url, rules)
     parts = urlsplit(normal)
     host, port = parts.hostname or "", parts.port or _DEFAULT[parts.scheme]

@@ -77,12 +77,16 @@ class Watch:
             if spent > LEAST_SECONDS + self.most / FAIR_RATE:
                 raise TooSlow(f"{self.ref}: too slow, {self.most} bytes in {round(spent)} s")
 
+    def look(self) -> None:
+        """Between two pieces of what takes long on our own disk."""
+        self.check()
+        self.wanted.alive()
+
     def pause(self, seconds: float) -> None:
         """Sleep, in steps that notice a cancel and say that we live."""
         until = self.clock() + seconds
         while (left := until - self.clock()) > 0:
-            self.check()
-            self.wanted.alive()
+            self.look()
             self.sleep(min(left, 1.0))
 
     def pause_for_a_source(self, seconds: float) -> None:

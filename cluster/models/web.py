@@ -20,13 +20,15 @@ from cluster.models.http_read import answer_error, opened, retry_after, validato
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.sources import Absent, Listing, Opened, RemoteFile, promised
-from cluster.models.store import INVERSION_FILE, LORA_FILE
 from cluster.models.urls import UrlRules, check_link
 
 CIVITAI: Final = ("civitai.com", "civitai.green")
 ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz")
-_ONE_FILE: Final = {"lora": LORA_FILE, "textual_inversion": INVERSION_FILE}
-_NAME: Final = re.compile(r"(?!\.)[\w.-]{1,150}", re.ASCII)
+ONE_FILE: Final = "linked.safetensors"
+"""Its name on the disk, whatever it has on its host. No convention's name: a task that names none
+isn't sure of that file."""
+_OF_ONE_FILE: Final = frozenset({"lora", "textual_inversion"})
+_COULD_BE_A_PATH: Final = re.compile(r"\.|.*[/\\:]|.{256}", re.DOTALL)
 
 
 class Web:
@@ -86,22 +88,21 @@ class Web:
         size = _size(response)
         etag = validator(response)
         revision = hashlib.sha256(f"{etag}|{size}".encode()).hexdigest()[:40]
-        if name.lower().endswith(ARCHIVES):
+        if name.endswith(ARCHIVES):
             archive = RemoteFile("archive", size, where=url, etag=etag)
             return Listing(self.name, revision, (archive,), archive=True)
-        if ref.kind not in _ONE_FILE:
+        if ref.kind not in _OF_ONE_FILE:
             raise Refused(Rule.FILE_KIND, f"{ref}: a {ref.kind} model by link has to be an archive")
         if not name.endswith(".safetensors"):
-            raise Refused(Rule.FILE_KIND, f"{ref}: {name[:100]!r} is not a safetensors file")
-        if ref.file and ref.file != name:
-            # Named by the task: whoever looks for that name finds it.
-            name = ref.file
-        return Listing(self.name, revision, (RemoteFile(name, size, where=url, etag=etag),))
+            raise Refused(Rule.FILE_KIND, f"{ref}: {ascii(name[:100])} is not a safetensors file")
+        # Where the task names it, whoever looks for that name finds it.
+        file = RemoteFile(ref.file or ONE_FILE, size, where=url, etag=etag)
+        return Listing(self.name, revision, (file,))
 
 
 def _file_name(response: httpx2.Response) -> str:
-    """As the answer says it, or as the last URL ends. Raises `Refused` for one that could be a
-    path."""
+    """In lower case, as the answer says it, or as the last URL ends: only its ending is looked at.
+    Raises `Refused` for one that could be a path all the same."""
     header = email.message.Message()
     header["Content-Disposition"] = response.headers.get("Content-Disposition", "")[:4096]
     try:
@@ -109,10 +110,9 @@ def _file_name(response: httpx2.Response) -> str:
     except (TypeError, ValueError, LookupError, AttributeError):
         # The standard library stumbles over what strangers write there.
         raise Refused(Rule.NAME, "a Content-Disposition that can't be read") from None
-    plain = re.sub(r"[ ()\[\]+&,']", "_", said)
-    if not _NAME.fullmatch(plain):
+    if not said.isprintable() or _COULD_BE_A_PATH.match(said):
         raise Refused(Rule.NAME, f"{ascii(said[:100])} is not a plain file's name")
-    return plain
+    return said.lower()
 
 
 def _size(response: httpx2.Response) -> int | None:

@@ -122,7 +122,8 @@ def check_text(file: Path, most: int) -> None:
     if not file.name.endswith(".json"):
         return
     try:
-        data: object = strict_json.loads(text)
+        # Whoever reads it may mind the mark at its beginning; it does no harm.
+        data: object = strict_json.loads(text.removeprefix("\ufeff"))
     except ValueError:
         raise Refused(Rule.FILE_KIND, f"{_line(file)}: it is not JSON") from None
     if _deeper(data, MAX_DEPTH):

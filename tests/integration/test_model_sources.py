@@ -23,7 +23,7 @@ from cluster.models.settings import Limits
 from cluster.models.sources import Source
 from cluster.models.store import ModelStore
 from cluster.models.urls import UrlRules
-from cluster.models.web import Web
+from cluster.models.web import ONE_FILE, Web
 from devnet.faulty_http import Answer, Fault, FileServer
 from devnet.hub import Hub
 from devnet.models import LLM, SD15, SD15_LORA
@@ -258,14 +258,14 @@ def link(server: FileServer, path: str = "a.safetensors") -> ModelRef:
     return ref("lora", f"{server.url}/{path}")
 
 
-def test_a_link_with_the_name_that_the_answer_gives(files: FileServer, tmp_path: Path) -> None:
+def test_a_link_is_of_the_kind_that_the_answer_names(files: FileServer, tmp_path: Path) -> None:
     files.files["download/77"] = LARGE
     name = 'attachment; filename="My Style (v2).safetensors"'
     files.fail("77", Fault(headers={"Content-Disposition": name}), times=99)
     store = web(tmp_path)
     asked = link(files, "download/77?type=Model&token=x")
     store.ensure(asked, NOBODY)
-    assert content_of(store, asked) == {"My_Style__v2_.safetensors": LARGE}
+    assert content_of(store, asked) == {ONE_FILE: LARGE}
     assert store.store.lora_file(asked.name).read_bytes() == LARGE
 
 
@@ -292,14 +292,14 @@ def test_what_breaks_on_the_way_arrives_all_the_same(
     files.fail("a.safetensors", fault, times)
     store = web(tmp_path)
     store.ensure(link(files), NOBODY)
-    assert content_of(store, link(files)) == {"a.safetensors": LARGE}
+    assert content_of(store, link(files)) == {ONE_FILE: LARGE}
 
 
 def test_without_a_length_and_without_ranges(files: FileServer, tmp_path: Path) -> None:
     files.fail("a.safetensors", Fault(chunked=True, no_ranges=True), times=99)
     store = web(tmp_path)
     store.ensure(link(files), NOBODY)
-    assert content_of(store, link(files)) == {"a.safetensors": LARGE}
+    assert content_of(store, link(files)) == {ONE_FILE: LARGE}
 
 
 @pytest.mark.parametrize("part", [64 * 1024, 10**9], ids=["in parts", "in one"])
@@ -321,7 +321,7 @@ def test_content_that_changes_on_the_way_is_never_mixed(
 
     files.respond = respond  # type: ignore[method-assign]
     store.ensure(link(files), NOBODY)
-    assert content_of(store, link(files)) == {"a.safetensors": changed}
+    assert content_of(store, link(files)) == {ONE_FILE: changed}
 
 
 @pytest.mark.parametrize("status", [404, 410])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,6 +133,51 @@ def test_a_touched_file_is_read_through_and_stays(tmp_path: Path) -> None:
     assert shelf.listed == 1
 
 
+def test_a_touched_file_is_read_through_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restored backup or a moved volume touches them all."""
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    file = store.store.lora_file(LORA.name)
+    os.utime(file, (1, 1))
+    read: list[Path] = []
+
+    def counted(path: Path, *rest: Any) -> str:
+        read.append(path)
+        return transfer.sha256_of(path, *rest)
+
+    monkeypatch.setattr("cluster.models.store.sha256_of", counted)
+    for _ in range(3):
+        assert ModelStore(tmp_path).find(LORA)
+    assert read == [file]
+    changed = weights(4000, salt=3)
+    file.write_bytes(changed)
+    assert store.has(LORA) is False
+
+
+def test_a_touched_file_that_is_not_ours_is_read_through_once_in_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = keeper(tmp_path, lora_shelf())
+    store.ensure(LORA, NOBODY)
+    os.utime(store.store.lora_file(LORA.name), (1, 1))
+    read: list[Path] = []
+
+    def counted(path: Path, *rest: Any) -> str:
+        read.append(path)
+        return transfer.sha256_of(path, *rest)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("cluster.models.store.sha256_of", counted)
+    monkeypatch.setattr(os, "utime", forbidden)
+    for _ in range(3):
+        assert store.has(LORA)
+    assert len(read) == 1
+
+
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', None])
 def test_a_folder_without_its_manifest_is_no_model(tmp_path: Path, manifest: str | None) -> None:
     store = keeper(tmp_path, lora_shelf())
@@ -183,6 +231,20 @@ def test_all_that_is_published_has_reached_the_disk(
     assert {"unet", base.key, "models", ".manifest.json"} <= synced
 
 
+@pytest.mark.parametrize("top", ["", "vae/", "my-vae 2/"])
+def test_an_archive_of_a_folder_and_one_of_its_files(tmp_path: Path, top: str) -> None:
+    """`zip -r x.zip vae/` makes the former."""
+    link = ref("vae", "https://host.example/vae.zip")
+    contents = {"config.json": b"{}", "diffusion_pytorch_model.safetensors": weights(50)}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as packed:
+        for name, content in contents.items():
+            packed.writestr(top + name, content)
+    store = keeper(tmp_path, Shelf({link: {"archive": file.getvalue()}}, archive=True))
+    store.ensure(link, NOBODY)
+    assert content_of(store, link) == contents
+
+
 # --- two who want the same ----------------------------------------------------------------------
 
 
@@ -229,6 +291,71 @@ def test_who_waits_for_a_living_process_lives(tmp_path: Path) -> None:
         store.ensure(
             LORA, Wanted(cancelled=lambda: len(heard) > 3, alive=lambda: heard.append(None))
         )
+
+
+# --- while nothing comes over the wire -----------------------------------------------------------
+
+
+class Ears:
+    """Hears that somebody lives once all has come; may have had enough of that."""
+
+    def __init__(self, shelf: Shelf, enough: int = 10**9) -> None:
+        self.shelf, self.enough, self.heard = shelf, enough, 0
+        self.size = sum(map(len, shelf.files[LORA].values()))
+
+    def alive(self) -> None:
+        self.heard += self.shelf.sent >= self.size
+
+    def wanted(self) -> Wanted:
+        return Wanted(alive=self.alive, cancelled=lambda: self.heard > self.enough)
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_who_hashes_lives_and_looks_whether_it_is_still_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes: bool
+) -> None:
+    monkeypatch.setattr(transfer, "PIECE", 100)
+    shelf = lora_shelf(4000, hashes=hashes)
+    store = keeper(tmp_path, shelf)
+    ears = Ears(shelf, enough=10)
+    with pytest.raises(Cancelled):
+        store.ensure(LORA, ears.wanted())
+    assert ears.heard == 11
+    assert store.disk.manifests() == {}
+    ears.enough = 10**9
+    store.ensure(LORA, ears.wanted())
+    assert shelf.sent == ears.size, "nothing came twice"
+    assert 50 < ears.heard < 60, "and each byte was hashed once more"
+
+
+def test_who_looks_through_what_was_touched_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "PIECE", 100)
+    shelf = lora_shelf(4000)
+    store = keeper(tmp_path, shelf)
+    store.ensure(LORA, NOBODY)
+    os.utime(store.store.lora_file(LORA.name), (1, 1))
+    ears = Ears(shelf, enough=10)
+    with pytest.raises(Cancelled):
+        store.ensure(LORA, ears.wanted())
+    ears.enough = 10**9
+    with store.held((LORA,), ears.wanted()):
+        assert 50 < ears.heard < 60
+    assert shelf.listed == 1
+
+
+def test_who_publishes_many_files_lives(tmp_path: Path) -> None:
+    heard: list[int] = []
+    files = CHAT_FILES | {f"tokenizer_{number}.json": b"{}" for number in range(30)}
+    shelf = Shelf({CHAT: files})
+    size = sum(map(len, files.values()))
+
+    def alive() -> None:
+        heard.append(shelf.sent)
+
+    keeper(tmp_path, shelf).ensure(CHAT, Wanted(alive=alive))
+    assert heard.count(size) >= 30
 
 
 # --- what can't be used --------------------------------------------------------------------------
@@ -332,6 +459,54 @@ def test_what_one_source_has_in_vain_is_fetched_once_while_another_is_down(tmp_p
     time = Time()
     keeper(tmp_path, bad, good, time=time).ensure(LORA, Wanted(deadline=time.now + 100))
     assert bad.listed == 1
+
+
+def told(keeper: Keeper) -> list[tuple[str, str]]:
+    return [
+        (str(entry["model"]), str(entry["rule"]))
+        for entry, _ in keeper.diary.read()
+        if entry["event"] == "refused"
+    ]
+
+
+def test_a_refusal_is_told_though_another_source_has_the_model(tmp_path: Path) -> None:
+    inside = lora_shelf(listing=raising(Refused(Rule.ADDRESS, "leads to 10.0.0.1")))
+    store = keeper(tmp_path, inside, lora_shelf(name="web"))
+    store.ensure(LORA, NOBODY)
+    assert events(store) == ["refused", "fetched"]
+    assert told(store) == [(str(LORA), "address")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("loader.py", b"", "code"),
+        ("away.safetensors", None, "link"),
+        ("adapter_config.json", b"{}", "file_kind"),
+        ("tokenizer_config.json", b'{"auto_map": {}}', "code"),
+    ],
+)
+def test_what_is_refused_of_what_was_laid_is_told_by_its_rule(
+    tmp_path: Path, name: str, content: bytes | None, rule: str
+) -> None:
+    laid = tmp_path / "acme" / "chat"
+    laid.mkdir(parents=True)
+    for path, text in CHAT_FILES.items():
+        (laid / path).write_bytes(text)
+    store = keeper(tmp_path, Shelf({CHAT: CHAT_FILES}))
+    if content is None:
+        (laid / name).symlink_to("/etc/passwd")
+    else:
+        (laid / name).write_bytes(content)
+    with pytest.raises(Refused):
+        store.ensure(CHAT, NOBODY)
+    assert told(store) == [(str(CHAT), rule)]
+
+
+def test_a_model_with_code_of_its_own_is_not_fetched(tmp_path: Path) -> None:
+    config = b'{"architectures": ["X"], "auto_map": {"AutoModel": "modeling.X"}}'
+    files = {"config.json": config, "model.safetensors": weights(5000)}
+    assert fetched_bytes(tmp_path, CHAT, files) < 1000
 
 
 # --- what goes away under a reader ---------------------------------------------------------------
@@ -565,11 +740,14 @@ def test_who_has_no_deadline_gives_up_after_some_rounds(tmp_path: Path) -> None:
     assert shelf.listed == LIMITS.rounds
 
 
-def test_as_long_as_the_source_asks_to_wait(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chance", [0.0, 0.5, 0.99])
+def test_at_least_as_long_as_the_source_asks_to_wait(tmp_path: Path, chance: float) -> None:
     time = Time()
     shelf = lora_shelf(listing=raising(SourceDown("429", retry_after=90.0), times=1))
-    keeper(tmp_path, shelf, time=time).ensure(LORA, NOBODY)
-    assert sum(time.slept) == pytest.approx(90.0)
+    store = keeper(tmp_path, shelf, time=time)
+    store.chance = lambda: chance
+    store.ensure(LORA, NOBODY)
+    assert 90.0 <= sum(time.slept) <= 92.0
 
 
 def test_a_break_is_gone_on_from_and_counts_as_progress(tmp_path: Path) -> None:
@@ -687,6 +865,20 @@ def test_who_waits_hears_that_there_is_progress(tmp_path: Path) -> None:
     shelf = lora_shelf(listing=raising(SourceDown("500"), times=2))
     keeper(tmp_path, shelf).ensure(LORA, Wanted(alive=lambda: heard.append(None)))
     assert len(heard) >= 3
+
+
+@pytest.mark.parametrize("part", [1000, 10**9])
+def test_a_server_that_tags_each_answer_otherwise_is_read_in_one_stream(
+    tmp_path: Path, part: int
+) -> None:
+    """Behind one address are several, each with tags of its own."""
+    shelf = lora_shelf(4000, hashes=False)
+    counter = itertools.count()
+    shelf.opening = shelf.listing = lambda: setattr(shelf, "etag", str(next(counter)))
+    store = keeper(tmp_path, shelf, limits=replace(LIMITS, part=part))
+    store.ensure(LORA, NOBODY)
+    assert content_of(store, LORA) == shelf.files[LORA]
+    assert shelf.listed <= 3
 
 
 # --- what isn't what it says ---------------------------------------------------------------------

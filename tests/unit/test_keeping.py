@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import pytest
 from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayError
 
 from actors.keeping import TURN_SECONDS, StoreReport, StoreWorker
 from actors.stores import FETCHED_BYTES, RayStores, _Member
@@ -127,6 +129,27 @@ async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None
     assert report.here == frozenset()
     assert report.failed[A] == "401"
     assert "not a model's id" in report.failed["nonsense"]
+
+
+async def test_what_is_no_models_id_is_told_and_counted(house: House) -> None:
+    worker = house.begin()
+    await worker.want(("nonsense", "base:../../etc", "lora:https://host/\x1b[31m"))
+    report = await report_when(worker, lambda r: len(r.failed) == 3)
+    assert report.events == {("refused", "name"): 2, ("refused", "url"): 1}
+
+
+async def test_what_strangers_write_is_shown_in_short_and_plain(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = house.begin()
+    link = "lora:https://host.example/x?token=SECRET"
+    await worker.want(("x" * 10_000, "lora:https://host/\n\x1b[31m\ud800", link))
+    report = await report_when(worker, lambda r: len(r.failed) == 3)
+    assert all(len(key) < 300 and key.isascii() and key.isprintable() for key in report.failed)
+    said = capsys.readouterr().out
+    assert "not_fetched" in said
+    assert "SECRET" not in said
+    assert "\x1b[31m" not in said.replace("\x1b[0m", "").split("host/")[1][:20]
 
 
 async def test_a_configured_model_is_tried_again(house: House) -> None:
@@ -249,6 +272,47 @@ def test_settled_when_each_configured_model_is_there_or_was_tried() -> None:
     assert not stores(report({A, B}), None).settled(CARDS)
     assert not stores(report({A, B})).settled(CARDS)
     assert RayStores(None, "1+abc", (A,)).settled(CARDS)
+
+
+class Remote:
+    """An actor's handle whose every call has that outcome."""
+
+    def __init__(self, outcome: StoreReport | Exception) -> None:
+        self.report = self.want = self
+        self.outcome = outcome
+
+    async def _answer(self) -> StoreReport:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def remote(self, *_: object) -> object:
+        return self._answer()
+
+
+@pytest.mark.parametrize(
+    "outcome", [ActorDiedError(), replace(report({A}), release="older")], ids=["dead", "old"]
+)
+@pytest.mark.parametrize("error", [RayError("the node is going away"), ValueError("no such node")])
+async def test_a_store_that_cannot_be_replaced_ends_nobodys_run(
+    monkeypatch: pytest.MonkeyPatch, outcome: StoreReport | Exception, error: Exception
+) -> None:
+    made = stores(None)
+    node = RayNodeId("n0")
+    made._members[node] = _Member(cast("ActorHandle[object]", Remote(outcome)))
+
+    def going_away(_: RayNodeId) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(made, "_actor", going_away)
+    monkeypatch.setattr(made, "_kill", lambda _: None)
+    await made.refresh([node])
+    assert made.reports() == {}
+    fresh = Remote(report({A}))
+    monkeypatch.setattr(made, "_actor", lambda _: fresh)
+    await made.refresh([node])
+    await made.refresh([node])
+    assert made.here(CARDS[:1]) == {ModelId(A)}
 
 
 def test_news_are_told_once_over_restarts() -> None:

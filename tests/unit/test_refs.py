@@ -96,6 +96,28 @@ def test_links_that_are_not_plain_are_refused_in_one_plain_line(name: str) -> No
         assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("https://user:SECRET@host/x.safetensors", "https://host/x.safetensors"),
+        ("https://SECRET@host/x", "https://host/x"),
+        ("https://a:SECRET@b:SECRET@host/x@2", "https://host/x@2"),
+        ("https://host/x#token=SECRET", "https://host/x"),
+        ("https://host?key=SECRET", "https://host"),
+        ("https://host/x?u=https://y/SECRET#SECRET", "https://host/x"),
+    ],
+)
+def test_a_links_credentials_and_fragment_are_shown_to_nobody(name: str, shown: str) -> None:
+    assert ModelRef("lora", name).shown == shown
+    assert str(ModelRef("lora", name)) == f"lora:{shown}"
+
+
+def test_a_long_link_is_shown_in_short_and_has_its_own_key() -> None:
+    a, b = (ref("lora", "https://host/" + "x" * 1000 + letter) for letter in "ab")
+    assert len(str(a)) < 300
+    assert a.key != b.key
+
+
 def test_a_links_query_is_shown_to_nobody() -> None:
     link = ref("lora", "https://host/file?token=SECRET", file="a.safetensors")
     assert "SECRET" not in str(link) + link.key

@@ -113,6 +113,21 @@ def test_of_whole_weights_and_shards_the_one_is_taken_that_the_library_reads() -
     assert chosen("unet", ["config.json", *unet]) == {"config.json", *unet}
 
 
+def test_what_the_libraries_never_open_is_not_fetched() -> None:
+    """One of these that isn't UTF-8, or no JSON, would have the whole model refused."""
+    read = words(
+        "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model "
+        "special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt spiece.model "
+        "sentencepiece.bpe.model chat_template.jinja chat_template.json tiktoken.model spm.model "
+        "preprocessor_config.json model.safetensors"
+    )
+    unread = words(
+        "notes.txt README.txt trainer_state.json training_args.json all_results.json "
+        "requirements.txt adapter_config.json log.txt pytorch_model.bin.index.json license.txt"
+    )
+    assert chosen("base", [*read, *unread]) == set(read)
+
+
 def test_networks_alone() -> None:
     files = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "x.ckpt"]
     fp16 = "diffusion_pytorch_model.fp16.safetensors"

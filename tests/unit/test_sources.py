@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -161,6 +163,41 @@ def test_what_is_raised_while_it_is_read_stays_what_it_is() -> None:
     source, _ = web(lambda _: httpx2.Response(200, content=b"a"))
     with pytest.raises(OSError, match="full"), source.open(ONE, ONE.files[0], 0, None):
         raise OSError("full")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["add_detail!.safetensors", "style@v2.safetensors", "アニメ.safetensors", "a~b#1.safetensors",
+     "Foo.SAFETENSORS", "a  b (1).safetensors", "ü.safetensors"],
+)  # fmt: skip
+def test_a_files_name_is_its_hosts_own_affair(said: str) -> None:
+    """Only how it ends matters; on the disk it has a name of ours."""
+    quoted = urllib.parse.quote(said)
+    for header in (f'attachment; filename="{said}"', f"attachment; filename*=UTF-8''{quoted}"):
+        headers = [(b"Content-Disposition", header.encode())]
+        answer = httpx2.Response(200, headers=headers, content=b"a")
+        source, asked = web(partial(same, answer))
+        assert [file.path for file in source.list(asked).files] == ["linked.safetensors"]
+        named = ref("lora", LINK.name, file="named.safetensors")
+        assert [file.path for file in source.list(named).files] == ["named.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "said", ["../x.safetensors", "a/b.safetensors", "a\\b.safetensors", ".x.safetensors",
+             "a\tb.safetensors", "x" * 300 + ".safetensors"],
+)  # fmt: skip
+def test_a_files_name_that_could_be_a_path_is_refused_all_the_same(said: str) -> None:
+    quoted = urllib.parse.quote(said)
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quoted}"}
+    source, asked = web(lambda _: httpx2.Response(200, headers=headers, content=b"a"))
+    with pytest.raises(Refused) as caught:
+        source.list(asked)
+    assert caught.value.rule is Rule.NAME
+    assert str(caught.value).isprintable()
+
+
+def same(answer: httpx2.Response, _: httpx2.Request) -> httpx2.Response:
+    return answer
 
 
 PIECES = st.sampled_from(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.models.addresses import not_public
 from cluster.models.refusals import Refused, Rule
-from cluster.models.urls import UrlRules, check, check_address
+from cluster.models.urls import UrlRules, check, check_address, check_link
 
 RULES = UrlRules()
 
@@ -51,7 +51,7 @@ def test_one_normal_form(url: str, normal: str) -> None:
         ("https:/example.com", Rule.URL),
         ("https://", Rule.URL),
         ("https:///etc/passwd", Rule.URL),
-        ("https://example.com/" + "x" * 2048, Rule.URL),
+        ("https://example.com/" + "x" * 8192, Rule.URL),
         ("https://example.com/a b", Rule.URL),
         ("https://example.com/\n", Rule.URL),
         ("https://example.com\\@10.0.0.1/", Rule.URL),
@@ -101,6 +101,15 @@ def test_one_normal_form(url: str, normal: str) -> None:
 )
 def test_what_is_refused_and_by_which_rule(url: str, rule: Rule) -> None:
     assert rule_of(url) is rule
+
+
+def test_a_link_is_shorter_than_what_it_may_lead_on_to() -> None:
+    """Presigned links carry a policy, a signature and a session's token."""
+    signed = "https://cdn.example/x?signature=" + "a" * 6000
+    assert check(signed, RULES) == signed
+    with pytest.raises(Refused) as caught:
+        check_link(signed, RULES)
+    assert caught.value.rule is Rule.URL
 
 
 def test_no_secret_in_the_line() -> None:

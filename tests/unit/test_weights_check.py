@@ -367,7 +367,6 @@ def test_shapes_that_pass_are_read(scratch: Path, dtype: str, shape: list[int]) 
         ("a.json", b"", Rule.FILE_KIND),
         ("a.json", b"{", Rule.FILE_KIND),
         ("a.json", b'{"a":\xff}', Rule.FILE_KIND),
-        ("a.json", b"\xef\xbb\xbf{}", Rule.FILE_KIND),
         ("a.json", "{}".encode("utf-16"), Rule.FILE_KIND),
         ("a.json", b"[" * 9_000, Rule.FILE_KIND),
         ("a.json", b'{"a":' * 1_800, Rule.FILE_KIND),
@@ -394,6 +393,7 @@ def test_a_companion_is_refused(tmp_path: Path, name: str, content: bytes, rule:
     ("name", "content"),
     [
         ("a.json", b"{}"),
+        ("a.json", b"\xef\xbb\xbf{}"),
         ("a.json", b"[" * 100 + b"]" * 100),
         ("a.json", b'{"time_step_limit": [0.0, Infinity]}'),
         ("merges.txt", "#version: 0.2\nĠ t\n".encode()),
