@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from cluster import quarantine_rows
 from cluster.core.errors import ConfigError
-from cluster.journal_tables import cursors_table, metadata
+from cluster.journal_tables import cursors_table, metadata, outbox_table
 
 SCHEMA = "3"
 _UPGRADES = {
@@ -127,4 +127,7 @@ def make_tables(connection: Connection) -> None:
         # "If it isn't there" is no protection there from another who finds the same.
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_MAKING})"))
     metadata.create_all(connection)
+    for index in outbox_table.indexes:
+        # A table that was there already has those that it was made with.
+        index.create(connection, checkfirst=True)
     quarantine_rows.metadata.create_all(connection)

@@ -67,6 +67,7 @@ outbox_table = Table(
     Column("offer", Text),
     Column("block", BigInteger),
     Column("cost", Text),
+    Index("outbox_by_nonce", "account", "nonce"),
 )
 takings_table = Table(
     "takings",

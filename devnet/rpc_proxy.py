@@ -1,8 +1,9 @@
 """A proxy between a client and its EVM node that breaks on command.
 
 It passes JSON-RPC calls on and does to some of them what real endpoints do: no answer, a slow one,
-429 and 500, garbage, an old head, blocks of another fork, and a transaction that is taken while the
-answer is lost.
+401, 429 and 500, garbage, a quota or a refusal inside an answer, an old head, blocks of another
+fork, logs that come later than their blocks, receipts that aren't kept, and a transaction that is
+taken while the answer is lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ KINDS: Final = (
     "stale",
     "fork",
     "lose",
+    "401",
+    "quota",
+    "refuse",
+    "late logs",
+    "no receipts",
 )
+LOGS: Final = "eth_getLogs"
+RECEIPT: Final = "eth_getTransactionReceipt"
+LATE: Final = 2
+"""Blocks that logs come late."""
 SEND: Final = "eth_sendRawTransaction"
 HEAD: Final = "eth_getBlockByNumber"
 
@@ -119,10 +129,26 @@ class RpcProxy:
         return json.dumps(said).encode()
 
 
+_ONLY: Final = {
+    "lose": SEND,
+    "stale": HEAD,
+    "fork": HEAD,
+    "late logs": LOGS,
+    "no receipts": RECEIPT,
+}
+
+
 def _concerns(kind: str, method: str) -> bool:
-    if kind == "lose":
-        return method == SEND
-    return kind not in {"stale", "fork"} or method == HEAD
+    return _ONLY.get(kind, method) == method
+
+
+def _result(question: Mapping[str, Any], result: object) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": question["id"], "result": result}).encode()
+
+
+def _error(question: Mapping[str, Any], code: int, message: str) -> bytes:
+    error = {"code": code, "message": message}
+    return json.dumps({"jsonrpc": "2.0", "id": question["id"], "error": error}).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,7 +166,14 @@ class _Handler(BaseHTTPRequestHandler):
             "drop": self._drop,
             "lose": self._lose,
             "429": lambda _b, _q: self._say(429, b"", {"Retry-After": "1"}),
+            "401": lambda _b, _q: self._say(401, b'{"message": "invalid key"}'),
             "500": lambda _b, _q: self._say(500, b"internal error"),
+            "quota": lambda _b, q: self._say(
+                200, _error(q, -32005, "daily request count exceeded")
+            ),
+            "refuse": lambda _b, q: self._say(200, _error(q, -32603, "Internal error")),
+            "no receipts": lambda _b, q: self._say(200, _result(q, None)),
+            "late logs": self._late,
             "garbage": lambda _b, _q: self._say(200, b"<html>not JSON"),
         }.get(kind)
         if act is not None:
@@ -163,6 +196,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _lose(self, body: bytes, _question: Mapping[str, Any]) -> None:
         self.owner.pass_on(body)
         self.close_connection = True
+
+    def _late(self, _body: bytes, question: Mapping[str, Any]) -> None:
+        asked = question["params"][0]
+        number = {"jsonrpc": "2.0", "id": 1, "method": "eth_blockNumber", "params": []}
+        head = int(json.loads(self.owner.pass_on(json.dumps(number).encode()))["result"], 16)
+        last = min(int(asked["toBlock"], 16), head - LATE)
+        if last < int(asked["fromBlock"], 16):
+            self._say(200, _result(question, []))
+            return
+        sooner = {**question, "params": [{**asked, "toBlock": hex(last)}]}
+        self._say(200, self.owner.pass_on(json.dumps(sooner).encode()))
 
     def _say(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
@@ -21,7 +21,7 @@ from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import LATEST, Block, Reverted, Rpc
 from cluster.chain.task_contract import TaskContract
 from cluster.chain.wakeups import Wakeups
-from cluster.chain.watcher import CURSOR, Holders, Watcher
+from cluster.chain.watcher import CURSOR, REORGANISED, Holders, Watcher
 from cluster.core.errors import ChainError, ConfigError, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Lease, Movement, Wakeup
@@ -458,8 +458,9 @@ class ChainNetwork:
                 hoped = HOPES
 
     async def _look_on(self) -> None:
-        for wakeup in await self._watcher.poll():
-            self._wakeups.give(wakeup)
+        for found in await self._watcher.poll():
+            for wakeup in self._meant(found):
+                self._wakeups.give(wakeup)
         self._failing = None
         number = self._number()
         if number is not None and (self._grew is None or number > self._grew[0]):
@@ -467,6 +468,18 @@ class ChainNetwork:
         if self._watcher.next is not None:
             self._wakeups.reached(self._watcher.next, self._cursor)
             self._cursor = None
+
+    def _meant(self, wakeup: Wakeup) -> Iterable[Wakeup]:
+        """Of a reorganisation only those hear who were looked at in a block that isn't any more:
+        what is in the blocks in its place names the others."""
+        if wakeup.reason != REORGANISED:
+            return (wakeup,)
+        looked = {a: each.view.moment for a, each in self._looked.items()}
+        return tuple(
+            Wakeup(account, REORGANISED)
+            for account in self._accounts
+            if looked.get(account, wakeup.moment) >= wakeup.moment
+        )
 
     def _number(self) -> int | None:
         return None if self._watcher.head is None else self._watcher.head.number

@@ -195,8 +195,16 @@ class Outbox(Moves):
             raise
         except NetworkUnavailable as error:
             _log.warning("outbox_waits", account=account, reason=str(error))
-        except Exception:  # noqa: BLE001 - the top of an account's own supervised loop
+        except Exception as error:  # noqa: BLE001 - the top of an account's own supervised loop
             _log.exception("outbox_broke", account=account)
+            what = f"account {account}: its writes can't be moved on: {type(error).__name__}"
+            self._alerts.note(account, "bug", what)
+            # It won't be another one in a second.
+            self._busy.add(account)
+            await asyncio.sleep(self._settings.recheck_after)
+            self._busy.discard(account)
+        else:
+            self._alerts.clear(account, "bug")
 
     async def _turn(self, account: Address, found: Sequence[OutboxRow]) -> None:
         """For an account that is marked as busy, until it ends."""

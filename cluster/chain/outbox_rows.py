@@ -303,13 +303,14 @@ def highest_nonce(
     states: frozenset[RowState] | None = None,
     since: float | None = None,
 ) -> int | None:
-    """Of the account's rows, those in `states` that changed after `since` where that is said."""
-    query = select(func.max(table.c.nonce)).where(table.c.account == account)
+    """Of the account's rows, those in `states` that changed after `since` where that is said. Read
+    from the highest down: it is most often the first."""
+    query = select(table.c.nonce).where(table.c.account == account, table.c.nonce.is_not(None))
     if states is not None:
         query = query.where(table.c.state.in_([state.value for state in states]))
     if since is not None:
         query = query.where(table.c.updated_at > since)
-    return connection.execute(query).scalar()
+    return connection.execute(query.order_by(table.c.nonce.desc()).limit(1)).scalar()
 
 
 def lowest_nonce(

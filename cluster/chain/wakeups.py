@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from cluster.core.ports import Wakeup
 
+DROPPED = "too many wake-ups"
+
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
@@ -33,15 +35,18 @@ class Wakeups:
         self._queue: asyncio.Queue[Wakeup] = asyncio.Queue(most)
         self._store = store
         self._given = self._taken = self._done = 0
+        self._dropped = False
         self._marks: deque[_Mark] = deque()
         self.handled: int | None = None
         """All that is known of the blocks before this one is handled."""
 
     def give(self, wakeup: Wakeup) -> None:
-        # When full, whoever takes them is far behind and looks at everything anyway.
-        if not self._queue.full():
-            self._queue.put_nowait(wakeup)
-            self._given += 1
+        """When too many wait, one for everybody stands for those that have no room."""
+        if self._queue.full():
+            self._dropped = True
+            return
+        self._queue.put_nowait(wakeup)
+        self._given += 1
 
     def reached(self, block: int, cursor: str | None) -> None:
         """What was given so far is all that there is of the blocks before this one."""
@@ -55,6 +60,9 @@ class Wakeups:
         """The next; whoever takes it has handled those before."""
         self._done = self._taken
         self._pass()
+        if self._dropped:
+            self._dropped = False
+            return Wakeup(None, DROPPED)
         wakeup = await self._queue.get()
         self._taken += 1
         return wakeup

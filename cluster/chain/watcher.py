@@ -209,7 +209,7 @@ class Watcher:
         if forked is not None:
             # Kept here, because what is asked for next may fail.
             self._next = next_ = min(next_, forked)
-            self._found[Wakeup(None, REORGANISED)] = None
+            self._found[Wakeup(None, REORGANISED, moment=forked)] = None
             self.reorganised()
         first, last = self._range(next_, head.number)
         if first <= last:

@@ -14,15 +14,30 @@ from hypothesis import strategies as st
 
 from cluster.chain import network as module
 from cluster.chain.heads import Heads
-from cluster.chain.network import UNREACHED_SECONDS, ChainNetwork, Contracts, NetworkSettings
+from cluster.chain.network import (
+    UNREACHED_SECONDS,
+    ChainNetwork,
+    Contracts,
+    NetworkSettings,
+    _Looked,
+)
 from cluster.chain.outbox import Outbox
 from cluster.chain.rpc import Rpc
-from cluster.chain.wakeups import Wakeups
-from cluster.chain.watcher import CURSOR
+from cluster.chain.wakeups import DROPPED, Wakeups
+from cluster.chain.watcher import CURSOR, REORGANISED
 from cluster.core.errors import ChainError, NetworkUnavailable
 from cluster.core.ports import KICKED_OUT, Wakeup
-from cluster.core.types import Address, Commitment, Timestamp
+from cluster.core.types import (
+    AccountFacts,
+    AccountView,
+    Address,
+    Commitment,
+    NodeStatus,
+    Timestamp,
+    Wei,
+)
 from cluster.journal import SqlJournal
+from tests.unit.actor_fakes import KIND
 from tests.unit.test_watcher import FOREIGN, NODES, OURS, TASKS, FakeLogs, log
 
 QOS = Address("0x" + "55" * 20)
@@ -160,6 +175,19 @@ async def test_an_outage_shows_once_it_has_lasted_and_ends_at_once(rig: Rig) -> 
         await asyncio.gather(watching, return_exceptions=True)
 
 
+def test_of_a_reorganisation_hear_only_those_who_were_looked_at_in_what_is_gone(rig: Rig) -> None:
+    after, before, never = OURS, FOREIGN, NODES
+    rig.network._accounts |= {after, before, never}
+    for account, moment in ((after, 101), (before, 100)):
+        facts = AccountFacts(account, NodeStatus.AVAILABLE, KIND, Wei(1), Wei(1), 1, None)
+        view = AccountView(moment, Timestamp(0.0), facts, ())
+        rig.network._looked[account] = _Looked("0x", frozenset(), view)
+    meant = rig.network._meant(Wakeup(None, REORGANISED, moment=101))
+    assert {each.account for each in meant} == {after, never}
+    for other in (Wakeup(None, "chain went back"), KICK):
+        assert tuple(rig.network._meant(other)) == (other,)
+
+
 async def test_a_chain_that_stands_still_is_an_alert_and_then_an_outage(rig: Rig) -> None:
     async with asyncio.timeout(60):
         watching = asyncio.create_task(rig.network.watch())
@@ -295,7 +323,7 @@ def test_only_what_was_handled_is_stored(steps: list[str]) -> None:
     asyncio.run(play())
 
 
-async def test_who_doesnt_take_them_loses_some_and_no_memory_is_lost() -> None:
+async def test_who_doesnt_take_them_is_told_to_look_at_all_and_no_memory_is_lost() -> None:
     stored: list[str] = []
     wakeups = Wakeups(2, stored.append)
     for block in range(1, 100):
@@ -303,6 +331,7 @@ async def test_who_doesnt_take_them_loses_some_and_no_memory_is_lost() -> None:
         wakeups.reached(block, str(block))
     assert stored == []
     assert len(wakeups._marks) == 2
-    await wakeups.take()
-    await wakeups.take()
+    assert await wakeups.take() == Wakeup(None, DROPPED)
+    for _ in range(2):
+        assert await wakeups.take() == Wakeup(OURS, "x")
     assert stored == ["1"]

@@ -87,6 +87,8 @@ async def test_a_bug_in_ones_writes_stops_no_others(world: World) -> None:
         world.outbox.ensure(score())
         await until_scored(world, TASK)
         assert world.row(score(OTHER).key).state is RowState.NEW
+        (alert,) = world.outbox.alerts()
+        assert BOB in alert and "ZeroDivisionError" in alert
 
 
 async def test_a_lost_lease_ends_it(world: World) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import inspect
 
 from cluster.chain.fees import FeeSettings
 from cluster.chain.outbox_ports import ChainEvent, OutboxSettings
@@ -272,9 +273,13 @@ async def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> 
         connection.execute("ALTER TABLE outbox DROP COLUMN block")
         connection.execute("ALTER TABLE outbox DROP COLUMN cost")
         connection.execute("DROP TABLE takings")
+        connection.execute("DROP INDEX outbox_by_nonce")
         connection.execute("UPDATE cursors SET value = '1' WHERE key = 'schema'")
     connection.close()
     world.start()
+    with world.journal.read() as database:
+        indexes = {each["name"] for each in inspect(database).get_indexes("outbox")}
+    assert "outbox_by_nonce" in indexes
     assert world.row(score().key).state is RowState.SENT
     await later(world, 100.0)
     assert len(world.chain.pool) == 1, "without knowing what it offers nothing is replaced"

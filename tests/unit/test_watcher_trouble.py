@@ -163,7 +163,7 @@ async def test_whichever_call_fails_after_a_reorganisation_it_is_read_again(dept
         rig.node.fail = {rig.node.count + failing}
         found = await rig.poll(4)
         assert found.count(STARTED) == 1, f"call {failing} of {calls}"
-        assert found.count(Wakeup(None, REORGANISED)) == 1
+        assert found.count(Wakeup(None, REORGANISED, moment=105 - depth)) == 1
         assert rig.told == 1
 
 
@@ -172,7 +172,7 @@ async def test_a_reorganisation_is_told_of_although_the_logs_are_refused() -> No
     await rig.grown(100, 101, 102)
     rig.node.chain.fork(102, "b", 103)
     rig.node.refuse_logs = True
-    assert await rig.poll(3) == [Wakeup(None, REORGANISED)]
+    assert await rig.poll(3) == [Wakeup(None, REORGANISED, moment=102)]
 
 
 @given(
