@@ -100,17 +100,10 @@ class StoreWorker:
         return await loop.run_in_executor(self._looker, self._drop, model_id)
 
     def _drop(self, model_id: str) -> str:
-        ref, disk = of_model_id(model_id), self._keeper.disk
-        if ref in self._keeper.pinned:
-            return "it is configured to stay (models.pin, models.preload)"
-        if disk.manifest(ref.key) is None:
-            return "not among what was fetched there"
-        with disk.try_lock(f"{ref.key}.use") as free:
-            if not free:
-                return "a task uses it"
-            disk.remove(ref.key)
+        if (stays := self._keeper.drop(of_model_id(model_id))) is not None:
+            return stays.value
         self._here.discard(model_id)
-        self._log.info("model_dropped", model=model_id)
+        self._log.info("model_dropped", model=self._shown(model_id))
         return "dropped"
 
     async def report(self) -> StoreReport:

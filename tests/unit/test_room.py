@@ -11,13 +11,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from cluster.core.errors import Cancelled, DeadlinePassed
+from cluster.core.errors import Cancelled, ClusterError, ConfigError, DeadlinePassed
 from cluster.models.disk import Progress
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
 from cluster.models.refusals import Refused, Rule
-from cluster.models.settings import Limits
+from cluster.models.settings import Limits, StoreSettings
+from cluster.models_cli import drop
 from tests.unit.model_fakes import Shelf, Time, keeper, weights
 
 NOBODY = Wanted()
@@ -263,6 +265,31 @@ def test_folders_that_lost_their_manifest_go_at_the_next_start(tmp_path: Path) -
     assert store.disk.keys() == tuple(sorted((A.key, C.key))), "another process has the lock"
     store.room.tidy()
     assert store.disk.keys() == (A.key,)
+
+
+def test_what_is_dropped_by_command_is_neither_pinned_nor_used(tmp_path: Path) -> None:
+    store = small(tmp_path, 3, pinned=frozenset({A}))
+    settings = StoreSettings(tmp_path, ("hub",), pinned=store.pinned)
+    for each in (A, B):
+        store.ensure(each, NOBODY)
+    quiet = Console(quiet=True)
+    with pytest.raises(ConfigError, match="configured to stay"):
+        drop(settings, [str(A)], quiet)
+    with store.disk.try_lock(f"{B.key}.use"), pytest.raises(ClusterError, match="uses it"):
+        drop(settings, [str(B)], quiet)
+    assert here(store) == {A, B}
+    drop(settings, [str(B)], quiet)
+    assert here(store) == {A}
+    with pytest.raises(ConfigError, match="not among"):
+        drop(settings, [str(B)], quiet)
+
+
+def test_a_model_that_lost_its_manifest_can_be_dropped(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    (store.disk.model(A.key) / ".manifest.json").write_text("")
+    assert store.drop(A) is None
+    assert store.disk.keys() == ()
 
 
 def test_a_removed_model_is_gone_at_once_and_its_name_free(tmp_path: Path) -> None:
