@@ -172,6 +172,7 @@ class StoreWorker:
             others = [each for each in self._failed if each not in self._configured]
             for old in others[:-MOST_QUEUED]:
                 del self._failed[old]
+            self._refs.pop(model_id, None)
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class StoreWorker:
         for model_id in tuple(self._here):
             if not self._is_here(model_id):
                 self._here.discard(model_id)
+                self._refs.pop(model_id, None)
         self._read_diary()
         manifests = keeper.disk.manifests()
         return StoreReport(
@@ -198,8 +200,9 @@ class StoreWorker:
 
     def _is_here(self, model_id: str) -> bool:
         """Evicted, or removed by hand: then the network mustn't be told that it is here."""
+        ref = self._refs.get(model_id)
         try:
-            return self._keeper.has(self._refs[model_id])
+            return ref is not None and self._keeper.has(ref)
         except ClusterError:
             return False
 
