@@ -80,7 +80,7 @@ class StoreWorker:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="look")
         self._ended = threading.Event()
-        self._offset = self._end_of_diary()
+        self._place = self._keeper.diary.end()
         self._events: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
         self._log = structlog.get_logger("models")
@@ -206,17 +206,9 @@ class StoreWorker:
         except ClusterError:
             return False
 
-    def _end_of_diary(self) -> int:
-        try:
-            return self._keeper.diary.file.stat().st_size
-        except OSError:
-            return 0
-
     def _read_diary(self) -> None:
-        if self._end_of_diary() < self._offset:  # it was begun anew
-            self._offset = 0
-        for entry, offset in self._keeper.diary.read(self._offset):
-            self._offset = offset
+        for entry, place in self._keeper.diary.read_on(self._place):
+            self._place = place
             said = next((str(entry[label]) for label in LABELS if label in entry), "")
             self._events[str(entry.get("event", "")), said] += 1
             size = entry.get("bytes")

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,10 +134,13 @@ class Disk:
 
     def remove(self, key: str) -> None:
         """Unpublish at once, then delete: nobody sees half of it."""
-        trash = self.base / "trash" / f"{key}.{os.getpid()}.{id(key)}"
-        with contextlib.suppress(FileNotFoundError):
-            self.model(key).rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+        if not self.model(key).exists():
+            return
+        (self.base / "trash").mkdir(parents=True, exist_ok=True)
+        trash = Path(tempfile.mkdtemp(dir=self.base / "trash"))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            self.model(key).rename(trash / key)
+        shutil.rmtree(trash, ignore_errors=True)
 
     # --- locks -----------------------------------------------------------------------------------
 

@@ -70,8 +70,10 @@ class Room:
 
     def tidy(self) -> None:
         """Remove what nobody will come back for. For the start of a process."""
-        shutil.rmtree(self.disk.base / "trash", ignore_errors=True)
         self.disk.prepare()
+        # What is in it, and not the folder itself: others put into it what leaves.
+        for left in _folders(self.disk.base / "trash"):
+            shutil.rmtree(left, ignore_errors=True)
         self._drop_leftovers(None, STALE)
         published = self.disk.keys()
         for key in published:

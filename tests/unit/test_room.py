@@ -273,6 +273,20 @@ def test_folders_that_lost_their_manifest_go_at_the_next_start(tmp_path: Path) -
     assert store.disk.keys() == (A.key,)
 
 
+def test_a_start_beside_others_leaves_them_where_to_put_what_leaves(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    trash = tmp_path / ".store" / "trash"
+    inode = trash.stat().st_ino
+    (trash / "old" / "x").mkdir(parents=True)
+    store.room.tidy()
+    assert trash.stat().st_ino == inode
+    assert list(trash.iterdir()) == []
+    shutil.rmtree(trash)
+    store.disk.remove(A.key)
+    assert not store.disk.model(A.key).exists()
+
+
 def small_files(store: Keeper) -> set[str]:
     kinds = ("locks", "uses", "refused", "progress")
     found = {f"{kind}/{path.name}" for kind in kinds for path in (store.disk.base / kind).iterdir()}
