@@ -184,6 +184,21 @@ def test_old_leftovers_go_at_the_next_start(tmp_path: Path) -> None:
     assert not list((tmp_path / ".store" / "trash").iterdir())
 
 
+@pytest.mark.parametrize("cut", [[], [400_000]], ids=["at once", "taken up again"])
+def test_a_file_of_unknown_size_is_held_to_the_quota_as_it_comes(
+    tmp_path: Path, cut: list[int]
+) -> None:
+    shelf = Shelf({A: {FILE: weights(3_000_000)}}, sizes=False, hashes=False, cut=cut)
+    store = keeper(tmp_path, shelf, limits=Limits(quota=1_000_000, spare=0, rounds=3))
+    with pytest.raises(Refused) as caught:
+        store.ensure(A, NOBODY)
+    assert caught.value.rule in {Rule.QUOTA, Rule.HEADER}
+    assert shelf.sent < 1_500_000
+    fits = keeper(tmp_path, shelf, limits=Limits(quota=4_000_000, spare=0, rounds=3))
+    fits.ensure(A, NOBODY)
+    assert here(fits) == {A}
+
+
 def archive(size: int) -> bytes:
     """A zip that unpacks to so many bytes, and has far fewer."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
