@@ -81,7 +81,7 @@ class StoreWorker:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
         self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="look")
         self._ended = threading.Event()
-        self._offset = self._end_of_diary()
+        self._place = self._keeper.diary.end()
         self._events: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[str] = Counter()
         self._log = structlog.get_logger("models")
@@ -101,17 +101,10 @@ class StoreWorker:
         return await loop.run_in_executor(self._looker, self._drop, model_id)
 
     def _drop(self, model_id: str) -> str:
-        ref, disk = of_model_id(model_id), self._keeper.disk
-        if ref in self._keeper.pinned:
-            return "it is configured to stay (models.pin, models.preload)"
-        if disk.manifest(ref.key) is None:
-            return "not among what was fetched there"
-        with disk.try_lock(f"{ref.key}.use") as free:
-            if not free:
-                return "a task uses it"
-            disk.remove(ref.key)
+        if (stays := self._keeper.drop(of_model_id(model_id))) is not None:
+            return stays.value
         self._here.discard(model_id)
-        self._log.info("model_dropped", model=model_id)
+        self._log.info("model_dropped", model=self._shown(model_id))
         return "dropped"
 
     async def report(self) -> StoreReport:
@@ -180,6 +173,7 @@ class StoreWorker:
             others = [each for each in self._failed if each not in self._configured]
             for old in others[:-MOST_QUEUED]:
                 del self._failed[old]
+            self._refs.pop(model_id, None)
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -188,6 +182,7 @@ class StoreWorker:
         for model_id in tuple(self._here):
             if not self._is_here(model_id):
                 self._here.discard(model_id)
+                self._refs.pop(model_id, None)
         self._read_diary()
         manifests = keeper.disk.manifests()
         return StoreReport(
@@ -207,22 +202,15 @@ class StoreWorker:
 
     def _is_here(self, model_id: str) -> bool:
         """Evicted, or removed by hand: then the network mustn't be told that it is here."""
+        ref = self._refs.get(model_id)
         try:
-            return self._keeper.has(self._refs[model_id])
+            return ref is not None and self._keeper.has(ref)
         except ClusterError:
             return False
 
-    def _end_of_diary(self) -> int:
-        try:
-            return self._keeper.diary.file.stat().st_size
-        except OSError:
-            return 0
-
     def _read_diary(self) -> None:
-        if self._end_of_diary() < self._offset:  # it was begun anew
-            self._offset = 0
-        for entry, offset in self._keeper.diary.read(self._offset):
-            self._offset = offset
+        for entry, place in self._keeper.diary.read_on(self._place):
+            self._place = place
             said = next((str(entry[label]) for label in LABELS if label in entry), "")
             self._events[str(entry.get("event", "")), said] += 1
             size = entry.get("bytes")

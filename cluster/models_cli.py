@@ -28,7 +28,7 @@ from rich.text import Text
 from cluster.core.errors import ClusterError, ConfigError, ModelUnavailable, TaskInvalid
 from cluster.models.assembly import open_keeper, sources_of
 from cluster.models.disk import Manifest
-from cluster.models.keeper import Keeper, Wanted
+from cluster.models.keeper import Keeper, Stays, Wanted
 from cluster.models.mirror import Mirror
 from cluster.models.refs import ModelRef, of_model_id, ref
 from cluster.models.settings import StoreSettings
@@ -97,16 +97,17 @@ def mirror(settings: StoreSettings, names: Sequence[str], console: Console) -> N
 
 
 def drop(settings: StoreSettings, names: Sequence[str], console: Console) -> None:
-    """Remove fetched models from this machine's disk; what is in use stays."""
+    """Remove fetched models from this machine's disk; what is in use or configured stays."""
     refs = [ref_of(name) for name in names]
-    disk = _writable(settings).disk
+    keeper = _writable(settings)
     for each in refs:
-        if disk.manifest(each.key) is None:
-            raise ConfigError(f"{each}: not among the fetched models; `models list` shows them")
-        with disk.try_lock(f"{each.key}.use") as free:
-            if not free:
-                raise ClusterError(f"{each} is in use by a task; try again when it has ended")
-            disk.remove(each.key)
+        match keeper.drop(each):
+            case Stays.IN_USE as stays:
+                raise ClusterError(f"{each}: {stays.value}; try again when it has ended")
+            case Stays.NOT_FETCHED:
+                raise ConfigError(f"{each}: not among the fetched models; `models list` shows them")
+            case Stays.PINNED as stays:
+                raise ConfigError(f"{each}: {stays.value}")
         console.print(f"{each} is removed", markup=False, highlight=False)
 
 

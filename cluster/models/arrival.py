@@ -36,6 +36,11 @@ class Teller:
         self._logged_at = now
         self._lock = threading.Lock()
 
+    @property
+    def done(self) -> int:
+        """Bytes that are on the disk."""
+        return self._progress.done
+
     def tell(self) -> None:
         self._watch.disk.tell(self._progress.ref.key, self._progress)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,8 @@ from cluster.models.waiting import Watch
 from cluster.models.weights_check import check_file, check_table, check_text
 
 MOST_TEXT: Final = 64 * 2**20
-CHECK_ROOM: Final = 16 * 2**20
-"""Bytes of a file of unknown size, after which it is looked whether there is room for more."""
-LEAST_STEP: Final = 2**18
-"""The same for what comes out of a small archive, which may unpack to much."""
+LEAST_STEP, MOST_STEP = 2**18, 16 * 2**20
+"""Bytes for which room is made ahead, where nobody knows how many there will be."""
 
 
 @dataclass(slots=True)
@@ -126,15 +125,16 @@ class Attempt:
 
     def _gate(self, listing: Listing, teller: Teller) -> Gate:
         throttle = Throttle(self._disk.base / "bandwidth", self.limits.rate)
+        room = _Growing(self, 0)
         unknown = any(file.size is None for file in listing.files)
 
         def gate(size: int) -> None:
             self.watch.check()
             before = self.watch.clock()
             self.watch.stand_back()
-            fresh = teller.arrived(size)
-            if unknown and fresh % CHECK_ROOM < size:
-                self.room.make(fresh + CHECK_ROOM, self._ref, gentle=self.watch.wanted.background)
+            teller.arrived(size)
+            if unknown:
+                room.reaches(teller.done + size)
             if (pause := throttle.take(size)) > 0:
                 self.watch.pause(pause)
             if (waited := self.watch.clock() - before) > 0:
@@ -144,18 +144,14 @@ class Attempt:
 
     def _unpacking_gate(self, packed: int, teller: Teller) -> Gate:
         """What comes out counts beside the archive itself, since both are there at once."""
-        out, promised = 0, 0
-        step = min(max(packed, LEAST_STEP), CHECK_ROOM)
+        out, room = 0, _Growing(self, packed)
 
         def gate(size: int) -> None:
-            nonlocal out, promised
+            nonlocal out
             self.watch.check()
             self.watch.stand_back()
             out += size
-            if out > promised:
-                promised = out + step
-                gentle = self.watch.wanted.background
-                self.room.make(packed + promised, self._ref, gentle=gentle)
+            room.reaches(out)
             teller.gain(size)
 
         return gate
@@ -208,6 +204,27 @@ def _forget_other(folder: Path, listing: Listing) -> None:
         if path.suffix not in {".part", ".parts"}:
             path.unlink()
     mark.write_text(of, encoding="utf-8")
+
+
+class _Growing:
+    """Room for what grows to a size that nobody knows, `beside` what is there already: made a step
+    ahead, and the steps grow with it."""
+
+    def __init__(self, attempt: Attempt, beside: int) -> None:
+        self._attempt = attempt
+        self._beside = beside
+        self._promised = 0
+        self._lock = threading.Lock()
+
+    def reaches(self, size: int) -> None:
+        """Raises `Refused` where there is no room for it."""
+        with self._lock:
+            if size <= self._promised:
+                return
+            self._promised = size + min(max(size // 8, LEAST_STEP), MOST_STEP)
+            gentle = self._attempt.watch.wanted.background
+            total = self._beside + self._promised
+            self._attempt.room.make(total, self._attempt.watch.ref, gentle=gentle)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,43 +134,70 @@ class Disk:
 
     def remove(self, key: str) -> None:
         """Unpublish at once, then delete: nobody sees half of it."""
-        trash = self.base / "trash" / f"{key}.{os.getpid()}.{id(key)}"
-        with contextlib.suppress(FileNotFoundError):
-            self.model(key).rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+        if not self.model(key).exists():
+            return
+        (self.base / "trash").mkdir(parents=True, exist_ok=True)
+        trash = Path(tempfile.mkdtemp(dir=self.base / "trash"))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            self.model(key).rename(trash / key)
+        shutil.rmtree(trash, ignore_errors=True)
 
     # --- locks -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def try_lock(self, name: str, shared: bool = False) -> Iterator[bool]:
         """Whether the lock was free; held until the end."""
-        file = os.open(self.base / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        file = _locked(self.base / "locks" / name, how | fcntl.LOCK_NB)
         try:
-            how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            try:
-                fcntl.flock(file, how | fcntl.LOCK_NB)
-                got = True
-            except BlockingIOError:
-                got = False
-            yield got
+            yield file is not None
         finally:
-            os.close(file)
+            if file is not None:
+                os.close(file)
 
     @contextlib.contextmanager
     def lock(self, name: str, shared: bool = False) -> Iterator[None]:
         """Waits for the lock: for those that nobody holds for long."""
-        file = os.open(self.base / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = _locked(self.base / "locks" / name, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         try:
-            fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             yield
         finally:
-            os.close(file)
+            if file is not None:
+                os.close(file)
 
     def is_locked(self, name: str) -> bool:
-        if not (self.base / "locks" / name).exists():
+        """For whoever may read the store."""
+        try:
+            file = os.open(self.base / "locks" / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
             return False
-        with self.try_lock(name) as got:
-            return not got
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    # --- small files that nobody needs any more --------------------------------------------------
+
+    def drop_small(self, kind: str, stays: Callable[[Path], bool]) -> None:
+        """Of `locks`, `uses`, `progress` or `refused` those that needn't stay."""
+        with contextlib.suppress(OSError):
+            for path in list((self.base / kind).iterdir()):
+                if not path.name.startswith(".") and not stays(path):
+                    path.unlink(missing_ok=True)
+
+    def drop_free_locks(self) -> None:
+        """Whoever has a file open that goes here notices, and opens it anew (`_locked`)."""
+
+        def is_held(path: Path) -> bool:
+            with self.try_lock(path.name) as free:
+                if free:
+                    path.unlink(missing_ok=True)
+            return True
+
+        self.drop_small("locks", is_held)
 
     # --- use, for choosing what leaves -----------------------------------------------------------
 
@@ -236,6 +264,33 @@ def all_in(folder: Path) -> Iterator[Path]:
 
     for parent, folders, files in os.walk(folder, onerror=unless_gone):
         yield from (Path(parent, name) for name in (*folders, *files))
+
+
+def _locked(path: Path, how: int) -> int | None:
+    """The open file, locked; None where another has it and `how` doesn't wait. The file may be
+    removed as long as nobody has the lock: then it isn't one any more."""
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except PermissionError:  # made by another user, and locked as well for reading
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, how)
+            if _is_still(path, file):
+                return file
+        except BlockingIOError:
+            os.close(file)
+            return None
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _is_still(path: Path, file: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    return False
 
 
 def manifest_text(manifest: Manifest) -> str:

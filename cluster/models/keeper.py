@@ -9,6 +9,7 @@ host that twice says 404 or 410 of what it alone would know, is the task's fault
 from __future__ import annotations
 
 import contextlib
+import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -46,6 +47,12 @@ REFUSED_SECONDS: Final = 3600.0
 """For which what was refused for what it is isn't fetched again."""
 _FOR_GOOD: Final = frozenset({Rule.HEADER, Rule.ARCHIVE, Rule.FILE_KIND, Rule.CODE, Rule.LINK})
 """What nothing of ours may change."""
+
+
+class Stays(enum.Enum):
+    PINNED = "it is configured to stay (models.pin, models.preload)"
+    NOT_FETCHED = "not among what was fetched there"
+    IN_USE = "a task uses it"
 
 
 @dataclass(slots=True)
@@ -187,6 +194,18 @@ class Keeper:
         if self.sources and not wanted.background:
             with contextlib.suppress(OSError):
                 self.disk.used(ref.key, self.clock())
+
+    def drop(self, ref: ModelRef) -> Stays | None:
+        """Remove what was fetched from the disk; why it stays, None when it is gone."""
+        if ref in self.pinned:
+            return Stays.PINNED
+        if not self.disk.model(ref.key).is_dir():
+            return Stays.NOT_FETCHED
+        with self.disk.try_lock(f"{ref.key}.use") as free:
+            if not free:
+                return Stays.IN_USE
+            self.disk.remove(ref.key)
+        return None
 
     # --- fetching --------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from cluster.models.refusals import Refused, Rule
 _LOCK: Final = ".room"
 LEAST_NEED: Final = 0.1
 """What is left of one use after three weeks."""
+_NEEDLESS: Final = 0.01
 STALE: Final = 86400.0
 """Seconds after which what a broken download left behind isn't kept for the next try."""
 
@@ -74,14 +75,26 @@ class Room:
 
     def tidy(self) -> None:
         """Remove what nobody will come back for. For the start of a process."""
-        shutil.rmtree(self.disk.base / "trash", ignore_errors=True)
         self.disk.prepare()
+        # What is in it, and not the folder itself: others put into it what leaves.
+        for left in _folders(self.disk.base / "trash"):
+            shutil.rmtree(left, ignore_errors=True)
         self._drop_leftovers(None, STALE)
         published = self.disk.keys()
         for key in published:
             with self.disk.try_lock(key) as free:
                 if free and self.disk.manifest(key) is None:
                     self.disk.remove(key)
+        self._drop_small()
+
+    def _drop_small(self) -> None:
+        """Anybody may name any number of models, and each leaves some."""
+        disk, now = self.disk, self.clock()
+        here = set(disk.keys())
+        disk.drop_small("uses", lambda f: f.name in here or disk.need(f.name, now)[0] >= _NEEDLESS)
+        disk.drop_small("refused", lambda file: disk.refusal(file.name, now) is not None)
+        disk.drop_small("progress", lambda file: disk.is_locked(file.name))
+        disk.drop_free_locks()
 
     def _evict(self, size: int, ref: ModelRef, gentle: bool) -> None:
         now = self.clock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ray.exceptions import ActorDiedError, RayError
 from actors.keeping import TURN_SECONDS, StoreReport, StoreWorker
 from actors.stores import FETCHED_BYTES, RayStores, _Member
 from cluster.core.types import Gpu, GpuId, GpuState, ModelId, RayNodeId
+from cluster.models import diary
 from cluster.models.keeper import Keeper
 from cluster.models.refs import ModelRef, of_model_id
 from cluster.models.sources import Denied
@@ -136,6 +138,40 @@ async def test_what_is_no_models_id_is_told_and_counted(house: House) -> None:
     await worker.want(("nonsense", "base:../../etc", "lora:https://host/\x1b[31m"))
     report = await report_when(worker, lambda r: len(r.failed) == 3)
     assert report.events == {("refused", "name"): 2, ("refused", "url"): 1}
+
+
+async def test_what_was_told_before_the_diary_began_anew_counts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diary, "MOST", 300)
+    worker = house.begin()
+    assert house.keeper is not None
+    counted = 0
+    for number in range(20):
+        for _ in range(number % 4):
+            house.keeper.diary.write("refused", "x", rule="name", reason="y" * 50)
+            counted += 1
+        report = await worker.report()
+    assert report.events == {("refused", "name"): counted}
+
+
+def test_of_two_that_begin_the_diary_anew_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diary, "MOST", 100)
+    made = diary.Diary(tmp_path / "diary.jsonl")
+    made.write("failed", "first", reason="x" * 200)
+    flock = fcntl.flock
+
+    def after_another(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        made.write("failed", "second")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_another)
+    made.write("failed", "third")
+    assert "first" in (tmp_path / "diary.old").read_text()
+    assert [entry["model"] for entry, _ in made.read()] == ["second", "third"]
 
 
 async def test_what_strangers_write_is_shown_in_short_and_plain(

@@ -11,13 +11,21 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from cluster.core.errors import Cancelled, DeadlinePassed
+from cluster.core.errors import (
+    Cancelled,
+    ClusterError,
+    ConfigError,
+    DeadlinePassed,
+    ModelUnavailable,
+)
 from cluster.models.disk import Progress
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef, ref
 from cluster.models.refusals import Refused, Rule
-from cluster.models.settings import Limits
+from cluster.models.settings import Limits, StoreSettings
+from cluster.models_cli import drop, rows
 from tests.unit.model_fakes import Shelf, Time, keeper, weights
 
 NOBODY = Wanted()
@@ -186,6 +194,21 @@ def test_old_leftovers_go_at_the_next_start(tmp_path: Path) -> None:
     assert not list((tmp_path / ".store" / "trash").iterdir())
 
 
+@pytest.mark.parametrize("cut", [[], [400_000]], ids=["at once", "taken up again"])
+def test_a_file_of_unknown_size_is_held_to_the_quota_as_it_comes(
+    tmp_path: Path, cut: list[int]
+) -> None:
+    shelf = Shelf({A: {FILE: weights(3_000_000)}}, sizes=False, hashes=False, cut=cut)
+    store = keeper(tmp_path, shelf, limits=Limits(quota=1_000_000, spare=0, rounds=3))
+    with pytest.raises(Refused) as caught:
+        store.ensure(A, NOBODY)
+    assert caught.value.rule in {Rule.QUOTA, Rule.HEADER}
+    assert shelf.sent < 1_500_000
+    fits = keeper(tmp_path, shelf, limits=Limits(quota=4_000_000, spare=0, rounds=3))
+    fits.ensure(A, NOBODY)
+    assert here(fits) == {A}
+
+
 def archive(size: int) -> bytes:
     """A zip that unpacks to so many bytes, and has far fewer."""
     header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -273,6 +296,112 @@ def test_folders_that_lost_their_manifest_go_at_the_next_start(tmp_path: Path) -
     assert store.disk.keys() == tuple(sorted((A.key, C.key))), "another process has the lock"
     store.room.tidy()
     assert store.disk.keys() == (A.key,)
+
+
+def test_a_start_beside_others_leaves_them_where_to_put_what_leaves(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    trash = tmp_path / ".store" / "trash"
+    inode = trash.stat().st_ino
+    (trash / "old" / "x").mkdir(parents=True)
+    store.room.tidy()
+    assert trash.stat().st_ino == inode
+    assert list(trash.iterdir()) == []
+    shutil.rmtree(trash)
+    store.disk.remove(A.key)
+    assert not store.disk.model(A.key).exists()
+
+
+def small_files(store: Keeper) -> set[str]:
+    kinds = ("locks", "uses", "refused", "progress")
+    found = {f"{kind}/{path.name}" for kind in kinds for path in (store.disk.base / kind).iterdir()}
+    return {name for name in found if "/." not in name}
+
+
+def test_small_files_of_what_is_not_here_go_at_a_later_start(tmp_path: Path) -> None:
+    """Whoever creates tasks may name any number of models."""
+    time = Time()
+    store = small(tmp_path, 3, time=time)
+    store.ensure(A, NOBODY)
+    absent = ref("lora", "acme/absent")
+    with pytest.raises(ModelUnavailable), store.held((absent,), Wanted(deadline=time.now + 9)):
+        pass
+    store.disk.used(B.key, time.now)
+    store.disk.note_refusal(C.key, "header", "x", time.now + 60)
+    store.disk.tell(D.key, Progress(D, "hub", 0, 1, 0.0, 0.0, background=False))
+    assert {key.partition("/")[0] for key in small_files(store)} == {
+        "locks", "uses", "refused", "progress"
+    }  # fmt: skip
+    with store.disk.try_lock(f"{B.key}.use"):
+        store.room.tidy()
+        assert f"locks/{B.key}.use" in small_files(store)
+        assert f"refused/{C.key}" in small_files(store)
+    time.now += 365 * 86400
+    store.room.tidy()
+    assert small_files(store) == {f"uses/{A.key}"}
+
+
+def test_a_lock_is_one_though_its_file_is_removed_meanwhile(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    disk, opened = store.disk, os.open
+    file = disk.base / "locks" / "x"
+    file.write_text("")
+
+    def removed(path: str, *rest: int) -> int:
+        descriptor = opened(path, *rest)
+        if str(path) == str(file) and not list(tmp_path.glob("done")):
+            (tmp_path / "done").write_text("")
+            file.unlink()
+        return descriptor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", removed)
+        with disk.try_lock("x") as first, disk.try_lock("x") as second:
+            assert (first, second) == (True, False)
+
+
+def test_looking_needs_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models list`, run by somebody else than the service."""
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    opened = os.open
+
+    def reading_only(path: str, flags: int, *rest: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise PermissionError
+        return opened(path, flags, *rest)
+
+    with store.held((A,), NOBODY):
+        monkeypatch.setattr(os, "open", reading_only)
+        (row,) = rows(StoreSettings(tmp_path, ("hub",)))
+        assert row.in_use
+        with store.disk.try_lock(f"{A.key}.use") as free:
+            assert not free, "another user's file is locked as well"
+
+
+def test_what_is_dropped_by_command_is_neither_pinned_nor_used(tmp_path: Path) -> None:
+    store = small(tmp_path, 3, pinned=frozenset({A}))
+    settings = StoreSettings(tmp_path, ("hub",), pinned=store.pinned)
+    for each in (A, B):
+        store.ensure(each, NOBODY)
+    quiet = Console(quiet=True)
+    with pytest.raises(ConfigError, match="configured to stay"):
+        drop(settings, [str(A)], quiet)
+    with store.disk.try_lock(f"{B.key}.use"), pytest.raises(ClusterError, match="uses it"):
+        drop(settings, [str(B)], quiet)
+    assert here(store) == {A, B}
+    drop(settings, [str(B)], quiet)
+    assert here(store) == {A}
+    with pytest.raises(ConfigError, match="not among"):
+        drop(settings, [str(B)], quiet)
+
+
+def test_a_model_that_lost_its_manifest_can_be_dropped(tmp_path: Path) -> None:
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    (store.disk.model(A.key) / ".manifest.json").write_text("")
+    assert store.drop(A) is None
+    assert store.disk.keys() == ()
 
 
 def test_a_removed_model_is_gone_at_once_and_its_name_free(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
-"""Which URLs are asked: a table of nasty ones, and what holds for all that pass."""
+"""Which URLs are asked: a table of nasty ones, and what holds for all that pass.
+
+`python -m tests.unit.test_urls` adds the table to the corpus.
+"""
 
 from __future__ import annotations
 
+import json
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
@@ -15,6 +20,75 @@ from cluster.models.refusals import Refused, Rule
 from cluster.models.urls import UrlRules, check, check_address, check_link
 
 RULES = UrlRules()
+
+
+REFUSED = [
+    ("", Rule.URL),
+    ("example.com", Rule.URL),
+    ("//example.com/x", Rule.URL),
+    ("https:/example.com", Rule.URL),
+    ("https://", Rule.URL),
+    ("https:///etc/passwd", Rule.URL),
+    ("https://example.com/" + "x" * 8192, Rule.URL),
+    ("https://example.com/a b", Rule.URL),
+    ("https://example.com/\n", Rule.URL),
+    ("https://example.com\\@10.0.0.1/", Rule.URL),
+    ("https://bücher.example/", Rule.URL),
+    ("https://example.com%2f@10.0.0.1/", Rule.CREDENTIALS),
+    ("https://exa%6dple.com/", Rule.URL),
+    ("https://-a.example/", Rule.URL),
+    ("https://a..example/", Rule.URL),
+    ("https://" + "a" * 64 + ".example/", Rule.URL),
+    ("https://0x7f.1/", Rule.URL),
+    ("https://0x7f000001/", Rule.URL),
+    ("https://2130706433/", Rule.URL),
+    ("https://017700000001/", Rule.URL),
+    ("https://127.1/", Rule.URL),
+    ("https://127.0.0.1.2/", Rule.URL),
+    ("https://example.0x1/", Rule.URL),
+    ("https://256.1.1.1/", Rule.URL),
+    ("https://01.1.1.1/", Rule.URL),
+    ("https://[::1/", Rule.URL),
+    ("https://[::ffff:1.1.1.1%25eth0]/", Rule.URL),
+    ("https://[fe80::1%eth0]/", Rule.URL),
+    ("http://example.com/", Rule.SCHEME),
+    ("ftp://example.com/", Rule.SCHEME),
+    ("file:///etc/passwd", Rule.SCHEME),
+    ("gopher://example.com/", Rule.SCHEME),
+    ("javascript://example.com/", Rule.SCHEME),
+    ("https://user@example.com/", Rule.CREDENTIALS),
+    ("https://user:secret@example.com/", Rule.CREDENTIALS),
+    ("https://@example.com/", Rule.CREDENTIALS),
+    ("https://example.com:22/", Rule.PORT),
+    ("https://example.com:0/", Rule.PORT),
+    ("https://example.com:65536/", Rule.PORT),
+    ("https://example.com:99999999/", Rule.URL),
+    ("https://example.com:-1/", Rule.URL),
+    ("https://127.0.0.1/", Rule.ADDRESS),
+    ("https://[::1]/", Rule.ADDRESS),
+    ("https://[::ffff:127.0.0.1]/", Rule.ADDRESS),
+    ("https://[64:ff9b::7f00:1]/", Rule.ADDRESS),
+    ("https://169.254.169.254/latest/meta-data/", Rule.ADDRESS),
+    ("https://localhost/", Rule.ADDRESS),
+    ("https://foo.localhost./", Rule.ADDRESS),
+    ("https://printer.local/", Rule.ADDRESS),
+    ("https://metadata.google.internal/", Rule.ADDRESS),
+    ("https://intranet/", Rule.ADDRESS),
+    ("https://1.0.0.10.in-addr.arpa/", Rule.ADDRESS),
+]
+CORPUS = Path(__file__).parents[1] / "corpus" / "urls" / "refused.json"
+
+
+def write_corpus(file: Path) -> None:
+    """What is refused, and what fuzzing has found to be worth keeping."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    urls = dict.fromkeys([*kept, *(url for url, _ in REFUSED)])
+    file.write_text(json.dumps(list(urls), indent=1) + "\n", encoding="utf-8")
+
+
+def corpus() -> list[str]:
+    found: list[str] = json.loads(CORPUS.read_text(encoding="utf-8"))
+    return found
 
 
 def rule_of(url: str, rules: UrlRules = RULES) -> Rule:
@@ -42,63 +116,7 @@ def test_one_normal_form(url: str, normal: str) -> None:
     assert check(url, RULES) == normal
 
 
-@pytest.mark.parametrize(
-    ("url", "rule"),
-    [
-        ("", Rule.URL),
-        ("example.com", Rule.URL),
-        ("//example.com/x", Rule.URL),
-        ("https:/example.com", Rule.URL),
-        ("https://", Rule.URL),
-        ("https:///etc/passwd", Rule.URL),
-        ("https://example.com/" + "x" * 8192, Rule.URL),
-        ("https://example.com/a b", Rule.URL),
-        ("https://example.com/\n", Rule.URL),
-        ("https://example.com\\@10.0.0.1/", Rule.URL),
-        ("https://bücher.example/", Rule.URL),
-        ("https://example.com%2f@10.0.0.1/", Rule.CREDENTIALS),
-        ("https://exa%6dple.com/", Rule.URL),
-        ("https://-a.example/", Rule.URL),
-        ("https://a..example/", Rule.URL),
-        ("https://" + "a" * 64 + ".example/", Rule.URL),
-        ("https://0x7f.1/", Rule.URL),
-        ("https://0x7f000001/", Rule.URL),
-        ("https://2130706433/", Rule.URL),
-        ("https://017700000001/", Rule.URL),
-        ("https://127.1/", Rule.URL),
-        ("https://127.0.0.1.2/", Rule.URL),
-        ("https://example.0x1/", Rule.URL),
-        ("https://256.1.1.1/", Rule.URL),
-        ("https://01.1.1.1/", Rule.URL),
-        ("https://[::1/", Rule.URL),
-        ("https://[::ffff:1.1.1.1%25eth0]/", Rule.URL),
-        ("https://[fe80::1%eth0]/", Rule.URL),
-        ("http://example.com/", Rule.SCHEME),
-        ("ftp://example.com/", Rule.SCHEME),
-        ("file:///etc/passwd", Rule.SCHEME),
-        ("gopher://example.com/", Rule.SCHEME),
-        ("javascript://example.com/", Rule.SCHEME),
-        ("https://user@example.com/", Rule.CREDENTIALS),
-        ("https://user:secret@example.com/", Rule.CREDENTIALS),
-        ("https://@example.com/", Rule.CREDENTIALS),
-        ("https://example.com:22/", Rule.PORT),
-        ("https://example.com:0/", Rule.PORT),
-        ("https://example.com:65536/", Rule.PORT),
-        ("https://example.com:99999999/", Rule.URL),
-        ("https://example.com:-1/", Rule.URL),
-        ("https://127.0.0.1/", Rule.ADDRESS),
-        ("https://[::1]/", Rule.ADDRESS),
-        ("https://[::ffff:127.0.0.1]/", Rule.ADDRESS),
-        ("https://[64:ff9b::7f00:1]/", Rule.ADDRESS),
-        ("https://169.254.169.254/latest/meta-data/", Rule.ADDRESS),
-        ("https://localhost/", Rule.ADDRESS),
-        ("https://foo.localhost./", Rule.ADDRESS),
-        ("https://printer.local/", Rule.ADDRESS),
-        ("https://metadata.google.internal/", Rule.ADDRESS),
-        ("https://intranet/", Rule.ADDRESS),
-        ("https://1.0.0.10.in-addr.arpa/", Rule.ADDRESS),
-    ],
-)
+@pytest.mark.parametrize(("url", "rule"), REFUSED)
 def test_what_is_refused_and_by_which_rule(url: str, rule: Rule) -> None:
     assert rule_of(url) is rule
 
@@ -165,8 +183,26 @@ def test_a_name_that_leads_inside_is_refused(address: str) -> None:
     assert caught.value.rule is Rule.ADDRESS
 
 
+@pytest.mark.parametrize("url", corpus(), ids=lambda url: ascii(url)[:60])
+def test_the_corpus_is_refused(url: str) -> None:
+    with pytest.raises(Refused) as caught:
+        check(url, RULES)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_the_corpus_has_what_the_table_has() -> None:
+    assert {url for url, _ in REFUSED} <= set(corpus())
+
+
+def spoilt(url: str, at: int, text: str) -> str:
+    at %= len(url) + 1
+    return url[:at] + text + url[at:]
+
+
 HOSTILE = st.one_of(
     st.text(max_size=60),
+    st.builds(spoilt, st.sampled_from(corpus()), st.integers(0, 200), st.text(max_size=3)),
     st.from_regex(r"https?://[a-z0-9.:@\[\]%\\/?#-]{0,40}", fullmatch=True),
     st.builds(
         "{}://{}{}{}".format,
@@ -280,3 +316,7 @@ def test_an_address_inside_another_is_no_better_than_alone(inner: IPv4Address) -
     ):
         if not_public(inner) is not None:
             assert not_public(outer) is not None
+
+
+if __name__ == "__main__":
+    write_corpus(CORPUS)
