@@ -10,12 +10,14 @@ import contextlib
 import functools
 import itertools
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from eth_utils.crypto import keccak
 from PIL import Image
 from web3 import HTTPProvider, Web3
 
@@ -25,6 +27,8 @@ from actors.stores import RayStores
 from actors.world import RunningNetwork, World
 from cluster import config as configuration
 from cluster import runtime
+from cluster.chain.rpc import Rpc
+from cluster.chain.task_contract import TaskContract
 from cluster.core.ports import Computed, Lease, Order
 from cluster.core.types import (
     AccountView,
@@ -43,13 +47,17 @@ from cluster.core.types import (
 )
 from cluster.identity import Identity
 from cluster.inference.scoring import score_images
-from devnet.deploy import dev_account
+from devnet.deploy import Deployment, dev_account
 from devnet.network import Devnet, SimulatedCards
 from devnet.tasks import TaskSpec
 
 CARD = "NVIDIA GeForce RTX 4090"
 STRANGER = 5
 """The dev account whose transactions are nobody's business."""
+MUCH_MEMORY = 10_000
+"""GB: more than any card here has."""
+LAG_SECONDS = 0.05
+"""Between two looks at how late the loop is."""
 
 
 class Cards:
@@ -124,6 +132,8 @@ class ChainRoom:
     calls: Counter[str] = field(default_factory=Counter)
     looks: list[tuple[float, str]] = field(default_factory=list)
     """When the coordinator began to look at which account, by the loop's clock."""
+    fetches: list[tuple[float, str]] = field(default_factory=list)
+    """When it began to fetch the parameters of a task of which account: what a start wakes."""
 
     async def until_joined(self) -> None:
         while True:
@@ -139,6 +149,41 @@ class ChainRoom:
         wrong = [f"{each.name}: {each.problem}" for each in reports if not each.as_expected]
         if wrong:
             raise SystemExit(f"error: tasks that did not end as they should: {wrong}")
+
+
+@dataclass
+class Burden:
+    """What the coordinator's loop, and the thread that it runs in, had to bear."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+    """Seconds of the thread, of which there is one."""
+    late: list[float] = field(default_factory=list)
+
+    @property
+    def worst_late(self) -> float:
+        """The 99th percentile, in seconds."""
+        return sorted(self.late)[int(len(self.late) * 0.99)] if self.late else 0.0
+
+
+@contextlib.asynccontextmanager
+async def burden() -> AsyncIterator[Burden]:
+    """Of what happens meanwhile in this loop; filled in at the end."""
+    found, loop = Burden(), asyncio.get_running_loop()
+
+    async def watch() -> None:
+        while True:
+            due = loop.time() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            found.late.append(loop.time() - due)
+
+    watching = asyncio.create_task(watch())
+    began, cpu = loop.time(), time.thread_time()
+    try:
+        yield found
+    finally:
+        found.seconds, found.cpu = loop.time() - began, time.thread_time() - cpu
+        watching.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -172,6 +217,7 @@ async def chain_room(
         calls: Counter[str] = Counter()
         identity = Identity.load(devnet.directory / "seed")
         looks: list[tuple[float, str]] = []
+        fetches: list[tuple[float, str]] = []
         opened = functools.partial(
             runtime.open_network,
             config,
@@ -183,12 +229,12 @@ async def chain_room(
             world,
             pool=cast(RayGpuPool, pool),
             stores=RayStores(None, "bench", ()),
-            open_network=functools.partial(_watched, opened, looks),
+            open_network=functools.partial(_watched, opened, looks, fetches),
         )
         coordinator = Coordinator(world, "bench")
         running = asyncio.create_task(coordinator.run())
         try:
-            yield ChainRoom(devnet, coordinator, accounts, pool, calls, looks)
+            yield ChainRoom(devnet, coordinator, accounts, pool, calls, looks, fetches)
         finally:
             await coordinator.stop()
             await running
@@ -196,17 +242,24 @@ async def chain_room(
 
 @contextlib.asynccontextmanager
 async def _watched(
-    opened: Callable[..., Any], looks: list[tuple[float, str]], lease: Callable[[], Lease]
+    opened: Callable[..., Any],
+    looks: list[tuple[float, str]],
+    fetches: list[tuple[float, str]],
+    lease: Callable[[], Lease],
 ) -> AsyncIterator[RunningNetwork]:
-    """The network, with a note of each look."""
+    """The network, with a note of each look and of each task that is begun."""
     async with opened(lease) as network:
-        look = network.look
+        look, fetch = network.look, network.fetch_parameters
+
+        async def fetched(account: Address, task: Commitment) -> str:
+            fetches.append((asyncio.get_running_loop().time(), account))
+            return cast(str, await fetch(account, task))
 
         async def noted(account: Address, known: Sequence[Commitment]) -> AccountView:
             looks.append((asyncio.get_running_loop().time(), account))
             return cast(AccountView, await look(account, known))
 
-        network.look = noted
+        network.look, network.fetch_parameters = noted, fetched
         yield network
 
 
@@ -227,27 +280,36 @@ def specs(count: int, base: str, timeout: int | None = None) -> list[TaskSpec]:
     ]
 
 
-async def foreign_traffic(rpc_url: str, per_block: int, block_time: float) -> None:
-    """So many transactions a block that are none of ours, for ever."""
-    web3 = Web3(HTTPProvider(rpc_url))
+async def foreign_traffic(deployment: Deployment, per_block: int, block_time: float) -> None:
+    """So many transactions a block that are none of ours, for ever. Each has an event of the task
+    contract: an application of somebody else asks for what no card here can do."""
+    web3 = Web3(HTTPProvider(deployment.rpc_url))
     sender = dev_account(STRANGER)
-    chain_id, nonce = web3.eth.chain_id, web3.eth.get_transaction_count(sender.address)
+    contract = TaskContract(Rpc.http(deployment.rpc_url), deployment.task)
+    nonce = web3.eth.get_transaction_count(sender.address)
+    method: Any = "anvil_setBlockGasLimit"
+    web3.provider.make_request(method, [hex(10**9)])
 
     def one(number: int) -> None:
-        fee = 10**11
+        name = keccak(b"foreign" + number.to_bytes(32, "big"))
+        what: tuple[Any, ...] = (0, name, name, [], MUCH_MEMORY, "", 0, (2, 5, 0), 1)
         signed = sender.sign_transaction(
             {
-                "to": sender.address,
+                "to": Web3.to_checksum_address(deployment.task),
                 "value": 1,
-                "gas": 21_000,
-                "maxFeePerGas": fee,
+                "gas": 2_000_000,
+                "maxFeePerGas": 10**11,
                 "maxPriorityFeePerGas": 10**9,
                 "nonce": number,
-                "chainId": chain_id,
+                "chainId": deployment.chain_id,
+                "data": contract.encode("createTask", *what),
             }
         )
         web3.eth.send_raw_transaction(signed.raw_transaction)
 
-    for number in itertools.count(nonce):
-        await asyncio.to_thread(one, number)
-        await asyncio.sleep(block_time / per_block)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for sent in itertools.count():
+        await asyncio.to_thread(one, nonce + sent)
+        # By the clock: what one takes longer the next waits less.
+        await asyncio.sleep(max(began + (sent + 1) * block_time / per_block - loop.time(), 0.0))

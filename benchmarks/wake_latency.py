@@ -1,9 +1,11 @@
-"""From a block to the look that it wakes: with new blocks announced, and with polling alone.
+"""From a block to the action that it wakes: with new blocks announced, and with polling alone.
 
 A coordinator's chain side with 64 accounts on a devnet. Tasks with models which nobody has make the
 contracts name some accounts in each block that starts one. What counts is the time from the moment
 when such a block could be known (a subscription of the benchmark's own) until the coordinator began
-to look at an account that the block's events name.
+what it does about it: a task that starts has its parameters fetched, at any other account that is
+named it looks. Nothing else makes it look here, neither a sweep nor a task in hand, so an event
+that wakes nobody shows: it is counted as lost.
 
     python -m benchmarks.wake_latency --json
 """
@@ -14,10 +16,12 @@ import asyncio
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from web3 import HTTPProvider, Web3
 from websockets.asyncio.client import connect
 
+from actors import coordinator
 from benchmarks.chain_world import ChainRoom, chain_room, specs
 from benchmarks.report import arguments, progress, publish
 from cluster.chain.abi import NODE_ABI, TASK_ABI
@@ -28,8 +32,22 @@ from cluster.core.types import Address
 from devnet.models import SD15
 
 BLOCK_SECONDS = 1.0
-LATEST_SECONDS = 10.0
-"""A look that comes later wasn't woken by the event."""
+LOST_SECONDS = 30.0
+"""Without the action for so long the event is lost."""
+NEVER = 1e6
+
+
+@dataclass
+class Found:
+    """Seconds to the action, and to the look that comes before it; `lost` events had none."""
+
+    actions: list[float] = field(default_factory=list)
+    looks: list[float] = field(default_factory=list)
+    lost: int = 0
+
+    @property
+    def events(self) -> int:
+        return len(self.actions) + self.lost
 
 
 async def arrivals(url: str, seen: dict[int, float]) -> None:
@@ -44,26 +62,26 @@ async def arrivals(url: str, seen: dict[int, float]) -> None:
                 seen[number] = asyncio.get_running_loop().time()
 
 
-async def named(room: ChainRoom, first: int) -> list[tuple[int, Address]]:
-    """Each block, and each account that its events name."""
+async def named(room: ChainRoom, first: int) -> dict[tuple[int, Address], bool]:
+    """Each block and account that its events name, and whether a task of the account started."""
     deployment = room.devnet.deployment
     rpc = Rpc.http(deployment.rpc_url)
     known = {deployment.task: events_by_topic(TASK_ABI), deployment.node: events_by_topic(NODE_ABI)}
     own = {Address(each.address) for each in room.coordinator._status().accounts}
-    holders, found = Holders(), dict[tuple[int, Address], None]()
+    holders, found = Holders(), dict[tuple[int, Address], bool]()
     head = (await rpc.head()).number
     for log in await rpc.logs(list(known), first, head):
         decoded = decode_log(log, known[log.address])
         wakeup = None if decoded is None else wakeup_of(*decoded, own, holders)
         if wakeup is not None and wakeup.account is not None:
-            found[log.block, wakeup.account] = None
+            key = log.block, wakeup.account
+            found[key] = found.get(key, False) or wakeup.reason == "TaskStarted"
     await rpc.close()
-    return list(found)
+    return found
 
 
-async def latencies(events: int, accounts: int, heads: bool) -> list[float]:
-    """Seconds, one for each account that a block named."""
-    found: list[float] = []
+async def latencies(events: int, accounts: int, heads: bool) -> Found:
+    found = Found()
     async with chain_room(accounts, BLOCK_SECONDS, heads) as room:
         await room.until_joined()
         seen: dict[int, float] = {}
@@ -71,7 +89,7 @@ async def latencies(events: int, accounts: int, heads: bool) -> list[float]:
         watching = asyncio.create_task(arrivals(url, seen))
         first = Web3(HTTPProvider(url)).eth.block_number + 2
         number = 0
-        while len(found) < events:
+        while found.events < events:
             number += 1
             wave = [
                 spec.model_copy(
@@ -84,27 +102,33 @@ async def latencies(events: int, accounts: int, heads: bool) -> list[float]:
             ]
             await room.send(wave)
             await asyncio.sleep(2 * BLOCK_SECONDS)
-            found = _matched(await named(room, first), seen, room.looks)
-            progress(f"{'heads' if heads else 'polling'}: {len(found)} of {events} events")
+            found = _matched(await named(room, first), seen, room)
+            progress(f"{'heads' if heads else 'polling'}: {found.events} of {events} events")
         watching.cancel()
-    return found[:events]
+    return found
 
 
 def _matched(
-    events: Sequence[tuple[int, Address]],
-    seen: dict[int, float],
-    looks: Sequence[tuple[float, str]],
-) -> list[float]:
-    found = []
-    for block, account in events:
+    events: dict[tuple[int, Address], bool], seen: dict[int, float], room: ChainRoom
+) -> Found:
+    found, now = Found(), asyncio.get_running_loop().time()
+    for (block, account), started in events.items():
         arrived = seen.get(block)
         if arrived is None:
-            continue
-        after = (at for at, looked in looks if looked == account and at >= arrived)
-        first = next(after, None)
-        if first is not None and first - arrived <= LATEST_SECONDS:
-            found.append(first - arrived)
+            continue  # from before the benchmark listened
+        looked = _first(room.looks, account, arrived)
+        acted = _first(room.fetches, account, arrived) if started else looked
+        if acted is not None and looked is not None and acted <= LOST_SECONDS:
+            found.actions.append(acted)
+            found.looks.append(looked)
+        elif now - arrived > LOST_SECONDS:
+            found.lost += 1
     return found
+
+
+def _first(done: Sequence[tuple[float, str]], account: Address, arrived: float) -> float | None:
+    """How long after that it was done first."""
+    return next((at - arrived for at, whose in done if whose == account and at >= arrived), None)
 
 
 def _ms(values: Sequence[float], percent: int) -> float:
@@ -116,16 +140,23 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=200)
     parser.add_argument("--accounts", type=int, default=64)
     asked = parser.parse_args()
-    with_heads = asyncio.run(latencies(asked.events, asked.accounts, heads=True))
-    polling = asyncio.run(latencies(asked.events, asked.accounts, heads=False))
+    # Only what wakes an account makes it look.
+    coordinator.SWEEP_SECONDS = coordinator.BUSY_LOOK_SECONDS = NEVER
+    found = {
+        name: asyncio.run(latencies(asked.events, asked.accounts, heads=name == "heads"))
+        for name in ("heads", "polling")
+    }
     publish(
         "wake_latency",
         {
-            "p50_ms_heads": _ms(with_heads, 50),
-            "p99_ms_heads": _ms(with_heads, 99),
-            "p50_ms_polling": _ms(polling, 50),
-            "p99_ms_polling": _ms(polling, 99),
-            "events": asked.events,
+            **{
+                f"p{percent}_ms_{name}": _ms(each.actions, percent)
+                for name, each in found.items()
+                for percent in (50, 99)
+            },
+            **{f"look_p50_ms_{name}": _ms(each.looks, 50) for name, each in found.items()},
+            **{f"lost_{name}": each.lost for name, each in found.items()},
+            "events": min(each.events for each in found.values()),
             "accounts": asked.accounts,
             "block_seconds": BLOCK_SECONDS,
         },

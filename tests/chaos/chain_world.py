@@ -37,7 +37,16 @@ from cluster.journal import SqlJournal
 from cluster.journal_tables import outbox_table
 from devnet.anvil import Anvil
 from devnet.compile import load as contract
-from devnet.deploy import APPLICATION, RELAY, deploy, dev_account, fund, public_key, sampling_proof
+from devnet.deploy import (
+    APPLICATION,
+    RELAY,
+    connect,
+    deploy,
+    dev_account,
+    fund,
+    public_key,
+    sampling_proof,
+)
 from devnet.rpc_proxy import RpcProxy
 from tests.integration.test_chain_network import GPU, MODEL, NODE, STAKE, NoRelay
 
@@ -47,6 +56,9 @@ TIMEOUT = 3600
 """Of tasks, in seconds: none ever runs out, so none may be lost."""
 BUSY_SECONDS = 1.0
 """Between two looks at an account that has something to do, as the coordinator has them too."""
+DEEPEST = 12
+"""Blocks of a reorganisation."""
+MINE: Any = "anvil_mine"
 TREASURY = 8
 FRIEND = Address(to_checksum_address("0x" + "f1" * 20))
 PAYMENTS, PAYMENT = 3, Wei(7)
@@ -84,6 +96,8 @@ class World:
             self.direct, self.deployment.task, self.deployment.node, self.deployment.qos
         )
         fund(anvil.rpc_url, self.account, Wei(1000 * 10**18))
+        # The contracts and the account's money are not what is reorganised.
+        connect(anvil.rpc_url).provider.make_request(MINE, [hex(DEEPEST + 1)])
         self._proxies = proxies
         self._running: list[asyncio.Task[None]] = []
         self._rpc: Rpc | None = None
@@ -195,9 +209,12 @@ class World:
             await asyncio.sleep(0.1)
 
     async def _status(self, number: int) -> TaskStatus | None:
-        head = (await self.direct.head()).number
-        facts = await self.true.task.task(commitment(number), {self.account}, head)
-        return None if facts is None else facts.status
+        while True:
+            head = (await self.direct.head()).number
+            # Between the two questions the chain may become shorter.
+            with contextlib.suppress(NetworkUnavailable):
+                facts = await self.true.task.task(commitment(number), {self.account}, head)
+                return None if facts is None else facts.status
 
     async def _move(self, task: Commitment, number: int, status: TaskStatus | None) -> None:
         node = await self.true.node.info(self.account, (await self.direct.head()).number)

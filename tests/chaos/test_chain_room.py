@@ -25,7 +25,7 @@ from cluster.core.errors import NetworkUnavailable
 from cluster.core.types import TaskStatus
 from devnet.anvil import Anvil
 from devnet.rpc_proxy import KINDS, RpcProxy
-from tests.chaos.chain_world import BLOCK_SECONDS, World, running
+from tests.chaos.chain_world import BLOCK_SECONDS, DEEPEST, World, running
 
 TASKS = 3
 GWEI = 10**9
@@ -54,7 +54,7 @@ EVENTS = st.lists(
             st.integers(1, 25),
             st.sampled_from([3, 6, 10]),
         ),
-        st.builds(Event, TIMES, st.just("reorg"), st.just(0), st.integers(1, 12), st.just(10)),
+        st.builds(Event, TIMES, st.just("reorg"), st.just(0), st.integers(1, DEEPEST), st.just(10)),
         st.builds(Event, TIMES, st.just("fee"), st.just(0), st.integers(2, 60), st.just(10)),
         st.builds(Event, TIMES, st.just("restart"), st.just(0), st.just(1), st.just(10)),
     ),
@@ -94,9 +94,8 @@ async def happen(event: Event, world: World, direct: Rpc, proxies: Sequence[RpcP
         await world.end()
         world.begin()
     elif event.kind == "reorg":
-        depth = min(event.seconds, (await direct.head()).number - 1)
         with contextlib.suppress(NetworkUnavailable):
-            await direct.request("anvil_reorg", depth, [])
+            await direct.request("anvil_reorg", event.seconds, [])
     elif event.kind == "fee":
         await direct.request("anvil_setNextBlockBaseFeePerGas", hex(event.seconds * GWEI))
     else:
@@ -167,8 +166,6 @@ async def reorganised(depth: int, folder: Path) -> None:
         RpcProxy(anvil.rpc_url, 2) as other,
     ):
         world = World(folder, anvil, (one, other))
-        # The contracts and the account's money are not what is reorganised.
-        await world.direct.request("anvil_mine", hex(depth))
         async with running(world):
             for number, point in enumerate(POINTS, 1):
                 await world.carry(number, (point, depth))
