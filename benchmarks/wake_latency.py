@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from web3 import HTTPProvider, Web3
 from websockets.asyncio.client import connect
 
-from actors import coordinator
+from actors import term
 from benchmarks.chain_world import ChainRoom, chain_room, specs
 from benchmarks.report import arguments, progress, publish
 from cluster.chain.abi import NODE_ABI, TASK_ABI
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--accounts", type=int, default=64)
     asked = parser.parse_args()
     # Only what wakes an account makes it look.
-    coordinator.SWEEP_SECONDS = coordinator.BUSY_LOOK_SECONDS = NEVER
+    term.SWEEP_SECONDS = term.BUSY_LOOK_SECONDS = NEVER
     found = {
         name: asyncio.run(latencies(asked.events, asked.accounts, heads=name == "heads"))
         for name in ("heads", "polling")
