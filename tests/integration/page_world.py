@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cluster.api.app import NotKnown, SourceAway, create_api
 from cluster.api.guard import Access
@@ -39,6 +39,8 @@ from cluster.status import (
 )
 from tests.debian import program
 
+PATIENCE_SECONDS = 120.0
+"""How long anything is waited for; machines that run tests are slow and busy."""
 NOW = 1_790_000_000.0
 CNX = 10**18
 TASK = "0x" + "ab" * 32
@@ -302,9 +304,12 @@ def serving(source: SaidSource, access: Access = Access()) -> Iterator[str]:  # 
 @contextlib.contextmanager
 def browsing() -> Iterator[Browser]:
     path = program("chromium")
+    expect.set_options(timeout=PATIENCE_SECONDS * 1000)
     with sync_playwright() as playwright:
         # Containers and CI run as root, where Chromium has no sandbox.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"], timeout=PATIENCE_SECONDS * 1000
+        )
         yield browser
         browser.close()
 
