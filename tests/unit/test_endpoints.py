@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.chain import health
-from cluster.chain.answers import Throttled, TooLong
-from cluster.chain.endpoints import CHECK_SECONDS, SEND, URGENT, Endpoints
+from cluster.chain.answers import SEND, Throttled, TooLong
+from cluster.chain.endpoints import CHECK_SECONDS, URGENT, Endpoints
 from cluster.chain.health import Bucket, Endpoint
 from cluster.chain.rpc import HttpTransport
 from cluster.core.errors import ChainError
