@@ -252,9 +252,11 @@ async def open_network(
     endpoints = open_endpoints(config, called)
     rpc = Rpc(endpoints.send, endpoints.close, endpoints.ask_each)
     try:
-        with contextlib.suppress(ChainError):
+        with contextlib.suppress(ChainError, TimeoutError):
             # Not reached is waited out; another chain, or no contracts on it, is never right.
-            await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
+            # The lease is renewed only once we have begun.
+            async with asyncio.timeout(config.lease.ttl_seconds / 2):
+                await check_contracts(endpoints, network.contracts.addresses, network.chain_id)
         async with httpx.AsyncClient(timeout=30.0, follow_redirects=False) as http:
             outbox = make_outbox(
                 rpc,

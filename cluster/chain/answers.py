@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from cluster.core.errors import ChainError
 
 LOGS: Final = "eth_getLogs"
+SEND: Final = "eth_sendRawTransaction"
 MOST_PATIENCE: Final = 300.0
 """Seconds that an endpoint may have us wait."""
 _NOT_HERE_YET: Final = frozenset({-32000, -32001, -32014, -39001})
@@ -30,6 +31,10 @@ _BUSY: Final = re.compile(
     r"|throttl",
     re.IGNORECASE,
 )
+_BUSY_WITH_CALLS: Final = re.compile(
+    r"rate.?limit|too many requests|request limit|daily request|compute units", re.IGNORECASE
+)
+"""Of a transaction that isn't taken: a pool has a capacity too."""
 _NOT_LET_IN: Final = frozenset({401, 402, 403})
 
 
@@ -61,7 +66,8 @@ def meaning(method: str, answer: Mapping[str, Any]) -> Meaning:
     if not isinstance(error, Mapping):
         return Meaning.REFUSED
     code, words = error.get("code"), str(error.get("message", ""))
-    if code in _TOO_MUCH or (code == _LIMIT and method != LOGS) or _BUSY.search(words):
+    busy = _BUSY_WITH_CALLS if method == SEND else _BUSY
+    if code in _TOO_MUCH or (code == _LIMIT and method != LOGS) or busy.search(words):
         return Meaning.BUSY
     if code in _NOT_HERE_YET and _names_no_block(words.lower()):
         return Meaning.BEHIND

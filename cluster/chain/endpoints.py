@@ -21,7 +21,7 @@ from typing import Any, Final
 import structlog
 
 from cluster.chain import answers, health
-from cluster.chain.answers import Meaning, Throttled, TooLong
+from cluster.chain.answers import SEND, Meaning, Throttled, TooLong
 from cluster.chain.health import Bucket, Endpoint, Head
 from cluster.chain.rpc import HttpTransport, Transport
 from cluster.core.errors import ChainError
@@ -30,7 +30,6 @@ _log = structlog.get_logger(__name__)
 
 URGENT: ContextVar[bool] = ContextVar("urgent", default=False)
 """Whether what is asked for waits for nobody's rate: a task's answer is on its way."""
-SEND: Final = "eth_sendRawTransaction"
 HEAD: Final = "eth_getBlockByNumber"
 CHECK_SECONDS: Final = 15.0
 FORK_DEPTH: Final = 6

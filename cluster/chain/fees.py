@@ -60,7 +60,10 @@ def first(market: Market, settings: FeeSettings, urgency: int = 1) -> Offer:
     if market.base_fee is None:
         return Offer(Wei(market.price * settings.percent * urgency // 100))
     tip = Wei(settings.tip * urgency)
-    return Offer(Wei(2 * market.base_fee + tip), tip)
+    fee = 2 * market.base_fee + tip
+    if fee > settings.cap >= market.base_fee + tip:
+        fee = settings.cap  # less room for the base fee to rise, but it is mined as things are
+    return Offer(Wei(fee), tip)
 
 
 def too_low(offer: Offer, market: Market) -> bool:

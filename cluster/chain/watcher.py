@@ -210,6 +210,7 @@ class Watcher:
             # Kept here, because what is asked for next may fail.
             self._next = next_ = min(next_, forked)
             self._found[Wakeup(None, REORGANISED, moment=forked)] = None
+            self._told = {log: None for log in self._told if log.block < forked}
             self.reorganised()
         first, last = self._range(next_, head.number)
         if first <= last:

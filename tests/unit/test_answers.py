@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.chain.answers import Meaning, TooLong, meaning, patience, read
+from cluster.chain.answers import SEND, Meaning, TooLong, meaning, patience, read
 from cluster.core.errors import ChainError
 
 CALL, LOGS = "eth_call", "eth_getLogs"
@@ -35,6 +35,8 @@ def error(code: Any, message: str, data: Any = None) -> dict[str, Any]:
         (CALL, error(429, "slow down"), Meaning.BUSY),
         (CALL, error(-32097, "no"), Meaning.BUSY),
         (CALL, error(-32600, "monthly capacity exceeded"), Meaning.BUSY),
+        (SEND, error(-32000, "txpool is at capacity"), Meaning.REFUSED),
+        (SEND, error(-32000, "rate limited"), Meaning.BUSY),
         (LOGS, error(-32005, "query returned more than 10000 results"), Meaning.REFUSED),
         (LOGS, error(-32005, "limit exceeded"), Meaning.REFUSED),
         (LOGS, error(-32614, "eth_getLogs is limited to a 10,000 range"), Meaning.REFUSED),

@@ -24,6 +24,12 @@ def test_one_price_where_there_is_no_base_fee() -> None:
     assert offer.fields() == {"gasPrice": 120}
 
 
+def test_near_the_cap_an_offer_has_less_room_and_is_made_all_the_same() -> None:
+    assert first(Market(Wei(6_000)), SETTINGS) == Offer(Wei(10_000), Wei(5))
+    assert first(Market(Wei(9_995)), SETTINGS) == Offer(Wei(10_000), Wei(5))
+    assert first(Market(Wei(9_996)), SETTINGS).fee > 10_000
+
+
 def test_in_a_hurry_the_blocks_maker_gets_more() -> None:
     assert first(Market(Wei(100)), SETTINGS, 4) == Offer(Wei(220), Wei(20))
     assert first(Market(None, Wei(100)), SETTINGS, 2) == Offer(Wei(240))
@@ -33,7 +39,7 @@ def test_a_replacement_follows_the_market_or_the_step_whichever_is_more() -> Non
     old = Offer(Wei(205), Wei(5))
     assert raised(old, Market(Wei(100)), SETTINGS) == Offer(Wei(257), Wei(7))
     assert raised(old, Market(Wei(1000)), SETTINGS) == Offer(Wei(2005), Wei(7))
-    assert raised(old, Market(Wei(5000)), SETTINGS) is None
+    assert raised(old, Market(Wei(9_999)), SETTINGS) is None
     assert raised(Offer(Wei(100)), Market(Wei(30)), SETTINGS) == Offer(Wei(125)), "stays as it is"
 
 

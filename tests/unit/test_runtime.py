@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +17,7 @@ from cluster.config import Config, digest, load
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
 from cluster.identity import Identity
-from cluster.journal import Assignment
+from cluster.journal import Assignment, SqlJournal
 
 ADDRESS = "0x" + "11" * 20
 WORD = "correct horse"
@@ -306,3 +308,22 @@ def test_accounts_that_were_ever_assigned_are_tended_beyond_the_configurations(
     after = runtime.assemble(mine.model_copy(update={"identity": fewer}))
     assert after.accounts == {index: before.accounts[index] for index in (1, 2, 3, 7)}
     assert after.fleet.most_accounts == 3
+
+
+async def test_a_chain_that_hangs_keeps_no_term_from_beginning_before_its_lease_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runtime, "check_contracts", hang)
+    mine = config(tmp_path)
+    mine = mine.model_copy(update={"lease": mine.lease.model_copy(update={"ttl_seconds": 0.02})})
+    identity: Any = SimpleNamespace(address=lambda _: ADDRESS, public_key=lambda _: b"")
+    journal = SqlJournal(f"sqlite:///{tmp_path / 'journal.db'}")
+    lease = journal.acquire("me", Timestamp(0.0), 10.0)
+    assert lease is not None
+    async with asyncio.timeout(60):
+        async with runtime.open_network(mine, identity, journal, lambda: lease) as network:
+            assert network.endpoints()[0].problem == ""
+    journal.close()

@@ -167,6 +167,18 @@ async def test_whichever_call_fails_after_a_reorganisation_it_is_read_again(dept
         assert rig.told == 1
 
 
+async def test_a_block_that_comes_back_is_told_of_again() -> None:
+    rig = Rig()
+    await rig.grown(100, 101)
+    rig.node.logs = [started(102)]
+    rig.node.chain.head = 102
+    assert await rig.poll() == [STARTED]
+    for name in ("b", "a"):
+        rig.node.chain.fork(102, name, rig.node.chain.head + 1)
+        found = await rig.poll()
+    assert STARTED in found
+
+
 async def test_a_reorganisation_is_told_of_although_the_logs_are_refused() -> None:
     rig = Rig()
     await rig.grown(100, 101, 102)
