@@ -22,9 +22,17 @@ ABORTED = frozenset({TaskStatus.END_ABORTED.label})
 async def test_the_chain_is_away_for_longer_than_a_tasks_timeout(operator: OperatorWorld) -> None:
     await operator.until_serving()
     operator.gate.close()
-    late = operator.send(task("too-late", seed=71, expected_end=ABORTED))
+    # Each is for a class of its own, so that neither waits for the other's account or card.
+    small, large = CARDS
+    first = task(
+        "too-late",
+        seed=71,
+        expected_end=ABORTED,
+        required_gpu=f"{small.name}+docker",
+        required_gpu_vram=int(small.vram),
+    )
+    late = operator.send(first)
     await operator.computing(lambda: late.commitments.get("too-late"))
-    large = CARDS[1]  # not the one that the first task is on, and waits at the gate
     spec = task(
         "in-time",
         seed=72,
