@@ -48,7 +48,10 @@ class Evidence:
                 self._log.warning("evidence_not_dropped", task=each.task, error=str(error))
 
     def alerts(self) -> tuple[str, ...]:
-        """Where it is, a line for each task."""
+        """Where it is, a line for each task. Asked with every look at the status, and nearly always
+        there is none: then the journal isn't read."""
+        if not self._ledger.slashed:
+            return ()
         return tuple(
             f"task {each.task} cost account {each.account} its stake; what it computed is in "
             f"{where}"

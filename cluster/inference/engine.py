@@ -50,6 +50,7 @@ from cluster.inference.recipes import (
     recipe_for,
 )
 from cluster.inference.scoring import score_llm
+from cluster.models.refs import ModelRef
 from cluster.models.store import LORA_FILE, ModelStore
 
 OutOfMemory: Final = (torch.OutOfMemoryError, MemoryError)
@@ -290,8 +291,10 @@ class Engine:
     def _recipe(self, params: SDParameters) -> Recipe:
         recipe = recipe_for(params, self.store)
         if recipe.lora is not None and params.lora is not None:
-            certain = bool(params.lora.weight_file_name) or recipe.lora.name == LORA_FILE
-            lora.check_family(recipe.lora, recipe.base_width, certain)
+            # What a link leads to may be another file for every node that asks its host.
+            shared = not ModelRef("lora", params.lora.model).is_url
+            named = bool(params.lora.weight_file_name) or recipe.lora.name == LORA_FILE
+            lora.check_family(recipe.lora, recipe.base_width, certain=shared and named)
         return self._remember(recipe)
 
     def _remember(self, recipe: AnyRecipe) -> AnyRecipe:

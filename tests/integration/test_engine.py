@@ -31,8 +31,11 @@ from cluster.core.errors import (
 from cluster.core.ports import Computed, Order
 from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType, Timestamp
 from cluster.inference import diffusion, lora
+from cluster.inference import engine as engine_module
 from cluster.inference.devices import simulated
 from cluster.inference.engine import Engine, Limits
+from cluster.inference.parameters import SDParameters
+from cluster.inference.recipes import Recipe, recipe_for
 from cluster.inference.scoring import score_images
 from cluster.models.store import ModelStore
 from devnet.models import BASES, SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
@@ -292,6 +295,25 @@ def test_a_lora_that_nobody_named_may_be_another_one_elsewhere(root: Path, tmp_p
     folder.mkdir(parents=True)
     _kohya(folder / "the_only_one_here.safetensors", 128)
     fault = fault_of(new_engine(tmp_path / "store"), order(lora={"model": "org/kohya"}))
+    assert isinstance(fault, ModelUnavailable)
+
+
+def test_a_lora_by_link_may_be_another_one_for_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root, tmp_path / "store")
+    folder = tmp_path / "store" / "org" / "kohya"
+    folder.mkdir(parents=True)
+    _kohya(folder / "wide.safetensors", 128)
+
+    def as_if_fetched(params: SDParameters, store: ModelStore) -> Recipe:
+        assert params.lora is not None
+        here = params.lora.model_copy(update={"model": "org/kohya"})
+        return recipe_for(params.model_copy(update={"lora": here}), store)
+
+    monkeypatch.setattr(engine_module, "recipe_for", as_if_fetched)
+    link = {"model": "https://host/wide.safetensors", "weight_file_name": "wide.safetensors"}
+    fault = fault_of(new_engine(tmp_path / "store"), order(lora=link))
     assert isinstance(fault, ModelUnavailable)
 
 
