@@ -52,7 +52,12 @@ class Nonces:
             ever = rows.highest_nonce(connection, account)
             flying = rows.highest_nonce(connection, account, IN_FLIGHT)
             recent = self._clock() - self._patience
-            last = rows.highest_nonce(connection, account, _SPENT, recent)
+            spent = (
+                rows.highest_nonce(connection, account, _SPENT, recent),
+                # Not final: as long as it may be sent again, its nonce is nobody else's.
+                rows.highest_nonce(connection, account, frozenset({RowState.MINED})),
+            )
+        last = max((nonce for nonce in spent if nonce is not None), default=None)
         count = await self._believed(account, count, 0 if ever is None else ever + 1)
         if last is not None and count <= last:
             raise ChainError(f"{account}: the endpoint is behind, it doesn't count nonce {last}")

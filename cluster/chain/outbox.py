@@ -111,13 +111,13 @@ class Outbox(Moves):
         once: bool = False,
     ) -> RowState:
         """As `ensure`, for what an account may do again and again, each time after the last one
-        was mined; with `once`, never again."""
+        was mined; one that was given up comes before a new one; with `once`, never again."""
         prefix = f"account:{account}:{verb}:"
-        number = 0
+        key = f"{prefix}0"
         if not once:
             with self._journal.read() as connection:
-                number = rows.count_mined(connection, account, prefix)
-        return self.ensure(Intent(f"{prefix}{number}", account, recipient, data, value))
+                key = rows.next_key(connection, account, prefix)
+        return self.ensure(Intent(key, account, recipient, data, value))
 
     def writes(self, task: Commitment) -> Mapping[Claim, WriteState]:
         with self._journal.read() as connection:

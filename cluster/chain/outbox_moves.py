@@ -139,6 +139,7 @@ class Moves:
         need = intent.value + gas * offer.fee
         if _sure(balance) < need:
             self._lack(intent, need, _sure(balance))
+        await self._look_for(intent.account, _sure(count))
         nonce = await self._nonces.next(intent.account, _sure(count))
         self._forget(intent.key)
         return self._bytes(intent, nonce, offer, gas, _sure(market))
@@ -265,13 +266,29 @@ class Moves:
 
     async def _unseen(self, row: OutboxRow) -> None:
         """It has no receipt any more: its block was replaced, unless the endpoint just has none."""
+        taken_back = await self._is_taken_back(row)
+        if taken_back:
+            await self._send_again(row)
+        elif taken_back is not None:
+            self._end(row)
+
+    async def _look_for(self, account: Address, count: int) -> None:
+        """Where the chain counts fewer transactions of the account than were mined, those that are
+        not final were taken back with their blocks, unless the endpoint is just behind."""
+        with self._journal.read() as connection:
+            uncounted = rows.mined_from(connection, account, count)
+        for row in uncounted:
+            if self._may_look(row, self._settings.look_after) and await self._is_taken_back(row):
+                await self._send_again(row)
+
+    async def _is_taken_back(self, row: OutboxRow) -> bool | None:
+        """Whether its block was replaced by one without it; None where the endpoint doesn't have
+        the block either."""
         self._looked[row.intent.key] = self._clock()
         there = () if row.block is None else await self._rpc.transactions_in(row.block)
-        if there is None:
-            return  # nor has it the block: asked again later
-        if set(there) & set(_signed(row).hashes):
-            self._end(row)
-            return
+        return None if there is None else not set(there) & set(_signed(row).hashes)
+
+    async def _send_again(self, row: OutboxRow) -> None:
         self.told.happened("vanished")
         _log.warning("transaction_vanished", row=row.intent.key, block=row.block)
         await self._broadcast(replace(row, block=None, reason=""))

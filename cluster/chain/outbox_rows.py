@@ -334,17 +334,41 @@ def reverted_since(connection: Connection, block: int) -> tuple[OutboxRow, ...]:
     return _rows(connection, select(table).where(reverted, table.c.block >= block))
 
 
+def mined_from(connection: Connection, account: Address, nonce: int) -> tuple[OutboxRow, ...]:
+    """The account's with this nonce or a higher one that were mined, and aren't final yet."""
+    mined = (table.c.account == account) & (table.c.state == RowState.MINED.value)
+    found = _rows(connection, select(table).where(mined, table.c.nonce >= nonce))
+    return tuple(sorted(found, key=lambda row: row.order))
+
+
 def count_mined(connection: Connection, account: Address, prefix: str) -> int:
-    query = (
-        select(func.count())
-        .select_from(table)
-        .where(
-            table.c.account == account,
-            table.c.state.in_([state.value for state in IN_THE_CHAIN]),
-            table.c.key.startswith(prefix, autoescape=True),
-        )
+    return _count(connection, account, prefix, IN_THE_CHAIN)
+
+
+def next_key(connection: Connection, account: Address, prefix: str) -> str:
+    """Of those that the account does one after the other: the one that is on its way, else the
+    first that was given up, else a new one."""
+    rest = [state.value for state in RowState if state not in IN_THE_CHAIN]
+    left = _of_prefix(select(table.c.key, table.c.state), account, prefix).where(
+        table.c.state.in_(rest)
     )
-    return connection.execute(query).scalar_one()
+    found = connection.execute(left.order_by(table.c.seq)).all()
+    if not found:
+        return f"{prefix}{_count(connection, account, prefix, frozenset(RowState))}"
+    open_ones = (each.key for each in found if RowState(each.state) not in REFUSED)
+    return str(next(open_ones, found[0].key))
+
+
+def _count(
+    connection: Connection, account: Address, prefix: str, states: frozenset[RowState]
+) -> int:
+    query = _of_prefix(select(func.count()).select_from(table), account, prefix)
+    states_here = table.c.state.in_([state.value for state in states])
+    return int(connection.execute(query.where(states_here)).scalar_one())
+
+
+def _of_prefix(query: Select[Any], account: Address, prefix: str) -> Select[Any]:
+    return query.where(table.c.account == account, table.c.key.startswith(prefix, autoescape=True))
 
 
 def movements(connection: Connection) -> Mapping[Address, Movement]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.chain import outbox_rows as rows
 from cluster.chain.outbox_rows import RowState
 from cluster.core.errors import ChainError
 from cluster.core.lifecycle import WriteState
@@ -32,6 +34,14 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def fund(world: World) -> RowState:
     return world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(400))
+
+
+async def funded(world: World) -> None:
+    """One payment more is in the chain."""
+    world.chain.done.clear()
+    fund(world)
+    await world.settle()
+    world.chain.done.clear()
 
 
 def forget(world: World, *tx_hashes: str) -> None:
@@ -127,6 +137,79 @@ async def test_a_receipt_that_is_gone_is_no_reorganisation_while_the_block_is_th
     world.chain._answer = forgetful  # type: ignore[method-assign]
     await world.outbox.pump()
     assert world.row(score().key).state is RowState.FINAL
+
+
+# --- taken back -----------------------------------------------------------------------------------
+
+
+async def test_a_nonce_is_nobody_elses_as_long_as_what_was_mined_with_it_may_come_back(
+    world: World,
+) -> None:
+    """Its block is replaced, unseen by who follows the heads, and far from as deep as is final."""
+    world.outbox.head = lambda: world.chain.head
+    world.settings = replace(world.settings, depth=1000)
+    world.restart()
+    world.outbox.head = lambda: world.chain.head
+    fund(world)
+    await world.settle()
+    assert world.row(FUND).state is RowState.MINED
+    forget(world, *world.chain.mined)
+    world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    await pass_time(world, 120, block_seconds=2)
+    await world.settle()
+    assert [signed.nonce for _, signed in world.signed] == [0, 1]
+    assert world.row(FUND).state is RowState.MINED
+    assert world.row(f"account:{ALICE}:pause:0").state is RowState.MINED
+
+
+async def test_an_endpoint_that_is_behind_takes_nothing_back(world: World) -> None:
+    """It counts too few, and hasn't the block either."""
+    world.outbox.head = lambda: world.chain.head
+    fund(world)
+    await world.settle()
+    world.chain.counts[ALICE] = 0
+    answer = world.chain._answer
+
+    def behind(method: str, params: Any) -> Mapping[str, Any]:
+        old = method == "eth_getBlockByNumber" and params[0] != "latest"
+        return {"result": None} if old else answer(method, params)
+
+    world.chain._answer = behind  # type: ignore[method-assign]
+    world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    failures = await pass_time(world, 120)
+    assert len(failures) == 120
+    assert {"nonce 0" in each for each in failures} == {True}
+    assert world.row(FUND).state is RowState.MINED
+    world.chain.counts[ALICE] = 1
+    await world.settle()
+    assert [signed.nonce for _, signed in world.signed] == [0, 1]
+
+
+async def test_what_was_given_up_comes_before_another_of_its_kind(world: World) -> None:
+    """Of three payments, the second lost its place in the chain to another transaction."""
+    for _ in range(3):
+        await funded(world)
+    second = f"account:{ALICE}:fund:{BOB}:1"
+    given_up = replace(world.row(second), state=RowState.REFUSED, signed=None, block=None)
+    with world.journal.write(world.lease) as connection:
+        rows.store(connection, given_up)
+    world.now += 1000
+    await funded(world)
+    assert world.row(second).state is RowState.MINED
+    await funded(world)
+    assert world.row(f"account:{ALICE}:fund:{BOB}:3").state is RowState.MINED
+
+
+async def test_what_is_on_its_way_comes_before_what_was_given_up(world: World) -> None:
+    await funded(world)
+    fund(world)
+    await world.outbox.pump()
+    given_up = replace(world.row(FUND), state=RowState.REFUSED, signed=None, block=None)
+    with world.journal.write(world.lease) as connection:
+        rows.store(connection, given_up)
+    world.now += 1000
+    assert fund(world) is RowState.SENT
+    assert world.row(FUND).state is RowState.REFUSED
 
 
 # --- never taken ----------------------------------------------------------------------------------
