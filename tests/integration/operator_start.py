@@ -49,6 +49,8 @@ HUB_MODELS = {HUB_BASE: SD15[1], HUB_LORA: SD15_LORA, HUB_PINNED: SD15_LORA}
 BLOCK_SECONDS = 0.5
 LEASE_SECONDS = 15.0
 """Where two coordinators run, the one that acts must not lose it because the machine is busy."""
+PAUSE_SECONDS = 20.0
+"""Until an account whose card has left may serve as another class, which tests wait for."""
 SERVE_PATIENCE = (
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S",
@@ -90,6 +92,7 @@ def _operator_world(folder: Path, hub: Hub) -> Iterator[OperatorWorld]:
         "identity": {"accounts": ACCOUNTS},
         "lease": {"ttl_seconds": LEASE_SECONDS},
         "policy": {"retry_backoff": 0.2},
+        "fleet": {"pause_after_seconds": PAUSE_SECONDS},
         "models": _models(folder / "models", hub),
     }
     with contextlib.ExitStack() as stack:
