@@ -54,6 +54,7 @@ for, before the task is aborted."""
 ABORT_GAS = 3_000_000
 _ANSWERED = frozenset({TaskStatus.SCORE_READY, TaskStatus.ERROR_REPORTED})
 _VALIDATED = frozenset({TaskStatus.VALIDATED, TaskStatus.GROUP_VALIDATED})
+_GROUP_SIZE = 3
 _PAID = frozenset({TaskStatus.END_SUCCESS, TaskStatus.END_GROUP_SUCCESS})
 _TRANSIENT = (Web3Exception, httpx.HTTPError, OSError, ChainError, RelayError)
 _EXTENSIONS = {TaskType.SD: ".png", TaskType.LLM: ".json", TaskType.SD_FT: ".png"}
@@ -117,6 +118,8 @@ class _Member:
     status: TaskStatus | None = None
     answered_at: float | None = None
     problem: str = ""
+    waits: bool = True
+    """It takes one of the application's places in the queue."""
     files: list[str] = field(default_factory=list)
     stirred: asyncio.Event = field(default_factory=asyncio.Event)
     """An event was seen that is about it."""
@@ -132,7 +135,8 @@ class Application:
     `owner` may be given to have the contract sample exactly the tasks whose spec says `group`, and
     to give tasks timeouts of their own; without it the deployed values decide. `out` is where
     result files go, under the task's name. `clock` is unix time, the chain's own as far as the
-    machine has it. An answer is validated `validate_after` seconds after it was seen.
+    machine has it. An answer is validated `validate_after` seconds after it was seen. Of its tasks
+    no more than `most_waiting` wait for a node at a time: the network's queue has an end.
     """
 
     def __init__(
@@ -147,8 +151,10 @@ class Application:
         clock: Callable[[], float] = time.time,
         random: Callable[[int], bytes] = secrets.token_bytes,
         validate_after: float = 0.0,
+        most_waiting: int | None = None,
     ) -> None:
         self.validate_after = validate_after
+        self.most_waiting = most_waiting
         self._rpc_url = rpc_url
         self._deployment = deployment
         self._relay_url = relay_url
@@ -171,6 +177,8 @@ class Application:
             self._task = self._chain.contract(self._deployment.task, "VSSTask")
             self._node = self._chain.contract(self._deployment.node, "Node")
             self._on_change = on_change
+            most = len(specs) * _GROUP_SIZE if self.most_waiting is None else self.most_waiting
+            self._places = asyncio.Semaphore(most)
             watching = asyncio.create_task(self._watch())
             try:
                 return await self._run(specs)
@@ -182,14 +190,14 @@ class Application:
         async with asyncio.TaskGroup() as tasks:
             async for wave in self._waves(specs):
                 guids = [self._random(32) for _ in wave]
-                firsts = await asyncio.gather(
-                    *(
-                        self._create(spec, spec.name, guid)
-                        for spec, guid in zip(wave, guids, strict=True)
-                    )
-                )
-                for first, guid in zip(firsts, guids, strict=True):
-                    drives[first.name] = tasks.create_task(self._follow(first, guid))
+                firsts = [
+                    tasks.create_task(self._create(spec, spec.name, guid))
+                    for spec, guid in zip(wave, guids, strict=True)
+                ]
+                for spec, first, guid in zip(wave, firsts, guids, strict=True):
+                    drives[spec.name] = tasks.create_task(self._follow(first, guid))
+                # The next wave's setting isn't theirs.
+                await asyncio.gather(*firsts)
         return [report for spec in specs for report in drives[spec.name].result()]
 
     async def _waves(self, specs: Sequence[TaskSpec]) -> AsyncIterator[Sequence[TaskSpec]]:
@@ -211,7 +219,8 @@ class Application:
                 await self._chain.send(functions.setSamplingModulus(modulus), self._owner)
                 yield wave
 
-    async def _follow(self, first: _Member, guid: bytes) -> list[TaskReport]:
+    async def _follow(self, created: asyncio.Task[_Member], guid: bytes) -> list[TaskReport]:
+        first = await created
         task = await self._read(first)
         modulus = await self._patiently(self._task.functions.getSamplingModulus(first.key).call)
         proof = sampling_proof(self._account, task.sampling_seed)
@@ -242,6 +251,7 @@ class Application:
             list(spec.version),
             spec.size,
         )
+        await self._places.acquire()
         await self._chain.send(call, self._account, value=spec.fee)
         return _Member(name, spec, Commitment("0x" + commitment.hex()))
 
@@ -369,6 +379,9 @@ class Application:
 
     def _note(self, member: _Member, task: ChainTask) -> None:
         member.status = task.status
+        if member.waits and task.status is not TaskStatus.QUEUED:
+            member.waits = False
+            self._places.release()
         if member.group is not None:
             member.group.changed.set()
         node = "" if task.status is TaskStatus.QUEUED else task.selected_node

@@ -4,8 +4,8 @@
 
 Integration tests wait for blocks most of their time, so several processes share them (pytest-xdist,
 `--dist loadgroup`). Tests that share something costly (a chain, an operator) stay together: those
-of the running operator, wherever they are, and those of a file that has a fixture of its own for more
-than one test. All others go wherever there is time.
+of the running operator, wherever they are, and those of a file that has a fixture of its own for
+more than one test. All others go wherever there is time.
 """
 
 from __future__ import annotations
