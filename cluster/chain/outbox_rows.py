@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -400,10 +400,11 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
     return found
 
 
-def owed(connection: Connection) -> Mapping[Address, Wei]:
-    """What accounts' own writes that are on their way will take from each, gas aside."""
+def owed(connection: Connection, waiting: Collection[str] = ()) -> Mapping[Address, Wei]:
+    """What accounts' own writes that are on their way will take from each, gas aside. Those that
+    are `waiting` for money, by their keys, take none."""
     open_states = [state.value for state in IN_FLIGHT | {RowState.NEW}]
-    query = select(table.c.account, table.c.value)
+    query = select(table.c.account, table.c.value).where(table.c.key.not_in(waiting))
     found: dict[Address, Wei] = {}
     for row in connection.execute(
         query.where(table.c.task.is_(None), table.c.state.in_(open_states))

@@ -733,6 +733,26 @@ async def test_what_an_account_lacks_for_a_write_is_known_until_it_has_it(world:
     assert world.outbox.movements().get(ALICE, Movement()).lacks == 0
 
 
+async def test_what_cannot_be_paid_holds_nothing_up(world: World) -> None:
+    """A stake for which the treasury has too little, and gas that somebody waits for."""
+    world.chain.balance = 10**17
+    world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(4 * 10**17))
+    with pytest.raises(ChainError, match="top it up"):
+        await world.outbox.pump()
+    assert world.outbox.movements()[ALICE].owes == 0, "what it has is there to be used"
+    world.outbox.ensure_verb(ALICE, f"gas:{CONTRACT}", CONTRACT, b"", Wei(3))
+    for _ in range(3):
+        with pytest.raises(ChainError, match="top it up"):
+            await world.outbox.pump()
+        world.chain.mine()
+        world.chain.done.clear()
+    assert world.row(f"account:{ALICE}:gas:{CONTRACT}:0").state is RowState.MINED
+    assert world.row(f"account:{ALICE}:fund:{BOB}:0").state is RowState.NEW
+    world.chain.balance = 10**18
+    await world.settle()
+    assert world.row(f"account:{ALICE}:fund:{BOB}:0").state is RowState.MINED
+
+
 async def test_what_is_on_its_way_is_owed(world: World) -> None:
     for recipient, amount in ((BOB, 10**17), (CONTRACT, 3)):
         world.outbox.ensure_verb(ALICE, f"fund:{recipient}", recipient, b"", Wei(amount))
