@@ -60,6 +60,8 @@ FLEET_SECONDS = 2.0
 APPLY_SECONDS = 3600.0
 """How long a plan that was to be applied is acted on."""
 _RETIRED = "retired:"
+_APPLYING = "applying"
+"""Until when a plan is applied, in the journal: whoever asked for it isn't asked again."""
 _ALL_MONEY = Wei(2**255)
 _BY_HAND = Assign | Fund | Join | Quit | Sweep | BringHome
 _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
@@ -118,8 +120,7 @@ class FleetKeeper:
         self._began = clock()
         self._cards = Cards()
         self._measures = Measures(ledger)
-        self._applying = False
-        self._apply_until = 0.0
+        self._apply_until = float(ledger.journal.cursor(_APPLYING) or 0.0)
         self.view = FleetStatus(automatic=settings.automatic)
         self._retired = {Address(a) for a, said in ledger.journal.cursors(_RETIRED).items() if said}
         self._log = structlog.get_logger("fleet")
@@ -202,8 +203,11 @@ class FleetKeeper:
     def apply(self) -> None:
         """Act on the plan until nothing is left of it, whatever `automatic` says; not for ever,
         for what is left may never come to be."""
-        self._applying = True
-        self._apply_until = self._clock() + APPLY_SECONDS
+        self._apply(self._clock() + APPLY_SECONDS)
+
+    def _apply(self, until: float) -> None:
+        self._ledger.journal.set_cursor(self._ledger.lease, _APPLYING, str(until))
+        self._apply_until = until
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line each."""
@@ -240,8 +244,6 @@ class FleetKeeper:
         """Plan anew, and act unless the operator wants to say when."""
         begun = self.draining.begin_turn()
         found = await self.plan()
-        if self._now() >= self._apply_until:
-            self._applying = False
         for action in found.actions:
             if self.draining.outdates(action, begun) or self._waits_for_a_word(action):
                 continue
@@ -249,14 +251,15 @@ class FleetKeeper:
                 await self._actions.carry_out(action, self._settings.policy.stake)
             except NetworkUnavailable as error:
                 self._log.warning("fleet_action_failed", action=words(action), error=str(error))
-        if not found.actions and not self.view.moving:
-            self._applying = False
+        if self._apply_until and not found.actions and not self.view.moving:
+            self._apply(0.0)
         self.draining.ended_turn(begun)
 
     def _waits_for_a_word(self, action: FleetAction) -> bool:
         """Whether the operator wants to say when: what spends, or changes who is in the fleet. That
         accounts rest and wake with their cards and drains, and have gas, is never up to that."""
-        if self._settings.automatic or self._applying or not isinstance(action, _BY_HAND):
+        applying = self._now() < self._apply_until
+        if self._settings.automatic or applying or not isinstance(action, _BY_HAND):
             return False
         if action.address in self._retired:
             return False

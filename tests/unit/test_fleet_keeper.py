@@ -732,6 +732,20 @@ def test_by_hand_an_account_that_runs_dry_gets_gas_all_the_same(manual: World) -
     assert manual.turn() == [("transfer", TREASURY, ALICE, 19, "gas")]
 
 
+def test_applying_goes_on_after_the_coordinator_began_anew(manual: World) -> None:
+    manual.see(ALICE, NodeStatus.QUIT, balance=420)
+    manual.keeper.apply()
+    manual.begin()
+    manual.turn()
+    assert manual.turn() == [("join", ALICE)]
+    manual.see(ALICE, NodeStatus.AVAILABLE, balance=20)
+    manual.turn()
+    manual.begin()
+    manual.see(ALICE, NodeStatus.QUIT, balance=420)
+    manual.turn()
+    assert manual.turn() == [], "it is applied no more"
+
+
 def test_applying_ends_after_a_while_although_something_is_left(manual: World) -> None:
     manual.see(ALICE, NodeStatus.QUIT, balance=420)
     manual.keeper.apply()
