@@ -34,8 +34,9 @@ from cluster.core.types import (
     Timestamp,
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of
-from cluster.journal import HOST
+from cluster.journal import HOST, SqlJournal
 from cluster.logs import Level
+from cluster.lookups import Lookups
 from cluster.status import Status
 from cluster.steering import ORDERS
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
@@ -61,6 +62,7 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
+        self._lookups = Lookups(world.journal)
         self._log = structlog.get_logger("coordinator")
 
     async def run(self) -> None:
@@ -76,6 +78,7 @@ class Coordinator:
                 await self._pause(BETWEEN_TERMS_SECONDS)
         finally:
             self._ended.set()
+            self._lookups.close()
             await asyncio.to_thread(self._world.traces.flush)
 
     def _acquire(self) -> Lease | None:
@@ -162,19 +165,19 @@ class Coordinator:
         still compute. Nothing durable: what comes after it works on."""
         return self._world.pool.leave(None if node is None else RayNodeId(node))
 
-    # --- what the journal tells, read in a thread: it may be much -------------------------------
+    # --- what the journal tells; raises `TooBusy` when too much is asked ------------------------
 
     async def story(self, name: str) -> dict[str, object]:
         """`cluster.story.TaskStory`; raises `UnknownTask`."""
         world = self._world
-        found = await asyncio.to_thread(
-            story_of, world.journal, name, world.explorer, world.artifacts.kept
+        found = await self._lookups.ask(
+            lambda journal: story_of(journal, name, world.explorer, world.artifacts.kept)
         )
         return found.model_dump(mode="json")
 
     async def file(self, name: str, file: str) -> bytes:
         """A file of a task's result; raises `UnknownTask` for one that isn't kept too."""
-        task, ref = await asyncio.to_thread(file_of, self._world.journal, name, file)
+        task, ref = await self._lookups.ask(lambda journal: file_of(journal, name, file))
         try:
             ((_, data),) = await self._world.artifacts.get(task, (ref,))
         except ClusterError as error:
@@ -183,26 +186,18 @@ class Coordinator:
 
     async def bundle(self, name: str) -> dict[str, object]:
         """A task's story, parameters and failed attempts; raises `UnknownTask`."""
-        return await asyncio.to_thread(bundle_of, self._world.journal, name)
+        return await self._lookups.ask(lambda journal: bundle_of(journal, name))
 
     async def earnings(self, since: float, step: Step) -> dict[str, object]:
-        found = await asyncio.to_thread(self._earnings, Timestamp(since), step)
+        now = Timestamp(self._world.clock())
+        found = await self._lookups.ask(
+            lambda journal: _earnings(journal, Timestamp(since), now, step)
+        )
         return found.model_dump(mode="json")
-
-    def _earnings(self, since: Timestamp, step: Step) -> Earnings:
-        journal, now = self._world.journal, Timestamp(self._world.clock())
-        # From the step's beginning on, which may be before `since`.
-        begin = Timestamp(since - since % SECONDS[step])
-        classes = {each.address: each.gpu_class for each in journal.assignments()}
-        return earnings_of(journal.takings(begin), classes, since, now, step)
 
     async def audit(self, limit: int) -> list[dict[str, object]]:
         """What operators had done, the newest first: `cluster.steering.ActionView`."""
-        return await asyncio.to_thread(self._audit, limit)
-
-    def _audit(self, limit: int) -> list[dict[str, object]]:
-        with self._world.journal.read() as connection:
-            return [asdict(each) for each in journal_history.actions(connection, limit)]
+        return await self._lookups.ask(lambda journal: _audit(journal, limit))
 
     # --- what can change while it runs ----------------------------------------------------------
 
@@ -241,6 +236,18 @@ class Coordinator:
             stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))
+
+
+def _earnings(journal: SqlJournal, since: Timestamp, now: Timestamp, step: Step) -> Earnings:
+    # From the step's beginning on, which may be before `since`.
+    begin = Timestamp(since - since % SECONDS[step])
+    classes = {each.address: each.gpu_class for each in journal.assignments()}
+    return earnings_of(journal.takings(begin), classes, since, now, step)
+
+
+def _audit(journal: SqlJournal, limit: int) -> list[dict[str, object]]:
+    with journal.read() as connection:
+        return [asdict(each) for each in journal_history.actions(connection, limit)]
 
 
 def _leaf(group: BaseException) -> str:

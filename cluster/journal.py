@@ -35,6 +35,7 @@ from cluster import journal_takings as takings
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove
 from cluster.core.record import (
+    AttemptStarted,
     Closed,
     Event,
     Outcome,
@@ -53,8 +54,9 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.journal_engine import SCHEMA, make_tables, open_engine, upgrade
+from cluster.journal_engine import make_tables, open_engine
 from cluster.journal_events import decode_event, encode_event
+from cluster.journal_history import add_name
 from cluster.journal_tables import (
     accounts_table,
     cursors_table,
@@ -64,6 +66,7 @@ from cluster.journal_tables import (
     tasks_table,
 )
 from cluster.journal_takings import Takings
+from cluster.journal_upgrades import SCHEMA, upgrade
 
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
@@ -118,13 +121,18 @@ class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
     def __init__(
-        self, url: str, look_only: bool = False, wall: Callable[[], float] = time.time
+        self,
+        url: str,
+        look_only: bool = False,
+        wall: Callable[[], float] = time.time,
+        most: int | None = None,
     ) -> None:
         """Opens the database, and makes its tables where it is new; with `look_only` it is left as
-        it is, and may be of another version. `wall` is this machine's clock. Raises
-        `ConfigError`."""
+        it is, and may be of another version. `wall` is this machine's clock; `most`: how many
+        connections it may have. Raises `ConfigError`."""
+        self._url = url
         self._wall = wall
-        self._database = open_engine(url, look_only)
+        self._database = open_engine(url, look_only, most)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
         if look_only:
             return
@@ -150,6 +158,10 @@ class SqlJournal:
         found = self.cursor("schema")
         if found != SCHEMA:
             raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")
+
+    def reader(self, most: int) -> SqlJournal:
+        """The same journal to look at only, by connections of its own."""
+        return SqlJournal(self._url, look_only=True, wall=self._wall, most=most)
 
     def bind(self, owner: Owner) -> None:
         """Write down whose journal it is. Raises `ConfigError` when it holds another's facts; an
@@ -262,6 +274,8 @@ class SqlJournal:
             seq = int(_inserted(written.inserted_primary_key))
             _mark(connection, after, seq, first=before is None)
             _take(connection, before, after)
+            if isinstance(event, AttemptStarted):
+                add_name(connection, task, event.attempt_id)
         # Only now: a transaction that fails must not leave a fold of what was never stored.
         if isinstance(event, Closed):
             self._folds.pop(task, None)

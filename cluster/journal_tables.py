@@ -60,7 +60,7 @@ outbox_table = Table(
     Column("state", Text, nullable=False, index=True),
     Column("nonce", BigInteger),
     Column("raw", LargeBinary),
-    Column("tx_hash", Text),
+    Column("tx_hash", Text, index=True),
     Column("sent_at", Double),
     Column("updated_at", Double, nullable=False),
     Column("reason", Text, nullable=False),
@@ -69,6 +69,14 @@ outbox_table = Table(
     Column("cost", Text),
     Index("outbox_by_nonce", "account", "nonce"),
 )
+names_table = Table(
+    "task_names",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("commitment", Text, primary_key=True),
+)
+"""What else leads to a task: its attempts' ids, and hashes of its transactions that the outbox's
+row doesn't have any more."""
 takings_table = Table(
     "takings",
     metadata,

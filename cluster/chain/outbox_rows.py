@@ -18,6 +18,7 @@ from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
+from cluster.journal_history import add_name
 from cluster.journal_tables import outbox_table as table
 
 
@@ -431,4 +432,10 @@ def add(connection: Connection, intent: Intent, now: Timestamp) -> None:
 
 
 def store(connection: Connection, row: OutboxRow) -> None:
-    connection.execute(update(table).where(table.c.key == row.intent.key).values(**_columns(row)))
+    place = table.c.key == row.intent.key
+    before = connection.execute(select(table.c.tx_hash).where(place)).one()
+    connection.execute(update(table).where(place).values(**_columns(row)))
+    newest = None if row.signed is None else row.signed.tx_hash
+    if row.intent.task is not None and before.tx_hash not in {None, newest}:
+        # An explorer may show it still.
+        add_name(connection, row.intent.task, before.tx_hash)
