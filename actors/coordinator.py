@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
@@ -26,6 +27,7 @@ from actors.steering import NOT_ACTING
 from actors.term import Term
 from actors.world import World
 from cluster import journal_history
+from cluster.api.shared import Shared
 from cluster.chain import outbox_rows
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
 from cluster.core.ports import Lease
@@ -33,7 +35,7 @@ from cluster.core.types import (
     RayNodeId,
     Timestamp,
 )
-from cluster.earnings import SECONDS, Earnings, Step, earnings_of
+from cluster.earnings import SECONDS, Earnings, Step, earnings_of, numbers
 from cluster.journal import HOST, SqlJournal
 from cluster.logs import Level
 from cluster.lookups import Lookups
@@ -48,6 +50,10 @@ REFUSED = "refused: "
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 BETWEEN_TERMS_SECONDS = 0.5
+EARNED_SECONDS = 60.0
+"""For how long earnings are as they were."""
+MOST_EARNED = 16
+"""Answers of that kind that are kept."""
 
 
 class Coordinator:
@@ -63,6 +69,8 @@ class Coordinator:
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
         self._lookups = Lookups(world.journal)
+        self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
+        """Answers by what was asked, those asked for last at the end."""
         self._log = structlog.get_logger("coordinator")
 
     async def run(self) -> None:
@@ -189,11 +197,19 @@ class Coordinator:
         return await self._lookups.ask(lambda journal: bundle_of(journal, name))
 
     async def earnings(self, since: float, step: Step) -> dict[str, object]:
-        now = Timestamp(self._world.clock())
-        found = await self._lookups.ask(
-            lambda journal: _earnings(journal, Timestamp(since), now, step)
-        )
-        return found.model_dump(mode="json")
+        """`cluster.earnings.Earnings`; the same for all who ask within a minute."""
+        first, last = numbers(Timestamp(since), Timestamp(self._world.clock()), step)
+
+        async def look() -> dict[str, object]:
+            found = await self._lookups.ask(lambda journal: _earnings(journal, first, last, step))
+            return found.model_dump(mode="json")
+
+        shared = self._earned.pop((first, step), None)
+        if shared is None:
+            shared = Shared(look, EARNED_SECONDS, time.monotonic)
+        kept = list(self._earned.items())[1 - MOST_EARNED :]
+        self._earned = {**dict(kept), (first, step): shared}
+        return await shared.get()
 
     async def audit(self, limit: int) -> list[dict[str, object]]:
         """What operators had done, the newest first: `cluster.steering.ActionView`."""
@@ -238,11 +254,10 @@ class Coordinator:
         return describe(sight if self._term is None else self._term.add_to(sight))
 
 
-def _earnings(journal: SqlJournal, since: Timestamp, now: Timestamp, step: Step) -> Earnings:
-    # From the step's beginning on, which may be before `since`.
-    begin = Timestamp(since - since % SECONDS[step])
+def _earnings(journal: SqlJournal, first: int, last: int, step: Step) -> Earnings:
     classes = {each.address: each.gpu_class for each in journal.assignments()}
-    return earnings_of(journal.takings(begin), classes, since, now, step)
+    takings = journal.takings(SECONDS[step], first, last)
+    return earnings_of(takings, classes, first, last, step)
 
 
 def _audit(journal: SqlJournal, limit: int) -> list[dict[str, object]]:

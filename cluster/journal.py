@@ -360,10 +360,10 @@ class SqlJournal:
         records = (self._record(connection, task) for task in tasks)
         return tuple(record for record in records if record is not None)
 
-    def takings(self, since: Timestamp) -> tuple[Takings, ...]:
-        """What came in and what gas went out, by the hour and account, from that hour on."""
+    def takings(self, span: int, first: int, last: int) -> Takings:
+        """What came in and what gas went out: `journal_takings.between`."""
         with self.read() as connection:
-            return takings.since(connection, since)
+            return takings.between(connection, span, first, last)
 
     def story(self, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
         with self.read() as connection:

@@ -15,6 +15,8 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+MICRO = 10**12
+"""Wei in a millionth of a CNX."""
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
 
 lease_table = Table(
@@ -77,17 +79,22 @@ names_table = Table(
 )
 """What else leads to a task: its attempts' ids, and hashes of its transactions that the outbox's
 row doesn't have any more."""
-takings_table = Table(
-    "takings",
+earned_table = Table(
+    "earned",
     metadata,
-    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("span", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("account", Text, primary_key=True),
     Column("tasks", Integer, nullable=False),
-    Column("paid", Text, nullable=False),
-    Column("gas", Text, nullable=False),
+    Column("paid_micro", BigInteger, nullable=False),
+    Column("paid_wei", BigInteger, nullable=False),
+    Column("gas_micro", BigInteger, nullable=False),
+    Column("gas_wei", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
-"""Sums by the hour (unix time / 3600) and account, in wei, kept as tasks close and gas is spent:
-the history itself is too long to be added up for each look."""
+"""Sums by the hour and by the day (`span`: its seconds; `number`: unix time / span) and account,
+kept as tasks close and gas is spent: the history itself is too long to be added up for each look.
+An amount is `*_micro` * `MICRO` + `*_wei`, so that the database can add it up."""
 bundles_table = Table(
     "bundles",
     metadata,

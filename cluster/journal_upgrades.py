@@ -51,6 +51,33 @@ def _make_indexes(connection: Connection) -> None:
 def _filled(connection: Connection) -> Iterator[str]:
     """What puts into the new tables what follows from the others."""
     yield from _names(connection)
+    if inspect(connection).has_table("takings"):
+        yield from _sums()
+
+
+def _sums() -> Iterator[str]:
+    """By the hour as they were, and by the day. The former table is left to whoever acts still."""
+    amounts = ", ".join((*_parts("paid"), *_parts("gas")))
+    names = ("tasks", "paid_micro", "paid_wei", "gas_micro", "gas_wei")
+    hours = f"SELECT 3600, hour, account, tasks, {amounts} FROM takings"  # noqa: S608
+    yield f"INSERT INTO earned (span, number, account, {', '.join(names)}) {hours}"  # noqa: S608
+    sums = ", ".join(f"SUM({name})" for name in names)
+    yield (
+        f"INSERT INTO earned (span, number, account, {', '.join(names)})"  # noqa: S608
+        f" SELECT 86400, number / 24, account, {sums} FROM earned WHERE span = 3600"
+        " GROUP BY number / 24, account"
+    )
+
+
+def _parts(column: str) -> tuple[str, str]:
+    """Of wei as a text, perhaps with a sign: how many `MICRO`, and the rest."""
+    sign = f"(CASE WHEN substr({column}, 1, 1) = '-' THEN -1 ELSE 1 END)"
+    digits = f"ltrim({column}, '-')"
+    long = f"length({digits}) > 12"
+    first = f"CAST(substr({digits}, 1, length({digits}) - 12) AS BIGINT)"
+    begins = f"CASE WHEN {long} THEN length({digits}) - 11 ELSE 1 END"
+    rest = f"CAST(substr({digits}, {begins}) AS BIGINT)"
+    return f"{sign} * CASE WHEN {long} THEN {first} ELSE 0 END", f"{sign} * {rest}"
 
 
 def _names(connection: Connection) -> Iterator[str]:

@@ -11,7 +11,7 @@ TASK, LOST, OPEN = "0x" + "ab" * 32, "0x" + "cd" * 32, "0x" + "12" * 32
 ACCOUNT = "0x" + "11" * 20
 ATTEMPT = "5fe68c04de8c"
 SENT, REPLACED = "0x" + "ef" * 32, "0x" + "e0" * 32
-PAID, BACK = 7 * 10**18 + 5, 3 * 10**9 + 1
+PAID, BACK = 7 * 10**18 + 5, 3 * 10**12 + 1
 HOUR = 480_000
 """Of its takings; it begins a day."""
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect
 
-from cluster.core.types import Timestamp
+from cluster import journal_takings
+from cluster.core.types import Address, Timestamp, Wei
 from cluster.journal import SqlJournal
 from cluster.journal_tables import metadata
+from cluster.journal_takings import DAY, HOUR, Sums
 from cluster.story import story_of
 from tests.unit import old_journals as old
 
@@ -45,4 +47,27 @@ def test_an_old_journal_gets_the_tables_and_indexes_of_a_new_one(
             indexes = {each["name"] for each in there.get_indexes(name)}
             assert indexes >= {each.name for each in table.indexes}, name
     assert taken.acquire("me", Timestamp(1.0), 10.0) is not None
+    taken.close()
+
+
+def test_an_old_journals_sums_are_there_by_the_hour_and_by_the_day(taken: SqlJournal) -> None:
+    first, day = old.HOUR, old.HOUR // 24
+    hours = taken.takings(HOUR, 0, first + 99)
+    assert hours.steps == {
+        first: Sums(2, Wei(old.PAID), Wei(9)),
+        first + 23: Sums(0, Wei(-old.BACK)),
+        first + 24: Sums(-1, Wei(-5), Wei(10**9)),
+    }
+    days = taken.takings(DAY, 0, day + 9)
+    assert days.steps == {
+        day: Sums(2, Wei(old.PAID - old.BACK), Wei(9)),
+        day + 1: Sums(-1, Wei(-5), Wei(10**9)),
+    }
+    assert days.accounts == hours.accounts
+    lease = taken.acquire("me", Timestamp(1.0), 10.0)
+    assert lease is not None
+    with taken.write(lease) as connection:
+        at = Timestamp(float(first * HOUR))
+        journal_takings.add(connection, at, Address(old.ACCOUNT), 1, Wei(old.BACK))
+    assert taken.takings(DAY, day, day).steps == {day: Sums(3, Wei(old.PAID), Wei(9))}
     taken.close()

@@ -12,17 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.coordinator import MOST_EARNED
 from cluster import lookups
 from cluster.chain import outbox_rows
 from cluster.chain.outbox_rows import RowState, Signed, task_intent
 from cluster.core.ports import Lease
-from cluster.core.record import AttemptStarted, Claim, ParametersFetched, Seen
+from cluster.core.record import AttemptStarted, Claim, Closed, Outcome, ParametersFetched, Seen
 from cluster.core.types import Address, AttemptId, Commitment, GpuId, TaskType, Timestamp, Wei
+from cluster.earnings import Earnings, Step
 from cluster.journal import SqlJournal
 from cluster.journal_history import _after
 from cluster.lookups import Lookups, TooBusy
 from cluster.story import UnknownTask, find, story_of
 from tests.unit.journal_plans import plans, scanned
+from tests.unit.test_term import Office
 
 TASK = Commitment("0x" + "ab" * 32)
 ALICE = Address("0x" + "11" * 20)
@@ -144,3 +147,29 @@ async def test_what_is_looked_up_comes_back_and_nothing_is_written(
         await asked.ask(lambda reader: reader.set_cursor(lease, "logs", "no"))
     assert journal.cursor("logs") is None
     asked.close()
+
+
+# --- money ----------------------------------------------------------------------------------------
+
+
+async def test_earnings_are_asked_for_once_a_minute_however_many_look(tmp_path: Path) -> None:
+    office = Office(tmp_path)
+    lease = office.journal.acquire("me", office.now(), 10.0)
+    assert lease is not None
+
+    async def earned(days: float, step: Step) -> int:
+        plain = await office.coordinator.earnings(office.now() - days * 86_400, step)
+        return Earnings.model_validate(plain).tasks
+
+    def close(task: str) -> None:
+        for event in (Seen(ALICE, TaskType.SD, (), Wei(1)), Closed(Outcome.SUCCESS, Wei(1))):
+            office.journal.append(lease, Commitment(task), event, office.now())
+
+    close("0x01")
+    assert await asyncio.gather(*(earned(3.0, "day") for _ in range(40))) == [1] * 40
+    close("0x02")
+    assert await earned(3.0, "day") == 1, "as it was a moment ago"
+    assert await earned(400.0, "hour") == 2
+    for days in range(100, 100 + MOST_EARNED):
+        assert await earned(float(days), "day") == 2
+    assert await earned(3.0, "day") == 2, "of many questions the oldest is forgotten"

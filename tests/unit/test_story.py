@@ -49,10 +49,10 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.earnings import earnings_of
+from cluster.earnings import MOST_STEPS, earnings_of, numbers
 from cluster.journal import SqlJournal
 from cluster.journal_history import Audited, Bundle
-from cluster.journal_takings import Takings
+from cluster.journal_takings import Sums, Takings
 from cluster.stages import spans
 from cluster.steering import ActionView
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
@@ -233,15 +233,14 @@ def test_actions_on_a_terminal() -> None:
 
 HOUR = 3_600.0
 CLASS = GpuClass("Card", GigaBytes(8))
-TAKINGS = (
-    Takings(Timestamp(0.0), ALICE, 2, Wei(10), Wei(1)),
-    Takings(Timestamp(2 * HOUR), ALICE, 1, Wei(5), Wei(1)),
-    Takings(Timestamp(2 * HOUR), BOB, 0, Wei(0), Wei(4)),
+TAKINGS = Takings(
+    {0: Sums(2, Wei(10), Wei(1)), 2: Sums(1, Wei(5), Wei(5))},
+    {ALICE: Sums(3, Wei(15), Wei(2)), BOB: Sums(0, Wei(0), Wei(4))},
 )
 
 
 def test_every_hour_is_there_and_adds_up() -> None:
-    found = earnings_of(TAKINGS, {ALICE: CLASS}, Timestamp(0.0), Timestamp(3.5 * HOUR), "hour")
+    found = earnings_of(TAKINGS, {ALICE: CLASS}, 0, 3, "hour")
     assert [(each.since, each.tasks, each.paid, each.gas) for each in found.steps] == [
         (0.0, 2, "10", "1"),
         (HOUR, 0, "0", "0"),
@@ -258,9 +257,13 @@ def test_every_hour_is_there_and_adds_up() -> None:
         assert words in text, words
 
 
-def test_a_day_is_the_sum_of_its_hours() -> None:
-    found = earnings_of(TAKINGS, {}, Timestamp(0.0), Timestamp(25 * HOUR), "day")
-    assert [(each.since, each.paid) for each in found.steps] == [(0.0, "15"), (24 * HOUR, "0")]
+def test_who_asks_for_more_steps_than_an_answer_has_gets_the_newest() -> None:
+    now = Timestamp(400 * 24 * HOUR)
+    assert numbers(Timestamp(0.0), now, "day") == (0, 400)
+    assert numbers(Timestamp(0.0), now, "hour") == (9_600 - MOST_STEPS + 1, 9_600)
+    assert numbers(Timestamp(now - 3 * HOUR - 1.0), now, "hour") == (9_596, 9_600)
+    found = earnings_of(Takings({}, {}), {}, 1, 2, "day")
+    assert [each.since for each in found.steps] == [24 * HOUR, 48 * HOUR]
 
 
 # --- stages and traces ----------------------------------------------------------------------------
