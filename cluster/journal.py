@@ -32,6 +32,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from cluster import journal_lease as lease_rows
 from cluster import journal_takings as takings
+from cluster import journal_tallies as tallies
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove
 from cluster.core.record import (
@@ -73,6 +74,8 @@ _SLASHED = "slashed:"
 _CLEARED = "cleared:"
 """Begins the key of how many invalidated tasks of an account the operator has seen to."""
 _OWNER = "owner"
+_OUTCOMES = "outcome"
+"""The kind of the tallies by outcome."""
 HOST = "host"
 """The key, among the cursors, of the machine whose coordinator acted last."""
 STANDING = "standing:"
@@ -319,16 +322,10 @@ class SqlJournal:
 
     def totals(self) -> tuple[Counter[Outcome], Wei]:
         """Closed tasks by outcome, and what they paid in all."""
-        query = select(tasks_table.c.outcome, tasks_table.c.payment).where(
-            tasks_table.c.closed_seq.is_not(None)
-        )
-        outcomes: Counter[Outcome] = Counter()
-        paid = 0
         with self.read() as connection:
-            for outcome, payment in connection.execute(query):
-                outcomes[Outcome(outcome)] += 1
-                paid += int(payment)
-        return outcomes, Wei(paid)
+            found = tallies.of(connection, _OUTCOMES)
+        outcomes = Counter({Outcome(name): each.count for name, each in found.items()})
+        return outcomes, Wei(sum(each.wei for each in found.values()))
 
     def slashed_accounts(self) -> frozenset[Address]:
         """Accounts that lost their stake, marked so or by a task closed as invalidated, and that
@@ -481,10 +478,16 @@ def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> 
 def _take(connection: Connection, before: TaskRecord | None, after: TaskRecord) -> None:
     """Keep the sums in step: a task that is closed counts, one that is opened again does not."""
     if before is not None and before.closed_at is not None and after.closed_at is None:
-        paid = Wei(-before.payment)
-        takings.add(connection, before.closed_at, before.account, tasks=-1, paid=paid)
+        _sum(connection, before, -1)
     elif after.closed_at is not None:
-        takings.add(connection, after.closed_at, after.account, tasks=1, paid=after.payment)
+        _sum(connection, after, 1)
+
+
+def _sum(connection: Connection, closed: TaskRecord, sign: int) -> None:
+    assert closed.closed_at is not None and closed.outcome is not None, "it is closed"  # noqa: S101
+    paid = Wei(sign * closed.payment)
+    takings.add(connection, closed.closed_at, closed.account, tasks=sign, paid=paid)
+    tallies.add(connection, _OUTCOMES, closed.outcome.value, sign, paid)
 
 
 def _history(

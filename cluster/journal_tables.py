@@ -95,6 +95,14 @@ earned_table = Table(
 """Sums by the hour and by the day (`span`: its seconds; `number`: unix time / span) and account,
 kept as tasks close and gas is spent: the history itself is too long to be added up for each look.
 An amount is `*_micro` * `MICRO` + `*_wei`, so that the database can add it up."""
+tallies_table = Table(
+    "tallies",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("counted", BigInteger, nullable=False),
+    Column("wei", Text, nullable=False),
+)
 bundles_table = Table(
     "bundles",
     metadata,

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from sqlalchemy import Connection, inspect, select, text, update
 
-from cluster.journal_tables import cursors_table, metadata
+from cluster import journal_tallies as tallies
+from cluster.core.types import Wei
+from cluster.journal_tables import MICRO, cursors_table, metadata
 
 SCHEMA = "4"
 _COLUMNS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
@@ -27,8 +29,10 @@ def upgrade(connection: Connection) -> None:
     while found in _COLUMNS:
         for column in _COLUMNS[found]:
             _add_column(connection, *column)
-        for statement in _filled(connection) if found == "3" else ():
-            connection.execute(text(statement))
+        if found == "3":
+            for statement in _filled(connection):
+                connection.execute(text(statement))
+            _count(connection)
         found = str(int(found) + 1)
         connection.execute(update(cursors_table).where(place).values(value=found))
     if found == SCHEMA:
@@ -67,6 +71,20 @@ def _sums() -> Iterator[str]:
         f" SELECT 86400, number / 24, account, {sums} FROM earned WHERE span = 3600"
         " GROUP BY number / 24, account"
     )
+
+
+def _count(connection: Connection) -> None:
+    micro, wei = _parts("payment")
+    closed = (
+        f"SELECT outcome, COUNT(*), SUM({micro}), SUM({wei}) FROM tasks"  # noqa: S608
+        " WHERE closed_seq IS NOT NULL GROUP BY outcome"
+    )
+    for outcome, count, whole, rest in connection.execute(text(closed)):
+        paid = Wei(int(whole) * MICRO + int(rest))
+        tallies.add(connection, "outcome", outcome, count, paid)
+    states = "SELECT state, COUNT(*) FROM outbox WHERE state IN ('final', 'reverted', 'refused')"
+    for state, count in connection.execute(text(f"{states} GROUP BY state")):
+        tallies.add(connection, "outbox", state, count)
 
 
 def _parts(column: str) -> tuple[str, str]:

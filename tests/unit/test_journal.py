@@ -12,6 +12,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from cluster import journal_takings
+from cluster.chain import outbox_rows
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.ports import Journal, Lease
 from cluster.core.record import (
@@ -275,6 +276,21 @@ def test_sums_are_to_the_wei_however_large(amounts: list[tuple[int, int]]) -> No
     paid, gas = (sum(column) for column in zip(*amounts, strict=True))
     assert found.steps == {0: Sums(len(amounts), Wei(paid), Wei(gas))}
     engine.dispose()
+
+
+def test_what_a_term_begins_with_is_found_by_an_index(journal: SqlJournal) -> None:
+    live(journal, take(journal), TASK, 3599.0)
+
+    def begin() -> None:
+        journal.totals()
+        journal.slashed_accounts()
+        journal.open_records()
+        journal.recent_records(200)
+        with journal.read() as connection:
+            outbox_rows.states(connection)
+
+    read = [line for line in scanned(plans(journal, begin)) if "cursors" not in line]
+    assert read == []
 
 
 def test_a_years_earnings_are_read_by_the_day_and_no_account_is_scanned(

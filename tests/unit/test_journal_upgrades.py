@@ -8,7 +8,10 @@ import pytest
 from sqlalchemy import inspect
 
 from cluster import journal_takings
-from cluster.core.types import Address, Timestamp, Wei
+from cluster.chain import outbox_rows
+from cluster.chain.outbox_rows import RowState
+from cluster.core.record import Closed, Outcome
+from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
 from cluster.journal_tables import metadata
 from cluster.journal_takings import DAY, HOUR, Sums
@@ -71,3 +74,20 @@ def test_an_old_journals_sums_are_there_by_the_hour_and_by_the_day(taken: SqlJou
         journal_takings.add(connection, at, Address(old.ACCOUNT), 1, Wei(old.BACK))
     assert taken.takings(DAY, day, day).steps == {day: Sums(3, Wei(old.PAID), Wei(9))}
     taken.close()
+
+
+def test_an_old_journals_tasks_and_transactions_are_counted_once(
+    url: str, taken: SqlJournal
+) -> None:
+    again = SqlJournal(url)
+    for journal in (taken, again):
+        assert journal.totals() == ({Outcome.SUCCESS: 1, Outcome.LOST: 1}, old.PAID)
+        with journal.read() as connection:
+            states = outbox_rows.states(connection)
+        assert states == {RowState.FINAL: 1, RowState.REFUSED: 1, RowState.MINED: 1}
+    lease = taken.acquire("me", Timestamp(1.0), 10.0)
+    assert lease is not None
+    taken.append(lease, Commitment(old.OPEN), Closed(Outcome.SUCCESS, Wei(1)), Timestamp(9.0))
+    assert again.totals() == ({Outcome.SUCCESS: 2, Outcome.LOST: 1}, old.PAID + 1)
+    for journal in (taken, again):
+        journal.close()
