@@ -64,7 +64,7 @@ ALICE, BOB = Address("0x" + "11" * 20), Address("0x" + "22" * 20)
 FIRST, SECOND = AttemptId("5fe68c04de8c"), AttemptId("6fe68c04de8c")
 SEEN = Seen(ALICE, TaskType.SD, (ModelId("base:a/b"),), Wei(10**18), Timestamp(990.0))
 FILE = FileRef("0.png", "12" * 32, 7)
-HASH = "0x" + "ef" * 32
+HASH, REPLACED = "0x" + "ef" * 32, "0x" + "ed" * 32
 LIFE: tuple[tuple[Event, float], ...] = (
     (SEEN, 1000.0),
     (ParametersFetched('{"prompt": "a secret fox"}'), 1001.0),
@@ -106,13 +106,16 @@ def lease(journal: SqlJournal) -> Lease:
         intent = task_intent(ALICE, TASK, Claim.SCORE, BOB, b"data")
         outbox_rows.add(connection, intent, Timestamp(1016.5))
         (row,) = outbox_rows.of_task(connection, TASK)
-        signed = Signed(7, b"raw", HASH)
-        sent = replace(row, state=RowState.MINED, signed=signed, block=5, cost=Wei(9))
+        sent = replace(row, state=RowState.SENT, signed=Signed(7, b"less", REPLACED))
+        outbox_rows.store(connection, sent)
+        signed = Signed(7, b"raw", HASH, replaced=(REPLACED,))
+        times = {"sent_at": Timestamp(1018.0), "updated_at": Timestamp(1019.5)}
+        sent = replace(row, state=RowState.MINED, signed=signed, block=5, cost=Wei(9), **times)
         outbox_rows.store(connection, sent)
     return lease
 
 
-NAMES = (TASK, TASK[:14], TASK[2:16], FIRST, SECOND, HASH, HASH[2:])
+NAMES = (TASK, TASK[:14], TASK[2:16], FIRST, SECOND, HASH, HASH[2:], REPLACED)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,6 +134,7 @@ def test_any_of_its_ids_leads_to_a_task(journal: SqlJournal, lease: Lease, name:
     ]
     (sent,) = story.transactions
     assert (sent.write, sent.state, sent.nonce, sent.cost) == ("score", "mined", 7, "9")
+    assert (sent.at, sent.sent_at, sent.replaced) == (1019.5, 1018.0, (REPLACED,))
     assert sent.link == f"https://x/tx/{HASH}"
     assert (story.outcome, story.payment, story.tier) == ("EndSuccess", str(10**18), "disk")
     assert [(each.name, each.kept) for each in story.files] == [("0.png", True)]
@@ -212,11 +216,18 @@ def test_a_story_on_a_terminal(journal: SqlJournal, lease: Lease) -> None:
         assert words in text, words
     story = story_of(journal, TASK)
     lines = story_view.log_lines(story)
-    assert [line["event"] for line in lines] == [e.kind for e in story.events] + ["transaction"]
+    kinds = [event.kind for event in story.events]
+    assert [line["event"] for line in lines] == [*kinds[:8], "transaction", *kinds[8:]]
+    times = [str(line["timestamp"]) for line in lines]
+    assert times == sorted(times)
     assert all(line["task"] == TASK and line["account"] == ALICE for line in lines)
     assert lines[3]["attempt"] == FIRST
     assert "attempt=5fe68c04de8c" in story_view.log_text(lines[3])
-    assert f"tx_hash={HASH}" in story_view.log_text(lines[-1])
+    assert f"tx_hash={HASH}" in story_view.log_text(lines[8])
+    assert f"replaced={REPLACED}" in story_view.log_text(lines[8])
+    sent = story.transactions[0].model_copy(update={"at": None})
+    untold = story_view.log_lines(story.model_copy(update={"transactions": (sent,)}))
+    assert "timestamp" not in untold[-1], "of an older coordinator's"
 
 
 def test_actions_on_a_terminal() -> None:
