@@ -20,9 +20,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
-from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.app import NotKnown, SourceAway, SourceBusy, create_api
 from cluster.api.guard import Access, is_loopback, read_token
 from cluster.config import Config
+from cluster.lookups import TooBusy
 from cluster.story import UnknownTask
 
 COORDINATOR = "coordinator"
@@ -75,6 +76,8 @@ class CoordinatorSource:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UnknownTask):
                 raise NotKnown(str(cause)) from None
+            if isinstance(cause, TooBusy):
+                raise SourceBusy(str(cause)) from None
             self._handle = None
             log.warning("the coordinator did not answer: %s", error)
             raise SourceAway(f"{type(error).__name__} when it was asked") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
@@ -26,6 +27,7 @@ from actors.steering import NOT_ACTING
 from actors.term import Term
 from actors.world import World
 from cluster import journal_history
+from cluster.api.shared import Shared
 from cluster.chain import outbox_rows
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
 from cluster.core.ports import Lease
@@ -33,9 +35,10 @@ from cluster.core.types import (
     RayNodeId,
     Timestamp,
 )
-from cluster.earnings import SECONDS, Earnings, Step, earnings_of
-from cluster.journal import HOST
+from cluster.earnings import SECONDS, Earnings, Step, earnings_of, numbers
+from cluster.journal import HOST, SqlJournal
 from cluster.logs import Level
+from cluster.lookups import Lookups
 from cluster.status import Status
 from cluster.steering import ORDERS
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
@@ -47,6 +50,10 @@ REFUSED = "refused: "
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 BETWEEN_TERMS_SECONDS = 0.5
+EARNED_SECONDS = 60.0
+"""For how long earnings are as they were."""
+MOST_EARNED = 16
+"""Answers of that kind that are kept."""
 
 
 class Coordinator:
@@ -61,6 +68,9 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
+        self._lookups = Lookups(world.journal)
+        self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
+        """Answers by what was asked, those asked for last at the end."""
         self._log = structlog.get_logger("coordinator")
 
     async def run(self) -> None:
@@ -76,6 +86,7 @@ class Coordinator:
                 await self._pause(BETWEEN_TERMS_SECONDS)
         finally:
             self._ended.set()
+            self._lookups.close()
             await asyncio.to_thread(self._world.traces.flush)
 
     def _acquire(self) -> Lease | None:
@@ -162,19 +173,19 @@ class Coordinator:
         still compute. Nothing durable: what comes after it works on."""
         return self._world.pool.leave(None if node is None else RayNodeId(node))
 
-    # --- what the journal tells, read in a thread: it may be much -------------------------------
+    # --- what the journal tells; raises `TooBusy` when too much is asked ------------------------
 
     async def story(self, name: str) -> dict[str, object]:
         """`cluster.story.TaskStory`; raises `UnknownTask`."""
         world = self._world
-        found = await asyncio.to_thread(
-            story_of, world.journal, name, world.explorer, world.artifacts.kept
+        found = await self._lookups.ask(
+            lambda journal: story_of(journal, name, world.explorer, world.artifacts.kept)
         )
         return found.model_dump(mode="json")
 
     async def file(self, name: str, file: str) -> bytes:
         """A file of a task's result; raises `UnknownTask` for one that isn't kept too."""
-        task, ref = await asyncio.to_thread(file_of, self._world.journal, name, file)
+        task, ref = await self._lookups.ask(lambda journal: file_of(journal, name, file))
         try:
             ((_, data),) = await self._world.artifacts.get(task, (ref,))
         except ClusterError as error:
@@ -183,26 +194,26 @@ class Coordinator:
 
     async def bundle(self, name: str) -> dict[str, object]:
         """A task's story, parameters and failed attempts; raises `UnknownTask`."""
-        return await asyncio.to_thread(bundle_of, self._world.journal, name)
+        return await self._lookups.ask(lambda journal: bundle_of(journal, name))
 
     async def earnings(self, since: float, step: Step) -> dict[str, object]:
-        found = await asyncio.to_thread(self._earnings, Timestamp(since), step)
-        return found.model_dump(mode="json")
+        """`cluster.earnings.Earnings`; the same for all who ask within a minute."""
+        first, last = numbers(Timestamp(since), Timestamp(self._world.clock()), step)
 
-    def _earnings(self, since: Timestamp, step: Step) -> Earnings:
-        journal, now = self._world.journal, Timestamp(self._world.clock())
-        # From the step's beginning on, which may be before `since`.
-        begin = Timestamp(since - since % SECONDS[step])
-        classes = {each.address: each.gpu_class for each in journal.assignments()}
-        return earnings_of(journal.takings(begin), classes, since, now, step)
+        async def look() -> dict[str, object]:
+            found = await self._lookups.ask(lambda journal: _earnings(journal, first, last, step))
+            return found.model_dump(mode="json")
+
+        shared = self._earned.pop((first, step), None)
+        if shared is None:
+            shared = Shared(look, EARNED_SECONDS, time.monotonic)
+        kept = list(self._earned.items())[1 - MOST_EARNED :]
+        self._earned = {**dict(kept), (first, step): shared}
+        return await shared.get()
 
     async def audit(self, limit: int) -> list[dict[str, object]]:
         """What operators had done, the newest first: `cluster.steering.ActionView`."""
-        return await asyncio.to_thread(self._audit, limit)
-
-    def _audit(self, limit: int) -> list[dict[str, object]]:
-        with self._world.journal.read() as connection:
-            return [asdict(each) for each in journal_history.actions(connection, limit)]
+        return await self._lookups.ask(lambda journal: _audit(journal, limit))
 
     # --- what can change while it runs ----------------------------------------------------------
 
@@ -241,6 +252,17 @@ class Coordinator:
             stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))
+
+
+def _earnings(journal: SqlJournal, first: int, last: int, step: Step) -> Earnings:
+    classes = {each.address: each.gpu_class for each in journal.assignments()}
+    takings = journal.takings(SECONDS[step], first, last)
+    return earnings_of(takings, classes, first, last, step)
+
+
+def _audit(journal: SqlJournal, limit: int) -> list[dict[str, object]]:
+    with journal.read() as connection:
+        return [asdict(each) for each in journal_history.actions(connection, limit)]
 
 
 def _leaf(group: BaseException) -> str:

@@ -54,6 +54,10 @@ class SourceAway(Exception):
     """The coordinator can't be asked now; the message says why, in one line."""
 
 
+class SourceBusy(SourceAway):
+    """The coordinator is there, and asked too much already."""
+
+
 class NotKnown(Exception):
     """The coordinator knows no such thing; the message says how to name one."""
 
@@ -366,6 +370,8 @@ def _valid(model: type[Model], found: Mapping[str, Any]) -> Model:
 
 
 def _away(error: SourceAway) -> str:
+    if isinstance(error, SourceBusy):
+        return f"the coordinator is {error}"
     return f"the coordinator is away: {error}"
 
 

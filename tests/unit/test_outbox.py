@@ -25,6 +25,7 @@ from cluster.core.ports import Lease, Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
+from cluster.journal_takings import HOUR
 
 ALICE, BOB = Address("0x" + "aa" * 20), Address("0x" + "bb" * 20)
 CONTRACT = Address("0x" + "cc" * 20)
@@ -251,7 +252,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def gas(world: World) -> int:
     """What the journal says that was spent."""
-    return sum(each.gas for each in world.journal.takings(Timestamp(0.0)))
+    return sum(each.gas for each in world.journal.takings(HOUR, 0, 10**9).steps.values())
 
 
 def score(task: Commitment = TASK, data: bytes = b"score", account: Address = ALICE) -> Intent:

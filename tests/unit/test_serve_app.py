@@ -17,6 +17,7 @@ from cluster.api.app import NotKnown, SourceAway, create_api
 from cluster.api.guard import LEAST_TOKEN, Access, is_loopback, read_token
 from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
+from cluster.lookups import TooBusy
 from cluster.metrics import Metrics
 from cluster.status import ChainView, GpuStatus, IdentityView, RelayView, Status, readiness
 from cluster.steering import Done
@@ -471,6 +472,21 @@ async def test_a_task_that_nobody_knows_is_no_absence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: actor)
     with pytest.raises(NotKnown, match="no task is known"):
         await CoordinatorSource("crynux").story("x")
+
+
+def test_one_that_is_asked_too_much_is_busy_and_not_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Asked(Actor):
+        async def remote(self, *_: object) -> dict[str, int]:
+            raise RayTaskError("story", "trace", TooBusy("busy"))  # type: ignore[no-untyped-call]
+
+    actor = Asked()
+    actor.story = actor  # type: ignore[attr-defined]
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: actor)
+    with TestClient(create_api(CoordinatorSource("crynux"))) as client:
+        answer = client.get("/v1/tasks/x", headers={"host": "127.0.0.1"})
+    assert (answer.status_code, answer.json()) == (503, {"detail": "the coordinator is busy"})
 
 
 def test_the_application_can_be_built(tmp_path: Path) -> None:
