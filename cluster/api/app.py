@@ -233,7 +233,7 @@ def _add_tasks(
         "/v1/tasks/{name}/bundle",
         summary="What is kept of its failed attempts, its parameters among it",
         responses=_READ | _UNKNOWN,
-        dependencies=[*acting, Depends(guard.act)],
+        dependencies=[*acting, Depends(guard.look)],
     )
     async def bundle(name: Name) -> Bundle:
         return _valid(Bundle, await _in_time(source.bundle(name), timeout))
@@ -243,7 +243,7 @@ def _add_tasks(
         summary="A file of its result, while it is kept",
         response_class=Response,
         responses=_READ | _UNKNOWN | {200: {"content": _FILE_TYPES}},
-        dependencies=[*acting, Depends(guard.act)],
+        dependencies=[*acting, Depends(guard.look)],
     )
     async def result_file(name: Name, file: FileName) -> Response:
         data = await _in_time(source.file(name, file), timeout)

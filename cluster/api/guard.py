@@ -70,8 +70,8 @@ class Access:
 
 @dataclass
 class Guard:
-    """`read` and `act` are FastAPI dependencies; they raise `HTTPException`, and give the name
-    under which what is done is written down."""
+    """`read`, `look` and `act` are FastAPI dependencies; they raise `HTTPException`, and give the
+    name under which what is done is written down."""
 
     access: Access
     clock: Callable[[], float]
@@ -86,10 +86,14 @@ class Guard:
             raise HTTPException(403, "reads are closed (serve.open_reads) and no token is set")
         return self._known(request)
 
-    def act(self, request: Request) -> str:
+    def look(self, request: Request) -> str:
+        """At what is somebody's: whoever may act may, as often as wanted (ten pictures at once)."""
         if self.access.token is None and not self.access.local:
             raise HTTPException(403, NOBODY)
-        who = self._known(request)
+        return self._known(request)
+
+    def act(self, request: Request) -> str:
+        who = self.look(request)
         self._take(self._acting, _address(request), ACTIONS_PER_SECOND, "too many actions")
         return who
 

@@ -43,6 +43,8 @@ PATIENCE_SECONDS = 120.0
 """How long anything is waited for; machines that run tests are slow and busy."""
 NOW = 1_790_000_000.0
 CNX = 10**18
+PICTURES = 6
+"""Of a result: as many as a task has that doesn't say how many."""
 TASK = "0x" + "ab" * 32
 FAILED = "0x" + "cd" * 32
 HOSTILE = "<img src=x onerror=\"document.title='taken over'\">"
@@ -204,8 +206,11 @@ STORY: Mapping[str, Any] = {
         {"write": "abort", "state": "new", "account": f"0x{1:040x}", "link": "javascript:alert(1)"},
     ],
     "files": [
-        {"name": "0.png", "sha256": "12" * 32, "size": 1_500_000, "kept": True},
-        {"name": "1.png", "sha256": "13" * 32, "size": 1_500_000, "kept": False},
+        *(
+            {"name": f"{n}.png", "sha256": "12" * 32, "size": 1_500_000, "kept": True}
+            for n in range(PICTURES)
+        ),
+        {"name": "gone.png", "sha256": "13" * 32, "size": 1_500_000, "kept": False},
     ],
     "bundles": ["a1"],
 }
@@ -242,7 +247,7 @@ class SaidSource:
 
     async def file(self, name: str, file: str) -> bytes:
         await self.story(name)
-        if file != "0.png":
+        if file not in {f"{n}.png" for n in range(PICTURES)}:
             raise NotKnown(f"{name}: its result has no file {file}")
         data = io.BytesIO()
         Image.new("RGB", (64, 48), "seagreen").save(data, "PNG")

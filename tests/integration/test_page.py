@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from cluster.api.guard import Access
 from tests.integration.page_world import (
+    PICTURES,
     TASK,
     SaidSource,
     browsing,
@@ -131,10 +132,10 @@ def test_a_task_is_told_whole(browser: Browser) -> None:
         ]
         assert story.locator("img").count() == 0
         story.get_by_role("button", name="Show the result").click()
-        expect(story.get_by_alt_text("Result 0.png")).to_be_visible()
-        assert story.locator("img").evaluate_all("all => all.map(each => each.naturalWidth)") == [
-            64
-        ]
+        for n in range(PICTURES):
+            expect(story.get_by_alt_text(f"Result {n}.png")).to_be_visible()
+        widths = story.locator("img").evaluate_all("all => all.map(each => each.naturalWidth)")
+        assert widths == [64] * PICTURES
         keep_picture(page, "story")
         page.keyboard.press("Escape")
         expect(story).not_to_be_visible()

@@ -368,6 +368,15 @@ def test_too_many_actions_wait() -> None:
     assert len(source.done) == 5
 
 
+def test_a_result_of_many_pictures_is_shown_and_takes_nobodys_turn_to_act() -> None:
+    api = client(Source(), access=Access(TOKEN))
+    path = f"/v1/tasks/{KNOWN}"
+    pictures = [api.get(f"{path}/files/0.png", headers=BEARER).status_code for _ in range(10)]
+    assert pictures == [200] * 10
+    assert api.get(f"{path}/bundle", headers=BEARER).status_code == 200
+    assert codes(api, BEARER) == (200, 200)
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [
