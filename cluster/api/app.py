@@ -35,7 +35,7 @@ from cluster.api.guard import Access, Guard
 from cluster.api.shared import Shared
 from cluster.earnings import Earnings
 from cluster.metrics import CONTENT_TYPE
-from cluster.status import Status, View, readiness
+from cluster.status import Status, View
 from cluster.steering import ORDERS, ActionView, Done, Order
 from cluster.story import TaskStory
 
@@ -294,7 +294,8 @@ def _add_health(api: FastAPI, status_now: Shared[Seen]) -> None:
     )
     async def readyz(response: Response) -> Readiness:
         try:
-            ready, missing = readiness((await status_now.get()).status)
+            status = (await status_now.get()).status
+            ready, missing = status.ready, status.missing
         except SourceAway as error:
             ready, missing = False, (_away(error),)
         response.status_code = 200 if ready else 503

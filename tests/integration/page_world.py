@@ -36,6 +36,7 @@ from cluster.status import (
     StoreStatus,
     TaskView,
     Totals,
+    judged,
 )
 from tests.debian import program
 
@@ -230,7 +231,7 @@ class SaidSource:
 
     async def status(self) -> Mapping[str, Any]:
         self._say()
-        return self.now.model_dump(mode="json")
+        return judged(self.now).model_dump(mode="json")
 
     async def metrics_text(self) -> bytes:
         self._say()

@@ -88,7 +88,9 @@ def test_it_follows_what_happens(browser: Browser) -> None:
         source.away = None
         expect(page.locator("#state")).to_have_text("✓ serving")
         source.now = busy_status().model_copy(update={"acting": False})
-        expect(page.locator("#state")).to_have_text("✕ not serving")
+        expect(page.locator("#state")).to_have_text(
+            "✕ not serving: the coordinator is not acting: it doesn't hold the lease"
+        )
         expect(page.locator("#alert-list")).to_contain_text("doesn't hold the lease")
         page.close()
 

@@ -18,7 +18,17 @@ from cluster.api.guard import LEAST_TOKEN, Access, is_loopback, read_token
 from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
 from cluster.metrics import Metrics
-from cluster.status import ChainView, GpuStatus, IdentityView, RelayView, Status, readiness
+from cluster.status import (
+    AccountStatus,
+    ChainView,
+    DrainStatus,
+    GpuStatus,
+    IdentityView,
+    RelayView,
+    Status,
+    judged,
+    readiness,
+)
 from cluster.steering import Done
 from cluster.story import UnknownTask
 from serve_app import CoordinatorSource
@@ -58,8 +68,9 @@ def sound(**changes: Any) -> Status:
         chain=ChainView(reached=True, chain_id=31337, block=5),
         relay=RelayView(reached=True),
         gpus=(gpu,),
+        accounts=(AccountStatus(index=1, address="0xB", status="available"),),
     )
-    return status.model_copy(update=changes)
+    return judged(status.model_copy(update=changes))
 
 
 @dataclass
@@ -137,12 +148,33 @@ def test_metrics_are_prometheus_text() -> None:
     assert list(text_string_to_metric_families(answer.text))
 
 
+def resting(*statuses: str) -> tuple[AccountStatus, ...]:
+    return tuple(
+        AccountStatus(index=index, address=f"0x{index}", status=status)
+        for index, status in enumerate(statuses, 1)
+    )
+
+
+DRAINING = DrainStatus(everything=True, left=("1 task is open",))
+DRAINED = DrainStatus(everything=True, done=True)
+NO_CHAIN = ChainView(reached=False, chain_id=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"acting": False}, "not acting"),
         ({"gpus": ()}, "no GPU is known"),
         ({"chain": ChainView(reached=False, chain_id=1, error="timed out")}, "timed out"),
+        ({"relay": RelayView(reached=False, error="HTTP 502")}, "the relay is not reached: HTTP"),
+        ({"accounts": ()}, "no account serves: none is there"),
+        ({"accounts": resting("quit", "quit")}, "no account serves: #1, #2 not joined"),
+        ({"accounts": resting("paused", "unknown")}, "#2 not looked at yet, #1 paused"),
+        ({"accounts": resting(*["quit"] * 500)}, "#4, #5 and 495 more not joined"),
+        ({"drain": DRAINING, "accounts": resting("paused")}, "it is being drained: 1 task"),
+        ({"drain": DRAINED, "accounts": resting("paused")}, "it is drained"),
+        # Whoever doesn't act can't know of these.
+        ({"acting": False, "accounts": resting("unknown"), "chain": NO_CHAIN}, "not acting"),
     ],
 )
 def test_readiness_says_what_is_missing(changes: dict[str, Any], word: str) -> None:
@@ -152,7 +184,9 @@ def test_readiness_says_what_is_missing(changes: dict[str, Any], word: str) -> N
     assert len(answer.json()["missing"]) == 1
     assert word in answer.json()["missing"][0]
     assert api.get("/healthz").status_code == 200
-    assert api.get("/v1/status").status_code == 200
+    # The page, the gauge and the command line take it from there.
+    status = api.get("/v1/status").json()
+    assert (status["ready"], status["missing"]) == (False, answer.json()["missing"])
 
 
 def test_a_card_that_is_not_ready_is_counted_by_state() -> None:

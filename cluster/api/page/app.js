@@ -65,8 +65,8 @@ function take(event) {
   heard = Date.now();
   if (part("event") === "away") return say(data);
   last = data;
-  const serves = data.acting && data.chain.reached;
-  say(serves ? "✓ serving" : "✕ not serving");
+  const sign = data.drain.everything ? "!" : "✕";
+  say(data.ready ? "✓ serving" : `${sign} not serving: ${data.missing.join("; ")}`);
   show(data, openStory);
 }
 
