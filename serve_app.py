@@ -23,6 +23,7 @@ from actors.environment import without_password
 from cluster.api.app import NotKnown, SourceAway, create_api
 from cluster.api.guard import Access, is_loopback, read_token
 from cluster.config import Config
+from cluster.core.errors import ClusterError, ConfigError
 from cluster.story import UnknownTask
 
 COORDINATOR = "coordinator"
@@ -75,11 +76,19 @@ class CoordinatorSource:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UnknownTask):
                 raise NotKnown(str(cause)) from None
+            if isinstance(cause, ClusterError):
+                raise SourceAway(_said(cause)) from None
             self._handle = None
             log.warning("the coordinator did not answer: %s", error)
             raise SourceAway(f"{type(error).__name__} when it was asked") from None
         except ValueError:
             raise SourceAway("it has not been started, or it is being replaced") from None
+
+
+def _said(error: ClusterError) -> str:
+    """By the coordinator itself, which is there."""
+    refuses = "it refuses its configuration: " if isinstance(error, ConfigError) else ""
+    return f"{refuses}{error}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,13 @@ BETWEEN_TERMS_SECONDS = 0.5
 
 
 class Coordinator:
-    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted."""
+    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted.
 
-    def __init__(self, world: World, holder: str) -> None:
-        self._world = world
+    Without a world it lives on to be asked why: of what an actor died of, only a text is left.
+    """
+
+    def __init__(self, world: World | ConfigError, holder: str) -> None:
+        self._found = world
         self._holder = holder
         self._term: Term | None = None
         self._broke = ""
@@ -62,6 +65,13 @@ class Coordinator:
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
         self._log = structlog.get_logger("coordinator")
+
+    @property
+    def _world(self) -> World:
+        """Raises the `ConfigError` for which there is none."""
+        if isinstance(self._found, ConfigError):
+            raise ConfigError(str(self._found))
+        return self._found
 
     async def run(self) -> None:
         """Serve one term of office after the other until `stop`."""
@@ -132,7 +142,8 @@ class Coordinator:
         self._stopping.set()
         if self._term is not None:
             self._term.end()
-        await self._ended.wait()
+        if not isinstance(self._found, ConfigError):
+            await self._ended.wait()
 
     def status(self) -> dict[str, object]:
         """`cluster.status.Status` as plain JSON values."""
@@ -153,6 +164,7 @@ class Coordinator:
 
     async def perform(self, order: Mapping[str, object], who: str) -> dict[str, object]:
         """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""
+        _ = self._world  # one without says why, rather than that it doesn't act
         found = ORDERS.validate_python(order)
         done = NOT_ACTING if self._term is None else await self._term.perform(found, who)
         return done.model_dump(mode="json")
@@ -209,7 +221,7 @@ class Coordinator:
     def reload(self) -> tuple[str, ...]:
         """Take over what has changed in the configuration's file; raises `ConfigError`."""
         fresh, changed = self._world.reload()
-        self._world = replace(
+        self._found = replace(
             self._world, policy=fresh.policy, fleet=fresh.fleet, safeguards=fresh.safeguards
         )
         if self._term is not None:
@@ -223,6 +235,8 @@ class Coordinator:
 
     def release(self) -> str:
         """What the supervisor compares with what it wants; one that has ended passes for none."""
+        if isinstance(self._found, ConfigError):
+            return f"{REFUSED}{self._found}"
         if self._stopping.is_set() or self._ended.is_set():
             return "ended"
         return f"{self._world.version}+{self._world.config_digest}"
@@ -257,15 +271,10 @@ class CoordinatorActor(Coordinator):
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
-        self._refusal = ""
         try:
             world = assemble()
         except ConfigError as error:
-            # It lives on to be asked why: of what one died of, only a text is left.
-            self._refusal = str(error)
+            Coordinator.__init__(self, ConfigError(str(error)), "")
             return
         Coordinator.__init__(self, world, f"coordinator:{holder}")
         self._running = asyncio.get_running_loop().create_task(self.run())
-
-    def release(self) -> str:
-        return f"{REFUSED}{self._refusal}" if self._refusal else Coordinator.release(self)
