@@ -54,7 +54,15 @@ CARD = GpuClassView(name="NVIDIA GeForce RTX 4090+docker", vram=24)
 
 def busy_status() -> Status:
     """A cluster in which there is something of everything."""
-    states = (GpuState.BUSY, GpuState.READY, GpuState.QUARANTINED, GpuState.STARTING)
+    states = (
+        GpuState.BUSY,
+        GpuState.READY,
+        GpuState.QUARANTINED,
+        GpuState.STARTING,
+        GpuState.DRAINED,
+        GpuState.UNREACHABLE,
+        GpuState.READY,
+    )
     return Status(
         version="1.2.3",
         config_digest="d",
@@ -74,7 +82,7 @@ def busy_status() -> Status:
         ),
         relay=RelayView(reached=True),
         accounts=tuple(_account(index) for index in range(1, 6)),
-        gpus=tuple(_gpu(index, states[index % 4]) for index in range(7)),
+        gpus=tuple(_gpu(index, state) for index, state in enumerate(states)),
         stores=(
             StoreStatus(
                 ray_node="0123456789abcdef",

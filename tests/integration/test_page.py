@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from cluster.api.guard import Access
+from cluster.core.types import GpuState
 from tests.integration.page_world import (
     PICTURES,
     TASK,
@@ -59,8 +60,18 @@ def test_everything_is_there_and_fits(
         expect(page.locator("#plot rect.bar")).to_have_count(24)
         expect(page.locator("#alert-list")).to_contain_text("node-2 is quarantined")
         # Each state is told by a sign and a word.
-        for words in ("▶ busy", "✓ ready", "✕ quarantined", "! starting"):
+        for words in (
+            "▶ busy",
+            "✓ ready",
+            "✕ quarantined",
+            "! starting",
+            "! drained",
+            "✕ unreachable",
+        ):
             expect(page.locator("#gpus")).to_contain_text(words)
+        # What is broken stands first.
+        for place, state in enumerate(("quarantined", "unreachable", "busy")):
+            expect(page.locator("#gpus article").nth(place)).to_contain_text(state)
         for words in ("NVIDIA GeForce RTX 4090", "11 of 25", "62 °C", "power cap", "30 min ago"):
             expect(page.locator("#gpus")).to_contain_text(words)
         expect(page.locator("#glance")).to_contain_text("1,234 CNX")
@@ -98,21 +109,24 @@ def test_it_follows_what_happens(browser: Browser) -> None:
 def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
     cards = tuple(
         busy_status().gpus[0].model_copy(update={"gpu_id": f"node-{n}", "problem": "x" * (n == 7)})
-        for n in range(200)
+        for n in range(199)
     )
+    silent = cards[0].model_copy(update={"gpu_id": "node-silent", "state": GpuState.UNREACHABLE})
+    cards = (*cards, silent)
     with serving(SaidSource(busy_status().model_copy(update={"gpus": cards}))) as url:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(url)
         expect(page.locator("#gpus article")).to_have_count(200)
-        expect(page.locator("#gpus details[open]")).to_have_count(1)
+        expect(page.locator("#gpus details[open]")).to_have_count(2)
         expect(page.locator("#gpus article").first).to_contain_text("node-7")
+        expect(page.locator("#gpus article").nth(1)).to_contain_text("node-silent")
         # What a person opens stays open, and keeps the focus, while the page goes on.
-        second = page.locator("#gpus summary").nth(1)
+        second = page.locator("#gpus summary").nth(2)
         second.click()
         marked = page.evaluate("document.querySelector('#gpus').firstChild.dataset.old = '1'")
         assert marked == "1"
         expect(page.locator("#gpus article").first).not_to_have_attribute("data-old", "1")
-        expect(page.locator("#gpus details[open]")).to_have_count(2)
+        expect(page.locator("#gpus details[open]")).to_have_count(3)
         expect(second).to_be_focused()
         keep_picture(page, "many")
         page.close()

@@ -2,8 +2,12 @@
 
 import { by, bytes, clock, cnx, fill, make, money, pairs, short, span, state } from "./dom.js";
 
-const GPU_KIND = { ready: "good", busy: "busy", starting: "warn", draining: "warn" };
-const ACCOUNT_KIND = { available: "good", busy: "busy", quit: "warn", paused: "warn" };
+const GPU_KIND = {
+  ready: "good", busy: "busy", starting: "warn", drained: "warn", quarantined: "bad", unreachable: "bad",
+};
+const ACCOUNT_KIND = {
+  available: "good", busy: "busy", paused: "warn", quit: "warn", pending_pause: "warn", pending_quit: "warn", unknown: "warn",
+};
 
 const MANY = 24;
 /** Cards whose facts a person has opened or closed. */
@@ -63,16 +67,16 @@ function showGlance(status) {
 function showGpus(status, openStory) {
   const simulated = status.gpus.filter((gpu) => gpu.simulated).length;
   by("gpus-note").textContent = simulated ? `${simulated} of them are simulated on the CPU.` : "";
-  const order = ["faulty", "quarantined"];
-  const rank = (gpu) => order.includes(gpu.state) || gpu.problem ? 0 : 1;
-  const sorted = [...status.gpus].sort((a, b) => rank(a) - rank(b) || a.gpu_id.localeCompare(b.gpu_id));
+  const sorted = [...status.gpus].sort((a, b) => isBad(b) - isBad(a) || a.gpu_id.localeCompare(b.gpu_id));
   by("gpus").classList.toggle("dense", sorted.length > MANY);
   by("gpus").replaceChildren(...sorted.map((gpu) => tile(gpu, status, openStory, sorted.length <= MANY)));
   if (!sorted.length) by("gpus").append(make("p", { class: "note" }, "No GPU is known in the cluster."));
 }
 
+const isBad = (gpu) => GPU_KIND[gpu.state] === "bad" || gpu.problem !== "";
+
 function tile(gpu, status, openStory, open) {
-  const kind = GPU_KIND[gpu.state] ?? "bad", memory = gpu.memory;
+  const kind = GPU_KIND[gpu.state], memory = gpu.memory;
   const total = memory ? memory.models + memory.other + memory.free : 0;
   const facts = [
     ["task", gpu.task ? link(gpu.task, openStory, gpu.gpu_id) : null],
@@ -86,7 +90,7 @@ function tile(gpu, status, openStory, open) {
     ["computed for", span(gpu.busy_seconds)],
     ["canary", gpu.canary_at === null ? null : `right ${span(Math.max(status.now - gpu.canary_at, 0))} ago`],
   ];
-  const shown = toggled.get(gpu.gpu_id) ?? (open || gpu.problem !== "");
+  const shown = toggled.get(gpu.gpu_id) ?? (open || isBad(gpu));
   const toggle = () => toggled.set(gpu.gpu_id, !shown);
   const summary = make("summary", { click: toggle, "data-key": `card ${gpu.gpu_id}` },
     make("h3", {}, `${gpu.name} `, make("span", { class: "note" }, `${gpu.vram} GB`)),
