@@ -20,8 +20,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
-from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
+from cluster.api.source import NotKnown, SourceAway
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.story import UnknownTask

@@ -17,8 +17,9 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.app import create_api
 from cluster.api.guard import Access
+from cluster.api.source import NotKnown, SourceAway
 from cluster.core.types import GpuState
 from cluster.status import (
     AccountStatus,

@@ -112,8 +112,10 @@ def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
         for n in range(199)
     )
     silent = cards[0].model_copy(update={"gpu_id": "node-silent", "state": GpuState.UNREACHABLE})
+    silent_too = silent.model_copy(update={"busy_seconds": 1.0})
     cards = (*cards, silent)
-    with serving(SaidSource(busy_status().model_copy(update={"gpus": cards}))) as url:
+    source = SaidSource(busy_status().model_copy(update={"gpus": cards}))
+    with serving(source) as url:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(url)
         expect(page.locator("#gpus article")).to_have_count(200)
@@ -125,10 +127,35 @@ def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
         second.click()
         marked = page.evaluate("document.querySelector('#gpus').firstChild.dataset.old = '1'")
         assert marked == "1"
+        # What hasn't changed isn't shown anew; what has changed is.
+        source.now = source.now.model_copy(update={"problems": ("something else",)})
+        expect(page.locator("#alert-list")).to_contain_text("something else")
+        expect(page.locator("#gpus article").first).to_have_attribute("data-old", "1")
+        source.now = source.now.model_copy(update={"gpus": (*cards[:-1], silent_too)})
         expect(page.locator("#gpus article").first).not_to_have_attribute("data-old", "1")
         expect(page.locator("#gpus details[open]")).to_have_count(3)
         expect(second).to_be_focused()
         keep_picture(page, "many")
+        page.close()
+
+
+def test_of_many_accounts_those_that_dont_serve_are_seen(browser: Browser) -> None:
+    first = busy_status().accounts[1]
+    accounts = tuple(
+        first.model_copy(
+            update={"index": n, "address": f"0x{n:040x}", "status": "paused" if n == 77 else "busy"}
+        )
+        for n in range(1, 501)
+    )
+    with serving(SaidSource(busy_status().model_copy(update={"accounts": accounts}))) as url:
+        page = browser.new_page()
+        page.goto(url)
+        rows = page.locator("#accounts tbody tr")
+        expect(rows).to_have_count(1)
+        expect(rows).to_contain_text("! paused")
+        expect(page.locator("#glance")).to_contain_text("499 of 500")
+        page.get_by_label("Show all 500").check()
+        expect(rows).to_have_count(500)
         page.close()
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayActorError, RayTaskError
 
 import serve_app
-from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.app import create_api
 from cluster.api.guard import LEAST_TOKEN, Access, is_loopback, read_token
+from cluster.api.source import NotKnown, SourceAway
 from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
 from cluster.metrics import Metrics
@@ -125,9 +126,14 @@ class Source:
         return Done(kind=self.kind, text="as asked").model_dump(mode="json")
 
 
-def client(source: Source, timeout: float = 60.0, access: Access = OPEN) -> TestClient:
+def client(
+    source: Source,
+    timeout: float = 60.0,
+    access: Access = OPEN,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> TestClient:
     """As a program on this machine asks."""
-    api = create_api(source, timeout, access, clock=lambda: 0.0, wall=lambda: 1e6)
+    api = create_api(source, timeout, access, clock, wall=lambda: 1e6)
     return TestClient(api, base_url="http://127.0.0.1:8000")
 
 

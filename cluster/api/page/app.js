@@ -1,4 +1,4 @@
-// The live page: a stream of states, and what an operator may have done. No build step, nothing
+// The live page: a state, then what has changed of it again and again, and what an operator may have done. No build step, nothing
 // from elsewhere. The token, where one is needed, stays in this tab.
 
 import { by, clock } from "./dom.js";
@@ -64,10 +64,10 @@ function take(event) {
   const data = JSON.parse(part("data") ?? "null");
   heard = Date.now();
   if (part("event") === "away") return say(data);
-  last = data;
-  const sign = data.drain.everything ? "!" : "✕";
-  say(data.ready ? "✓ serving" : `${sign} not serving: ${data.missing.join("; ")}`);
-  show(data, openStory);
+  last = part("event") === "status" ? data : { ...last, ...data };
+  const sign = last.drain.everything ? "!" : "✕";
+  say(last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`);
+  show(last, openStory, Object.keys(data));
 }
 
 function say(words) {
@@ -114,7 +114,8 @@ async function openStory(name) {
 }
 
 by("story").addEventListener("close", () => history.replaceState(null, "", location.pathname));
-by("tasks-which").addEventListener("change", () => last && show(last, openStory));
+by("tasks-which").addEventListener("change", () => last && show(last, openStory, ["tasks"]));
+by("accounts-all").addEventListener("change", () => last && show(last, openStory, ["accounts"]));
 by("tasks-open").addEventListener("click", () => by("tasks-find").value.trim() && openStory(by("tasks-find").value.trim()));
 by("tasks-find").addEventListener("keydown", (event) => {
   if (event.key === "Enter") by("tasks-open").click();

@@ -13,23 +13,32 @@ const MANY = 24;
 /** Cards whose facts a person has opened or closed. */
 const toggled = new Map();
 
-/** Nothing is shown anew while a person marks text; what has the focus keeps it. */
-export function show(status, openStory) {
+/** Fields of the status that have changed since they were shown. */
+const due = new Set();
+
+/** Shows what has changed; nothing while a person marks text, and what has the focus keeps it. */
+export function show(status, openStory, changed) {
+  changed.forEach((field) => due.add(field));
   if (getSelection().type === "Range") return;
   const key = document.activeElement?.dataset?.key;
-  showAll(status, openStory);
+  showDue(status, openStory, (...fields) => fields.some((field) => due.has(field)));
+  due.clear();
   if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
-function showAll(status, openStory) {
+function showDue(status, openStory, has) {
   by("version").textContent = status.version;
   showAlerts(status);
   showGlance(status);
-  showGpus(status, openStory);
-  showTasks(status, openStory);
-  showAccounts(status, openStory);
-  showNetwork(status);
+  if (has("gpus")) showGpus(status, openStory);
+  // An open task's seconds go on.
+  if (has("tasks") || status.tasks.some(isOpen)) showTasks(status, openStory);
+  if (has("accounts", "fleet")) showAccounts(status, openStory);
+  if (has("chain", "relay", "stores")) showNetwork(status);
 }
+
+const isOpen = (task) => task.outcome === null;
+const serves = (account) => ["available", "busy"].includes(account.status);
 
 function showAlerts(status) {
   const told = [...status.problems, ...status.fleet.lacks];
@@ -45,7 +54,7 @@ function showAlerts(status) {
 function showGlance(status) {
   const serving = status.gpus.filter((gpu) => ["ready", "busy"].includes(gpu.state));
   const busy = serving.filter((gpu) => gpu.state === "busy").length;
-  const joined = status.accounts.filter((each) => ["available", "busy"].includes(each.status)).length;
+  const joined = status.accounts.filter(serves).length;
   const closed = Object.values(status.totals.tasks).reduce((sum, each) => sum + each, 0);
   const head = status.chain.block_timestamp;
   const drain = status.drain.everything || status.drain.cards.length || status.drain.nodes.length;
@@ -53,7 +62,7 @@ function showGlance(status) {
     ["GPUs that serve", `${serving.length} of ${status.gpus.length}`],
     ["computing now", `${busy}`],
     ["accounts that serve", `${joined} of ${status.accounts.length}`],
-    ["tasks open", `${status.tasks.filter((task) => task.outcome === null).length}`],
+    ["tasks open", `${status.tasks.filter(isOpen).length}`],
     ["tasks closed", closed.toLocaleString()],
     ["paid in all", `${money(status.totals.paid_wei)} CNX`],
     ["slashed", status.totals.slashed ? state("bad", `${status.totals.slashed}`) : "0"],
@@ -114,15 +123,15 @@ const link = (task, openStory, where) => make("button", {
 }, short(task));
 
 function outcome(task) {
-  if (task.outcome === null) return state("busy", task.progress);
+  if (isOpen(task)) return state("busy", task.progress);
   const good = task.outcome.startsWith("End") && task.fault === null && task.payment !== "0";
   return state(good ? "good" : "bad", task.outcome);
 }
 
 function showTasks(status, openStory) {
   const which = by("tasks-which").value;
-  const wanted = (task) => which === "all" || (which === "open" ? task.outcome === null
-    : task.outcome !== null && task.payment === "0");
+  const wanted = (task) => which === "all" || (which === "open" ? isOpen(task)
+    : !isOpen(task) && task.payment === "0");
   const rows = status.tasks.filter(wanted).map((task) => [
     link(task.commitment, openStory, "tasks"), task.type, outcome(task), task.action, task.gpu_id ?? "",
     clock(task.seen_at), { number: ((task.closed_at ?? status.now) - task.seen_at).toFixed(1) },
@@ -142,13 +151,17 @@ function showAccounts(status, openStory) {
   if (plan.length)
     by("classes").append(make("article", { class: "tile warn" }, make("h3", {}, "Plan"),
       make("ul", {}, ...plan.map((each) => make("li", {}, each)))));
-  fill("accounts", status.accounts.map((each) => [
+  by("accounts-fold").hidden = status.accounts.length <= MANY;
+  by("accounts-count").textContent = status.accounts.length;
+  const folded = status.accounts.length > MANY && !by("accounts-all").checked;
+  const shown = folded ? status.accounts.filter((each) => !serves(each)) : status.accounts;
+  fill("accounts", shown.map((each) => [
     { number: `${each.index}` }, make("span", { class: "mono" }, each.address),
     state(ACCOUNT_KIND[each.status] ?? "warn", each.status.replaceAll("_", " ")),
     each.gpu_class ? `${each.gpu_class.name} ${each.gpu_class.vram} GB` : "",
     { number: money(each.stake, 0) }, { number: money(each.balance) }, { number: `${each.qos}` },
     each.current_task ? link(each.current_task, openStory, each.address) : "",
-  ]));
+  ]), folded ? "Every account serves." : "No account is there.");
 }
 
 function showNetwork(status) {
