@@ -23,6 +23,7 @@ from actors.environment import without_password
 from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
 from cluster.api.source import NotKnown, SourceAway
+from cluster.api.traffic import MOST_ONGOING
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.story import UnknownTask
@@ -129,7 +130,7 @@ def build(config: Config) -> serve.Application:
     deployment: serve.Deployment = serve.deployment(
         name="edge",
         num_replicas=1,
-        max_ongoing_requests=512,
+        max_ongoing_requests=MOST_ONGOING,
         ray_actor_options={
             "num_cpus": 0,
             # The token's file is on the head.

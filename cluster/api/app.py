@@ -31,10 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import cluster
 from cluster.api.contents import Content, Seen, takes_gzip
-from cluster.api.guard import Access, Guard
+from cluster.api.guard import Access, Guard, address_of
 from cluster.api.shared import Shared
 from cluster.api.source import NotKnown, Source, SourceAway
 from cluster.api.stream import EVENT_SECONDS, events, packed
+from cluster.api.traffic import LONGEST_STREAM_SECONDS, Door, Stream, Traffic
 from cluster.earnings import Earnings
 from cluster.metrics import CONTENT_TYPE
 from cluster.status import Status, View
@@ -112,10 +113,11 @@ def create_api(
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
     )
-    guard = Guard(access, clock)
+    guard, traffic = Guard(access, clock), Traffic()
+    api.add_middleware(Door, traffic=traffic)
     status_now = Shared(lambda: _look(source, timeout), KEPT_SECONDS, clock)
     events_now = Shared(status_now.get, EVENT_SECONDS, clock)
-    metrics_now = Shared(lambda: _scrape(source, timeout), SCRAPED_SECONDS, clock)
+    metrics_now = Shared(lambda: _scrape(source, timeout, traffic), SCRAPED_SECONDS, clock)
     bearer = HTTPBearer(auto_error=False, description="The token of serve.token_file.")
     reading = [Depends(guard.read), Depends(bearer)]
     acting = [Depends(bearer)]
@@ -149,17 +151,22 @@ def create_api(
         "/v1/events",
         summary="The status as server-sent events: whole, then what has changed of it",
         response_class=StreamingResponse,
-        responses=_CLOSED | {200: {"content": {"text/event-stream": {}}}},
+        responses=_CLOSED
+        | _says(503, "Too many follow already.")
+        | {200: {"content": {"text/event-stream": {}}}},
         dependencies=reading,
     )
     async def follow(
         request: Request,
         count: Annotated[int | None, Query(ge=1, le=1_000_000, description="End after.")] = None,
-    ) -> StreamingResponse:
-        stream, headers = events(events_now, clock, count), {"cache-control": "no-store"}
+    ) -> Stream:
+        address = address_of(request)
+        traffic.enter(address)
+        stream = events(events_now, clock, count, LONGEST_STREAM_SECONDS)
+        headers = {"cache-control": "no-store"}
         if takes_gzip(request):
             stream, headers = packed(stream), headers | {"content-encoding": "gzip"}
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return Stream(stream, lambda: traffic.leave(address), headers)
 
     @api.get(
         "/v1/earnings",
@@ -175,6 +182,7 @@ def create_api(
         found = await _in_time(source.earnings(since, step), timeout)
         return _valid(Earnings, found)
 
+    traffic.expect(api.routes)
     return api
 
 
@@ -304,8 +312,9 @@ async def _look(source: Source, timeout: float) -> Seen:  # noqa: ASYNC109
     return Seen(_valid(Status, await _in_time(source.status(), timeout)))
 
 
-async def _scrape(source: Source, timeout: float) -> Content:  # noqa: ASYNC109
-    return Content(await _in_time(source.metrics_text(), timeout))
+async def _scrape(source: Source, timeout: float, traffic: Traffic) -> Content:  # noqa: ASYNC109
+    """One text for everything: the coordinator's, and of what only this process knows."""
+    return Content(await _in_time(source.metrics_text(), timeout) + traffic.render())
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -94,20 +94,20 @@ class Guard:
 
     def act(self, request: Request) -> str:
         who = self.look(request)
-        self._take(self._acting, _address(request), ACTIONS_PER_SECOND, "too many actions")
+        self._take(self._acting, address_of(request), ACTIONS_PER_SECOND, "too many actions")
         return who
 
     def _known(self, request: Request) -> str:
         token = self.access.token
         if token is None:
             _check_local(request)
-            return f"local {_address(request)}"
+            return f"local {address_of(request)}"
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(
             given.strip().encode(), token.encode()
         ):
-            return f"token {_address(request)}"
-        self._take(self._failing, _address(request), FAILURES_PER_SECOND, "too many wrong tokens")
+            return f"token {address_of(request)}"
+        self._take(self._failing, address_of(request), FAILURES_PER_SECOND, "too many wrong tokens")
         raise HTTPException(401, "a bearer token is needed", headers={"www-authenticate": "Bearer"})
 
     def _take(self, buckets: dict[str, Bucket], key: str, rate: float, problem: str) -> None:
@@ -121,7 +121,7 @@ class Guard:
             del buckets[next(iter(buckets))]
 
 
-def _address(request: Request) -> str:
+def address_of(request: Request) -> str:
     return request.client.host if request.client is not None else "unknown"
 
 

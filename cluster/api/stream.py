@@ -45,10 +45,10 @@ class Changes:
 
 
 async def events(
-    status_now: Shared[Seen], clock: Callable[[], float], count: int | None
+    status_now: Shared[Seen], clock: Callable[[], float], count: int | None, seconds: float
 ) -> AsyncIterator[bytes]:
-    """`count`: end after so many."""
-    changes, sent, first = Changes(), 0, True
+    """Ends after `count` events, where that is set, and after `seconds`."""
+    changes, sent, first, end = Changes(), 0, True, clock() + seconds
     while True:
         try:
             fields = changes.since((await status_now.get()).fields, clock())
@@ -58,7 +58,7 @@ async def events(
             yield _event("status" if first else "changed", joined(fields))
             first = False
         sent += 1
-        if sent == count:
+        if sent == count or clock() >= end:
             return
         await asyncio.sleep(EVENT_SECONDS)
 

@@ -87,10 +87,10 @@ def test_the_command_line_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def remote(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(client.ray, "init", lambda **_: None)
-    monkeypatch.setattr(client.ray, "shutdown", lambda: None)
-    monkeypatch.setattr(client.ray, "get_actor", lambda *_: Handle())
-    monkeypatch.setattr(client.ray, "get", get)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "get_actor", lambda *_: Handle())
+    monkeypatch.setattr(ray, "get", get)
     with client.asking_at("auto", "crynux") as call, pytest.raises(ClusterError) as caught:
         call("perform")
     assert str(caught.value) == WHY

@@ -35,7 +35,10 @@ async function follow() {
     try {
       const answer = await ask("v1/events", { signal: mine.signal });
       hideToken();
+      const began = Date.now();
       await read(answer.body.pipeThrough(new TextDecoderStream()).getReader());
+      // None goes on for ever: one that has lasted is followed by the next.
+      if (Date.now() - began > RETRY_SECONDS * 1000) continue;
       say("The stream has ended; connecting again…");
     } catch (error) {
       if (mine.signal.aborted) return;
