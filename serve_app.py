@@ -56,6 +56,9 @@ class CoordinatorSource:
     async def file(self, name: str, file: str) -> bytes:
         return cast(bytes, await self._ask("file", name, file))
 
+    async def shown(self, who: str, what: str, task: str) -> None:
+        await self._ask("shown", who, what, task)
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], await self._ask("earnings", since, step))
 

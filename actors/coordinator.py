@@ -22,6 +22,7 @@ import structlog
 
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
+from actors.readers import Readers
 from actors.steering import NOT_ACTING
 from actors.term import Term
 from actors.world import World
@@ -35,6 +36,7 @@ from cluster.core.types import (
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of
 from cluster.journal import HOST
+from cluster.journal_history import Audited
 from cluster.logs import Level
 from cluster.status import Status
 from cluster.steering import ORDERS
@@ -64,6 +66,7 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
+        self._readers = Readers()
         self._log = structlog.get_logger("coordinator")
 
     @property
@@ -166,8 +169,27 @@ class Coordinator:
         """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""
         _ = self._world  # one without says why, rather than that it doesn't act
         found = ORDERS.validate_python(order)
-        done = NOT_ACTING if self._term is None else await self._term.perform(found, who)
+        log = self._log.bind(by=who, order=dict(order))
+        if self._term is None:
+            # No journal may be written now: this line is all that is left of it.
+            log.warning("order_refused", why=NOT_ACTING.text)
+            return NOT_ACTING.model_dump(mode="json")
+        try:
+            done = await self._term.perform(found, who)
+        except Exception as error:
+            log.error("order_broke", error=f"{type(error).__name__}: {error}")
+            raise
         return done.model_dump(mode="json")
+
+    def shown(self, who: str, what: str, task: str) -> None:
+        """Somebody is given what is somebody's (`what`) of a task: written down before it is."""
+        now = Timestamp(self._world.clock())
+        if not self._readers.is_news(who, what, task, now):
+            return
+        self._log.warning("shown", by=who, what=what, task=task)
+        if self._term is not None:
+            with contextlib.suppress(LeaseLost):
+                self._term.note(Audited(now, who, f"show_{what}", {"task": task}, "shown"))
 
     def leave(self, node: str | None) -> int:
         """Give a machine that goes away (None: all of them) nothing new; how many of its cards

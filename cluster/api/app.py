@@ -202,20 +202,30 @@ def _add_tasks(
         "/v1/tasks/{name}/bundle",
         summary="What is kept of its failed attempts, its parameters among it",
         responses=_READ | _UNKNOWN,
-        dependencies=[*acting, Depends(guard.look)],
+        dependencies=acting,
     )
-    async def bundle(name: Name) -> Bundle:
-        return _valid(Bundle, await _in_time(source.bundle(name), timeout))
+    async def bundle(
+        name: Name,
+        who: str = Depends(guard.look),  # noqa: FAST002 - it can't be found by its name
+    ) -> Bundle:
+        found = _valid(Bundle, await _in_time(source.bundle(name), timeout))
+        await _in_time(source.shown(who, "bundle", name), timeout)
+        return found
 
     @api.get(
         "/v1/tasks/{name}/files/{file}",
         summary="A file of its result, while it is kept",
         response_class=Response,
         responses=_READ | _UNKNOWN | {200: {"content": _FILE_TYPES}},
-        dependencies=[*acting, Depends(guard.look)],
+        dependencies=acting,
     )
-    async def result_file(name: Name, file: FileName) -> Response:
+    async def result_file(
+        name: Name,
+        file: FileName,
+        who: str = Depends(guard.look),  # noqa: FAST002 - it can't be found by its name
+    ) -> Response:
         data = await _in_time(source.file(name, file), timeout)
+        await _in_time(source.shown(who, "result", name), timeout)
         kind = "image/png" if data.startswith(_PNG) else "application/octet-stream"
         return Response(data, media_type=kind, headers=_AS_A_FILE)
 

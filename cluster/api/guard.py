@@ -20,15 +20,20 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 
+from cluster import logs
 from cluster.chain.health import Bucket
 from cluster.core.errors import ConfigError
 
 ACTIONS_PER_SECOND: Final = 5.0
 FAILURES_PER_SECOND: Final = 0.2
 """Of wrong tokens, from one address: then it waits, whoever has the right one does not."""
+REFUSALS_LOGGED: Final = 0.2
+"""In a second; more at once are only counted."""
 MOST_ADDRESSES: Final = 1_000
 LEAST_TOKEN: Final = 16
 """Characters of a token."""
+log = logs.get(__name__)
+
 NOBODY: Final = "no token is set (serve.token_file), so nobody may do this from here"
 
 
@@ -77,6 +82,7 @@ class Guard:
     clock: Callable[[], float]
     _acting: dict[str, Bucket] = field(default_factory=dict)
     _failing: dict[str, Bucket] = field(default_factory=dict)
+    _logged: Bucket = Bucket(REFUSALS_LOGGED, burst=20.0)
 
     def read(self, request: Request) -> str:
         access = self.access
@@ -100,7 +106,7 @@ class Guard:
     def _known(self, request: Request) -> str:
         token = self.access.token
         if token is None:
-            _check_local(request)
+            self._local(request)
             return f"local {address_of(request)}"
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(
@@ -108,7 +114,24 @@ class Guard:
         ):
             return f"token {address_of(request)}"
         self._take(self._failing, address_of(request), FAILURES_PER_SECOND, "too many wrong tokens")
+        if given:
+            self._tell(request, "wrong token")
         raise HTTPException(401, "a bearer token is needed", headers={"www-authenticate": "Bearer"})
+
+    def _local(self, request: Request) -> None:
+        try:
+            _check_local(request)
+        except HTTPException as error:
+            self._tell(request, error.detail)
+            raise
+
+    def _tell(self, request: Request, why: str) -> None:
+        """Only here: whoever hasn't come in, comes into no audit log."""
+        bucket, pause = self._logged.take(self.clock())
+        if pause <= 0:
+            self._logged = bucket
+            path = request.url.path[:100]
+            log.warning("request_refused", address=address_of(request), path=path, why=why)
 
     def _take(self, buckets: dict[str, Bucket], key: str, rate: float, problem: str) -> None:
         now = self.clock()

@@ -263,6 +263,9 @@ class SaidSource:
         Image.new("RGB", (64, 48), "seagreen").save(data, "PNG")
         return data.getvalue()
 
+    async def shown(self, who: str, what: str, task: str) -> None:
+        self._say()
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         self._say()
         length = 3_600 if step == "hour" else 86_400

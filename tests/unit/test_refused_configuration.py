@@ -36,6 +36,7 @@ async def asked(call: Callable[[Coordinator], Any]) -> None:
         lambda it: it.status(),
         lambda it: it.metrics_text(),
         lambda it: it.perform({"action": "resume"}, "me"),
+        lambda it: it.shown("me", "bundle", "x"),
         lambda it: it.leave(None),
         lambda it: it.story("x"),
         lambda it: it.file("x", "0.png"),

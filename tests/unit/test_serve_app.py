@@ -11,6 +11,7 @@ import ray
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayActorError, RayTaskError
+from structlog.testing import capture_logs
 
 import serve_app
 from cluster.api.app import create_api
@@ -83,6 +84,7 @@ class Source:
     delay: float = 0.0
     kind: Literal["done", "nothing", "unknown", "refused"] = "done"
     done: list[Mapping[str, Any]] = field(default_factory=list)
+    shows: list[tuple[str, str, str]] = field(default_factory=list)
 
     async def _wait(self) -> None:
         await asyncio.sleep(self.delay)
@@ -110,6 +112,10 @@ class Source:
     async def file(self, name: str, file: str) -> bytes:
         await self.story(name)
         return b"\x89PNG\r\n\x1a\n" if file == "0.png" else b"<script>"
+
+    async def shown(self, who: str, what: str, task: str) -> None:
+        await self._wait()
+        self.shows.append((who, what, task))
 
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         await self._wait()
@@ -386,6 +392,44 @@ def test_a_bundle_is_never_open() -> None:
     assert api.get(path).status_code == 200
     assert api.get(f"{path}/bundle").status_code == 401
     assert api.get(f"{path}/bundle", headers=BEARER).status_code == 200
+
+
+def test_who_is_given_what_is_somebodys_is_written_down() -> None:
+    source = Source()
+    api = client(source, access=Access(TOKEN))
+    path = f"/v1/tasks/{KNOWN}"
+    for wanted in (path, f"{path}/files/0.png", f"{path}/bundle"):
+        assert api.get(wanted, headers=BEARER).status_code == 200
+    who = "token testclient"
+    assert source.shows == [(who, "result", KNOWN), (who, "bundle", KNOWN)]
+    # Nothing was given to these.
+    assert api.get("/v1/tasks/12345678/bundle", headers=BEARER).status_code == 404
+    assert api.get(f"{path}/bundle").status_code == 401
+    assert len(source.shows) == 2
+
+
+@pytest.mark.parametrize(
+    ("access", "headers", "why"),
+    [
+        (Access(TOKEN), {"authorization": "Bearer wrong-wrong-wrong"}, "wrong token"),
+        (Access(), {"origin": "http://evil.example"}, "another site's page may not ask this"),
+    ],
+)
+def test_whoever_is_refused_is_in_the_log_and_what_he_sent_isnt(
+    access: Access, headers: dict[str, str], why: str
+) -> None:
+    api = client(Source(), access=access)
+    with capture_logs() as logs:
+        for _ in range(50):
+            api.get("/v1/status", headers=headers)
+    assert {(each["event"], each["why"]) for each in logs} == {("request_refused", why)}
+    assert logs[0]["address"] == "testclient"
+    assert "wrong-wrong" not in str(logs)
+    # However many try.
+    assert len(logs) <= 20
+    with capture_logs() as logs:
+        client(Source(), access=Access(TOKEN)).get("/v1/status")
+    assert logs == []  # a page that asks for the token first
 
 
 def test_guessing_is_slowed_down_and_the_owner_isnt() -> None:
