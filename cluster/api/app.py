@@ -233,7 +233,7 @@ def _add_tasks(
         "/v1/audit",
         summary="What operators had done, the newest first",
         responses=_READ,
-        dependencies=reading,
+        dependencies=[*acting, Depends(guard.look)],
     )
     async def audit(
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,

@@ -227,3 +227,23 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
         assert page.evaluate("localStorage.length") == 0
         assert TOKEN not in page.url
         context.close()
+
+
+def test_where_anyone_may_read_who_acts_is_asked_for_the_token(browser: Browser) -> None:
+    source = SaidSource()
+    with serving(source, Access(TOKEN, open_reads=True)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator("#gpus article")).to_have_count(7)
+        expect(page.locator("#token")).not_to_be_visible()
+        expect(page.locator("#audit")).to_contain_text("Not shown: a bearer token is needed")
+        page.get_by_role("button", name="End every drain").click()
+        expect(page.locator("#token")).to_be_visible()
+        assert source.orders == []
+        page.locator("#secret").fill(TOKEN)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#token")).not_to_be_visible()
+        page.get_by_role("button", name="End every drain").click()
+        expect(page.locator("#action-said")).to_have_text("resume: as asked")
+        expect(page.locator("#audit")).to_contain_text("resume")
+        page.close()

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 import serve_app
 from cluster.api.app import create_api
-from cluster.api.guard import LEAST_TOKEN, Access, is_loopback, read_token
+from cluster.api.guard import LEAST_TOKEN, NOBODY, Access, is_loopback, read_token
 from cluster.api.source import NotKnown, SourceAway
 from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
@@ -430,6 +430,16 @@ def test_whoever_is_refused_is_in_the_log_and_what_he_sent_isnt(
     with capture_logs() as logs:
         client(Source(), access=Access(TOKEN)).get("/v1/status")
     assert logs == []  # a page that asks for the token first
+
+
+def test_who_did_what_is_only_for_who_may_act() -> None:
+    api = client(Source(), access=Access(TOKEN, open_reads=True))
+    assert api.get("/v1/status").status_code == 200
+    assert api.get("/v1/audit").status_code == 401
+    assert api.get("/v1/audit", headers=BEARER).status_code == 200
+    assert client(Source(), access=Access(local=False, open_reads=True)).get(
+        "/v1/audit"
+    ).json() == {"detail": NOBODY}
 
 
 def test_guessing_is_slowed_down_and_the_owner_isnt() -> None:

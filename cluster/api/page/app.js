@@ -42,7 +42,10 @@ async function follow() {
       say("The stream has ended; connecting again…");
     } catch (error) {
       if (mine.signal.aborted) return;
-      if (error instanceof Refused) return wantToken(error.message);
+      if (error instanceof Refused) {
+        say("a token is needed");
+        return wantToken(error.message);
+      }
       say(`Not connected: ${error.message}`);
     }
     await new Promise((done) => setTimeout(done, RETRY_SECONDS * 1000));
@@ -90,7 +93,7 @@ function wantToken(words) {
   sessionStorage.removeItem(TOKEN);
   by("token").hidden = false;
   by("token-problem").textContent = had ? `It was refused: ${words}` : "";
-  say("a token is needed");
+  by("secret").focus();
 }
 
 function hideToken() {
@@ -145,10 +148,13 @@ for (const button of document.querySelectorAll("[data-days]"))
     earnings();
   });
 
+/** Where anyone may read, only who acts is asked for a token, and sees who did. */
 async function audit() {
   try {
     showAudit(await json("v1/audit?limit=20"));
-  } catch { /* The state line says what is wrong. */ }
+  } catch (error) {
+    showAudit([], `Not shown: ${error.message}`);
+  }
 }
 
 for (const button of document.querySelectorAll("[data-act]"))
@@ -162,6 +168,7 @@ for (const button of document.querySelectorAll("[data-act]"))
       by("action-said").textContent = (await answer.json()).text;
     } catch (error) {
       by("action-said").textContent = `Not done: ${error.message}`;
+      if (error instanceof Refused) wantToken(error.message);
     }
     button.disabled = false;
     audit();

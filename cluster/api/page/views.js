@@ -197,10 +197,10 @@ export function showEarnings(found) {
   return found.steps.map((each) => ({ since: each.since, tasks: each.tasks, paid: cnx(each.paid), gas: cnx(each.gas) }));
 }
 
-export function showAudit(found) {
+export function showAudit(found, none = "Nothing was done yet.") {
   fill("audit", found.map((each) => [
     new Date(each.at * 1000).toLocaleString(), each.who,
     [each.action.replaceAll("_", " "), ...Object.values(each.arguments).filter((value) => value !== "" && value !== false)].join(" "),
     each.outcome,
-  ]), "Nothing was done yet.");
+  ]), none);
 }
