@@ -150,9 +150,13 @@ def address_of(request: Request) -> str:
 
 def _check_local(request: Request) -> None:
     """Raises `HTTPException` unless a program on this machine asks, for itself."""
-    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    said, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        host = urlsplit(f"//{said}").hostname or ""
+        where = None if origin is None else urlsplit(origin).netloc
+    except ValueError:  # as of a bracket that isn't closed
+        raise HTTPException(403, "Host or Origin is no address") from None
     if not is_loopback(host):
         raise HTTPException(403, f"addressed as {host[:100]}: without a token, only as 127.0.0.1")
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if where not in {None, said}:
         raise HTTPException(403, "another site's page may not ask this")
