@@ -78,6 +78,9 @@ def asking_at(address: str, namespace: str) -> Iterator[Callable[..., Any]]:
         except ValueError:
             raise ClusterError("no coordinator is there; is the operator up?") from None
         except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ClusterError):  # it is there, and says it itself
+                raise cause from None
             raise ClusterError(f"the coordinator doesn't answer: {_line(error)}") from error
         return done
 

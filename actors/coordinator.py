@@ -23,6 +23,7 @@ import structlog
 
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
+from actors.readers import Readers
 from actors.steering import NOT_ACTING
 from actors.term import Term
 from actors.world import World
@@ -37,6 +38,7 @@ from cluster.core.types import (
 )
 from cluster.earnings import SECONDS, Earnings, Step, earnings_of, numbers
 from cluster.journal import HOST, SqlJournal
+from cluster.journal_history import Audited
 from cluster.logs import Level
 from cluster.lookups import Lookups
 from cluster.status import Status
@@ -57,10 +59,13 @@ MOST_EARNED = 16
 
 
 class Coordinator:
-    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted."""
+    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted.
 
-    def __init__(self, world: World, holder: str) -> None:
-        self._world = world
+    Without a world it lives on to be asked why: of what an actor died of, only a text is left.
+    """
+
+    def __init__(self, world: World | ConfigError, holder: str) -> None:
+        self._found = world
         self._holder = holder
         self._term: Term | None = None
         self._broke = ""
@@ -71,7 +76,15 @@ class Coordinator:
         self._lookups = Lookups(world.journal)
         self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
         """Answers by what was asked, those asked for last at the end."""
+        self._readers = Readers()
         self._log = structlog.get_logger("coordinator")
+
+    @property
+    def _world(self) -> World:
+        """Raises the `ConfigError` for which there is none."""
+        if isinstance(self._found, ConfigError):
+            raise ConfigError(str(self._found))
+        return self._found
 
     async def run(self) -> None:
         """Serve one term of office after the other until `stop`."""
@@ -143,7 +156,8 @@ class Coordinator:
         self._stopping.set()
         if self._term is not None:
             self._term.end()
-        await self._ended.wait()
+        if not isinstance(self._found, ConfigError):
+            await self._ended.wait()
 
     def status(self) -> dict[str, object]:
         """`cluster.status.Status` as plain JSON values."""
@@ -164,9 +178,29 @@ class Coordinator:
 
     async def perform(self, order: Mapping[str, object], who: str) -> dict[str, object]:
         """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""
+        _ = self._world  # one without says why, rather than that it doesn't act
         found = ORDERS.validate_python(order)
-        done = NOT_ACTING if self._term is None else await self._term.perform(found, who)
+        log = self._log.bind(by=who, order=dict(order))
+        if self._term is None:
+            # No journal may be written now: this line is all that is left of it.
+            log.warning("order_refused", why=NOT_ACTING.text)
+            return NOT_ACTING.model_dump(mode="json")
+        try:
+            done = await self._term.perform(found, who)
+        except Exception as error:
+            log.error("order_broke", error=f"{type(error).__name__}: {error}")
+            raise
         return done.model_dump(mode="json")
+
+    def shown(self, who: str, what: str, task: str) -> None:
+        """Somebody is given what is somebody's (`what`) of a task: written down before it is."""
+        now = Timestamp(self._world.clock())
+        if not self._readers.is_news(who, what, task, now):
+            return
+        self._log.warning("shown", by=who, what=what, task=task)
+        if self._term is not None:
+            with contextlib.suppress(LeaseLost):
+                self._term.note(Audited(now, who, f"show_{what}", {"task": task}, "shown"))
 
     def leave(self, node: str | None) -> int:
         """Give a machine that goes away (None: all of them) nothing new; how many of its cards
@@ -220,7 +254,7 @@ class Coordinator:
     def reload(self) -> tuple[str, ...]:
         """Take over what has changed in the configuration's file; raises `ConfigError`."""
         fresh, changed = self._world.reload()
-        self._world = replace(
+        self._found = replace(
             self._world, policy=fresh.policy, fleet=fresh.fleet, safeguards=fresh.safeguards
         )
         if self._term is not None:
@@ -234,6 +268,8 @@ class Coordinator:
 
     def release(self) -> str:
         """What the supervisor compares with what it wants; one that has ended passes for none."""
+        if isinstance(self._found, ConfigError):
+            return f"{REFUSED}{self._found}"
         if self._stopping.is_set() or self._ended.is_set():
             return "ended"
         return f"{self._world.version}+{self._world.config_digest}"
@@ -279,15 +315,10 @@ class CoordinatorActor(Coordinator):
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
-        self._refusal = ""
         try:
             world = assemble()
         except ConfigError as error:
-            # It lives on to be asked why: of what one died of, only a text is left.
-            self._refusal = str(error)
+            Coordinator.__init__(self, ConfigError(str(error)), "")
             return
         Coordinator.__init__(self, world, f"coordinator:{holder}")
         self._running = asyncio.get_running_loop().create_task(self.run())
-
-    def release(self) -> str:
-        return f"{REFUSED}{self._refusal}" if self._refusal else Coordinator.release(self)

@@ -22,6 +22,7 @@ from actors.safeguards import Safeguards
 from actors.steering import Live, Steering
 from actors.stores import FETCHED_BYTES, of_class
 from actors.world import LiveSettings, RunningNetwork, World
+from cluster import journal_history
 from cluster.core import declaring
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.ports import KICKED_OUT, SLASHED, Wakeup
@@ -35,6 +36,7 @@ from cluster.core.types import (
     TaskStatus,
     Timestamp,
 )
+from cluster.journal_history import Audited
 from cluster.steering import Done, Order
 
 SWEEP_SECONDS = 15.0
@@ -198,6 +200,11 @@ class Term:
 
     async def perform(self, order: Order, who: str) -> Done:
         return await self._steering.perform(order, who)
+
+    def note(self, audited: Audited) -> None:
+        """Write down what wasn't an order. Raises `LeaseLost`."""
+        with self._world.journal.write(self._ledger.lease) as connection:
+            journal_history.note_action(connection, audited)
 
     def _chain_error(self) -> str | None:
         """Why the chain isn't reached. The network knows first: idle accounts look seldom."""

@@ -43,7 +43,7 @@ NOW = Section(
         number(
             "Takes tasks",
             "min(crynux_ready{@})",
-            "The chain is reached, the lease is held, a card serves, and nothing is drained.",
+            "What /readyz says: chain and relay, lease, an account, a card, and no drain of all.",
             words=YES_IS_GOOD,
             steps=SOME_IS_GOOD,
         ),
