@@ -229,6 +229,7 @@ class Coordinator:
 
     def _status(self) -> Status:
         world, pool = self._world, self._world.pool
+        cards = (*pool.gpus(), *pool.unknown())
         sight = Sight(
             version=world.version,
             config_digest=world.config_digest,
@@ -237,7 +238,7 @@ class Coordinator:
             chain_id=world.chain_id,
             accounts=world.accounts,
             not_acting=self._broke,
-            gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in pool.gpus()),
+            gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in cards),
             stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))

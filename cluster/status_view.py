@@ -86,7 +86,8 @@ def _gpus(gpus: Iterable[GpuStatus]) -> Table:
     table = _table("GPUs", "id", "card", "state", "task", "step", "done", "warm")
     for gpu in gpus:
         step = "-" if gpu.step is None else f"{gpu.step}/{gpu.steps or '?'}"
-        card = f"{gpu.name} {gpu.vram} GB" + (" (simulated)" if gpu.simulated else "")
+        card = f"{gpu.name} {gpu.vram} GB" if gpu.vram else gpu.name
+        card += " (simulated)" if gpu.simulated else ""
         table.add_row(
             escape(gpu.gpu_id),
             escape(card),
