@@ -1,9 +1,10 @@
 """Prometheus metrics of the coordinator, in a registry of their own (one scrape for everything).
 
 Counters and histograms are fed as things happen, and start at 0 when the coordinator does; gauges
-are set from a `Status`. Every label set that can be known is there from the start, at 0, because
-`increase()` misses a series that is born at 1; a state is a label, with all states exported. Labels
-are bounded: no task, no attempt, no prompt, no address ever becomes one.
+are set from a `Status`, and have no sample while what they tell isn't known. Every label set that
+can be known is there from the start, at 0, because `increase()` misses a series that is born at 1;
+a state is a label, with all states exported. Labels are bounded: no task, no attempt, no prompt, no
+address ever becomes one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
+from cluster.gauges import Known, put
 from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
@@ -161,7 +163,7 @@ class Metrics:
 
     def turn_ended(self, now: Timestamp) -> None:
         """The coordinator's loop is alive; `now` is unix time."""
-        self._turn.set(now)
+        self._turn.put(now)
 
     def outbox(self, rows: Mapping[RowState, int]) -> None:
         """How many writes to the network stand in each state."""
@@ -176,19 +178,19 @@ class Metrics:
         self._ready.set(readiness(status)[0])
         self._lease_held.set(status.acting)
         self._lease_epoch.set(status.epoch or 0)
-        self._chain_reached.set(status.chain.reached)
-        if status.chain.block is not None:
-            self._head_block.set(status.chain.block)
-        if status.chain.block_timestamp is not None:
-            self._head_time.set(status.chain.block_timestamp)
+        self._chain_reached.put(status.chain.reached if status.acting else None)
+        self._head_block.put(status.chain.block)
+        self._head_time.put(status.chain.block_timestamp)
         self._endpoints.set(len(status.chain.endpoints))
         self._endpoints_fit.set(sum(not each.problem for each in status.chain.endpoints))
-        self._relay_reached.set(status.relay.reached)
+        self._relay_reached.put(status.relay.reached if status.acting else None)
+        if not status.acting:
+            self._turn.put(None)
         self._problems.set(len(status.problems))
         for each in status.chain.endpoints:
             self._endpoint_up.labels(each.name).set(not each.problem)
-            self._endpoint_seconds.labels(each.name).set(each.seconds or 0.0)
-            self._endpoint_head.labels(each.name).set(each.head or 0)
+            put(self._endpoint_seconds, (each.name,), each.seconds)
+            put(self._endpoint_head, (each.name,), each.head)
         self._observe_fleet(status.gpus, status.accounts)
         self._observe_money(status.fleet, status.accounts)
         self.cards.observe(status.gpus)
@@ -235,8 +237,8 @@ class Metrics:
             self._qos.labels(*labels, "mean").set(fmean(scores) if scores else 0)
 
     def _observe_money(self, fleet: FleetStatus, accounts: Iterable[AccountStatus]) -> None:
-        if fleet.treasury is not None:
-            self._treasury.set(int(fleet.treasury) / WEI_PER_CNX)
+        treasury = None if fleet.treasury is None else int(fleet.treasury) / WEI_PER_CNX
+        self._treasury.put(treasury)
         self._lacks.set(len(fleet.lacks))
         planned = {GpuClassView(name=each.name, vram=each.vram): each for each in fleet.classes}
         for kind in planned.keys() | self._classes:
@@ -322,9 +324,9 @@ class Metrics:
         self._observe_tasks(())
 
     def _make_network_metrics(self) -> None:
-        self._chain_reached = self._gauge("chain_reached", "1 when the chain answers.")
-        self._head_block = self._gauge("chain_head_block", "Number of the newest block seen.")
-        self._head_time = self._gauge(
+        self._chain_reached = self._known("chain_reached", "1 when the chain answers whoever acts.")
+        self._head_block = self._known("chain_head_block", "Number of the newest block seen.")
+        self._head_time = self._known(
             "chain_head_timestamp_seconds", "Unix time of the newest block seen."
         )
         self._endpoints = self._gauge("rpc_endpoints", "RPC endpoints configured.")
@@ -358,7 +360,7 @@ class Metrics:
             method=[*RPC_METHODS, "other"],
             result=get_args(RpcResult),
         )
-        self._relay_reached = self._gauge("relay_reached", "1 when the relay answers.")
+        self._relay_reached = self._known("relay_reached", "1 when the relay answers whoever acts.")
         self._relay_calls = self._counter(
             "relay_calls",
             "Calls to the relay, by result.",
@@ -394,7 +396,7 @@ class Metrics:
             "Balances of the accounts of a class; the lowest is of those that serve.",
             (*_CLASS_LABELS, "of"),
         )
-        self._treasury = self._gauge("treasury_cnx", "Balance of the treasury.")
+        self._treasury = self._known("treasury_cnx", "Balance of the treasury.")
         self._lacks = self._gauge(
             "fleet_lacks", "What stands in the fleet's way and is the operator's to mend."
         )
@@ -417,12 +419,15 @@ class Metrics:
         self._problems = self._gauge("problems", "Problems that the status names now.")
         self._lease_held = self._gauge("lease_held", "1 when this coordinator may act.")
         self._lease_epoch = self._gauge("lease_epoch", "Epoch of the lease held, or 0.")
-        self._turn = self._gauge(
+        self._turn = self._known(
             "coordinator_last_turn_timestamp_seconds", "Unix time when the loop last went round."
         )
 
     def _gauge(self, name: str, help_text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(f"crynux_{name}", help_text, labels, registry=self.registry)
+
+    def _known(self, name: str, help_text: str) -> Known:
+        return Known(f"crynux_{name}", help_text, registry=self.registry)
 
     def _counter(self, name: str, help_text: str, **labels: Iterable[str]) -> Counter:
         """A counter `crynux_<name>_total` with every combination of its labels' values at 0."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.core.types import Timestamp
 from cluster.metrics import Metrics
 from tests.unit.metric_fakes import large
 from tests.watching import DASHBOARDS, PROMETHEUS, ROOT, Asked, alerts, asked, dashboard
@@ -72,6 +73,7 @@ def known() -> Known:
     """The values of each label of each metric that the operator gives."""
     metrics = Metrics("1", "d")
     metrics.observe(large(8))
+    metrics.turn_ended(Timestamp(1.0))
     found: Known = defaultdict(lambda: defaultdict(set))
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:

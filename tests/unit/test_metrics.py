@@ -42,8 +42,10 @@ from cluster.core.types import Stage as Stage_
 from cluster.metrics import Metrics
 from cluster.stages import Stage, stages
 from cluster.status import (
+    ChainView,
     ClassStatus,
     DownloadView,
+    EndpointStatus,
     FleetStatus,
     GpuClassView,
     IdentityView,
@@ -151,6 +153,41 @@ def test_a_snapshot_sets_the_gauges() -> None:
     assert sample(metrics, "crynux_lease_held") == 1
     assert sample(metrics, "crynux_lease_epoch") == 7
     assert sample(metrics, "crynux_ready") == 1
+
+
+def test_what_is_not_known_has_no_sample() -> None:
+    metrics = Metrics("1", "d")
+    unknown = (
+        "crynux_chain_reached",
+        "crynux_chain_head_block",
+        "crynux_chain_head_timestamp_seconds",
+        "crynux_coordinator_last_turn_timestamp_seconds",
+        "crynux_relay_reached",
+        "crynux_treasury_cnx",
+    )
+    told = snapshot().model_copy(update={"fleet": FleetStatus(treasury="7")})
+    silent = ChainView(reached=False, chain_id=1)
+    spare = told.model_copy(update={"acting": False, "chain": silent, "fleet": FleetStatus()})
+    for status, known in ((None, False), (told, True), (spare, False), (told, True)):
+        if status is not None:
+            metrics.observe(status)
+        if known:
+            metrics.turn_ended(Timestamp(5.0))
+        found = {name: sample(metrics, name) is not None for name in unknown}
+        assert found == dict.fromkeys(unknown, known)
+    metrics.observe(spare)
+    assert sample(metrics, "crynux_coordinator_last_turn_timestamp_seconds") is None
+
+
+def test_an_endpoint_that_never_answered_is_not_the_fastest() -> None:
+    metrics = Metrics("1", "d")
+    times = "crynux_rpc_endpoint_answer_seconds"
+    for seconds, head in ((None, None), (0.2, 42), (None, None)):
+        each = EndpointStatus(name="rpc.example", problem="silent", seconds=seconds, head=head)
+        chain = ChainView(reached=True, chain_id=1, endpoints=(each,))
+        metrics.observe(snapshot().model_copy(update={"chain": chain}))
+        assert sample(metrics, times, endpoint="rpc.example") == seconds
+        assert sample(metrics, "crynux_rpc_endpoint_head_block", endpoint="rpc.example") == head
 
 
 def test_a_class_that_is_gone_stays_at_zero() -> None:
