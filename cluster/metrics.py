@@ -240,6 +240,7 @@ class Metrics:
         treasury = None if fleet.treasury is None else int(fleet.treasury) / WEI_PER_CNX
         self._treasury.put(treasury)
         self._lacks.set(len(fleet.lacks))
+        self._held.set(len(fleet.held))
         planned = {GpuClassView(name=each.name, vram=each.vram): each for each in fleet.classes}
         for kind in planned.keys() | self._classes:
             labels, found = (kind.name, str(kind.vram)), planned.get(kind)
@@ -399,6 +400,10 @@ class Metrics:
         self._treasury = self._known("treasury_cnx", "Balance of the treasury.")
         self._lacks = self._gauge(
             "fleet_lacks", "What stands in the fleet's way and is the operator's to mend."
+        )
+        self._held = self._gauge(
+            "accounts_held",
+            "Accounts that aren't where they should be, or whose money is gone: left alone.",
         )
         self._understaked = self._gauge(
             "accounts_understaked", "Accounts that serve with less than the stake that is asked."

@@ -283,7 +283,11 @@ def test_money_and_service_by_class() -> None:
     away = account(3, NodeStatus.QUIT).model_copy(update={"stake": "0", "qos": 0})
     wanted = ClassStatus(name=CARD.name, vram=24, slots=1, least=5)
     fleet = FleetStatus(
-        stake=str(400 * 10**18), treasury=str(7 * 10**18), classes=(wanted,), lacks=("money",)
+        stake=str(400 * 10**18),
+        treasury=str(7 * 10**18),
+        classes=(wanted,),
+        lacks=("money",),
+        held=("0x1",),
     )
     found = snapshot(accounts=(low, high, away)).model_copy(update={"fleet": fleet})
     metrics.observe(found)
@@ -295,6 +299,7 @@ def test_money_and_service_by_class() -> None:
     assert sample(metrics, "crynux_balance_cnx", **LABELS, of="sum") == 11
     assert sample(metrics, "crynux_balance_cnx", **LABELS, of="lowest") == 1
     assert sample(metrics, "crynux_fleet_lacks") == 1
+    assert sample(metrics, "crynux_accounts_held") == 1
     assert sample(metrics, "crynux_class_stopped", **LABELS) == 0
 
 
