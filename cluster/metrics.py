@@ -46,7 +46,7 @@ from cluster.store_metrics import StoreMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-RelayCall = Literal["now", "parameters", "checkpoint", "results"]
+RelayCall = Literal["now", "parameters", "results"]
 RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
 
 CanaryResult = Literal[

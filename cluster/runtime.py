@@ -59,7 +59,7 @@ from cluster.handover import Handover, take
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
 from cluster.keystore import PASSWORD
-from cluster.metrics import Metrics
+from cluster.metrics import Metrics, RelayCall, RelayResult
 from cluster.relay.client import RelayClient
 from cluster.releases import LIVE, Digests, release_of
 from cluster.tracing import make_traces
@@ -150,7 +150,13 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
             tuple(sorted({*config.models.preload_ids, *config.models.pin})),
         ),
         open_network=functools.partial(
-            open_network, config, identity, journal, called=metrics.rpc_called, told=metrics
+            open_network,
+            config,
+            identity,
+            journal,
+            called=metrics.rpc_called,
+            told=metrics,
+            relay_called=metrics.relay_called,
         ),
         metrics=metrics,
         policy=config.policy.policy,
@@ -241,6 +247,7 @@ async def open_network(
     make_outbox: Callable[..., Outbox] = Outbox,
     called: Callable[[str, str], None] = lambda _method, _result: None,
     told: Told | None = None,
+    relay_called: Callable[[RelayCall, RelayResult], None] = lambda _call, _result: None,
 ) -> AsyncIterator[RunningNetwork]:
     """The on-chain form of the network, for one term of office."""
     network = config.network
@@ -268,7 +275,7 @@ async def open_network(
                 outbox,
                 journal,
                 lease,
-                RelayClient(network.relay_url, http, identity, time.time),
+                RelayClient(network.relay_url, http, identity, time.time, called=relay_called),
                 network.version,
                 identity.public_key,
                 wall_clock,
