@@ -236,6 +236,7 @@ def test_a_card_has_few_series_and_an_account_none() -> None:
         metrics.observe(snapshot(tuple(map(card, range(cards))), nodes))
         return len(series(metrics))
 
+    # What a benchmark then measures the time of: benchmarks/metrics_render.py.
     assert count(256, 512) < 5000
     assert count(256, 512) == count(256, 8)
 
