@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter as Count
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Literal, get_args
@@ -24,6 +25,8 @@ from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Fault, Outcome, Progress, TaskRecord
 from cluster.core.types import (
     Address,
+    Commitment,
+    GpuClass,
     GpuState,
     NodeStatus,
     TaskType,
@@ -75,11 +78,14 @@ RPC_METHODS = (
     "eth_sendRawTransaction",
 )
 
+CLOSED_KEPT = 4096
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SLACK = (0, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
-_NO_CLASS = GpuClassView(name="", vram=0)
+Kind = tuple[str, int]
+"""A class of card: name and whole GB."""
+_NO_CLASS: Kind = ("", 0)
 _CLASS_LABELS = ("gpu_name", "vram_gb")
 
 
@@ -89,8 +95,10 @@ class Metrics:
     def __init__(self, version: str, config_digest: str) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._classes: set[GpuClassView] = set()
-        self._class_by_account: Mapping[str, GpuClassView] = {}
+        self._classes: set[Kind] = set()
+        self._class_by_account: Mapping[str, Kind] = {}
+        self._closed: dict[Commitment, Outcome] = {}
+        """The last tasks that were counted: a reorganisation has some close again."""
         self._make_task_metrics()
         self._make_network_metrics()
         self._make_fleet_metrics()
@@ -105,11 +113,18 @@ class Metrics:
         """A task's end, and how long each stage took as far as its record tells."""
         if record.outcome is None:
             return
+        before = self._closed.pop(record.commitment, None)
+        self._closed[record.commitment] = record.outcome
+        if len(self._closed) > CLOSED_KEPT:
+            del self._closed[next(iter(self._closed))]
+        if before is record.outcome:
+            return
         self._tasks.labels(record.task_type.name, record.outcome.value).inc()
         self._paid.labels(*self._class_of(record.account)).inc(record.payment / WEI_PER_CNX)
         if record.outcome is Outcome.INVALIDATED:
             self.slashed()
-        for stage, seconds in stages(record):
+        # What was done until then has been counted.
+        for stage, seconds in stages(record) if before is None else ():
             self.stage_took(stage, record.task_type, seconds)
 
     def stage_took(self, stage: Stage, task_type: TaskType, seconds: float) -> None:
@@ -170,6 +185,10 @@ class Metrics:
         for state in RowState:
             self._outbox.labels(state.value).set(rows.get(state, 0))
 
+    def belong(self, accounts: Mapping[str, GpuClass]) -> None:
+        """Whose account is of which class, for what is counted before the first look."""
+        self._class_by_account = {each: (kind.name, kind.vram) for each, kind in accounts.items()}
+
     # --- what is --------------------------------------------------------------------------------
 
     def observe(self, status: Status) -> None:
@@ -209,22 +228,23 @@ class Metrics:
             self._identity.labels(digest[:12]).set(1)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:
-        cards = [(GpuClassView(name=gpu.name, vram=gpu.vram), gpu.state) for gpu in gpus]
-        nodes = [(account.gpu_class or _NO_CLASS, account) for account in accounts]
+        cards = Count(((gpu.name, gpu.vram), gpu.state) for gpu in gpus)
+        nodes: dict[Kind, list[AccountStatus]] = {}
+        for account in accounts:
+            nodes.setdefault(_kind(account.gpu_class), []).append(account)
         # A class that is gone stays, at 0.
-        for kind in {kind for kind, _ in cards} | {kind for kind, _ in nodes}:
+        for kind in {kind for kind, _ in cards} | nodes.keys():
             self._know_class(kind)
-        self._class_by_account = {account.address: kind for kind, account in nodes}
-        for kind in self._classes:
-            labels = (kind.name, str(kind.vram))
+        self._class_by_account = {each.address: kind for kind in nodes for each in nodes[kind]}
+        for kind in self._known_classes():
+            labels = _labels(kind)
             for state in GpuState:
-                count = sum(card == (kind, state) for card in cards)
-                self._gpus.labels(*labels, state.value).set(count)
-            ours = [account for of, account in nodes if of == kind]
+                self._gpus.labels(*labels, state.value).set(cards[kind, state])
+            ours = nodes.get(kind, [])
+            stand = Count(account.status.lower() for account in ours)
             for node_status in NodeStatus:
                 label = node_status.name.lower()
-                count = sum(account.status.lower() == label for account in ours)
-                self._accounts.labels(*labels, label).set(count)
+                self._accounts.labels(*labels, label).set(stand[label])
             stake = sum(int(account.stake) for account in ours)
             self._stake.labels(*labels).set(stake / WEI_PER_CNX)
             total = sum(int(account.balance) for account in ours)
@@ -241,9 +261,9 @@ class Metrics:
         self._treasury.put(treasury)
         self._lacks.set(len(fleet.lacks))
         self._held.set(len(fleet.held))
-        planned = {GpuClassView(name=each.name, vram=each.vram): each for each in fleet.classes}
-        for kind in planned.keys() | self._classes:
-            labels, found = (kind.name, str(kind.vram)), planned.get(kind)
+        planned = {(each.name, each.vram): each for each in fleet.classes}
+        for kind in planned.keys() | set(self._known_classes()):
+            labels, found = _labels(kind), planned.get(kind)
             self._wanted.labels(*labels).set(0 if found is None else found.least)
             self._stopped.labels(*labels).set(found is not None and found.stopped)
         serving = [each for each in accounts if each.status in _SERVING]
@@ -253,14 +273,18 @@ class Metrics:
     def _class_of(self, account: str) -> tuple[str, str]:
         kind = self._class_by_account.get(account, _NO_CLASS)
         self._know_class(kind)
-        return kind.name, str(kind.vram)
+        return _labels(kind)
 
-    def _know_class(self, kind: GpuClassView) -> None:
+    def _know_class(self, kind: Kind) -> None:
         """From now on the class has all its series, at 0."""
         if kind not in self._classes:
             self._classes.add(kind)
             for counter in (self._paid, self._gas):
-                counter.labels(kind.name, str(kind.vram))
+                counter.labels(*_labels(kind))
+
+    def _known_classes(self) -> tuple[Kind, ...]:
+        """As they are now: gauges are set in a thread, and the loop may come to know another."""
+        return tuple(self._classes.copy())
 
     def _observe_tasks(self, tasks: Iterable[TaskView]) -> None:
         standing = [(task.type, task.progress) for task in tasks if task.outcome is None]
@@ -440,6 +464,15 @@ class Metrics:
         for values in itertools.product(*labels.values()) if labels else ():
             counter.labels(*values)
         return counter
+
+
+def _kind(found: GpuClassView | None) -> Kind:
+    return _NO_CLASS if found is None else (found.name, found.vram)
+
+
+def _labels(kind: Kind) -> tuple[str, str]:
+    name, vram = kind
+    return name, str(vram)
 
 
 _OF_CARDS = frozenset({Fault.DEVICE, Fault.MEMORY, Fault.LOST})

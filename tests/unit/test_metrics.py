@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,6 +30,8 @@ from cluster.core.types import (
     AttemptId,
     Commitment,
     Effort,
+    GigaBytes,
+    GpuClass,
     GpuId,
     GpuState,
     NodeStatus,
@@ -60,6 +63,7 @@ from tests.unit.metric_fakes import (
     account,
     card,
     gpu,
+    large,
     sample,
     snapshot,
 )
@@ -190,6 +194,34 @@ def test_an_endpoint_that_never_answered_is_not_the_fastest() -> None:
         assert sample(metrics, "crynux_rpc_endpoint_head_block", endpoint="rpc.example") == head
 
 
+def test_what_is_paid_before_the_first_look_is_its_class_s() -> None:
+    metrics = Metrics("1", "d")
+    metrics.belong({ADDRESS: GpuClass(CARD.name, GigaBytes(24))})
+    metrics.closed(record())
+    assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 1.5
+    assert sample(metrics, "crynux_paid_cnx_total", gpu_name="") is None
+
+
+def test_a_class_that_comes_up_while_gauges_are_set_breaks_nothing() -> None:
+    """The loop counts what an account of no known class spent, a thread sets the gauges."""
+    metrics = Metrics("1", "d")
+    metrics.observe(large(8))
+
+    metrics._gpus.labels = _then(  # type: ignore[method-assign]
+        metrics._gpus.labels, lambda: metrics.spent(Address("0xelse"), Wei(1))
+    )
+    metrics.observe(large(8))
+    assert sample(metrics, "crynux_gas_cnx_total", gpu_name="") is not None
+
+
+def _then(method: Any, also: Callable[[], None]) -> Any:
+    def both(*arguments: object) -> object:
+        also()
+        return method(*arguments)
+
+    return both
+
+
 def test_a_class_that_is_gone_stays_at_zero() -> None:
     metrics = Metrics("1", "d")
     metrics.observe(snapshot((gpu(0, GpuState.READY),)))
@@ -268,10 +300,28 @@ def test_a_card_is_described_by_its_uuid_and_leaves_nothing_behind() -> None:
 
 def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
     metrics = Metrics("1", "d")
-    for busy, loads in ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2)):
+    looks = ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2))
+    for (busy, loads), counted in zip(looks, (0.0, 2.5, 3.5, 6.5), strict=True):
         metrics.observe(snapshot((card(1, busy_seconds=busy, moves={"loaded": loads}),)))
-    assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == 16.5
-    assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 5
+        # What was before the coordinator began isn't counted again.
+        assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == counted
+    assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 2
+
+
+def test_a_task_that_is_closed_again_after_a_reorganisation_counts_once() -> None:
+    metrics = Metrics("1", "d")
+    metrics.observe(snapshot(accounts=(account(1, NodeStatus.BUSY),)))
+    again = replace(record(), closed_at=Timestamp(500.0))
+    aborted = replace(again, outcome=Outcome.ABORTED, payment=Wei(0))
+    for each in (record(), again, aborted):
+        metrics.closed(each)
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 1
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndAborted") == 1
+    assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 1.5
+    assert sample(metrics, "crynux_task_stage_seconds_count", stage="compute", type="SD") == 1
+    other = replace(record(), commitment=Commitment("0x" + "cd" * 32))
+    metrics.closed(other)
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 2
 
 
 def test_money_and_service_by_class() -> None:
