@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cached_property
 
 import ray
 import structlog
@@ -73,7 +74,6 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
-        self._lookups = Lookups(world.journal)
         self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
         """Answers by what was asked, those asked for last at the end."""
         self._readers = Readers()
@@ -85,6 +85,10 @@ class Coordinator:
         if isinstance(self._found, ConfigError):
             raise ConfigError(str(self._found))
         return self._found
+
+    @cached_property
+    def _lookups(self) -> Lookups:
+        return Lookups(self._world.journal)
 
     async def run(self) -> None:
         """Serve one term of office after the other until `stop`."""
@@ -276,6 +280,7 @@ class Coordinator:
 
     def _status(self) -> Status:
         world, pool = self._world, self._world.pool
+        cards = (*pool.gpus(), *pool.unknown())
         sight = Sight(
             version=world.version,
             config_digest=world.config_digest,
@@ -284,7 +289,7 @@ class Coordinator:
             chain_id=world.chain_id,
             accounts=world.accounts,
             not_acting=self._broke,
-            gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in pool.gpus()),
+            gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in cards),
             stores=world.stores.reports(),
         )
         return describe(sight if self._term is None else self._term.add_to(sight))

@@ -81,6 +81,23 @@ class Drains:
     def end(self) -> None:
         self._store(False, {}, {})
 
+    def end_card(self, name: str, meant: Iterable[Gpu]) -> bool:
+        """End the drain of one card, by what it was called then or is called now; False where
+        there is none of its own."""
+        left = _without(self.cards, name, meant)
+        if left == self.cards:
+            return False
+        self._store(self.everything, left, self.nodes)
+        return True
+
+    def end_node(self, name: str, meant: Iterable[Gpu]) -> bool:
+        """As `end_card`, of a machine; cards of it that were drained one by one stay so."""
+        left = _without(self.nodes, name, meant)
+        if left == self.nodes:
+            return False
+        self._store(self.everything, self.cards, left)
+        return True
+
     @property
     def any(self) -> bool:
         return self.everything or bool(self.cards or self.nodes)
@@ -108,6 +125,17 @@ def _with(before: Named, new: Mapping[str, Iterable[Gpu]] | None) -> Named:
         name: before.get(name, frozenset()) | added.get(name, frozenset())
         for name in {*before, *added}
     }
+
+
+def _without(before: Named, name: str, meant: Iterable[Gpu]) -> Named:
+    """Ray may have given the machine another name since, so its cards tell too."""
+    back = {each for gpu in meant for each in (gpu.gpu_id, gpu.uuid) if each}
+    left = {
+        key: frozenset(each for each in drained if each.card not in back)
+        for key, drained in before.items()
+        if key != name
+    }
+    return {key: drained for key, drained in left.items() if drained or not before[key]}
 
 
 def _plain(named: Named) -> dict[str, list[list[object]]]:

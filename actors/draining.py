@@ -38,6 +38,11 @@ class Draining:
         """The operator has just drained these cards, one by one or with their machine."""
         self._taken += [gpu.gpu_class for gpu in gpus]
 
+    def put_back(self, gpus: Iterable[Gpu]) -> None:
+        """The drain of these cards has ended, though not every drain has."""
+        for gpu in gpus:
+            self._serving.pop(gpu.gpu_class, None)
+
     def before_count(self, cards: Cards, gpus: Sequence[Gpu]) -> Cards:
         """What is left of the last count of cards."""
         self._drains.learn(gpus)

@@ -288,6 +288,7 @@ class FleetKeeper:
             moving=sum(each.moving for each in accounts),
             lacks=found.lacks,
             limits=found.limits,
+            held=tuple(self.standings.held()),
             retired=tuple(each.address for each in accounts if each.retired),
             classes=tuple(self._class_status(each, targets[each]) for each in sorted_(targets)),
         )

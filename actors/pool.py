@@ -48,6 +48,9 @@ _STATES = {
 
 _WORKING = frozenset({GpuState.STARTING, GpuState.READY, GpuState.BUSY})
 
+UNKNOWN = GpuClass("unknown", GigaBytes(0))
+"""The class of a card that has never said what it is: one that doesn't come up."""
+
 EngineFactory = Callable[[GpuClass | None], Callable[[], Engine]]
 """Given a simulated card's class, or None for a real card, how its actor makes its engine."""
 
@@ -148,6 +151,12 @@ class RayGpuPool:
             for gpu_id in sorted(self._members)
             if (gpu := self._seen(self._members[gpu_id])) is not None
         )
+
+    def unknown(self) -> tuple[Gpu, ...]:
+        """Cards that are there and have never said what they are, for people's eyes: no task and
+        no account is for one."""
+        members = [self._members[gpu_id] for gpu_id in sorted(self._members)]
+        return tuple(_card(each, UNKNOWN, frozenset()) for each in members if _kind(each) is None)
 
     def _seen(self, member: _Member) -> Gpu | None:
         gpu = _gpu(member, self._quarantined)
@@ -271,7 +280,7 @@ class RayGpuPool:
             return
         await self._mend(member, report)
         await self._end_stall(member, report)
-        member.report = report
+        member.report = _still_broken(report, member.report)
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
         member.uuid = report.uuid or member.uuid
@@ -348,11 +357,17 @@ class RayGpuPool:
         ray.kill(member.actor, no_restart=not restart)
 
 
+def _kind(member: _Member) -> GpuClass | None:
+    return member.slot.simulated or member.gpu_class
+
+
 def _gpu(member: _Member, quarantined: frozenset[CardUuid]) -> Gpu | None:
     """The card as matching sees it; None until a real card has said what it is."""
-    gpu_class = member.slot.simulated or member.gpu_class
-    if gpu_class is None:
-        return None
+    kind = _kind(member)
+    return None if kind is None else _card(member, kind, quarantined)
+
+
+def _card(member: _Member, kind: GpuClass, quarantined: frozenset[CardUuid]) -> Gpu:
     report = member.report
     if report is None:
         state = GpuState.STARTING
@@ -364,7 +379,7 @@ def _gpu(member: _Member, quarantined: frozenset[CardUuid]) -> Gpu | None:
     return Gpu(
         gpu_id=member.slot.gpu_id,
         ray_node=member.slot.node,
-        gpu_class=gpu_class,
+        gpu_class=kind,
         simulated=member.slot.simulated is not None,
         state=state,
         warm=report.warm if report else frozenset(),
@@ -372,6 +387,13 @@ def _gpu(member: _Member, quarantined: frozenset[CardUuid]) -> Gpu | None:
         on_disk=report.on_disk if report else frozenset(),
         uuid=uuid,
     )
+
+
+def _still_broken(report: Report, before: Report | None) -> Report:
+    """A process that begins anew because it was broken: what was wrong is, until it is up."""
+    if report.health is Health.STARTING and before is not None and not report.problem:
+        return replace(report, problem=before.problem)
+    return report
 
 
 def _breaks_the_process(error: ClusterError) -> bool:

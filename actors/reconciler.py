@@ -14,13 +14,16 @@ import structlog
 
 from actors.dispatcher import Dispatcher
 from actors.ledger import Ledger
+from actors.relay_sight import RelaySight
 from cluster.core.errors import (
     ClusterError,
     IllegalMove,
     LeaseLost,
     NetworkUnavailable,
     ParametersNotReady,
+    RelayBroken,
     RelayError,
+    RelayRefused,
     ResultRefused,
     TaskInvalid,
     TaskUnsupported,
@@ -130,8 +133,7 @@ class Reconciler:
         self._pauses: dict[Commitment, _Pause] = {}
         self._needs: dict[Commitment, Need | TaskUnsupported] = {}
         self.turns: dict[Commitment, Turn] = {}
-        self.relay_error: str | None = None
-        """Why the relay's last call failed; None after one that didn't."""
+        self._relay = RelaySight()
         self._log = structlog.get_logger("tasks")
 
     async def turn(self, view: AccountView) -> float | None:
@@ -192,7 +194,7 @@ class Reconciler:
         try:
             wait = await self._do(situation, action)
         except ParametersNotReady as error:
-            self._note_relay(action, error)
+            self._note_relay(task, action, error)
             return self._pause(task, action, POLL_SECONDS)
         except LeaseLost:
             raise
@@ -200,12 +202,12 @@ class Reconciler:
             self._log.warning(
                 "action_failed", **_ids(record), action=_words(action), error=str(error)
             )
-            self._note_relay(action, error)
+            self._note_relay(task, action, error)
             return self._pause(task, action)
         except Exception:  # noqa: BLE001 - a task's own supervised loop: no task stops another
             self._log.exception("turn_broke", task=task, action=_words(action))
             return self._pause(task, action)
-        self._note_relay(action, None)
+        self._note_relay(task, action, None)
         return wait
 
     def _notice(self, record: TaskRecord, facts: TaskFacts | None) -> TaskRecord:
@@ -216,11 +218,16 @@ class Reconciler:
             return record
         return self._ledger.append(record.commitment, Noticed(facts.stage))
 
-    def _note_relay(self, action: Action, error: ClusterError | None) -> None:
+    @property
+    def relay_error(self) -> str | None:
+        """Why the relay isn't reached."""
+        return self._relay.error(self._clock())
+
+    def _note_relay(self, task: Commitment, action: Action, error: ClusterError | None) -> None:
         """Remember how the relay's last call went."""
         if not isinstance(action, FetchParameters | UploadResult):
             return
-        self.relay_error = str(error) if isinstance(error, RelayError) else None
+        self._relay.heard(task, error, self._clock())
         call: RelayCall = "parameters" if isinstance(action, FetchParameters) else "results"
         self._metrics.relay_called(call, _relay_result(error))
 
@@ -387,8 +394,10 @@ def _relay_result(error: ClusterError | None) -> RelayResult:
             return "ok"
         case ParametersNotReady():
             return "not_ready"
-        case ResultRefused():
+        case ResultRefused() | RelayRefused():
             return "refused"
+        case RelayBroken():
+            return "error"
         case RelayError():
             return "unreachable"
         case _:

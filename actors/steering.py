@@ -116,7 +116,7 @@ class Steering:
             case Drain():
                 return await self._drain(order)
             case EndDrain():
-                return self._end_drain()
+                return self._end_drain(order)
             case ClearQuarantine(card=card):
                 return self._clear_quarantine(card)
             case RetireAccount(account=account):
@@ -168,11 +168,42 @@ class Steering:
             await self._dispatcher.cancel(gpu, task, attempt)
             self._settled(task)
 
-    def _end_drain(self) -> Done:
-        if not self._drains.any:
-            return Done(kind="nothing", text="nothing was drained")
-        self._drains.end()
-        return Done(text="the drain has ended; accounts resume as their cards are there")
+    def _end_drain(self, order: EndDrain) -> Done:
+        drains, what, name = self._drains, order.what, order.name
+        after = "accounts resume as their cards are there"
+        if what == "everything":
+            if not drains.any:
+                return Done(kind="nothing", text="nothing was drained")
+            drains.end()
+            return Done(text=f"the drain has ended; {after}")
+        meant = _meant(order, self._gpus())
+        ended = (drains.end_card if what == "card" else drains.end_node)(name, meant)
+        if not (ended or meant):
+            return _unknown(what, name)
+        self._fleet.draining.put_back(meant)
+        left = self._still_drained(meant)
+        if not ended:
+            text = f"{what} {name} was not drained by itself"
+            return (
+                Done(kind="refused", text=f"{text}: {left}")
+                if left
+                else Done(kind="nothing", text=text)
+            )
+        if left:
+            return Done(text=f"the drain of {what} {name} has ended, but {left}")
+        return Done(text=f"{what} {name} takes tasks again; {after}")
+
+    def _still_drained(self, meant: Sequence[Gpu]) -> str:
+        """Why cards get no task yet, in words; empty where nothing else is drained."""
+        drains = self._drains
+        covered = [gpu for gpu in meant if drains.covers(gpu)]
+        if drains.everything:
+            return "everything is drained; resume without a name ends that"
+        nodes = sorted({gpu.ray_node for gpu in covered} & drains.nodes.keys())
+        if nodes:
+            return f"its machine is drained, node {', '.join(nodes)}"
+        names = ", ".join(sorted(gpu.gpu_id for gpu in covered))
+        return f"drained by themselves are {names}" if covered else ""
 
     def _on_drained(self) -> list[TaskRecord]:
         """Tasks that are computed on drained cards."""
@@ -262,7 +293,7 @@ class Steering:
         return Done(kind="done" if "dropped" in found.values() else "refused", text=text)
 
 
-def _meant(order: Drain, gpus: Sequence[Gpu]) -> list[Gpu]:
+def _meant(order: Drain | EndDrain, gpus: Sequence[Gpu]) -> list[Gpu]:
     """The cards that are named; none where everything is."""
     match order.what:
         case "card" if order.name:

@@ -105,6 +105,8 @@ class Term:
             world.clock,
         )
         ledger.told = self._closed
+        assigned = world.journal.assignments()
+        world.metrics.belong({each.address: each.gpu_class for each in assigned})
         self._steering = Steering(
             self._ledger,
             world.pool.gpus,

@@ -2,8 +2,11 @@
 
 A whole operator on a devnet, as `crynux-cluster up` starts it, with tasks that never end. Each
 scraper asks for /metrics once a second, each viewer follows /v1/events. The two states take turns
-every ten seconds, so that a slow moment of the machine falls on both; the coordinator's own loop
-says how late it is (crynux_loop_lag_seconds).
+every ten seconds, so that a slow moment of the machine falls on both, and what one leaves is waited
+for before the next begins. The coordinator's own loop says how late it is
+(crynux_loop_lag_seconds): it is asked itself, because the API keeps an answer for a moment. How
+long it takes to make one anew is measured between the turns (`metrics_ms`); of 256 cards see
+`benchmarks.metrics_render`.
 
     python -m benchmarks.serve_load --json
 """
@@ -16,13 +19,16 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors import client
 from benchmarks.report import arguments, progress, publish
+from cluster import config
 from cluster.core.types import GigaBytes, TaskType
 from cluster.status import Status
 from devnet.application import Application
@@ -35,7 +41,11 @@ from devnet.tasks import TaskSpec
 RUN = Path(".devnet/serve-load")
 SCRAPERS, VIEWERS = 25, 25
 TURN_SECONDS, TURNS = 10.0, 3
+SETTLE_SECONDS = 5.0
+"""Between the two states: an answer that was kept for those who watched is gone by then."""
 SCRAPE_SECONDS = 1.0
+Ask = Callable[[], bytes]
+"""The coordinator's metrics, from itself."""
 READY_SECONDS = 300.0
 CARDS = (SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),)
 
@@ -74,15 +84,11 @@ class Lag:
     seconds: float
 
     @classmethod
-    async def now(cls, http: httpx.AsyncClient, url: str) -> Lag:
-        while True:
-            answer = await http.get(f"{url}/metrics")
-            if answer.is_success:
-                break
-            await asyncio.sleep(0.2)
+    async def now(cls, ask: Ask) -> Lag:
+        text = (await asyncio.to_thread(ask)).decode()
         found = {
             sample.name: sample.value
-            for family in text_string_to_metric_families(answer.text)
+            for family in text_string_to_metric_families(text)
             if family.name == "crynux_loop_lag_seconds"
             for sample in family.samples
         }
@@ -144,24 +150,29 @@ async def ready(running: Operator, http: httpx.AsyncClient) -> None:
 
 async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
     watched = Watched()
+    renders: list[float] = []
     without: list[float] = []
     with_: list[float] = []
     async with httpx.AsyncClient(timeout=30) as http:
         await ready(running, http)
+    with client.asking(config.load(devnet.config_file)) as call:
+
+        def ask() -> bytes:
+            began = time.monotonic()
+            text: bytes = call("metrics_text")
+            renders.append(time.monotonic() - began)
+            return text
+
         busy = [asyncio.create_task(keep_busy(devnet.application())) for _ in range(2)]
         await asyncio.sleep(TURN_SECONDS)
         for turn in range(TURNS):
             for lags, load in ((without, False), (with_, True)):
                 progress(f"turn {turn + 1} of {TURNS}, {'watched' if load else 'alone'}")
-                before = await Lag.now(http, running.url)
-                if load:
-                    async with watching(watched, running.url):
-                        await asyncio.sleep(TURN_SECONDS)
-                        after = await Lag.now(http, running.url)
-                else:
+                await asyncio.sleep(SETTLE_SECONDS)
+                before = await Lag.now(ask)
+                async with watching(watched, running.url) if load else contextlib.nullcontext():
                     await asyncio.sleep(TURN_SECONDS)
-                    after = await Lag.now(http, running.url)
-                lags.append(after.since(before))
+                lags.append((await Lag.now(ask)).since(before))
         for task in busy:
             task.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
@@ -174,6 +185,7 @@ async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
         "requests_per_second": round((len(watched.scrapes) + watched.events) / seconds, 1),
         "scrape_p50_ms": round(1000 * ordered[len(ordered) // 2], 1),
         "scrape_p99_ms": round(1000 * ordered[math.ceil(len(ordered) * 0.99) - 1], 1),
+        "metrics_ms": round(1000 * statistics.median(renders), 1),
         "failed": watched.failed,
     }
 

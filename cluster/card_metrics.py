@@ -1,7 +1,8 @@
 """What is measured of each card, by its UUID: it stays over restarts, and other exporters use it.
 
 A card that leaves takes its series with it. What its process counts from its own beginning goes on
-here from where the one before it was.
+here from where the one before it was; what it counted before it was first seen here is left out,
+because to Prometheus a counter that begins anew at much has all of that happen at once.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class CardMetrics:
 
     def _more(self, uuid: str, what: str, now: float) -> float:
         """How much came since the last look; a process that began anew begins at 0."""
-        before = self._counted.get((uuid, what), 0.0)
+        before = self._counted.get((uuid, what), now)
         self._counted[uuid, what] = now
         return now - before if now >= before else now
 

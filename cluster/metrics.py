@@ -1,15 +1,17 @@
 """Prometheus metrics of the coordinator, in a registry of their own (one scrape for everything).
 
 Counters and histograms are fed as things happen, and start at 0 when the coordinator does; gauges
-are set from a `Status`. Every label set that can be known is there from the start, at 0, because
-`increase()` misses a series that is born at 1; a state is a label, with all states exported. Labels
-are bounded: no task, no attempt, no prompt, no address ever becomes one.
+are set from a `Status`, and have no sample while what they tell isn't known. Every label set that
+can be known is there from the start, at 0, because `increase()` misses a series that is born at 1;
+a state is a label, with all states exported. Labels are bounded: no task, no attempt, no prompt, no
+address ever becomes one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter as Count
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Literal, get_args
@@ -23,6 +25,8 @@ from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Fault, Outcome, Progress, TaskRecord
 from cluster.core.types import (
     Address,
+    Commitment,
+    GpuClass,
     GpuState,
     NodeStatus,
     TaskType,
@@ -30,6 +34,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
+from cluster.gauges import Known, put
 from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
@@ -43,7 +48,7 @@ from cluster.store_metrics import StoreMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-RelayCall = Literal["now", "parameters", "checkpoint", "results"]
+RelayCall = Literal["now", "parameters", "results"]
 RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
 
 CanaryResult = Literal[
@@ -72,11 +77,14 @@ RPC_METHODS = (
     "eth_sendRawTransaction",
 )
 
+CLOSED_KEPT = 4096
 WEI_PER_CNX = 10**18
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SLACK = (0, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
-_NO_CLASS = GpuClassView(name="", vram=0)
+Kind = tuple[str, int]
+"""A class of card: name and whole GB."""
+_NO_CLASS: Kind = ("", 0)
 _CLASS_LABELS = ("gpu_name", "vram_gb")
 
 
@@ -86,8 +94,10 @@ class Metrics:
     def __init__(self, version: str, config_digest: str) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._classes: set[GpuClassView] = set()
-        self._class_by_account: Mapping[str, GpuClassView] = {}
+        self._classes: set[Kind] = set()
+        self._class_by_account: Mapping[str, Kind] = {}
+        self._closed: dict[Commitment, Outcome] = {}
+        """The last tasks that were counted: a reorganisation has some close again."""
         self._make_task_metrics()
         self._make_network_metrics()
         self._make_fleet_metrics()
@@ -102,11 +112,18 @@ class Metrics:
         """A task's end, and how long each stage took as far as its record tells."""
         if record.outcome is None:
             return
+        before = self._closed.pop(record.commitment, None)
+        self._closed[record.commitment] = record.outcome
+        if len(self._closed) > CLOSED_KEPT:
+            del self._closed[next(iter(self._closed))]
+        if before is record.outcome:
+            return
         self._tasks.labels(record.task_type.name, record.outcome.value).inc()
         self._paid.labels(*self._class_of(record.account)).inc(record.payment / WEI_PER_CNX)
         if record.outcome is Outcome.INVALIDATED:
             self.slashed()
-        for stage, seconds in stages(record):
+        # What was done until then has been counted.
+        for stage, seconds in stages(record) if before is None else ():
             self.stage_took(stage, record.task_type, seconds)
 
     def stage_took(self, stage: Stage, task_type: TaskType, seconds: float) -> None:
@@ -160,12 +177,16 @@ class Metrics:
 
     def turn_ended(self, now: Timestamp) -> None:
         """The coordinator's loop is alive; `now` is unix time."""
-        self._turn.set(now)
+        self._turn.put(now)
 
     def outbox(self, rows: Mapping[RowState, int]) -> None:
         """How many writes to the network stand in each state."""
         for state in RowState:
             self._outbox.labels(state.value).set(rows.get(state, 0))
+
+    def belong(self, accounts: Mapping[str, GpuClass]) -> None:
+        """Whose account is of which class, for what is counted before the first look."""
+        self._class_by_account = {each: (kind.name, kind.vram) for each, kind in accounts.items()}
 
     # --- what is --------------------------------------------------------------------------------
 
@@ -175,19 +196,19 @@ class Metrics:
         self._ready.set(status.ready)
         self._lease_held.set(status.acting)
         self._lease_epoch.set(status.epoch or 0)
-        self._chain_reached.set(status.chain.reached)
-        if status.chain.block is not None:
-            self._head_block.set(status.chain.block)
-        if status.chain.block_timestamp is not None:
-            self._head_time.set(status.chain.block_timestamp)
+        self._chain_reached.put(status.chain.reached if status.acting else None)
+        self._head_block.put(status.chain.block)
+        self._head_time.put(status.chain.block_timestamp)
         self._endpoints.set(len(status.chain.endpoints))
         self._endpoints_fit.set(sum(not each.problem for each in status.chain.endpoints))
-        self._relay_reached.set(status.relay.reached)
+        self._relay_reached.put(status.relay.reached if status.acting else None)
+        if not status.acting:
+            self._turn.put(None)
         self._problems.set(len(status.problems))
         for each in status.chain.endpoints:
             self._endpoint_up.labels(each.name).set(not each.problem)
-            self._endpoint_seconds.labels(each.name).set(each.seconds or 0.0)
-            self._endpoint_head.labels(each.name).set(each.head or 0)
+            put(self._endpoint_seconds, (each.name,), each.seconds)
+            put(self._endpoint_head, (each.name,), each.head)
         self._observe_fleet(status.gpus, status.accounts)
         self._observe_money(status.fleet, status.accounts)
         self.cards.observe(status.gpus)
@@ -206,22 +227,23 @@ class Metrics:
             self._identity.labels(digest[:12]).set(1)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:
-        cards = [(GpuClassView(name=gpu.name, vram=gpu.vram), gpu.state) for gpu in gpus]
-        nodes = [(account.gpu_class or _NO_CLASS, account) for account in accounts]
+        cards = Count(((gpu.name, gpu.vram), gpu.state) for gpu in gpus)
+        nodes: dict[Kind, list[AccountStatus]] = {}
+        for account in accounts:
+            nodes.setdefault(_kind(account.gpu_class), []).append(account)
         # A class that is gone stays, at 0.
-        for kind in {kind for kind, _ in cards} | {kind for kind, _ in nodes}:
+        for kind in {kind for kind, _ in cards} | nodes.keys():
             self._know_class(kind)
-        self._class_by_account = {account.address: kind for kind, account in nodes}
-        for kind in self._classes:
-            labels = (kind.name, str(kind.vram))
+        self._class_by_account = {each.address: kind for kind in nodes for each in nodes[kind]}
+        for kind in self._known_classes():
+            labels = _labels(kind)
             for state in GpuState:
-                count = sum(card == (kind, state) for card in cards)
-                self._gpus.labels(*labels, state.value).set(count)
-            ours = [account for of, account in nodes if of == kind]
+                self._gpus.labels(*labels, state.value).set(cards[kind, state])
+            ours = nodes.get(kind, [])
+            stand = Count(account.status.lower() for account in ours)
             for node_status in NodeStatus:
                 label = node_status.name.lower()
-                count = sum(account.status.lower() == label for account in ours)
-                self._accounts.labels(*labels, label).set(count)
+                self._accounts.labels(*labels, label).set(stand[label])
             stake = sum(int(account.stake) for account in ours)
             self._stake.labels(*labels).set(stake / WEI_PER_CNX)
             total = sum(int(account.balance) for account in ours)
@@ -234,12 +256,13 @@ class Metrics:
             self._qos.labels(*labels, "mean").set(fmean(scores) if scores else 0)
 
     def _observe_money(self, fleet: FleetStatus, accounts: Iterable[AccountStatus]) -> None:
-        if fleet.treasury is not None:
-            self._treasury.set(int(fleet.treasury) / WEI_PER_CNX)
+        treasury = None if fleet.treasury is None else int(fleet.treasury) / WEI_PER_CNX
+        self._treasury.put(treasury)
         self._lacks.set(len(fleet.lacks))
-        planned = {GpuClassView(name=each.name, vram=each.vram): each for each in fleet.classes}
-        for kind in planned.keys() | self._classes:
-            labels, found = (kind.name, str(kind.vram)), planned.get(kind)
+        self._held.set(len(fleet.held))
+        planned = {(each.name, each.vram): each for each in fleet.classes}
+        for kind in planned.keys() | set(self._known_classes()):
+            labels, found = _labels(kind), planned.get(kind)
             self._wanted.labels(*labels).set(0 if found is None else found.least)
             self._stopped.labels(*labels).set(found is not None and found.stopped)
         serving = [each for each in accounts if each.status in _SERVING]
@@ -249,14 +272,18 @@ class Metrics:
     def _class_of(self, account: str) -> tuple[str, str]:
         kind = self._class_by_account.get(account, _NO_CLASS)
         self._know_class(kind)
-        return kind.name, str(kind.vram)
+        return _labels(kind)
 
-    def _know_class(self, kind: GpuClassView) -> None:
+    def _know_class(self, kind: Kind) -> None:
         """From now on the class has all its series, at 0."""
         if kind not in self._classes:
             self._classes.add(kind)
             for counter in (self._paid, self._gas):
-                counter.labels(kind.name, str(kind.vram))
+                counter.labels(*_labels(kind))
+
+    def _known_classes(self) -> tuple[Kind, ...]:
+        """As they are now: gauges are set in a thread, and the loop may come to know another."""
+        return tuple(self._classes.copy())
 
     def _observe_tasks(self, tasks: Iterable[TaskView]) -> None:
         standing = [(task.type, task.progress) for task in tasks if task.outcome is None]
@@ -321,9 +348,9 @@ class Metrics:
         self._observe_tasks(())
 
     def _make_network_metrics(self) -> None:
-        self._chain_reached = self._gauge("chain_reached", "1 when the chain answers.")
-        self._head_block = self._gauge("chain_head_block", "Number of the newest block seen.")
-        self._head_time = self._gauge(
+        self._chain_reached = self._known("chain_reached", "1 when the chain answers whoever acts.")
+        self._head_block = self._known("chain_head_block", "Number of the newest block seen.")
+        self._head_time = self._known(
             "chain_head_timestamp_seconds", "Unix time of the newest block seen."
         )
         self._endpoints = self._gauge("rpc_endpoints", "RPC endpoints configured.")
@@ -357,7 +384,7 @@ class Metrics:
             method=[*RPC_METHODS, "other"],
             result=get_args(RpcResult),
         )
-        self._relay_reached = self._gauge("relay_reached", "1 when the relay answers.")
+        self._relay_reached = self._known("relay_reached", "1 when the relay answers whoever acts.")
         self._relay_calls = self._counter(
             "relay_calls",
             "Calls to the relay, by result.",
@@ -393,9 +420,13 @@ class Metrics:
             "Balances of the accounts of a class; the lowest is of those that serve.",
             (*_CLASS_LABELS, "of"),
         )
-        self._treasury = self._gauge("treasury_cnx", "Balance of the treasury.")
+        self._treasury = self._known("treasury_cnx", "Balance of the treasury.")
         self._lacks = self._gauge(
             "fleet_lacks", "What stands in the fleet's way and is the operator's to mend."
+        )
+        self._held = self._gauge(
+            "accounts_held",
+            "Accounts that aren't where they should be, or whose money is gone: left alone.",
         )
         self._understaked = self._gauge(
             "accounts_understaked", "Accounts that serve with less than the stake that is asked."
@@ -416,12 +447,15 @@ class Metrics:
         self._problems = self._gauge("problems", "Problems that the status names now.")
         self._lease_held = self._gauge("lease_held", "1 when this coordinator may act.")
         self._lease_epoch = self._gauge("lease_epoch", "Epoch of the lease held, or 0.")
-        self._turn = self._gauge(
+        self._turn = self._known(
             "coordinator_last_turn_timestamp_seconds", "Unix time when the loop last went round."
         )
 
     def _gauge(self, name: str, help_text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(f"crynux_{name}", help_text, labels, registry=self.registry)
+
+    def _known(self, name: str, help_text: str) -> Known:
+        return Known(f"crynux_{name}", help_text, registry=self.registry)
 
     def _counter(self, name: str, help_text: str, **labels: Iterable[str]) -> Counter:
         """A counter `crynux_<name>_total` with every combination of its labels' values at 0."""
@@ -429,6 +463,15 @@ class Metrics:
         for values in itertools.product(*labels.values()) if labels else ():
             counter.labels(*values)
         return counter
+
+
+def _kind(found: GpuClassView | None) -> Kind:
+    return _NO_CLASS if found is None else (found.name, found.vram)
+
+
+def _labels(kind: Kind) -> tuple[str, str]:
+    name, vram = kind
+    return name, str(vram)
 
 
 _OF_CARDS = frozenset({Fault.DEVICE, Fault.MEMORY, Fault.LOST})

@@ -59,8 +59,9 @@ from cluster.handover import Handover, take
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
 from cluster.keystore import PASSWORD
-from cluster.metrics import Metrics
+from cluster.metrics import Metrics, RelayCall, RelayResult
 from cluster.relay.client import RelayClient
+from cluster.releases import LIVE, Digests, release_of
 from cluster.tracing import make_traces
 
 LOOK_SECONDS = 2.0
@@ -69,13 +70,6 @@ SILENT_LOOKS = 5
 ANSWER_SECONDS = 10.0
 RPC_SECONDS = 10.0
 APPLICATION = "crynux"
-LIVE = frozenset({"policy", "fleet", "canary", "verify", "logs.level"})
-"""Sections and keys of the configuration that can change while it runs."""
-
-
-def release(config: Config) -> str:
-    """What must be equal for a running actor to be left alone: version and configuration."""
-    return f"{cluster.__version__}+{configuration.digest(config)}"
 
 
 def simulated_classes(config: Config) -> dict[GpuClass, int]:
@@ -106,36 +100,37 @@ def _key_file(config: Config) -> Path:
 # --- inside the actors ---------------------------------------------------------------------------
 
 
-def assemble_from(file: Path, digest: str, handover: Path | None = None) -> World:
-    """`assemble` for the supervisor that wants the configuration with this digest.
+def assemble_from(file: Path, asked: Digests, handover: Path | None = None) -> World:
+    """`assemble` for the supervisor that wants the configuration with these digests.
 
     The file is read here, on the head, because an actor's arguments are kept by Ray, and the
     configuration may hold credentials. Raises `ConfigError`.
     """
     config = configuration.load(file)
-    world = assemble(config, handover)
-    world = replace(world, reload=Reloading(file, config, world.accounts).again)
-    if world.config_digest != digest:
-        # Ray began us anew after an edit. To the supervisor we are still what it asked for:
-        # it would else replace us again and again until it is itself begun anew.
+    world = assemble(config, handover, asked)
+    if configuration.digest(config) != asked.whole:
+        # Ray began us anew after an edit. To the supervisor we are still what it asked for, and so
+        # are the cards, which go on as they are: it would else replace us again and again until
+        # it is itself begun anew.
         structlog.get_logger("coordinator").warning("configuration_edited", file=str(file))
-    return replace(world, config_digest=digest)
+    return replace(world, reload=Reloading(file, config, world.accounts).again)
 
 
-def assemble(config: Config, handover: Path | None = None) -> World:
-    """The world around the coordinator; the password may be in the folder `handover`. Raises
-    `ConfigError` when key or configuration is wrong."""
+def assemble(config: Config, handover: Path | None = None, asked: Digests | None = None) -> World:
+    """The world around the coordinator; the password may be in the folder `handover`. It passes
+    for the configuration with the digests `asked`. Raises `ConfigError` when key or configuration
+    is wrong."""
     logs.setup(config.logs.level, config.logs.format)
     identity = unlock(config, None if handover is None else functools.partial(take, handover))
     journal = SqlJournal(config.journal.url)
     journal.bind(owner(config, identity))
     accounts = {index: identity.address(index) for index in tended(config, journal)}
     config.fleet.check_accounts(accounts)
-    digest = configuration.digest(config)
-    metrics = Metrics(cluster.__version__, digest)
+    digests = asked or Digests.of(config)
+    metrics = Metrics(cluster.__version__, digests.whole)
     return World(
         version=cluster.__version__,
-        config_digest=digest,
+        config_digest=digests.whole,
         chain_id=config.network.chain_id,
         treasury=identity.address(TREASURY),
         accounts=accounts,
@@ -143,7 +138,7 @@ def assemble(config: Config, handover: Path | None = None) -> World:
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
             functools.partial(engine_factory, EngineSettings.of(config)),
-            release(config),
+            release_of(digests.cards),
             allow_simulated=config.network.devnet,
             stall_seconds=config.gpu.stall_seconds,
         ),
@@ -151,11 +146,17 @@ def assemble(config: Config, handover: Path | None = None) -> World:
             functools.partial(make_keeper, config.models.store())
             if config.models.sources
             else None,
-            release(config),
+            release_of(digests.cards),
             tuple(sorted({*config.models.preload_ids, *config.models.pin})),
         ),
         open_network=functools.partial(
-            open_network, config, identity, journal, called=metrics.rpc_called, told=metrics
+            open_network,
+            config,
+            identity,
+            journal,
+            called=metrics.rpc_called,
+            told=metrics,
+            relay_called=metrics.relay_called,
         ),
         metrics=metrics,
         policy=config.policy.policy,
@@ -246,6 +247,7 @@ async def open_network(
     make_outbox: Callable[..., Outbox] = Outbox,
     called: Callable[[str, str], None] = lambda _method, _result: None,
     told: Told | None = None,
+    relay_called: Callable[[RelayCall, RelayResult], None] = lambda _call, _result: None,
 ) -> AsyncIterator[RunningNetwork]:
     """The on-chain form of the network, for one term of office."""
     network = config.network
@@ -273,7 +275,7 @@ async def open_network(
                 outbox,
                 journal,
                 lease,
-                RelayClient(network.relay_url, http, identity, time.time),
+                RelayClient(network.relay_url, http, identity, time.time, called=relay_called),
                 network.version,
                 identity.public_key,
                 wall_clock,
@@ -468,7 +470,8 @@ class Supervisor:
         self._handover = handover
         self._created = False
         self._was_well = False
-        self._release = release(config)
+        self._digests = Digests.of(config)
+        self._release = release_of(self._digests.whole)
         self._served: str | None = None
         self._silent = 0
         self._log = structlog.get_logger("supervisor")
@@ -558,9 +561,7 @@ class Supervisor:
         self._created = True
         self._offer_password()
         folder = None if self._handover is None else self._handover.folder
-        make_world = functools.partial(
-            assemble_from, self._file, configuration.digest(self._config), folder
-        )
+        make_world = functools.partial(assemble_from, self._file, self._digests, folder)
         return cast(ActorHandle[Any], actor_class.options(**options).remote(make_world))
 
     def _tend_api(self) -> None:

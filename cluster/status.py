@@ -205,6 +205,8 @@ class FleetStatus(View):
     """What stands in the way and is the operator's to mend."""
     limits: tuple[str, ...] = ()
     """What stands in the way by the operator's own settings."""
+    held: tuple[str, ...] = ()
+    """Accounts that nothing is done for until the operator has looked at them."""
     retired: tuple[str, ...] = ()
     """Accounts that leave for good, or have left."""
     classes: tuple[ClassStatus, ...] = ()

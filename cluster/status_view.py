@@ -24,24 +24,28 @@ _WEI_PER_CNX = 10**18
 
 
 def render(status: Status) -> RenderableType:
-    """Readiness, accounts, GPUs, the newest tasks and the totals."""
+    """Readiness and problems, then everything: accounts, GPUs, the newest tasks and the totals."""
     return Group(
-        _headline(status),
+        headline(status),
+        *problems(status),
         _accounts(status.accounts),
-        _gpus(status.gpus),
-        *_stores(status.stores),
-        _tasks(status.tasks, status.now),
-        _totals(status),
-        *(Text(f"problem: {problem}", style="yellow") for problem in status.problems),
+        gpus_table(status.gpus),
+        *stores_table(status.stores),
+        tasks_table(status),
+        totals(status),
     )
+
+
+def problems(status: Status) -> list[Text]:
+    return [Text(f"problem: {problem}", style="yellow") for problem in status.problems]
 
 
 def accounts_table(status: Status) -> RenderableType:
     return _accounts(status.accounts)
 
 
-def tasks_table(status: Status) -> RenderableType:
-    return _tasks(status.tasks, status.now)
+def tasks_table(status: Status, shown: int = TASKS_SHOWN) -> RenderableType:
+    return _tasks(status.tasks, status.now, shown)
 
 
 def cnx(wei: str) -> str:
@@ -50,7 +54,7 @@ def cnx(wei: str) -> str:
     return f"{amount:,.4f}".rstrip("0").rstrip(".")
 
 
-def _headline(status: Status) -> Text:
+def headline(status: Status) -> Text:
     block = "?" if status.chain.block is None else status.chain.block
     line = Text(f"crynux-cluster {status.version}  ")
     line.append(
@@ -65,7 +69,7 @@ def _headline(status: Status) -> Text:
 
 
 def _accounts(accounts: Iterable[AccountStatus]) -> Table:
-    table = _table("Accounts", "#", "address", "status", "GPU class", "stake CNX", "QoS", "task")
+    table = table_of("Accounts", "#", "address", "status", "GPU class", "stake CNX", "QoS", "task")
     for account in accounts:
         kind = account.gpu_class
         table.add_row(
@@ -80,11 +84,12 @@ def _accounts(accounts: Iterable[AccountStatus]) -> Table:
     return table
 
 
-def _gpus(gpus: Iterable[GpuStatus]) -> Table:
-    table = _table("GPUs", "id", "card", "state", "task", "step", "done", "warm")
+def gpus_table(gpus: Iterable[GpuStatus], title: str = "GPUs") -> Table:
+    table = table_of(title, "id", "card", "state", "task", "step", "done", "warm")
     for gpu in gpus:
         step = "-" if gpu.step is None else f"{gpu.step}/{gpu.steps or '?'}"
-        card = f"{gpu.name} {gpu.vram} GB" + (" (simulated)" if gpu.simulated else "")
+        card = f"{gpu.name} {gpu.vram} GB" if gpu.vram else gpu.name
+        card += " (simulated)" if gpu.simulated else ""
         table.add_row(
             escape(gpu.gpu_id),
             escape(card),
@@ -97,9 +102,9 @@ def _gpus(gpus: Iterable[GpuStatus]) -> Table:
     return table
 
 
-def _stores(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
+def stores_table(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
     """Downloads that run and models that can't be had; nothing when there are none."""
-    table = _table("Models", "machine", "model", "from", "done", "left")
+    table = table_of("Models", "machine", "model", "from", "done", "left")
     for store in stores:
         for each in store.downloads:
             of = f" of {size(each.total_bytes)}" if each.total_bytes else ""
@@ -120,11 +125,11 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _tasks(tasks: Iterable[TaskView], now: float) -> Table:
+def _tasks(tasks: Iterable[TaskView], now: float, shown: int) -> Table:
     newest = sorted(tasks, key=lambda task: task.seen_at, reverse=True)
-    title = "Tasks" if len(newest) <= TASKS_SHOWN else f"Tasks (newest {TASKS_SHOWN})"
-    table = _table(title, "task", "type", "network", "we", "doing", "GPU", "age s", "fee CNX")
-    for task in newest[:TASKS_SHOWN]:
+    title = "Tasks" if len(newest) <= shown else f"Tasks (newest {shown} of {len(newest)})"
+    table = table_of(title, "task", "type", "network", "we", "doing", "GPU", "age s", "fee CNX")
+    for task in newest[:shown]:
         age = (task.closed_at or now) - task.seen_at
         table.add_row(
             short(task.commitment),
@@ -139,7 +144,7 @@ def _tasks(tasks: Iterable[TaskView], now: float) -> Table:
     return table
 
 
-def _totals(status: Status) -> Text:
+def totals(status: Status) -> Text:
     ended = ", ".join(f"{count} {name}" for name, count in status.totals.tasks.items() if count)
     slashed = status.totals.slashed
     line = Text(f"paid {cnx(status.totals.paid_wei)} CNX  tasks: {ended or 'none yet'}  ")
@@ -151,7 +156,7 @@ def short(commitment: str | None) -> str:
     return "-" if commitment is None else f"{commitment[:10]}…"
 
 
-def _table(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column)

@@ -38,9 +38,12 @@ class Drain(Said):
 
 
 class EndDrain(Said):
-    """End every drain."""
+    """End every drain, or that of one card or node, which take tasks again while the others don't.
+    `name`: as for `drain`."""
 
     action: Literal["resume"] = "resume"
+    what: Literal["everything", "card", "node"] = "everything"
+    name: Annotated[str, Field(max_length=200)] = ""
 
 
 class ClearQuarantine(Said):

@@ -85,7 +85,7 @@ def log_lines(story: TaskStory) -> list[dict[str, object]]:
         told = {"event": event.kind, **ids, "attempt": event.attempt, "gpu": event.gpu}
         lines.append((event.at, {**_said(told), "text": event.text}))
     for each in story.transactions:
-        told = {
+        moved = {
             "event": "transaction",
             **ids,
             "write": each.write,
@@ -95,7 +95,7 @@ def log_lines(story: TaskStory) -> list[dict[str, object]]:
             "block": each.block,
             "reason": each.reason,
         }
-        lines.append((float("inf") if each.at is None else each.at, _said(told)))
+        lines.append((float("inf") if each.at is None else each.at, _said(moved)))
     lines.sort(key=lambda line: line[0])
     return [
         {"timestamp": datetime.fromtimestamp(at, UTC).isoformat(), **said} if isfinite(at) else said

@@ -127,12 +127,18 @@ def drain(
 
 @click.command(short_help="End a drain.")
 @config_option
-def resume(config_file: Path) -> None:
-    """End every drain: cards take tasks again, and accounts resume."""
+@click.option("--gpu", help="Only that of this card, by id or UUID.")
+@click.option("--node", help="Only that of this Ray node.")
+def resume(config_file: Path, gpu: str | None, node: str | None) -> None:
+    """End every drain, or one: cards take tasks again, and accounts resume."""
     from actors import client
     from cluster import config, steering
 
-    click.echo(client.perform(config.load(config_file), steering.EndDrain()))
+    if gpu is not None and node is not None:
+        raise click.UsageError("--gpu and --node: name one of them")
+    what = "card" if gpu else "node" if node else "everything"
+    order = typed(steering.EndDrain, what=what, name=gpu or node or "")
+    click.echo(client.perform(config.load(config_file), order))
 
 
 def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values

@@ -14,7 +14,7 @@ from pydantic import RootModel, TypeAdapter
 from rich.console import Console
 from rich.live import Live
 
-from cluster import status_view, story_view
+from cluster import status_view, story_view, top_view
 from cluster.api_client import DEFAULT_URL, ApiClient
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.earnings import Earnings
@@ -70,7 +70,8 @@ def status(api: ApiClient, as_json: bool) -> None:
 @click.command(short_help="Watch accounts, GPUs and tasks.")
 @api_options
 def top(api: ApiClient, as_json: bool) -> None:
-    """Watch accounts, GPUs and tasks, until Ctrl-C; with --json a line for each look."""
+    """Watch it on one screen, until Ctrl-C: what is wrong, how many cards and accounts of each
+    class are where, cards that don't serve, the newest tasks; with --json a line for each look."""
     watch(api, as_json)
 
 
@@ -103,7 +104,7 @@ def watch(
                 if as_json:
                     click.echo(now.model_dump_json())
                 else:
-                    live.update(status_view.render(now), refresh=True)
+                    live.update(top_view.render(now, console), refresh=True)
             done += 1
             if looks is None or done < looks:
                 sleep(TOP_SECONDS)

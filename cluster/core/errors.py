@@ -94,6 +94,14 @@ class RelayError(NetworkUnavailable):
     """The relay failed or answered what can't be right."""
 
 
+class RelayRefused(RelayError):
+    """The relay answers, and won't do this: the next task may well be served."""
+
+
+class RelayBroken(RelayError):
+    """The relay answers that something broke in it."""
+
+
 class ParametersNotReady(ClusterError):
     """The relay has no parameters for the task yet: normal, poll again."""
 

@@ -12,7 +12,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -20,7 +20,9 @@ from pydantic import BaseModel, ValidationError
 from cluster.core.errors import (
     ParametersNotReady,
     ParametersUnreadable,
+    RelayBroken,
     RelayError,
+    RelayRefused,
     ResultRefused,
 )
 from cluster.core.types import Address, Commitment, TaskStatus
@@ -68,9 +70,9 @@ class Refusal:
 
     message: str
 
-    def error(self, call: str) -> RelayError:
+    def error(self, call: str) -> RelayRefused:
         said = self.message if self.message in _KNOWN_REFUSALS else "an unknown reason"
-        return RelayError(f"relay: {call} refused: {said}")
+        return RelayRefused(f"relay: {call} refused: {said}")
 
 
 class _RefusalData(BaseModel):
@@ -127,7 +129,8 @@ class RelayClient:
     """One relay, for all of the operator's accounts.
 
     `clock` is this machine's unix time. Signatures carry the relay's time, by the skew measured on
-    first use and again after an `Invalid signature`. `timeout` bounds one call in seconds, whatever
+    first use and again after an `Invalid signature`; `called` hears what came of that, of calls
+    for tasks their caller knows. `timeout` bounds one call in seconds, whatever
     the trickle of its bytes.
     """
 
@@ -139,16 +142,30 @@ class RelayClient:
         clock: Callable[[], float],
         *,
         timeout: float = 120.0,
+        called: Callable[[Literal["now"], Literal["ok", "refused", "unreachable"]], None] = (
+            lambda _call, _result: None
+        ),
     ) -> None:
         self._base = base_url.rstrip("/")
         self._http = http
         self._keys = keys
         self._clock = clock
         self._timeout = timeout
+        self._called = called
         self._skew: float | None = None
 
     async def now(self) -> float:
         """The relay's unix time; measures the skew."""
+        try:
+            now = await self._now()
+        except RelayError as error:
+            refused = isinstance(error, RelayRefused)
+            self._called("now", "refused" if refused else "unreachable")
+            raise
+        self._called("now", "ok")
+        return now
+
+    async def _now(self) -> float:
         before = self._clock()
         answer = await self._exchange(self._http.build_request("GET", f"{self._base}/v1/now"))
         after = self._clock()
@@ -261,6 +278,8 @@ class RelayClient:
             raise RelayError(f"relay: {type(error).__name__}") from None
         if response.status_code == httpx.codes.BAD_REQUEST:
             return Refusal(_validated(_RefusalBody, body, "a refusal").data.message)
+        if response.status_code == httpx.codes.INTERNAL_SERVER_ERROR:
+            raise RelayBroken("relay: HTTP 500")
         if response.status_code != httpx.codes.OK:
             raise RelayError(f"relay: HTTP {response.status_code}")
         return body

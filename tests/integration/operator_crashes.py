@@ -39,6 +39,7 @@ from cluster.core.record import (
 from cluster.core.types import AttemptId, Commitment, FileRef, GpuId, Timestamp
 from cluster.inference import canary
 from cluster.journal import SqlJournal
+from cluster.releases import release
 from tests.integration import operator_gate, operator_odd
 from tests.integration.operator_gate import Gate
 from tests.integration.operator_odd import Oddity
@@ -199,7 +200,7 @@ def assemble(config: Config, folder: Path) -> World:
         world,
         journal=journal,
         artifacts=CrashingArtifacts(config.artifacts.path, fuse),
-        pool=CrashingPool(fuse, gate, make_engine, runtime.release(config)),
+        pool=CrashingPool(fuse, gate, make_engine, release(config)),
         open_network=functools.partial(
             runtime.open_network,
             config,

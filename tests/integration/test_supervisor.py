@@ -14,6 +14,7 @@ import yaml
 
 import serve_app
 from cluster import runtime
+from cluster.releases import release
 from tests.integration.operator_world import PATIENCE, TEST_SECONDS, OperatorWorld, answer_of
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
@@ -84,5 +85,5 @@ async def test_an_existing_cluster_is_joined(operator: OperatorWorld, tmp_path: 
     )
     assert joined.returncode == 0, joined.stderr
     found = [line for line in joined.stdout.splitlines() if line.startswith("FOUND")]
-    assert found == [f"FOUND False {runtime.release(operator.config)}"]
+    assert found == [f"FOUND False {release(operator.config)}"]
     await operator.until_serving()

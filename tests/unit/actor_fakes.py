@@ -291,6 +291,7 @@ class FakePool(Faulty):
     def __init__(self, *gpus: Gpu) -> None:
         super().__init__()
         self.cards = list(gpus)
+        self.strangers: list[Gpu] = []
         self.outcomes: list[Computed | Exception] = []
         self.attempts: dict[AttemptId, asyncio.Future[Computed]] = {}
         self.orders: list[tuple[GpuId, Order]] = []
@@ -308,6 +309,9 @@ class FakePool(Faulty):
             else gpu
             for gpu in self.cards
         )
+
+    def unknown(self) -> tuple[Gpu, ...]:
+        return tuple(self.strangers)
 
     def report(self, gpu: GpuId) -> Report | None:
         return self.reports.get(gpu)

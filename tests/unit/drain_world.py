@@ -157,8 +157,8 @@ class Site:
     def drain(self, what: Any = "everything", name: str = "", now: bool = False) -> Done:
         return asyncio.run(self.order(Drain(what=what, name=name, now=now)))
 
-    def end_drain(self) -> Done:
-        return asyncio.run(self.order(EndDrain()))
+    def end_drain(self, what: Any = "everything", name: str = "") -> Done:
+        return asyncio.run(self.order(EndDrain(what=what, name=name)))
 
     @property
     def status(self) -> DrainStatus:

@@ -101,6 +101,55 @@ def test_the_account_resumes_when_the_drain_has_ended(two: Site) -> None:
     assert two.turn() == [("resume", BOB)]
 
 
+# --- ending a part of it --------------------------------------------------------------------------
+
+
+def test_one_of_two_drained_machines_comes_back_and_the_other_stays_out(two: Site) -> None:
+    for node in ("a", "b"):
+        two.drain("node", node)
+    two.turn()
+    for account in (ALICE, BOB):
+        two.see(account, NodeStatus.PAUSED)
+    assert two.turn() == []
+    assert two.end_drain("node", "b").text.startswith("node b takes tasks again")
+    states = {gpu.ray_node: gpu.state for gpu in two.house.pool.gpus()}
+    assert states == {"a": GpuState.DRAINED, "b": GpuState.READY}
+    assert len(two.turn()) == 1
+    assert two.status.nodes == ("a",)
+    assert two.end_drain("node", "b").kind == "nothing"
+
+
+def test_a_drained_card_comes_back_by_either_of_its_names(two: Site) -> None:
+    for typed, name in (("b-0", "GPU-b-0"), ("GPU-b-0", "b-0"), ("b-0", "b-0")):
+        two.drain("card", typed)
+        assert two.end_drain("card", name).kind == "done"
+        assert {gpu.state for gpu in two.house.pool.gpus()} == {GpuState.READY}
+
+
+def test_a_machine_that_ray_calls_otherwise_since_comes_back_by_its_new_name(two: Site) -> None:
+    two.drain("node", "b")
+    two.house.pool.cards = [card("a-0", "a"), card("b-0", "new")]
+    assert two.house.pool.gpus()[-1].state is GpuState.DRAINED
+    assert two.end_drain("node", "new").kind == "done"
+    assert two.house.pool.gpus()[-1].state is GpuState.READY
+    assert two.status.nodes == ()
+
+
+def test_what_is_drained_otherwise_too_says_so(two: Site) -> None:
+    two.drain("node", "b")
+    two.drain("card", "b-0")
+    for kind in ("done", "refused"):
+        told = two.end_drain("card", "b-0")
+        assert (told.kind, "its machine is drained, node b" in told.text) == (kind, True)
+    two.drain("card", "b-0")
+    assert "drained by themselves are b-0" in two.end_drain("node", "b").text
+    two.drain()
+    assert "everything is drained" in two.end_drain("card", "b-0").text
+    assert two.end_drain("card", "nobody").kind == "unknown"
+    assert two.end_drain().kind == "done"
+    assert two.end_drain("card", "b-0").kind == "nothing"
+
+
 # --- when it is done ------------------------------------------------------------------------------
 
 

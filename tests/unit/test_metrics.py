@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,6 +30,8 @@ from cluster.core.types import (
     AttemptId,
     Commitment,
     Effort,
+    GigaBytes,
+    GpuClass,
     GpuId,
     GpuState,
     NodeStatus,
@@ -42,8 +45,10 @@ from cluster.core.types import Stage as Stage_
 from cluster.metrics import Metrics
 from cluster.stages import Stage, stages
 from cluster.status import (
+    ChainView,
     ClassStatus,
     DownloadView,
+    EndpointStatus,
     FleetStatus,
     GpuClassView,
     IdentityView,
@@ -60,6 +65,7 @@ from tests.unit.metric_fakes import (
     account,
     card,
     gpu,
+    large,
     sample,
     snapshot,
 )
@@ -164,6 +170,69 @@ def test_it_is_ready_when_the_status_says_so() -> None:
         assert sample(metrics, "crynux_ready") == reached
 
 
+def test_what_is_not_known_has_no_sample() -> None:
+    metrics = Metrics("1", "d")
+    unknown = (
+        "crynux_chain_reached",
+        "crynux_chain_head_block",
+        "crynux_chain_head_timestamp_seconds",
+        "crynux_coordinator_last_turn_timestamp_seconds",
+        "crynux_relay_reached",
+        "crynux_treasury_cnx",
+    )
+    told = snapshot().model_copy(update={"fleet": FleetStatus(treasury="7")})
+    silent = ChainView(reached=False, chain_id=1)
+    spare = told.model_copy(update={"acting": False, "chain": silent, "fleet": FleetStatus()})
+    for status, known in ((None, False), (told, True), (spare, False), (told, True)):
+        if status is not None:
+            metrics.observe(status)
+        if known:
+            metrics.turn_ended(Timestamp(5.0))
+        found = {name: sample(metrics, name) is not None for name in unknown}
+        assert found == dict.fromkeys(unknown, known)
+    metrics.observe(spare)
+    assert sample(metrics, "crynux_coordinator_last_turn_timestamp_seconds") is None
+
+
+def test_an_endpoint_that_never_answered_is_not_the_fastest() -> None:
+    metrics = Metrics("1", "d")
+    times = "crynux_rpc_endpoint_answer_seconds"
+    for seconds, head in ((None, None), (0.2, 42), (None, None)):
+        each = EndpointStatus(name="rpc.example", problem="silent", seconds=seconds, head=head)
+        chain = ChainView(reached=True, chain_id=1, endpoints=(each,))
+        metrics.observe(snapshot().model_copy(update={"chain": chain}))
+        assert sample(metrics, times, endpoint="rpc.example") == seconds
+        assert sample(metrics, "crynux_rpc_endpoint_head_block", endpoint="rpc.example") == head
+
+
+def test_what_is_paid_before_the_first_look_is_its_class_s() -> None:
+    metrics = Metrics("1", "d")
+    metrics.belong({ADDRESS: GpuClass(CARD.name, GigaBytes(24))})
+    metrics.closed(record())
+    assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 1.5
+    assert sample(metrics, "crynux_paid_cnx_total", gpu_name="") is None
+
+
+def test_a_class_that_comes_up_while_gauges_are_set_breaks_nothing() -> None:
+    """The loop counts what an account of no known class spent, a thread sets the gauges."""
+    metrics = Metrics("1", "d")
+    metrics.observe(large(8))
+
+    metrics._gpus.labels = _then(  # type: ignore[method-assign]
+        metrics._gpus.labels, lambda: metrics.spent(Address("0xelse"), Wei(1))
+    )
+    metrics.observe(large(8))
+    assert sample(metrics, "crynux_gas_cnx_total", gpu_name="") is not None
+
+
+def _then(method: Any, also: Callable[[], None]) -> Any:
+    def both(*arguments: object) -> object:
+        also()
+        return method(*arguments)
+
+    return both
+
+
 def test_a_class_that_is_gone_stays_at_zero() -> None:
     metrics = Metrics("1", "d")
     metrics.observe(snapshot((gpu(0, GpuState.READY),)))
@@ -210,6 +279,7 @@ def test_a_card_has_few_series_and_an_account_none() -> None:
         metrics.observe(snapshot(tuple(map(card, range(cards))), nodes))
         return len(series(metrics))
 
+    # What a benchmark then measures the time of: benchmarks/metrics_render.py.
     assert count(256, 512) < 5000
     assert count(256, 512) == count(256, 8)
 
@@ -241,10 +311,28 @@ def test_a_card_is_described_by_its_uuid_and_leaves_nothing_behind() -> None:
 
 def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
     metrics = Metrics("1", "d")
-    for busy, loads in ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2)):
+    looks = ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2))
+    for (busy, loads), counted in zip(looks, (0.0, 2.5, 3.5, 6.5), strict=True):
         metrics.observe(snapshot((card(1, busy_seconds=busy, moves={"loaded": loads}),)))
-    assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == 16.5
-    assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 5
+        # What was before the coordinator began isn't counted again.
+        assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == counted
+    assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 2
+
+
+def test_a_task_that_is_closed_again_after_a_reorganisation_counts_once() -> None:
+    metrics = Metrics("1", "d")
+    metrics.observe(snapshot(accounts=(account(1, NodeStatus.BUSY),)))
+    again = replace(record(), closed_at=Timestamp(500.0))
+    aborted = replace(again, outcome=Outcome.ABORTED, payment=Wei(0))
+    for each in (record(), again, aborted):
+        metrics.closed(each)
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 1
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndAborted") == 1
+    assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 1.5
+    assert sample(metrics, "crynux_task_stage_seconds_count", stage="compute", type="SD") == 1
+    other = replace(record(), commitment=Commitment("0x" + "cd" * 32))
+    metrics.closed(other)
+    assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 2
 
 
 def test_money_and_service_by_class() -> None:
@@ -257,7 +345,11 @@ def test_money_and_service_by_class() -> None:
     away = account(3, NodeStatus.QUIT).model_copy(update={"stake": "0", "qos": 0})
     wanted = ClassStatus(name=CARD.name, vram=24, slots=1, least=5)
     fleet = FleetStatus(
-        stake=str(400 * 10**18), treasury=str(7 * 10**18), classes=(wanted,), lacks=("money",)
+        stake=str(400 * 10**18),
+        treasury=str(7 * 10**18),
+        classes=(wanted,),
+        lacks=("money",),
+        held=("0x1",),
     )
     found = snapshot(accounts=(low, high, away)).model_copy(update={"fleet": fleet})
     metrics.observe(found)
@@ -269,6 +361,7 @@ def test_money_and_service_by_class() -> None:
     assert sample(metrics, "crynux_balance_cnx", **LABELS, of="sum") == 11
     assert sample(metrics, "crynux_balance_cnx", **LABELS, of="lowest") == 1
     assert sample(metrics, "crynux_fleet_lacks") == 1
+    assert sample(metrics, "crynux_accounts_held") == 1
     assert sample(metrics, "crynux_class_stopped", **LABELS) == 0
 
 

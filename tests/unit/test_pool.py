@@ -21,7 +21,7 @@ from ray.exceptions import (
 
 from actors import pool as pool_module
 from actors.inference import Engine, Health, Report
-from actors.pool import RayGpuPool, Slot, parse_simulated, simulated_resource, slots_of
+from actors.pool import UNKNOWN, RayGpuPool, Slot, parse_simulated, simulated_resource, slots_of
 from cluster.core.errors import (
     AttemptLost,
     Cancelled,
@@ -251,6 +251,29 @@ async def test_a_real_card_is_unknown_until_it_says_what_it_is(
     actor.answers["report"] = [replace(READY, health=Health.STARTING, gpu_class=None)]
     await pool.refresh()
     assert [(gpu.state, gpu.gpu_class) for gpu in pool.gpus()] == [(GpuState.STARTING, KIND)]
+
+
+async def test_a_real_card_that_never_comes_up_is_seen_with_what_is_wrong(
+    nodes: list[dict[str, Any]],
+) -> None:
+    starting = replace(READY, health=Health.STARTING, gpu_class=None)
+    pool, actor, gpu_id = await pool_of(starting)
+    seen = [(gpu.gpu_id, gpu.gpu_class, gpu.state) for gpu in pool.unknown()]
+    assert seen == [(gpu_id, UNKNOWN, GpuState.STARTING)]
+    broken = replace(starting, health=Health.BROKEN, problem="no CUDA")
+    actor.answers["report"] = [broken, starting]
+    await pool.refresh()
+    assert [gpu.state for gpu in pool.unknown()] == [GpuState.UNREACHABLE]
+    # It is begun anew again and again: between two times it is no better.
+    await pool.refresh()
+    report = pool.report(gpu_id)
+    assert report is not None
+    assert (report.health, report.problem, pool.gpus()) == (Health.STARTING, "no CUDA", ())
+    actor.answers["report"] = [READY]
+    await pool.refresh()
+    report = pool.report(gpu_id)
+    assert report is not None
+    assert (report.problem, pool.unknown(), len(pool.gpus())) == ("", (), 1)
 
 
 async def test_a_simulated_card_is_known_before_it_answers(nodes: list[dict[str, Any]]) -> None:

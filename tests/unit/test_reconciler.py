@@ -18,6 +18,7 @@ from cluster.core.errors import (
     LeaseLost,
     NetworkUnavailable,
     ParametersUnreadable,
+    RelayRefused,
     ResultRefused,
 )
 from cluster.core.lifecycle import WriteState
@@ -570,6 +571,17 @@ async def test_every_open_task_gets_its_turn_when_anothers_fails(house: House) -
     assert await house.turn() == 0.0
     assert house.kinds(TASK) == ["Seen"]
     assert house.kinds(OTHER) == ["Seen", "ParametersFetched"]
+
+
+async def test_a_relay_that_refuses_one_task_is_reached_and_is_counted_so(house: House) -> None:
+    house.network.add(facts_of())
+    refusal = RelayRefused("relay: task refused: Signer not allowed")
+    house.network.faults["fetch_parameters"] = [refusal]
+    await house.turn()
+    assert house.reconciler.relay_error is None
+    assert b'crynux_relay_calls_total{call="parameters",result="refused"} 1.0' in (
+        house.metrics.render()
+    )
 
 
 async def test_a_slow_action_of_one_task_leaves_no_stale_look_at_another(tmp_path: Path) -> None:

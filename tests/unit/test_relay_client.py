@@ -17,7 +17,9 @@ from eth_keys.datatypes import PrivateKey
 from cluster.core.errors import (
     ParametersNotReady,
     ParametersUnreadable,
+    RelayBroken,
     RelayError,
+    RelayRefused,
     ResultRefused,
 )
 from cluster.core.types import Address, Commitment
@@ -62,6 +64,7 @@ class FakeRelay:
         self.handler = handler
         self.now = now
         self.requests: list[httpx.Request] = []
+        self.told: list[tuple[str, str]] = []
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         await request.aread()
@@ -72,7 +75,14 @@ class FakeRelay:
 
     def client(self, clock: float = 1_000.0, timeout: float = 5.0) -> RelayClient:
         http = httpx.AsyncClient(transport=httpx.MockTransport(self))
-        return RelayClient("http://relay.test/", http, OneKey(), lambda: clock, timeout=timeout)
+        return RelayClient(
+            "http://relay.test/",
+            http,
+            OneKey(),
+            lambda: clock,
+            timeout=timeout,
+            called=lambda call, result: self.told.append((call, result)),
+        )
 
     def paths(self) -> list[str]:
         return [f"{each.method} {each.url.path}" for each in self.requests]
@@ -180,6 +190,15 @@ async def test_a_clock_that_cant_be_is_not_followed(now: float) -> None:
     client = RelayClient("http://relay.test", http, OneKey(), lambda: 0.0)
     with pytest.raises(RelayError):
         await client.now()
+
+
+async def test_each_look_at_its_clock_is_counted() -> None:
+    relay = FakeRelay(lambda _: success({"task_args": "{}"}))
+    await relay.client().fetch_parameters(ACCOUNT, TASK)
+    relay.now = 1e9
+    with pytest.raises(RelayError):
+        await relay.client().now()
+    assert relay.told == [("now", "ok"), ("now", "unreachable")]
 
 
 async def test_the_skew_is_measured_again_after_an_invalid_signature() -> None:
@@ -309,6 +328,18 @@ async def test_wrong_files_are_refused() -> None:
     relay = FakeRelay(lambda _: refused("Wrong result files uploaded", "files"))
     with pytest.raises(ResultRefused):
         await relay.client().upload_result(ACCOUNT, TASK, FILES)
+
+
+async def test_a_refusal_is_told_from_a_relay_that_is_broken_or_away() -> None:
+    for response, kind in (
+        (refused("Signer not allowed"), RelayRefused),
+        (httpx.Response(500), RelayBroken),
+        (httpx.Response(502), RelayError),
+    ):
+        relay = FakeRelay(lambda _, response=response: response)  # type: ignore[misc]
+        with pytest.raises(RelayError) as caught:
+            await relay.client().fetch_parameters(ACCOUNT, TASK)
+        assert type(caught.value) is kind
 
 
 def after_upload(get: httpx.Response) -> Handler:

@@ -18,6 +18,7 @@ from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
 from cluster.identity import Identity
 from cluster.journal import Assignment, SqlJournal
+from cluster.releases import Digests, release, release_of
 
 ADDRESS = "0x" + "11" * 20
 WORD = "correct horse"
@@ -61,8 +62,8 @@ def test_simulated_classes_carry_the_platform(tmp_path: Path) -> None:
 
 def test_the_release_follows_version_and_configuration(tmp_path: Path) -> None:
     one, other = config(tmp_path), config(tmp_path, platform="linux")
-    assert runtime.release(one) == runtime.release(config(tmp_path))
-    assert runtime.release(one) != runtime.release(other)
+    assert release(one) == release(config(tmp_path))
+    assert release(one) != release(other)
 
 
 def test_no_key_is_one_line(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_earnings_that_would_go_round_in_a_circle_are_refused(
     config(tmp_path)
     file = tmp_path / "c.yaml"
     file.write_text(SECRETIVE)
-    world = runtime.assemble_from(file, digest(load(file)))
+    world = runtime.assemble_from(file, Digests.of(load(file)))
     own = f'fleet: {{beneficiary: "{world.accounts[2]}"}}\n'
     file.write_text(SECRETIVE + own)
     with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
@@ -267,12 +268,36 @@ def test_a_coordinator_that_finds_its_file_edited_is_still_the_one_that_was_aske
     config(tmp_path)
     file = tmp_path / "c.yaml"
     file.write_text(SECRETIVE)
-    asked = digest(load(file))
+    asked = Digests.of(load(file))
     file.write_text(SECRETIVE + "lease: {ttl_seconds: 7}\n")
     with capture_logs() as logs:
         world = runtime.assemble_from(file, asked)
-    assert (world.config_digest, world.lease_seconds) == (asked, 7.0)
+    assert (world.config_digest, world.lease_seconds) == (asked.whole, 7.0)
     assert [entry["event"] for entry in logs] == ["configuration_edited"]
+    # What computes isn't ended for it.
+    assert world.pool._release == world.stores._release == release_of(asked.cards)
+
+
+def test_cards_are_the_same_ones_over_all_that_can_be_reloaded(tmp_path: Path) -> None:
+    config(tmp_path)
+    file = tmp_path / "c.yaml"
+
+    def found(more: str) -> Digests:
+        file.write_text(SECRETIVE + more)
+        return Digests.of(load(file))
+
+    before = found("")
+    for live in (
+        "policy: {max_attempts: 7}\n",
+        "fleet: {auto: false}\n",
+        "canary: {interval_seconds: 5}\n",
+        "verify: {fraction: 0.5}\n",
+        "logs: {level: debug}\n",
+    ):
+        after = found(live)
+        assert (after.whole != before.whole, after.cards) == (True, before.cards), live
+    for other in ("logs: {format: json}\n", "gpu: {host_memory_gb: 3}\n"):
+        assert found(other).cards != before.cards, other
 
 
 @pytest.mark.parametrize("address", [None, "auto"])

@@ -109,8 +109,8 @@ def lease(journal: SqlJournal) -> Lease:
         sent = replace(row, state=RowState.SENT, signed=Signed(7, b"less", REPLACED))
         outbox_rows.store(connection, sent)
         signed = Signed(7, b"raw", HASH, replaced=(REPLACED,))
-        times = {"sent_at": Timestamp(1018.0), "updated_at": Timestamp(1019.5)}
-        sent = replace(row, state=RowState.MINED, signed=signed, block=5, cost=Wei(9), **times)
+        sent = replace(row, sent_at=Timestamp(1018.0), updated_at=Timestamp(1019.5))
+        sent = replace(sent, state=RowState.MINED, signed=signed, block=5, cost=Wei(9))
         outbox_rows.store(connection, sent)
     return lease
 

@@ -18,6 +18,7 @@ from cluster import runtime
 from cluster.config import Config
 from cluster.core.errors import ConfigError
 from cluster.handover import Handover, take
+from cluster.releases import release
 from cluster.runtime import APPLICATION, SILENT_LOOKS, Supervisor
 from tests.unit.test_runtime import config as config_of
 
@@ -86,8 +87,8 @@ class FakeCluster:
     def create(self, options: dict[str, Any], assemble: Callable[[], object]) -> FakeActor:
         assert isinstance(assemble, functools.partial)
         # What is an argument, Ray keeps: where the configuration is, and not what is in it.
-        file, digest, folder = assemble.args
-        assert (file, len(digest)) == (FILE, 12)
+        file, digests, folder = assemble.args
+        assert (file, len(digests.whole), len(digests.cards)) == (FILE, 12, 12)
         self.folders.append(folder)
         self.did.append("create")
         self.options.append(options)
@@ -141,7 +142,7 @@ class Post:
 @pytest.fixture
 def post(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Post:
     config = config_of(tmp_path)
-    cluster, serve = FakeCluster(runtime.release(config)), FakeServe()
+    cluster, serve = FakeCluster(release(config)), FakeServe()
 
     def options(**given: Any) -> Any:
         return SimpleNamespace(remote=functools.partial(cluster.create, given))

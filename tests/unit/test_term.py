@@ -21,7 +21,7 @@ from actors import term as term_module
 from actors.coordinator import Coordinator
 from actors.fleet import FleetSettings
 from actors.inference import Health, Report
-from actors.pool import RayGpuPool
+from actors.pool import UNKNOWN, RayGpuPool
 from actors.stores import RayStores
 from actors.world import RunningNetwork, World
 from cluster.core import standing
@@ -66,6 +66,7 @@ from tests.unit.actor_fakes import (
     gpu_of,
     until,
 )
+from tests.unit.test_overview import IDLE
 
 LIMIT = 60.0
 STRANGER = "0x" + "77" * 20
@@ -289,6 +290,23 @@ async def test_an_outage_is_known_at_once_though_only_one_account_is_looked_at(
         assert "the chain is not reached: no endpoint answers" in readiness(office.status)[1]
         office.network.unreached = None
         assert office.status.chain.reached
+
+
+async def test_a_card_that_never_came_up_is_in_the_status_and_in_the_metrics(
+    office: Office,
+) -> None:
+    lost = replace(gpu_of(CARD_2, GpuState.UNREACHABLE), gpu_class=UNKNOWN)
+    office.pool.strangers = [lost]
+    broken = replace(IDLE, health=Health.BROKEN, gpu_class=None, problem="no CUDA")
+    office.pool.reports[CARD_2] = broken
+    async with serving(office):
+        await office.acting()
+        _, card = office.status.gpus
+        assert (card.gpu_id, card.name, card.problem) == (CARD_2, "unknown", "no CUDA")
+        assert f"GPU {CARD_2}: no CUDA" in office.status.problems
+        text = (await office.coordinator.metrics_text()).decode()
+    line = 'crynux_gpus{gpu_name="unknown",state="unreachable",vram_gb="0"} 1.0'
+    assert line in text.splitlines()
 
 
 # --- losing it ------------------------------------------------------------------------------------

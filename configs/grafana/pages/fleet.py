@@ -42,7 +42,9 @@ NOW = Section(
     (
         number(
             "Takes tasks",
-            "min(crynux_ready{@})",
+            # One that stands by isn't ready: it is enough that whoever acts with its key is.
+            "min(max by (identity) ("
+            "crynux_identity_info{@} * ignoring (identity) group_left () crynux_ready{@}))",
             "What /readyz says: chain and relay, lease, an account, a card, and no drain of all.",
             words=YES_IS_GOOD,
             steps=SOME_IS_GOOD,

@@ -1,0 +1,43 @@
+"""Whether the relay is reached, from what became of the calls for tasks."""
+
+from __future__ import annotations
+
+from cluster.core.errors import ClusterError, RelayBroken, RelayError, RelayRefused
+from cluster.core.types import Commitment
+
+FORGET_SECONDS = 300.0
+"""After so long without a call nobody knows any more: a quiet network is no outage."""
+ALONE = 1
+
+
+class RelaySight:
+    """A refusal is an answer too. What breaks the relay itself says nothing as long as it is one
+    task's: of several it is the relay that is broken."""
+
+    def __init__(self) -> None:
+        self._failed: dict[Commitment, str] = {}
+        self._away = ""
+        self._at = float("-inf")
+
+    def heard(self, task: Commitment, error: ClusterError | None, now: float) -> None:
+        """What came of a call for a task."""
+        if not isinstance(error, RelayError) or isinstance(error, RelayRefused):
+            self._failed.clear()
+            self._away = ""
+            return
+        if self._is_old(now):
+            self._failed.clear()
+        self._failed[task] = str(error)
+        self._away = "" if isinstance(error, RelayBroken) else str(error)
+        self._at = now
+
+    def error(self, now: float) -> str | None:
+        """Why it isn't reached; None where it is, or where that isn't known."""
+        if not self._failed or self._is_old(now):
+            return None
+        if self._away:
+            return self._away
+        return next(reversed(self._failed.values())) if len(self._failed) > ALONE else None
+
+    def _is_old(self, now: float) -> bool:
+        return now - self._at >= FORGET_SECONDS
