@@ -41,12 +41,8 @@ const isOpen = (task) => task.outcome === null;
 const serves = (account) => ["available", "busy"].includes(account.status);
 
 function showAlerts(status) {
-  const told = [...status.problems, ...status.fleet.lacks];
-  if (!status.chain.reached) told.push(`The chain is not reached: ${status.chain.error ?? "no answer yet"}`);
-  if (!status.relay.reached) told.push(`The relay is not reached: ${status.relay.error ?? "no answer yet"}`);
-  if (!status.acting) told.push("The coordinator is not acting: it doesn't hold the lease");
-  for (const gpu of status.gpus.filter((each) => each.problem))
-    told.push(`${gpu.gpu_id} (${gpu.name}): ${gpu.problem}`);
+  // What is missing says the headline.
+  const told = status.problems.filter((text) => !status.missing.some((each) => each.includes(text)));
   by("alerts").hidden = told.length === 0;
   by("alert-list").replaceChildren(...told.map((text) => make("li", {}, text)));
 }
