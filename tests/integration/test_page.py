@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Literal
 
 import pytest
@@ -12,6 +13,7 @@ from cluster.api.guard import Access
 from cluster.core.types import GpuState
 from cluster.status import ChainView
 from tests.integration.page_world import (
+    NOW,
     PICTURES,
     TASK,
     SaidSource,
@@ -167,6 +169,19 @@ def test_of_many_accounts_those_that_dont_serve_are_seen(browser: Browser) -> No
         page.get_by_label("Show all 500").check()
         expect(rows).to_have_count(500)
         page.close()
+
+
+def test_a_day_of_earnings_has_its_own_name_wherever_one_looks(browser: Browser) -> None:
+    with serving(SaidSource()) as url:
+        context = browser.new_context(timezone_id="America/Los_Angeles", locale="en-US")
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_role("button", name="month").click()
+        today = f"{datetime.fromtimestamp(NOW, UTC):%b} {datetime.fromtimestamp(NOW, UTC).day}: "
+        expect(page.locator("#plot rect.bar")).to_have_count(30)
+        title = page.locator("#plot g title").last
+        assert (title.text_content() or "").startswith(today)
+        context.close()
 
 
 def test_a_task_is_told_whole(browser: Browser) -> None:
