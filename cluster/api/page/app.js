@@ -135,7 +135,7 @@ async function earnings() {
       // A day is UTC's: west of Greenwich it begins on the day before.
       ? { month: "short", day: "numeric", ...(daily ? { timeZone: "UTC" } : { hour: "2-digit" }) }
       : { hour: "2-digit", minute: "2-digit" });
-    by("plot").replaceChildren(plot(showEarnings(found), label));
+    by("plot").replaceChildren(plot(showEarnings(found), label, Math.max(by("plot").clientWidth - 16, 280)));
   } catch (error) {
     by("earnings-sum").textContent = `Not known now: ${error.message}`;
   }
