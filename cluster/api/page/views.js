@@ -141,7 +141,7 @@ function showAccounts(status, openStory) {
     make("article", { class: `tile ${each.stopped ? "bad" : "good"}` },
       make("h3", {}, `${each.name} `, make("span", { class: "note" }, `${each.vram} GB`)),
       each.stopped ? state("bad", "stopped: an account was slashed")
-        : state("good", `${each.least} accounts wanted`),
+        : state("good", each.least === 1 ? "1 account wanted" : `${each.least} accounts wanted`),
       make("p", { class: "note" }, `${each.slots} for each card`))));
   const plan = [...status.fleet.plan.map((each) => `to do: ${each}`), ...status.fleet.limits.map((each) => `limit: ${each}`)];
   if (plan.length)
