@@ -7,7 +7,6 @@ last one, for a moment. It runs on the head, where the token is; the token is ne
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,20 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
+from cluster import logs
 from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
 from cluster.api.source import NotKnown, SourceAway, SourceBusy
 from cluster.api.traffic import MOST_ONGOING
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
+from cluster.core.wording import named
 from cluster.lookups import TooBusy
 from cluster.story import UnknownTask
 
 COORDINATOR = "coordinator"
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 
 class CoordinatorSource:
@@ -87,10 +88,16 @@ class CoordinatorSource:
             if isinstance(cause, ClusterError):
                 raise SourceAway(_said(cause)) from None
             self._handle = None
-            log.warning("the coordinator did not answer: %s", error)
+            # Of what was raised there, the text is its whole traceback.
+            log.warning("coordinator_away", asked=method, error=named(error), cause=_cause(cause))
             raise SourceAway(f"{type(error).__name__} when it was asked") from None
         except ValueError:
             raise SourceAway("it has not been started, or it is being replaced") from None
+
+
+def _cause(error: object) -> str:
+    """Its kind only: what a bug says may hold anything."""
+    return type(error).__name__ if isinstance(error, BaseException) else ""
 
 
 def _said(error: ClusterError) -> str:
@@ -107,12 +114,19 @@ class EdgeSettings:
     token_file: Path | None = None
     open_reads: bool = False
     local: bool = True
+    level: logs.Level = "info"
+    format: logs.Format = "auto"
 
     @classmethod
     def of(cls, config: Config) -> EdgeSettings:
-        where = config.serve
+        where, said = config.serve, config.logs
         return cls(
-            config.ray.namespace, where.token_file, where.open_reads, is_loopback(where.host)
+            config.ray.namespace,
+            where.token_file,
+            where.open_reads,
+            is_loopback(where.host),
+            said.level,
+            said.format,
         )
 
     def access(self) -> Access:
@@ -124,6 +138,7 @@ class Edge:
     """The deployment's class, without its decorators."""
 
     def __init__(self, settings: EdgeSettings) -> None:
+        logs.setup(settings.level, settings.format)
         self._source = CoordinatorSource(settings.namespace)
         self._access = settings.access()
 

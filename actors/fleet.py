@@ -317,8 +317,7 @@ class FleetKeeper:
         return frozenset(classes[account] for account in slashed if account in classes)
 
     def _node_accounts(self) -> list[NodeAccount]:
-        journal = self._ledger.journal
-        assigned = {each.index: each.gpu_class for each in journal.assignments()}
+        assigned = {each.index: each.gpu_class for each in self._ledger.assigned()}
         movements = self._network.movements()
         return [
             self._node_account(index, address, assigned.get(index), movements.get(address))
@@ -348,7 +347,7 @@ class FleetKeeper:
         )
 
     def _classes(self) -> dict[Address, GpuClass]:
-        return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
+        return {each.address: each.gpu_class for each in self._ledger.assigned()}
 
     def _targets(self, accounts: Sequence[NodeAccount]) -> dict[GpuClass, Target]:
         here: dict[GpuClass, int] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cluster.core.ports import Lease
 from cluster.core.record import Closed, Event, Outcome, Seen, TaskRecord
 from cluster.core.types import Address, Commitment, Timestamp, Wei
-from cluster.journal import SqlJournal
+from cluster.journal import Assignment, SqlJournal
 
 KEPT_CLOSED = 200
 
@@ -78,6 +78,10 @@ class Ledger:
     def _count(self, outcome: Outcome, payment: Wei, sign: int) -> None:
         self.outcomes[outcome] += sign
         self.paid = Wei(self.paid + sign * payment)
+
+    def assigned(self) -> tuple[Assignment, ...]:
+        """Which accounts stand for which class."""
+        return self.journal.assigned(self.lease)
 
     def of_account(self, account: Address) -> tuple[TaskRecord, ...]:
         return tuple(record for record in self.open.values() if record.account == account)

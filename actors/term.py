@@ -370,7 +370,7 @@ class Term:
         return self._dispatcher.outstanding(Timestamp(self._network_clock()))
 
     def _assigned(self) -> Mapping[int, GpuClass]:
-        return {each.index: each.gpu_class for each in self._world.journal.assignments()}
+        return {each.index: each.gpu_class for each in self._ledger.assigned()}
 
     def _network_clock(self) -> float:
         """The network's time, carried on from the last look by the wall clock."""

@@ -137,6 +137,8 @@ class SqlJournal:
         self._wall = wall
         self._database = open_engine(url, look_only, most)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
+        self._assigned: tuple[int, tuple[Assignment, ...]] | None = None
+        """With the epoch of the lease under which they were read."""
         if look_only:
             return
         try:
@@ -406,6 +408,14 @@ class SqlJournal:
                 )
             else:
                 raise IllegalMove(f"account {assignment.index} is {found}, not {address}")
+        self._assigned = None
+
+    def assigned(self, lease: ports.Lease) -> tuple[Assignment, ...]:
+        """As `assignments`, for the lease's holder: while it is held nobody else writes them, so
+        they are read once."""
+        if self._assigned is None or self._assigned[0] != lease.epoch:
+            self._assigned = lease.epoch, self.assignments()
+        return self._assigned[1]
 
     def assignments(self) -> tuple[Assignment, ...]:
         with self.read() as connection:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cluster.core.wording import printable
 from cluster.earnings import Earnings
 from cluster.status_view import cnx
 from cluster.steering import ActionView
@@ -56,7 +57,7 @@ def _events(story: TaskStory) -> Table:
     table = _table("Events (UTC)", "at", "after s", "what")
     for event in story.events:
         after = event.at - story.seen_at
-        table.add_row(when(event.at), f"{after:.1f}", escape(event.text))
+        table.add_row(when(event.at), f"{after:.1f}", escape(printable(event.text)))
     return table
 
 
@@ -71,7 +72,7 @@ def _transactions(story: TaskStory) -> Iterable[RenderableType]:
             "-" if each.block is None else str(each.block),
             cnx(each.cost),
             each.link or each.tx_hash or "-",
-            escape(each.reason),
+            escape(printable(each.reason)),
         )
     yield table
 
@@ -114,7 +115,8 @@ def log_text(line: dict[str, object]) -> str:
         for name, value in line.items()
         if name not in {"timestamp", "event", "text"}
     )
-    return f"{str(time)[:19]:19} {event!s:20} {line.get('text', '')} {rest}".rstrip()
+    text = printable(str(line.get("text", "")))
+    return f"{str(time)[:19]:19} {event!s:20} {text} {printable(rest)}".rstrip()
 
 
 def earnings(found: Earnings) -> RenderableType:
