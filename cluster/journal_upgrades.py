@@ -14,7 +14,10 @@ SCHEMA = "4"
 _COLUMNS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "1": (("outbox", "offer", "TEXT"), ("outbox", "block", "BIGINT")),
     "2": (("outbox", "cost", "TEXT"),),
-    "3": (),
+    "3": (
+        ("bundles", "gpu", "TEXT NOT NULL DEFAULT ''"),
+        ("bundles", "fault", "TEXT NOT NULL DEFAULT ''"),
+    ),
 }
 """By the schema that a journal has: the tables' columns, with their types, that the next one has
 more. Whole tables are there by then."""
