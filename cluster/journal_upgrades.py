@@ -84,7 +84,7 @@ def _count(connection: Connection) -> None:
     )
     for outcome, count, whole, rest in connection.execute(text(closed)):
         paid = Wei(int(whole) * MICRO + int(rest))
-        tallies.add(connection, "outcome", outcome, count, paid)
+        tallies.add(connection, tallies.OUTCOMES, outcome, count, paid)
     states = "SELECT state, COUNT(*) FROM outbox WHERE state IN ('final', 'reverted', 'refused')"
     for state, count in connection.execute(text(f"{states} GROUP BY state")):
         tallies.add(connection, "outbox", state, count)
