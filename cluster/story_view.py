@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from math import isfinite
+from math import inf, isfinite
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -83,12 +83,11 @@ def log_lines(story: TaskStory) -> list[dict[str, object]]:
     ids = {"task": story.commitment, "account": story.account}
     lines: list[tuple[float, dict[str, object]]] = []
     for event in story.events:
-        told = {"event": event.kind, **ids, "attempt": event.attempt, "gpu": event.gpu}
-        lines.append((event.at, {**_said(told), "text": event.text}))
+        more = {"attempt": event.attempt, "gpu": event.gpu}
+        said = {"event": event.kind, **ids, **_said(more), "text": event.text}
+        lines.append((event.at, said))
     for each in story.transactions:
-        moved = {
-            "event": "transaction",
-            **ids,
+        told = {
             "write": each.write,
             "state": each.state,
             "tx_hash": each.tx_hash,
@@ -96,7 +95,8 @@ def log_lines(story: TaskStory) -> list[dict[str, object]]:
             "block": each.block,
             "reason": each.reason,
         }
-        lines.append((float("inf") if each.at is None else each.at, _said(moved)))
+        said = {"event": "transaction", **ids, **_said(told)}
+        lines.append((inf if each.at is None else each.at, said))
     lines.sort(key=lambda line: line[0])
     return [
         {"timestamp": datetime.fromtimestamp(at, UTC).isoformat(), **said} if isfinite(at) else said
