@@ -139,11 +139,11 @@ def describe(sight: Sight) -> Status:
     )
 
 
-def totals_of(outcomes: Mapping[Outcome, int], paid: int) -> Totals:
+def totals_of(outcomes: Mapping[Outcome, int], paid: int, marked: int = 0) -> Totals:
+    """`marked` accounts are known to have lost their stake, be it in no record of ours."""
+    slashed = max(outcomes.get(Outcome.INVALIDATED, 0), marked)
     counts = Counter({outcome.value: count for outcome, count in outcomes.items()})
-    return Totals(
-        paid_wei=str(paid), tasks=dict(counts), slashed=outcomes.get(Outcome.INVALIDATED, 0)
-    )
+    return Totals(paid_wei=str(paid), tasks=dict(counts), slashed=slashed)
 
 
 def task_view(record: TaskRecord, turn: Turn | None) -> TaskView:

@@ -121,8 +121,6 @@ class Metrics:
             return
         self._tasks.labels(record.task_type.name, record.outcome.value).inc()
         self._paid.labels(*self._class_of(record.account)).inc(record.payment / WEI_PER_CNX)
-        if record.outcome is Outcome.INVALIDATED:
-            self.slashed()
         # What was done until then has been counted.
         for stage, seconds in stages(record) if before is None else ():
             self.stage_took(stage, record.task_type, seconds)
