@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Test processes at once. They wait more than they compute.
+AT_ONCE ?= 3
 
 .PHONY: help setup demo test lint unit chart chart-tools chart-test programs integration docs lock clean
 
@@ -33,14 +35,14 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 unit: $(STAMP)  ## unit tests: no sockets, no ray
-	@$(BIN)/python -m pytest tests/unit -q
+	@$(BIN)/python -m pytest tests/unit -q -n $(AT_ONCE)
 
 chart-tools: $(STAMP)
 	@$(BIN)/python -m tests.chart.tools
 	@$(BIN)/python -m tests.prometheus_tools
 
 chart-test: chart-tools  ## the Helm chart: rendered by real Helm 3 and 4, validated, judged; no cluster
-	@$(BIN)/python -m pytest tests/chart -q
+	@$(BIN)/python -m pytest tests/chart -q -n $(AT_ONCE)
 
 chart: chart-tools  ## package the Helm chart into dist/, with rules and dashboards in it
 	@$(BIN)/python -m tests.chart.tools package dist
@@ -50,7 +52,7 @@ programs: $(STAMP)
 	@$(BIN)/python -m tests.prometheus_tools
 
 integration: setup programs  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
-	@$(BIN)/python -m pytest tests/integration tests/chaos -q
+	@$(BIN)/python -m pytest tests/integration tests/chaos -q -n $(AT_ONCE) --dist loadgroup
 
 docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, Grafana's dashboards, the chart's schema
 	@$(BIN)/python docs/generate.py

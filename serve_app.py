@@ -20,9 +20,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
-from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
+from cluster.api.source import NotKnown, SourceAway, SourceBusy
+from cluster.api.traffic import MOST_ONGOING
 from cluster.config import Config
+from cluster.core.errors import ClusterError, ConfigError
+from cluster.lookups import TooBusy
 from cluster.story import UnknownTask
 
 COORDINATOR = "coordinator"
@@ -53,6 +57,9 @@ class CoordinatorSource:
     async def file(self, name: str, file: str) -> bytes:
         return cast(bytes, await self._ask("file", name, file))
 
+    async def shown(self, who: str, what: str, task: str) -> None:
+        await self._ask("shown", who, what, task)
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], await self._ask("earnings", since, step))
 
@@ -75,11 +82,21 @@ class CoordinatorSource:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UnknownTask):
                 raise NotKnown(str(cause)) from None
+            if isinstance(cause, TooBusy):
+                raise SourceBusy(str(cause)) from None
+            if isinstance(cause, ClusterError):
+                raise SourceAway(_said(cause)) from None
             self._handle = None
             log.warning("the coordinator did not answer: %s", error)
             raise SourceAway(f"{type(error).__name__} when it was asked") from None
         except ValueError:
             raise SourceAway("it has not been started, or it is being replaced") from None
+
+
+def _said(error: ClusterError) -> str:
+    """By the coordinator itself, which is there."""
+    refuses = "it refuses its configuration: " if isinstance(error, ConfigError) else ""
+    return f"{refuses}{error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +136,7 @@ def build(config: Config) -> serve.Application:
     deployment: serve.Deployment = serve.deployment(
         name="edge",
         num_replicas=1,
-        max_ongoing_requests=512,
+        max_ongoing_requests=MOST_ONGOING,
         ray_actor_options={
             "num_cpus": 0,
             # The token's file is on the head.

@@ -16,6 +16,7 @@ from actors.coordinator import NAME, RAY_ADDRESS
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.journal import SqlJournal
+from cluster.journal_engine import file_of
 from cluster.steering import Done, Order
 
 REACH_SECONDS = 5.0
@@ -77,6 +78,9 @@ def asking_at(address: str, namespace: str) -> Iterator[Callable[..., Any]]:
         except ValueError:
             raise ClusterError("no coordinator is there; is the operator up?") from None
         except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ClusterError):  # it is there, and says it itself
+                raise cause from None
             raise ClusterError(f"the coordinator doesn't answer: {_line(error)}") from error
         return done
 
@@ -122,11 +126,13 @@ def address_of(config: Config) -> str:
     several may run on this machine."""
     if config.ray.address is not None and config.ray.address != AUTO:
         return config.ray.address
-    journal = SqlJournal(config.journal.url)
-    try:
-        return journal.cursor(RAY_ADDRESS) or AUTO
-    finally:
-        journal.close()
+    file = file_of(config.journal.url)
+    if file is not None and not file.exists():
+        return AUTO
+    # Only looked at: it is the operator's that runs, perhaps of another version.
+    with contextlib.closing(SqlJournal(config.journal.url, look_only=True)) as journal:
+        written = None if journal.schema() is None else journal.cursor(RAY_ADDRESS)
+    return written or AUTO
 
 
 def _reach(address: str) -> None:

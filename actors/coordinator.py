@@ -14,18 +14,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cached_property
 
 import ray
 import structlog
 
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
+from actors.readers import Readers
 from actors.steering import NOT_ACTING
 from actors.term import Term
 from actors.world import World
 from cluster import journal_history
+from cluster.api.shared import Shared
 from cluster.chain import outbox_rows
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
 from cluster.core.ports import Lease
@@ -33,9 +37,11 @@ from cluster.core.types import (
     RayNodeId,
     Timestamp,
 )
-from cluster.earnings import SECONDS, Earnings, Step, earnings_of
-from cluster.journal import HOST
+from cluster.earnings import SECONDS, Earnings, Step, earnings_of, numbers
+from cluster.journal import HOST, SqlJournal
+from cluster.journal_history import Audited
 from cluster.logs import Level
+from cluster.lookups import Lookups
 from cluster.status import Status
 from cluster.steering import ORDERS
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
@@ -47,13 +53,20 @@ REFUSED = "refused: "
 RAY_ADDRESS = "ray_address"
 """The journal's cursor for where the acting coordinator's Ray cluster is."""
 BETWEEN_TERMS_SECONDS = 0.5
+EARNED_SECONDS = 60.0
+"""For how long earnings are as they were."""
+MOST_EARNED = 16
+"""Answers of that kind that are kept."""
 
 
 class Coordinator:
-    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted."""
+    """The plain class behind the actor. `holder` is the same for an actor Ray has restarted.
 
-    def __init__(self, world: World, holder: str) -> None:
-        self._world = world
+    Without a world it lives on to be asked why: of what an actor died of, only a text is left.
+    """
+
+    def __init__(self, world: World | ConfigError, holder: str) -> None:
+        self._found = world
         self._holder = holder
         self._term: Term | None = None
         self._broke = ""
@@ -61,7 +74,21 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
+        self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
+        """Answers by what was asked, those asked for last at the end."""
+        self._readers = Readers()
         self._log = structlog.get_logger("coordinator")
+
+    @property
+    def _world(self) -> World:
+        """Raises the `ConfigError` for which there is none."""
+        if isinstance(self._found, ConfigError):
+            raise ConfigError(str(self._found))
+        return self._found
+
+    @cached_property
+    def _lookups(self) -> Lookups:
+        return Lookups(self._world.journal)
 
     async def run(self) -> None:
         """Serve one term of office after the other until `stop`."""
@@ -76,6 +103,7 @@ class Coordinator:
                 await self._pause(BETWEEN_TERMS_SECONDS)
         finally:
             self._ended.set()
+            self._lookups.close()
             await asyncio.to_thread(self._world.traces.flush)
 
     def _acquire(self) -> Lease | None:
@@ -132,7 +160,8 @@ class Coordinator:
         self._stopping.set()
         if self._term is not None:
             self._term.end()
-        await self._ended.wait()
+        if not isinstance(self._found, ConfigError):
+            await self._ended.wait()
 
     def status(self) -> dict[str, object]:
         """`cluster.status.Status` as plain JSON values."""
@@ -153,28 +182,48 @@ class Coordinator:
 
     async def perform(self, order: Mapping[str, object], who: str) -> dict[str, object]:
         """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""
+        _ = self._world  # one without says why, rather than that it doesn't act
         found = ORDERS.validate_python(order)
-        done = NOT_ACTING if self._term is None else await self._term.perform(found, who)
+        log = self._log.bind(by=who, order=dict(order))
+        if self._term is None:
+            # No journal may be written now: this line is all that is left of it.
+            log.warning("order_refused", why=NOT_ACTING.text)
+            return NOT_ACTING.model_dump(mode="json")
+        try:
+            done = await self._term.perform(found, who)
+        except Exception as error:
+            log.error("order_broke", error=f"{type(error).__name__}: {error}")
+            raise
         return done.model_dump(mode="json")
+
+    def shown(self, who: str, what: str, task: str) -> None:
+        """Somebody is given what is somebody's (`what`) of a task: written down before it is."""
+        now = Timestamp(self._world.clock())
+        if not self._readers.is_news(who, what, task, now):
+            return
+        self._log.warning("shown", by=who, what=what, task=task)
+        if self._term is not None:
+            with contextlib.suppress(LeaseLost):
+                self._term.note(Audited(now, who, f"show_{what}", {"task": task}, "shown"))
 
     def leave(self, node: str | None) -> int:
         """Give a machine that goes away (None: all of them) nothing new; how many of its cards
         still compute. Nothing durable: what comes after it works on."""
         return self._world.pool.leave(None if node is None else RayNodeId(node))
 
-    # --- what the journal tells, read in a thread: it may be much -------------------------------
+    # --- what the journal tells; raises `TooBusy` when too much is asked ------------------------
 
     async def story(self, name: str) -> dict[str, object]:
         """`cluster.story.TaskStory`; raises `UnknownTask`."""
         world = self._world
-        found = await asyncio.to_thread(
-            story_of, world.journal, name, world.explorer, world.artifacts.kept
+        found = await self._lookups.ask(
+            lambda journal: story_of(journal, name, world.explorer, world.artifacts.kept)
         )
         return found.model_dump(mode="json")
 
     async def file(self, name: str, file: str) -> bytes:
         """A file of a task's result; raises `UnknownTask` for one that isn't kept too."""
-        task, ref = await asyncio.to_thread(file_of, self._world.journal, name, file)
+        task, ref = await self._lookups.ask(lambda journal: file_of(journal, name, file))
         try:
             ((_, data),) = await self._world.artifacts.get(task, (ref,))
         except ClusterError as error:
@@ -183,33 +232,33 @@ class Coordinator:
 
     async def bundle(self, name: str) -> dict[str, object]:
         """A task's story, parameters and failed attempts; raises `UnknownTask`."""
-        return await asyncio.to_thread(bundle_of, self._world.journal, name)
+        return await self._lookups.ask(lambda journal: bundle_of(journal, name))
 
     async def earnings(self, since: float, step: Step) -> dict[str, object]:
-        found = await asyncio.to_thread(self._earnings, Timestamp(since), step)
-        return found.model_dump(mode="json")
+        """`cluster.earnings.Earnings`; the same for all who ask within a minute."""
+        first, last = numbers(Timestamp(since), Timestamp(self._world.clock()), step)
 
-    def _earnings(self, since: Timestamp, step: Step) -> Earnings:
-        journal, now = self._world.journal, Timestamp(self._world.clock())
-        # From the step's beginning on, which may be before `since`.
-        begin = Timestamp(since - since % SECONDS[step])
-        classes = {each.address: each.gpu_class for each in journal.assignments()}
-        return earnings_of(journal.takings(begin), classes, since, now, step)
+        async def look() -> dict[str, object]:
+            found = await self._lookups.ask(lambda journal: _earnings(journal, first, last, step))
+            return found.model_dump(mode="json")
+
+        shared = self._earned.pop((first, step), None)
+        if shared is None:
+            shared = Shared(look, EARNED_SECONDS, time.monotonic)
+        kept = list(self._earned.items())[1 - MOST_EARNED :]
+        self._earned = {**dict(kept), (first, step): shared}
+        return await shared.get()
 
     async def audit(self, limit: int) -> list[dict[str, object]]:
         """What operators had done, the newest first: `cluster.steering.ActionView`."""
-        return await asyncio.to_thread(self._audit, limit)
-
-    def _audit(self, limit: int) -> list[dict[str, object]]:
-        with self._world.journal.read() as connection:
-            return [asdict(each) for each in journal_history.actions(connection, limit)]
+        return await self._lookups.ask(lambda journal: _audit(journal, limit))
 
     # --- what can change while it runs ----------------------------------------------------------
 
     def reload(self) -> tuple[str, ...]:
         """Take over what has changed in the configuration's file; raises `ConfigError`."""
         fresh, changed = self._world.reload()
-        self._world = replace(
+        self._found = replace(
             self._world, policy=fresh.policy, fleet=fresh.fleet, safeguards=fresh.safeguards
         )
         if self._term is not None:
@@ -223,6 +272,8 @@ class Coordinator:
 
     def release(self) -> str:
         """What the supervisor compares with what it wants; one that has ended passes for none."""
+        if isinstance(self._found, ConfigError):
+            return f"{REFUSED}{self._found}"
         if self._stopping.is_set() or self._ended.is_set():
             return "ended"
         return f"{self._world.version}+{self._world.config_digest}"
@@ -244,6 +295,17 @@ class Coordinator:
         return describe(sight if self._term is None else self._term.add_to(sight))
 
 
+def _earnings(journal: SqlJournal, first: int, last: int, step: Step) -> Earnings:
+    classes = {each.address: each.gpu_class for each in journal.assignments()}
+    takings = journal.takings(SECONDS[step], first, last)
+    return earnings_of(takings, classes, first, last, step)
+
+
+def _audit(journal: SqlJournal, limit: int) -> list[dict[str, object]]:
+    with journal.read() as connection:
+        return [asdict(each) for each in journal_history.actions(connection, limit)]
+
+
 def _leaf(group: BaseException) -> str:
     """The first thing that went wrong, in a line; of a bug not more than its kind."""
     while isinstance(group, BaseExceptionGroup):
@@ -258,15 +320,10 @@ class CoordinatorActor(Coordinator):
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
         holder = ray.get_runtime_context().get_actor_id()
-        self._refusal = ""
         try:
             world = assemble()
         except ConfigError as error:
-            # It lives on to be asked why: of what one died of, only a text is left.
-            self._refusal = str(error)
+            Coordinator.__init__(self, ConfigError(str(error)), "")
             return
         Coordinator.__init__(self, world, f"coordinator:{holder}")
         self._running = asyncio.get_running_loop().create_task(self.run())
-
-    def release(self) -> str:
-        return f"{REFUSED}{self._refusal}" if self._refusal else Coordinator.release(self)

@@ -43,6 +43,7 @@ from cluster.status import (
     StoreStatus,
     TaskView,
     Totals,
+    judged,
 )
 
 _FINAL_STATUS = {
@@ -100,7 +101,7 @@ def describe(sight: Sight) -> Status:
         for gpu, report in sight.gpus
         if report is not None and report.problem
     ]
-    return Status(
+    status = Status(
         version=sight.version,
         config_digest=sight.config_digest,
         now=sight.now,
@@ -137,6 +138,7 @@ def describe(sight: Sight) -> Status:
         fleet=sight.fleet,
         drain=sight.drain,
     )
+    return judged(status)
 
 
 def totals_of(outcomes: Mapping[Outcome, int], paid: int, marked: int = 0) -> Totals:

@@ -22,6 +22,7 @@ from actors.safeguards import Safeguards
 from actors.steering import Live, Steering
 from actors.stores import FETCHED_BYTES, of_class
 from actors.world import LiveSettings, RunningNetwork, World
+from cluster import journal_history
 from cluster.core import declaring
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.ports import KICKED_OUT, SLASHED, Wakeup
@@ -35,6 +36,7 @@ from cluster.core.types import (
     TaskStatus,
     Timestamp,
 )
+from cluster.journal_history import Audited
 from cluster.steering import Done, Order
 
 SWEEP_SECONDS = 15.0
@@ -202,6 +204,11 @@ class Term:
     async def perform(self, order: Order, who: str) -> Done:
         return await self._steering.perform(order, who)
 
+    def note(self, audited: Audited) -> None:
+        """Write down what wasn't an order. Raises `LeaseLost`."""
+        with self._world.journal.write(self._ledger.lease) as connection:
+            journal_history.note_action(connection, audited)
+
     def _chain_error(self) -> str | None:
         """Why the chain isn't reached. The network knows first: idle accounts look seldom."""
         errors = self._chain_errors
@@ -261,8 +268,8 @@ class Term:
             # Before the fleet can see that the account has quit.
             self._slashed(account, view.account.gpu_class, view.moment)
             self._invalidated |= lost
-        sure = not self._fleet.puzzled(view) or await self._inquired(view)
-        self._fleet.looked(view, sure)
+        sure = not self._fleet.standings.puzzled(view) or await self._inquired(view)
+        self._fleet.standings.looked(view, sure)
         # Only now: nothing is done for what was found and not judged.
         self._views[account] = view
         # What is heard while looking may not be in what was seen.
@@ -273,13 +280,14 @@ class Term:
         self._world.metrics.turn_ended(Timestamp(self._world.clock()))
         busy = bool(self._ledger.of_account(account))
         # One without a task, and as it should be, waits for what wakes it, be it only the sweep.
-        longest = BUSY_LOOK_SECONDS if busy or self._fleet.doubts(account) else None
+        doubtful = self._fleet.standings.of(account).is_doubtful
+        longest = BUSY_LOOK_SECONDS if busy or doubtful else None
         return min((each for each in (due, longest) if each is not None), default=None)
 
     async def _inquired(self, view: AccountView) -> bool:
         """The account isn't as it should be. Whether all is known that the network did to it."""
         account = view.account.address
-        since = self._fleet.seen_well(account)
+        since = self._fleet.standings.seen_well(account)
         try:
             for wakeup in await self._network.befell(account, since, view.moment):
                 self._befell(wakeup)
@@ -293,7 +301,7 @@ class Term:
         account = wakeup.account
         if account is None:
             return
-        if wakeup.reason == KICKED_OUT and self._fleet.kicked(account, wakeup.moment):
+        if wakeup.reason == KICKED_OUT and self._fleet.standings.kicked(account, wakeup.moment):
             self._log.error("kicked_out", account=account)
             self._world.metrics.kicked_out()
         elif wakeup.reason == SLASHED:

@@ -72,7 +72,7 @@ class Watched:
     async def view(self, http: httpx.AsyncClient, url: str) -> None:
         async with http.stream("GET", f"{url}/v1/events") as answer:
             async for line in answer.aiter_lines():
-                self.events += line.startswith("event: status")
+                self.events += line.startswith(("event: status", "event: changed"))
                 self.failed += line.startswith("event: away")
 
 

@@ -22,6 +22,8 @@ from devnet.models import SD15
 CARDS, SECONDS, BLOCK, VALIDATION = 4, 4.0, 2.0, 5.0
 MOST_SLOTS = 8
 WINDOW = 60.0
+WAITING = 32
+"""Tasks in the network's queue: some always wait, and no more than it has room for."""
 TIMEOUT = 3600
 """Seconds: no task that waits in the network's queue is given up."""
 WARM_UP = {"1": 20.0, "2": 20.0, "4": 30.0, "auto": 90.0}
@@ -63,6 +65,7 @@ async def measure(slots: str) -> Measured:
         await serving(room, CARDS if slots == "auto" else accounts)
         application = room.devnet.application()
         application.validate_after = VALIDATION
+        application.most_waiting = WAITING
         seconds = WARM_UP[slots] + WINDOW
         # As many as could be computed, so that some always wait.
         count = int(CARDS * seconds / SECONDS) + accounts

@@ -18,7 +18,8 @@ from cluster.core import standing
 from cluster.core.errors import ConfigError
 from cluster.identity import TREASURY, Identity
 from cluster.journal import HOST, STANDING, Owner, SqlJournal
-from cluster.journal_engine import SCHEMA, file_of
+from cluster.journal_engine import file_of
+from cluster.journal_upgrades import SCHEMA
 
 _NAME = "journal"
 

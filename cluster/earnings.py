@@ -1,16 +1,16 @@
-"""What came in and what gas went out over time: the journal's hourly sums, put together."""
+"""What came in and what gas went out over time: the journal's sums, put together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from cluster.core.types import Address, GpuClass, Timestamp
-from cluster.journal_takings import HOUR, Takings
+from cluster.journal_takings import DAY, HOUR, Sums, Takings
 from cluster.status import View, WeiText
 
 Step = Literal["hour", "day"]
-SECONDS: Mapping[Step, int] = {"hour": HOUR, "day": 24 * HOUR}
+SECONDS: Mapping[Step, int] = {"hour": HOUR, "day": DAY}
 MOST_STEPS = 2_000
 """In one answer; who asks for more gets the newest."""
 
@@ -45,57 +45,48 @@ class Earnings(View):
     classes: tuple[ClassEarnings, ...] = ()
 
 
+def numbers(since: Timestamp, now: Timestamp, step: Step) -> tuple[int, int]:
+    """Of the first and the last hour or day that is shown."""
+    last = int(now // SECONDS[step])
+    return max(int(since // SECONDS[step]), last - MOST_STEPS + 1), last
+
+
 def earnings_of(
-    takings: Iterable[Takings],
+    takings: Takings,
     classes: Mapping[Address, GpuClass],
-    since: Timestamp,
-    now: Timestamp,
+    first: int,
+    last: int,
     step: Step,
 ) -> Earnings:
-    """`takings` from the hour of `since` on, put into steps and classes."""
+    """`takings` from the hour or day `first` to `last`, every one of them, and put into classes."""
     seconds = SECONDS[step]
-    last = int(now // seconds)
-    first = max(int(since // seconds), last - MOST_STEPS + 1)
-    by_step = {number: (0, 0, 0) for number in range(first, last + 1)}
-    by_class: dict[GpuClass | None, tuple[int, int, int]] = {}
-    for each in takings:
-        number = int(each.since // seconds)
-        if number not in by_step:
-            continue
-        by_step[number] = _add(by_step[number], each)
-        kind = classes.get(each.account)
-        by_class[kind] = _add(by_class.get(kind, (0, 0, 0)), each)
-    tasks, paid, gas = (sum(column) for column in zip(*by_step.values(), strict=True))
+    by_step = {number: takings.steps.get(number, Sums()) for number in range(first, last + 1)}
+    by_class: dict[GpuClass | None, Sums] = {}
+    for account, sums in takings.accounts.items():
+        kind = classes.get(account)
+        by_class[kind] = by_class.get(kind, Sums()) + sums
+    total = sum(takings.steps.values(), Sums())
     return Earnings(
         step=step,
         since=float(first * seconds),
-        tasks=tasks,
-        paid=_text(paid),
-        gas=_text(gas),
+        **_view(total),
         steps=tuple(
-            EarningsStep(
-                since=float(number * seconds),
-                tasks=sums[0],
-                paid=_text(sums[1]),
-                gas=_text(sums[2]),
-            )
+            EarningsStep(since=float(number * seconds), **_view(sums))
             for number, sums in by_step.items()
         ),
         classes=tuple(
             ClassEarnings(
                 name="" if kind is None else kind.name,
                 vram=0 if kind is None else kind.vram,
-                tasks=sums[0],
-                paid=_text(sums[1]),
-                gas=_text(sums[2]),
+                **_view(sums),
             )
-            for kind, sums in sorted(by_class.items(), key=lambda item: -item[1][1])
+            for kind, sums in sorted(by_class.items(), key=lambda item: -item[1].paid)
         ),
     )
 
 
-def _add(sums: tuple[int, int, int], each: Takings) -> tuple[int, int, int]:
-    return sums[0] + each.tasks, sums[1] + each.paid, sums[2] + each.gas
+def _view(sums: Sums) -> dict[str, Any]:
+    return {"tasks": sums.tasks, "paid": _text(sums.paid), "gas": _text(sums.gas)}
 
 
 def _text(wei: int) -> str:

@@ -32,9 +32,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from cluster import journal_lease as lease_rows
 from cluster import journal_takings as takings
+from cluster import journal_tallies as tallies
 from cluster.core import ports
 from cluster.core.errors import ConfigError, IllegalMove
 from cluster.core.record import (
+    AttemptStarted,
     Closed,
     Event,
     Outcome,
@@ -53,8 +55,9 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.journal_engine import SCHEMA, make_tables, open_engine, upgrade
+from cluster.journal_engine import make_tables, open_engine
 from cluster.journal_events import decode_event, encode_event
+from cluster.journal_history import add_name
 from cluster.journal_tables import (
     accounts_table,
     cursors_table,
@@ -64,12 +67,15 @@ from cluster.journal_tables import (
     tasks_table,
 )
 from cluster.journal_takings import Takings
+from cluster.journal_upgrades import SCHEMA, upgrade
 
 _SLASHED = "slashed:"
 """Begins the key of a mark, among the cursors, that an account lost its stake."""
 _CLEARED = "cleared:"
 """Begins the key of how many invalidated tasks of an account the operator has seen to."""
 _OWNER = "owner"
+_OUTCOMES = "outcome"
+"""The kind of the tallies by outcome."""
 HOST = "host"
 """The key, among the cursors, of the machine whose coordinator acted last."""
 STANDING = "standing:"
@@ -118,13 +124,18 @@ class SqlJournal:
     """`ports.Journal`, and the transactions in which the outbox and others keep their rows."""
 
     def __init__(
-        self, url: str, look_only: bool = False, wall: Callable[[], float] = time.time
+        self,
+        url: str,
+        look_only: bool = False,
+        wall: Callable[[], float] = time.time,
+        most: int | None = None,
     ) -> None:
         """Opens the database, and makes its tables where it is new; with `look_only` it is left as
-        it is, and may be of another version. `wall` is this machine's clock. Raises
-        `ConfigError`."""
+        it is, and may be of another version. `wall` is this machine's clock; `most`: how many
+        connections it may have. Raises `ConfigError`."""
+        self._url = url
         self._wall = wall
-        self._database = open_engine(url, look_only)
+        self._database = open_engine(url, look_only, most)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
         if look_only:
             return
@@ -150,6 +161,10 @@ class SqlJournal:
         found = self.cursor("schema")
         if found != SCHEMA:
             raise ConfigError(f"the journal has schema {found}, this version needs {SCHEMA}")
+
+    def reader(self, most: int) -> SqlJournal:
+        """The same journal to look at only, by connections of its own."""
+        return SqlJournal(self._url, look_only=True, wall=self._wall, most=most)
 
     def bind(self, owner: Owner) -> None:
         """Write down whose journal it is. Raises `ConfigError` when it holds another's facts; an
@@ -262,6 +277,8 @@ class SqlJournal:
             seq = int(_inserted(written.inserted_primary_key))
             _mark(connection, after, seq, first=before is None)
             _take(connection, before, after)
+            if isinstance(event, AttemptStarted):
+                add_name(connection, task, event.attempt_id)
         # Only now: a transaction that fails must not leave a fold of what was never stored.
         if isinstance(event, Closed):
             self._folds.pop(task, None)
@@ -305,16 +322,10 @@ class SqlJournal:
 
     def totals(self) -> tuple[Counter[Outcome], Wei]:
         """Closed tasks by outcome, and what they paid in all."""
-        query = select(tasks_table.c.outcome, tasks_table.c.payment).where(
-            tasks_table.c.closed_seq.is_not(None)
-        )
-        outcomes: Counter[Outcome] = Counter()
-        paid = 0
         with self.read() as connection:
-            for outcome, payment in connection.execute(query):
-                outcomes[Outcome(outcome)] += 1
-                paid += int(payment)
-        return outcomes, Wei(paid)
+            found = tallies.of(connection, _OUTCOMES)
+        outcomes = Counter({Outcome(name): each.count for name, each in found.items()})
+        return outcomes, Wei(sum(each.wei for each in found.values()))
 
     def slashed_accounts(self) -> frozenset[Address]:
         """Accounts that lost their stake, marked so or by a task closed as invalidated, and that
@@ -346,10 +357,10 @@ class SqlJournal:
         records = (self._record(connection, task) for task in tasks)
         return tuple(record for record in records if record is not None)
 
-    def takings(self, since: Timestamp) -> tuple[Takings, ...]:
-        """What came in and what gas went out, by the hour and account, from that hour on."""
+    def takings(self, span: int, first: int, last: int) -> Takings:
+        """What came in and what gas went out: `journal_takings.between`."""
         with self.read() as connection:
-            return takings.since(connection, since)
+            return takings.between(connection, span, first, last)
 
     def story(self, task: Commitment) -> tuple[tuple[Event, Timestamp], ...]:
         with self.read() as connection:
@@ -467,10 +478,16 @@ def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> 
 def _take(connection: Connection, before: TaskRecord | None, after: TaskRecord) -> None:
     """Keep the sums in step: a task that is closed counts, one that is opened again does not."""
     if before is not None and before.closed_at is not None and after.closed_at is None:
-        paid = Wei(-before.payment)
-        takings.add(connection, before.closed_at, before.account, tasks=-1, paid=paid)
+        _sum(connection, before, -1)
     elif after.closed_at is not None:
-        takings.add(connection, after.closed_at, after.account, tasks=1, paid=after.payment)
+        _sum(connection, after, 1)
+
+
+def _sum(connection: Connection, closed: TaskRecord, sign: int) -> None:
+    assert closed.closed_at is not None and closed.outcome is not None, "it is closed"  # noqa: S101
+    paid = Wei(sign * closed.payment)
+    takings.add(connection, closed.closed_at, closed.account, tasks=sign, paid=paid)
+    tallies.add(connection, _OUTCOMES, closed.outcome.value, sign, paid)
 
 
 def _history(

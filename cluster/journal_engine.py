@@ -1,4 +1,4 @@
-"""The journal's database: opened, tuned, its tables made and upgraded. SQLite or PostgreSQL."""
+"""The journal's database: opened, tuned, its tables made. SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,30 +8,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, select, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from cluster import quarantine_rows
 from cluster.core.errors import ConfigError
-from cluster.journal_tables import cursors_table, metadata, outbox_table
+from cluster.journal_tables import metadata
 
-SCHEMA = "3"
-_UPGRADES = {
-    "1": (
-        "ALTER TABLE outbox ADD COLUMN offer TEXT",
-        "ALTER TABLE outbox ADD COLUMN block BIGINT",
-    ),
-    "2": ("ALTER TABLE outbox ADD COLUMN cost TEXT",),
-}
-"""By the schema that a journal has: what makes the next one of it."""
 _SWITCH_TRIES = 100
+LONGEST_LOOK_MS = 30_000
 _MAKING = 0x63727978
 """PostgreSQL's advisory lock of whoever makes the tables; any number that is nobody else's."""
 
 
-def open_engine(url: str, look_only: bool = False) -> Engine:
-    """`look_only`: nothing is made or written, whatever is asked of it."""
+def open_engine(url: str, look_only: bool = False, most: int | None = None) -> Engine:
+    """`look_only`: nothing is made or written, whatever is asked of it. `most`: how many
+    connections it has at a time."""
+    pool: dict[str, Any] = {} if most is None else {"pool_size": most, "max_overflow": 0}
     try:
         parsed = make_url(url)
         if parsed.drivername == "postgresql":
@@ -43,6 +37,7 @@ def open_engine(url: str, look_only: bool = False) -> Engine:
             pool_pre_ping=not url.startswith("sqlite"),
             # They are in the text of errors otherwise, and prompts among them.
             hide_parameters=True,
+            **pool,
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -51,10 +46,9 @@ def open_engine(url: str, look_only: bool = False) -> Engine:
         ) from error
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(f"the journal's URL can't be used: {error}") from error
-    if engine.dialect.name == "sqlite":
-        if look_only:
-            _only_look(engine)
-            return engine
+    if look_only:
+        _only_look(engine)
+    elif engine.dialect.name == "sqlite":
         _make_folder(parsed.database)
         _tune_sqlite(engine)
     return engine
@@ -67,10 +61,19 @@ def file_of(url: str) -> Path | None:
 
 
 def _only_look(engine: Engine) -> None:
+    settings: tuple[str, ...] = ("PRAGMA busy_timeout=5000", "PRAGMA query_only=ON")
+    if engine.dialect.name == "postgresql":
+        settings = (
+            "SET default_transaction_read_only = on",
+            # Who asked has given up long before.
+            f"SET statement_timeout = {LONGEST_LOOK_MS}",
+        )
+
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: Any) -> None:
-        for pragma in ("busy_timeout=5000", "query_only=ON"):
-            connection.execute(f"PRAGMA {pragma}")
+        for setting in settings:
+            connection.execute(setting)
+        connection.commit()
 
 
 def _make_folder(database: str | None) -> None:
@@ -97,19 +100,6 @@ def _tune_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def upgrade(connection: Connection) -> None:
-    """One version after the other, each whole or not at all; what is newer is left alone."""
-    place = cursors_table.c.key == "schema"
-    while True:
-        found = connection.execute(select(cursors_table.c.value).where(place)).scalar() or ""
-        if found not in _UPGRADES:
-            return
-        for statement in _UPGRADES[found]:
-            connection.execute(text(statement))
-        newer = str(int(found) + 1)
-        connection.execute(update(cursors_table).where(place).values(value=newer))
-
-
 def _write_ahead(connection: Any) -> None:
     """The file's mode for good. The switch waits for no lock, whatever the timeout, so while
     another process makes it, it is tried again."""
@@ -127,7 +117,4 @@ def make_tables(connection: Connection) -> None:
         # "If it isn't there" is no protection there from another who finds the same.
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_MAKING})"))
     metadata.create_all(connection)
-    for index in outbox_table.indexes:
-        # A table that was there already has those that it was made with.
-        index.create(connection, checkfirst=True)
     quarantine_rows.metadata.create_all(connection)

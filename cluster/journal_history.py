@@ -7,21 +7,30 @@ Every function works within a transaction of the caller's: one under the lease w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, Select, delete, func, insert, select
 
 from cluster.core.record import Outcome
 from cluster.core.types import Address, AttemptId, Commitment, Timestamp
-from cluster.journal_tables import audit_table, bundles_table, events_table, outbox_table
+from cluster.journal_tables import (
+    audit_table,
+    bundles_table,
+    events_table,
+    names_table,
+    outbox_table,
+)
 from cluster.journal_tables import tasks_table as tasks
 
 MOST_BUNDLES = 500
 MOST_AUDITED = 100_000
 LEAST_DIGITS = 8
 """Of a commitment, by which a task may be called."""
+_HASH_DIGITS = 64
+_HEX = dict(zip("0123456789abcdef", "123456789abcdefg", strict=True))
+"""By a digit, what comes right after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,30 +118,41 @@ def actions(connection: Connection, limit: int) -> tuple[Audited, ...]:
 
 def find_task(connection: Connection, name: str) -> tuple[Commitment, ...]:
     """The tasks that `name` may mean, two at most: a commitment or its first digits, an attempt's
-    id, or a transaction's hash."""
+    id, or a transaction's hash. Each look is by an index, however long the journal is."""
     name = name.lower()
     digits = name if name.startswith("0x") else f"0x{name}"
-    if len(digits) >= 2 + LEAST_DIGITS:
-        begins = tasks.c.commitment.startswith(digits, autoescape=True)
-        found = connection.execute(select(tasks.c.commitment).where(begins).limit(2)).scalars()
+    for query in _lookups(name, digits):
+        found = connection.execute(query.limit(2)).scalars()
         if commitments := tuple(map(Commitment, found)):
             return commitments
-    sent = (
-        select(outbox_table.c.task)
-        .where(outbox_table.c.tx_hash == digits, outbox_table.c.task.is_not(None))
-        .limit(2)
-    )
-    if commitments := tuple(map(Commitment, connection.execute(sent).scalars())):
-        return commitments
-    of_attempt = (
-        select(events_table.c.commitment)
-        .where(
-            events_table.c.kind == "attempt_started",
-            events_table.c.body.contains(f'"attempt_id": "{name}"', autoescape=True),
-        )
-        .limit(2)
-    )
-    return tuple(map(Commitment, connection.execute(of_attempt).scalars()))
+    return ()
+
+
+def _lookups(name: str, digits: str) -> Iterator[Select[Any]]:
+    yield select(tasks.c.commitment).where(tasks.c.commitment == digits)
+    if LEAST_DIGITS <= len(digits) - 2 < _HASH_DIGITS and (end := _after(digits)):
+        # Not LIKE, for which neither database uses the key.
+        begins = (tasks.c.commitment >= digits) & (tasks.c.commitment < end)
+        yield select(tasks.c.commitment).where(begins)
+    sent = (outbox_table.c.tx_hash == digits) & outbox_table.c.task.is_not(None)
+    yield select(outbox_table.c.task).where(sent)
+    yield select(names_table.c.commitment).where(names_table.c.name.in_([name, digits])).distinct()
+
+
+def _after(digits: str) -> str:
+    """What comes right after all that begin with these hexadecimal digits, in any collation, which
+    has the digits before the letters; empty for what isn't such."""
+    if not set(digits[2:]) <= _HEX.keys():
+        return ""
+    return digits[:-1] + _HEX[digits[-1]]
+
+
+def add_name(connection: Connection, task: Commitment, name: str) -> None:
+    """From now on the task is found by `name` too."""
+    values = {"name": name.lower(), "commitment": task}
+    known = select(names_table).filter_by(**values)
+    if connection.execute(known).first() is None:
+        connection.execute(insert(names_table).values(**values))
 
 
 def _keep_newest(connection: Connection, table: Any, most: int) -> None:  # noqa: ANN401 - a table

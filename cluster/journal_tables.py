@@ -15,6 +15,8 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+MICRO = 10**12
+"""Wei in a millionth of a CNX."""
 _BigSerial = BigInteger().with_variant(Integer, "sqlite")
 
 lease_table = Table(
@@ -60,7 +62,7 @@ outbox_table = Table(
     Column("state", Text, nullable=False, index=True),
     Column("nonce", BigInteger),
     Column("raw", LargeBinary),
-    Column("tx_hash", Text),
+    Column("tx_hash", Text, index=True),
     Column("sent_at", Double),
     Column("updated_at", Double, nullable=False),
     Column("reason", Text, nullable=False),
@@ -69,17 +71,38 @@ outbox_table = Table(
     Column("cost", Text),
     Index("outbox_by_nonce", "account", "nonce"),
 )
-takings_table = Table(
-    "takings",
+names_table = Table(
+    "task_names",
     metadata,
-    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", Text, primary_key=True),
+    Column("commitment", Text, primary_key=True),
+)
+"""What else leads to a task: its attempts' ids, and hashes of its transactions that the outbox's
+row doesn't have any more."""
+earned_table = Table(
+    "earned",
+    metadata,
+    Column("span", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("account", Text, primary_key=True),
     Column("tasks", Integer, nullable=False),
-    Column("paid", Text, nullable=False),
-    Column("gas", Text, nullable=False),
+    Column("paid_micro", BigInteger, nullable=False),
+    Column("paid_wei", BigInteger, nullable=False),
+    Column("gas_micro", BigInteger, nullable=False),
+    Column("gas_wei", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
-"""Sums by the hour (unix time / 3600) and account, in wei, kept as tasks close and gas is spent:
-the history itself is too long to be added up for each look."""
+"""Sums by the hour and by the day (`span`: its seconds; `number`: unix time / span) and account,
+kept as tasks close and gas is spent: the history itself is too long to be added up for each look.
+An amount is `*_micro` * `MICRO` + `*_wei`, so that the database can add it up."""
+tallies_table = Table(
+    "tallies",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("counted", BigInteger, nullable=False),
+    Column("wei", Text, nullable=False),
+)
 bundles_table = Table(
     "bundles",
     metadata,

@@ -1,31 +1,45 @@
-"""What came in and what gas went out, by the hour and account, in the journal.
+"""What came in and what gas went out, by the hour and by the day, of each account, in the journal.
 
 Added up as it happens, in the transaction of what it is about: a task that is closed, a write that
-is mined; and taken back where the network takes it back.
+is mined; and taken back where the network takes it back. The database adds up what is asked for: an
+amount is kept in two numbers that it can hold the sum of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Column, Connection, Row, func, insert, select, update
 
 from cluster.core.types import Address, Timestamp, Wei
-from cluster.journal_tables import takings_table as table
+from cluster.journal_tables import MICRO
+from cluster.journal_tables import earned_table as table
 
 HOUR = 3600
+DAY = 24 * HOUR
 _NOTHING = Wei(0)
+_AMOUNTS = ("tasks", "paid_micro", "paid_wei", "gas_micro", "gas_wei")
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    tasks: int = 0
+    paid: Wei = _NOTHING
+    gas: Wei = _NOTHING
+
+    def __add__(self, more: Sums) -> Sums:
+        return Sums(self.tasks + more.tasks, Wei(self.paid + more.paid), Wei(self.gas + more.gas))
 
 
 @dataclass(frozen=True, slots=True)
 class Takings:
-    """Of one account in the hour that begins at `since` (unix time): tasks closed, and wei."""
+    """The same twice: by the number of the hour or day (of unix time), and by account; those in
+    which nothing happened are left out."""
 
-    since: Timestamp
-    account: Address
-    tasks: int
-    paid: Wei
-    gas: Wei
+    steps: Mapping[int, Sums]
+    accounts: Mapping[Address, Sums]
 
 
 def add(
@@ -36,34 +50,37 @@ def add(
     paid: Wei = _NOTHING,
     gas: Wei = _NOTHING,
 ) -> None:
-    """Add to the hour of `at`; what is negative is taken back."""
-    hour = int(at // HOUR)
-    place = (table.c.hour == hour) & (table.c.account == account)
-    found = connection.execute(select(table).where(place)).first()
-    if found is None:
-        values = {"tasks": tasks, "paid": str(paid), "gas": str(gas)}
-        connection.execute(insert(table).values(hour=hour, account=account, **values))
-        return
-    values = {
-        "tasks": found.tasks + tasks,
-        "paid": str(int(found.paid) + paid),
-        "gas": str(int(found.gas) + gas),
-    }
-    connection.execute(update(table).where(place).values(**values))
+    """Add to the hour and the day of `at`; what is negative is taken back."""
+    more = Sums(tasks, paid, gas)
+    for span in (HOUR, DAY):
+        key = {"span": span, "number": int(at // span), "account": account}
+        found = connection.execute(select(table).filter_by(**key)).first()
+        if found is None:
+            connection.execute(insert(table).values(**key, **_columns(more)))
+        else:
+            changed = _columns(_sums(found) + more)
+            connection.execute(update(table).filter_by(**key).values(**changed))
 
 
-def since(connection: Connection, at: Timestamp) -> tuple[Takings, ...]:
-    """From the hour of `at` on, the oldest first."""
-    query = (
-        select(table).where(table.c.hour >= int(at // HOUR)).order_by(table.c.hour, table.c.account)
-    )
-    return tuple(
-        Takings(
-            Timestamp(float(row.hour * HOUR)),
-            Address(row.account),
-            row.tasks,
-            Wei(int(row.paid)),
-            Wei(int(row.gas)),
-        )
-        for row in connection.execute(query)
-    )
+def between(connection: Connection, span: int, first: int, last: int) -> Takings:
+    """Of the hours or days (`span`: `HOUR` or `DAY`) with these numbers and those between them."""
+
+    def by(column: Column[Any]) -> dict[Any, Sums]:
+        sums = [func.sum(table.c[name]).label(name) for name in _AMOUNTS]
+        here = (table.c.span == span) & table.c.number.between(first, last)
+        query = select(column.label("name"), *sums).where(here).group_by(column)
+        return {row.name: _sums(row) for row in connection.execute(query)}
+
+    accounts = {Address(account): sums for account, sums in by(table.c.account).items()}
+    return Takings(by(table.c.number), accounts)
+
+
+def _columns(sums: Sums) -> dict[str, int]:
+    amounts = (sums.tasks, *divmod(sums.paid, MICRO), *divmod(sums.gas, MICRO))
+    return dict(zip(_AMOUNTS, amounts, strict=True))
+
+
+def _sums(row: Row[Any]) -> Sums:
+    # PostgreSQL's sums are decimals.
+    tasks, paid, paid_wei, gas, gas_wei = (int(row._mapping[name]) for name in _AMOUNTS)
+    return Sums(tasks, Wei(paid * MICRO + paid_wei), Wei(gas * MICRO + gas_wei))

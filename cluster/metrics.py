@@ -43,7 +43,6 @@ from cluster.status import (
     GpuStatus,
     Status,
     TaskView,
-    readiness,
 )
 from cluster.store_metrics import StoreMetrics
 
@@ -192,7 +191,7 @@ class Metrics:
     def observe(self, status: Status) -> None:
         """Set every gauge from one look at everything."""
         self._observe_identity(status.identity.treasury)
-        self._ready.set(readiness(status)[0])
+        self._ready.set(status.ready)
         self._lease_held.set(status.acting)
         self._lease_epoch.set(status.epoch or 0)
         self._chain_reached.put(status.chain.reached if status.acting else None)

@@ -19,6 +19,18 @@ WeiText = Annotated[str, Field(pattern=r"^\d+$")]
 
 SERVING = frozenset({GpuState.READY, GpuState.BUSY})
 """A card in one of these states earns, or could."""
+ACCOUNTS_SERVE = frozenset({"available", "busy"})
+"""An account with one of these statuses has a task, or gets one."""
+MOST_NAMED = 5
+"""Accounts, where it is said which ones don't serve."""
+
+
+_NOT_SERVING = {
+    "quit": "not joined",
+    "unknown": "not looked at yet",
+    "pending_pause": "pausing",
+    "pending_quit": "quitting",
+}
 
 
 class View(BaseModel):
@@ -226,6 +238,10 @@ class Status(View):
     epoch: int | None
     not_acting: str = ""
     """Why not, where that isn't the lease."""
+    ready: bool = False
+    """Tasks can be taken now, as `readiness` finds."""
+    missing: tuple[str, ...] = ()
+    """What stands in the way of that, in words."""
     identity: IdentityView
     chain: ChainView
     relay: RelayView
@@ -239,20 +255,63 @@ class Status(View):
     drain: DrainStatus = DrainStatus()
 
 
+def judged(status: Status) -> Status:
+    """With what comes of it: said once, so that all who tell it say the same."""
+    ready, missing = readiness(status)
+    return status.model_copy(update={"ready": ready, "missing": missing})
+
+
 def readiness(status: Status) -> tuple[bool, tuple[str, ...]]:
-    """Whether tasks can be taken now and, if not, what is missing, in words."""
+    """Whether tasks can be taken now and, if not, what is missing, in words.
+
+    Whoever doesn't act knows nothing of chain, relay and accounts. A drain is wanted, and still
+    nothing can be taken; that the accounts rest for it needn't be said.
+    """
+    drain, missing = status.drain, _no_network(status)
+    if not any(gpu.state in SERVING for gpu in status.gpus):
+        missing.append(_no_gpu(status.gpus))
+    if drain.everything:
+        missing.append("it is drained" if drain.done else f"it is being drained: {_left(drain)}")
+    return not missing, tuple(missing)
+
+
+def _no_network(status: Status) -> list[str]:
+    if not status.acting:
+        why = status.not_acting or "it doesn't hold the lease"
+        return [f"the coordinator is not acting: {why}"]
     missing: list[str] = []
     if not status.chain.reached:
         missing.append(f"the chain is not reached: {status.chain.error or 'no answer yet'}")
-    if not status.acting:
-        why = status.not_acting or "it doesn't hold the lease"
-        missing.append(f"the coordinator is not acting: {why}")
-    if not any(gpu.state in SERVING for gpu in status.gpus):
-        missing.append(_no_gpu(status.gpus))
-    if status.drain.everything:
-        left = "; ".join(status.drain.left)
-        missing.append("it is drained" if status.drain.done else f"it is being drained: {left}")
-    return not missing, tuple(missing)
+    elif not status.drain.everything and not any(map(_serves, status.accounts)):
+        missing.append(_no_account(status.accounts))
+    if not status.relay.reached:
+        missing.append(f"the relay is not reached: {status.relay.error or 'no answer yet'}")
+    return missing
+
+
+def _serves(account: AccountStatus) -> bool:
+    return account.status in ACCOUNTS_SERVE
+
+
+def _no_account(accounts: tuple[AccountStatus, ...]) -> str:
+    """By number, for anyone may hear it."""
+    if not accounts:
+        return "no account serves: none is there"
+    found: dict[str, list[int]] = {}
+    for each in accounts:
+        found.setdefault(_NOT_SERVING.get(each.status, each.status), []).append(each.index)
+    words = (f"{_named(which)} {status}" for status, which in sorted(found.items()))
+    return f"no account serves: {', '.join(words)}"
+
+
+def _named(which: list[int]) -> str:
+    first = ", ".join(f"#{index}" for index in which[:MOST_NAMED])
+    more = len(which) - MOST_NAMED
+    return f"{first} and {more} more" if more > 0 else first
+
+
+def _left(drain: DrainStatus) -> str:
+    return "; ".join(drain.left)
 
 
 def _no_gpu(gpus: tuple[GpuStatus, ...]) -> str:

@@ -17,7 +17,6 @@ from cluster.status import (
     Status,
     StoreStatus,
     TaskView,
-    readiness,
 )
 
 TASKS_SHOWN = 20
@@ -56,17 +55,16 @@ def cnx(wei: str) -> str:
 
 
 def headline(status: Status) -> Text:
-    ready, missing = readiness(status)
     block = "?" if status.chain.block is None else status.chain.block
     line = Text(f"crynux-cluster {status.version}  ")
-    line.append("ready" if ready else "not ready", style="bold green" if ready else "bold red")
+    line.append(
+        "ready" if status.ready else "not ready", style="bold green" if status.ready else "bold red"
+    )
     line.append(f"  chain {status.chain.chain_id} at block {block}")
     if status.identity.treasury:
         line.append(f"  treasury {status.identity.treasury}")
-    for what in missing:
+    for what in status.missing:
         line.append(f"\n  {what}", style="red")
-    if not status.relay.reached:
-        line.append(f"\n  the relay is not reached: {status.relay.error or '?'}", style="red")
     return line
 
 

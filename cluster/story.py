@@ -66,6 +66,10 @@ class TransactionView(View):
     replaced: tuple[str, ...] = ()
     """Hashes of those it took the place of."""
     block: int | None = None
+    at: float | None = None
+    """When its state last changed."""
+    sent_at: float | None = None
+    """When it was last broadcast."""
     cost: WeiText = "0"
     reason: str = ""
     link: str | None = None
@@ -222,6 +226,8 @@ def _transaction(row: OutboxRow, explorer: str | None) -> TransactionView:
         tx_hash=None if signed is None else signed.tx_hash,
         replaced=() if signed is None else signed.replaced,
         block=row.block,
+        at=row.updated_at,
+        sent_at=row.sent_at,
         cost=str(row.cost),
         reason=row.reason,
         link=link,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from math import isfinite
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -76,26 +77,34 @@ def _transactions(story: TaskStory) -> Iterable[RenderableType]:
 
 
 def log_lines(story: TaskStory) -> list[dict[str, object]]:
-    """One for each event and transaction, with the ids that lead to the others."""
+    """One for each event and transaction, in order of time, with the ids that lead to the others. A
+    transaction's is from when its state last changed."""
     ids = {"task": story.commitment, "account": story.account}
-    lines: list[dict[str, object]] = []
+    lines: list[tuple[float, dict[str, object]]] = []
     for event in story.events:
-        more = {"attempt": event.attempt, "gpu": event.gpu}
-        found = {name: value for name, value in more.items() if value is not None}
-        time = datetime.fromtimestamp(event.at, UTC).isoformat()
-        lines.append({"timestamp": time, "event": event.kind, **ids, **found, "text": event.text})
+        told = {"event": event.kind, **ids, "attempt": event.attempt, "gpu": event.gpu}
+        lines.append((event.at, {**_said(told), "text": event.text}))
     for each in story.transactions:
-        told = {
+        moved = {
             "event": "transaction",
             **ids,
             "write": each.write,
             "state": each.state,
             "tx_hash": each.tx_hash,
+            "replaced": " ".join(each.replaced),
             "block": each.block,
             "reason": each.reason,
         }
-        lines.append({name: value for name, value in told.items() if value not in {None, ""}})
-    return lines
+        lines.append((float("inf") if each.at is None else each.at, _said(moved)))
+    lines.sort(key=lambda line: line[0])
+    return [
+        {"timestamp": datetime.fromtimestamp(at, UTC).isoformat(), **said} if isfinite(at) else said
+        for at, said in lines
+    ]
+
+
+def _said(told: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in told.items() if value not in {None, ""}}
 
 
 def log_text(line: dict[str, object]) -> str:

@@ -5,7 +5,7 @@
     GET  /readyz              200 when tasks can be taken; 503 with what is missing, in words
     GET  /metrics             Prometheus text; 503 while the coordinator is away
     GET  /v1/status           everything at one moment
-    GET  /v1/events           the same again and again, as server-sent events
+    GET  /v1/events           the same as server-sent events, then what has changed of it
     GET  /v1/tasks/{name}     a task's whole story; /bundle: what is kept of its failed attempts;
                               /files/{file}: a file of its result, while it is kept
     GET  /v1/earnings         what came in, by the hour or day
@@ -18,12 +18,11 @@ Nothing is kept here but the last answer, for a moment, so that many who look co
 from __future__ import annotations
 
 import asyncio
-import json
+import functools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
 from importlib import resources
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Body, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -31,65 +30,26 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import cluster
-from cluster.api.guard import Access, Guard
+from cluster.api.contents import Content, Seen, takes_gzip
+from cluster.api.guard import Access, Guard, address_of
 from cluster.api.shared import Shared
+from cluster.api.source import NotKnown, Source, SourceAway
+from cluster.api.stream import EVENT_SECONDS, events, packed
+from cluster.api.traffic import LONGEST_STREAM_SECONDS, Door, Stream, Traffic
 from cluster.earnings import Earnings
 from cluster.metrics import CONTENT_TYPE
-from cluster.status import Status, View, readiness
+from cluster.status import Status, View
 from cluster.steering import ORDERS, ActionView, Done, Order
 from cluster.story import TaskStory
 
 TIMEOUT_SECONDS = 3.0
 KEPT_SECONDS = 1.0
-EVENT_SECONDS = 2.0
 SCRAPED_SECONDS = 5.0
 """Prometheus asks every 15 s, unless it is told to ask more often."""
 MOST_DAYS = 400.0
 
 Answer = TypeVar("Answer")
 PagePart = Literal["app.js", "dom.js", "plot.js", "story.js", "views.js", "style.css"]
-
-
-class SourceAway(Exception):
-    """The coordinator can't be asked now; the message says why, in one line."""
-
-
-class NotKnown(Exception):
-    """The coordinator knows no such thing; the message says how to name one."""
-
-
-class Source(Protocol):
-    """Where the answers come from; plain JSON values. Each raises `SourceAway`."""
-
-    async def status(self) -> Mapping[str, Any]: ...
-
-    async def metrics_text(self) -> bytes: ...
-
-    async def story(self, name: str) -> Mapping[str, Any]:
-        """Raises `NotKnown`."""
-        ...
-
-    async def bundle(self, name: str) -> Mapping[str, Any]:
-        """Raises `NotKnown`."""
-        ...
-
-    async def file(self, name: str, file: str) -> bytes:
-        """Raises `NotKnown`."""
-        ...
-
-    async def earnings(self, since: float, step: str) -> Mapping[str, Any]: ...
-
-    async def audit(self, limit: int) -> list[Mapping[str, Any]]: ...
-
-    async def perform(self, order: Mapping[str, Any], who: str) -> Mapping[str, Any]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A status, and its JSON text: made once for all who look."""
-
-    status: Status
-    text: str
 
 
 class Health(BaseModel):
@@ -153,10 +113,11 @@ def create_api(
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
     )
-    guard = Guard(access, clock)
+    guard, traffic = Guard(access, clock), Traffic()
+    api.add_middleware(Door, traffic=traffic)
     status_now = Shared(lambda: _look(source, timeout), KEPT_SECONDS, clock)
     events_now = Shared(status_now.get, EVENT_SECONDS, clock)
-    metrics_now = Shared(lambda: _in_time(source.metrics_text(), timeout), SCRAPED_SECONDS, clock)
+    metrics_now = Shared(lambda: _scrape(source, timeout, traffic), SCRAPED_SECONDS, clock)
     bearer = HTTPBearer(auto_error=False, description="The token of serve.token_file.")
     reading = [Depends(guard.read), Depends(bearer)]
     acting = [Depends(bearer)]
@@ -172,8 +133,8 @@ def create_api(
         responses=_READ | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
         dependencies=reading,
     )
-    async def metrics() -> Response:
-        return Response(await metrics_now.get(), headers={"content-type": CONTENT_TYPE})
+    async def metrics(request: Request) -> Response:
+        return (await metrics_now.get()).answer(request, {"content-type": CONTENT_TYPE})
 
     @api.get(
         "/v1/status",
@@ -182,23 +143,30 @@ def create_api(
         responses=_READ,
         dependencies=reading,
     )
-    async def status() -> Response:
-        return Response((await status_now.get()).text, media_type="application/json")
+    async def status(request: Request) -> Response:
+        seen = await status_now.get()
+        return seen.content.answer(request, {"content-type": "application/json"})
 
     @api.get(
         "/v1/events",
-        summary="The status again and again, as server-sent events",
+        summary="The status as server-sent events: whole, then what has changed of it",
         response_class=StreamingResponse,
-        responses=_CLOSED | {200: {"content": {"text/event-stream": {}}}},
+        responses=_CLOSED
+        | _says(503, "Too many follow already.")
+        | {200: {"content": {"text/event-stream": {}}}},
         dependencies=reading,
     )
-    async def events(
+    async def follow(
+        request: Request,
         count: Annotated[int | None, Query(ge=1, le=1_000_000, description="End after.")] = None,
-    ) -> StreamingResponse:
-        stream = _stream(events_now, count)
-        return StreamingResponse(
-            stream, media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
+    ) -> Stream:
+        address = address_of(request)
+        traffic.enter(address)
+        stream = events(events_now, clock, count, LONGEST_STREAM_SECONDS)
+        headers = {"cache-control": "no-store"}
+        if takes_gzip(request):
+            stream, headers = packed(stream), headers | {"content-encoding": "gzip"}
+        return Stream(stream, lambda: traffic.leave(address), headers)
 
     @api.get(
         "/v1/earnings",
@@ -214,6 +182,7 @@ def create_api(
         found = await _in_time(source.earnings(since, step), timeout)
         return _valid(Earnings, found)
 
+    traffic.expect(api.routes)
     return api
 
 
@@ -233,20 +202,30 @@ def _add_tasks(
         "/v1/tasks/{name}/bundle",
         summary="What is kept of its failed attempts, its parameters among it",
         responses=_READ | _UNKNOWN,
-        dependencies=[*acting, Depends(guard.act)],
+        dependencies=acting,
     )
-    async def bundle(name: Name) -> Bundle:
-        return _valid(Bundle, await _in_time(source.bundle(name), timeout))
+    async def bundle(
+        name: Name,
+        who: str = Depends(guard.look),  # noqa: FAST002 - it can't be found by its name
+    ) -> Bundle:
+        found = _valid(Bundle, await _in_time(source.bundle(name), timeout))
+        await _in_time(source.shown(who, "bundle", name), timeout)
+        return found
 
     @api.get(
         "/v1/tasks/{name}/files/{file}",
         summary="A file of its result, while it is kept",
         response_class=Response,
         responses=_READ | _UNKNOWN | {200: {"content": _FILE_TYPES}},
-        dependencies=[*acting, Depends(guard.act)],
+        dependencies=acting,
     )
-    async def result_file(name: Name, file: FileName) -> Response:
+    async def result_file(
+        name: Name,
+        file: FileName,
+        who: str = Depends(guard.look),  # noqa: FAST002 - it can't be found by its name
+    ) -> Response:
         data = await _in_time(source.file(name, file), timeout)
+        await _in_time(source.shown(who, "result", name), timeout)
         kind = "image/png" if data.startswith(_PNG) else "application/octet-stream"
         return Response(data, media_type=kind, headers=_AS_A_FILE)
 
@@ -254,7 +233,7 @@ def _add_tasks(
         "/v1/audit",
         summary="What operators had done, the newest first",
         responses=_READ,
-        dependencies=reading,
+        dependencies=[*acting, Depends(guard.look)],
     )
     async def audit(
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -294,9 +273,10 @@ def _add_health(api: FastAPI, status_now: Shared[Seen]) -> None:
     )
     async def readyz(response: Response) -> Readiness:
         try:
-            ready, missing = readiness((await status_now.get()).status)
+            status = (await status_now.get()).status
+            ready, missing = status.ready, status.missing
         except SourceAway as error:
-            ready, missing = False, (_away(error),)
+            ready, missing = False, (error.words,)
         response.status_code = 200 if ready else 503
         return Readiness(ready=ready, missing=missing)
 
@@ -312,44 +292,39 @@ def _add_page(api: FastAPI) -> None:
         "referrer-policy": "no-referrer",
     }
 
+    @functools.cache
+    def part_of(name: str) -> Content:
+        return Content((folder / name).read_bytes())
+
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> Response:  # noqa: RUF029
-        return Response(
-            (folder / "index.html").read_bytes(), media_type="text/html", headers=headers
-        )
+    async def page(request: Request) -> Response:  # noqa: RUF029
+        kind = {"content-type": "text/html; charset=utf-8"}
+        return part_of("index.html").answer(request, headers | kind)
 
     @api.get("/page/{name}", include_in_schema=False)
-    async def part(name: PagePart) -> Response:  # noqa: RUF029
+    async def part(name: PagePart, request: Request) -> Response:  # noqa: RUF029
         kind = "text/css" if name.endswith(".css") else "text/javascript"
-        return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
+        told = headers | {"content-type": f"{kind}; charset=utf-8"}
+        return part_of(name).answer(request, told)
 
 
 def _answer_errors(api: FastAPI) -> None:
     @api.exception_handler(SourceAway)
     async def away(_request: Request, error: SourceAway) -> JSONResponse:  # noqa: RUF029
-        return JSONResponse(Problem(detail=_away(error)).model_dump(), 503)
+        return JSONResponse(Problem(detail=error.words).model_dump(), 503)
 
     @api.exception_handler(NotKnown)
     async def not_known(_request: Request, error: NotKnown) -> JSONResponse:  # noqa: RUF029
         return JSONResponse(Problem(detail=str(error)).model_dump(), 404)
 
 
-async def _stream(events_now: Shared[Seen], count: int | None) -> AsyncIterator[bytes]:
-    sent = 0
-    while count is None or sent < count:
-        try:
-            name, data = "status", (await events_now.get()).text
-        except SourceAway as error:
-            name, data = "away", json.dumps(_away(error))
-        yield f"event: {name}\ndata: {data}\n\n".encode()
-        sent += 1
-        if count is None or sent < count:
-            await asyncio.sleep(EVENT_SECONDS)
-
-
 async def _look(source: Source, timeout: float) -> Seen:  # noqa: ASYNC109
-    status = _valid(Status, await _in_time(source.status(), timeout))
-    return Seen(status, status.model_dump_json())
+    return Seen(_valid(Status, await _in_time(source.status(), timeout)))
+
+
+async def _scrape(source: Source, timeout: float, traffic: Traffic) -> Content:  # noqa: ASYNC109
+    """One text for everything: the coordinator's, and of what only this process knows."""
+    return Content(await _in_time(source.metrics_text(), timeout) + traffic.render())
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -363,10 +338,6 @@ def _valid(model: type[Model], found: Mapping[str, Any]) -> Model:
         fields = error.error_count()
         detail = f"its {model.__name__} is not of this version ({fields} fields differ)"
         raise SourceAway(detail) from None
-
-
-def _away(error: SourceAway) -> str:
-    return f"the coordinator is away: {error}"
 
 
 async def _in_time(answer: Coroutine[Any, Any, Answer], timeout: float) -> Answer:  # noqa: ASYNC109

@@ -20,15 +20,20 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 
+from cluster import logs
 from cluster.chain.health import Bucket
 from cluster.core.errors import ConfigError
 
 ACTIONS_PER_SECOND: Final = 5.0
 FAILURES_PER_SECOND: Final = 0.2
 """Of wrong tokens, from one address: then it waits, whoever has the right one does not."""
+REFUSALS_LOGGED: Final = 0.2
+"""In a second; more at once are only counted."""
 MOST_ADDRESSES: Final = 1_000
 LEAST_TOKEN: Final = 16
 """Characters of a token."""
+log = logs.get(__name__)
+
 NOBODY: Final = "no token is set (serve.token_file), so nobody may do this from here"
 
 
@@ -70,13 +75,14 @@ class Access:
 
 @dataclass
 class Guard:
-    """`read` and `act` are FastAPI dependencies; they raise `HTTPException`, and give the name
-    under which what is done is written down."""
+    """`read`, `look` and `act` are FastAPI dependencies; they raise `HTTPException`, and give the
+    name under which what is done is written down."""
 
     access: Access
     clock: Callable[[], float]
     _acting: dict[str, Bucket] = field(default_factory=dict)
     _failing: dict[str, Bucket] = field(default_factory=dict)
+    _logged: Bucket = Bucket(REFUSALS_LOGGED, burst=20.0)
 
     def read(self, request: Request) -> str:
         access = self.access
@@ -86,25 +92,46 @@ class Guard:
             raise HTTPException(403, "reads are closed (serve.open_reads) and no token is set")
         return self._known(request)
 
-    def act(self, request: Request) -> str:
+    def look(self, request: Request) -> str:
+        """At what is somebody's: whoever may act may, as often as wanted (ten pictures at once)."""
         if self.access.token is None and not self.access.local:
             raise HTTPException(403, NOBODY)
-        who = self._known(request)
-        self._take(self._acting, _address(request), ACTIONS_PER_SECOND, "too many actions")
+        return self._known(request)
+
+    def act(self, request: Request) -> str:
+        who = self.look(request)
+        self._take(self._acting, address_of(request), ACTIONS_PER_SECOND, "too many actions")
         return who
 
     def _known(self, request: Request) -> str:
         token = self.access.token
         if token is None:
-            _check_local(request)
-            return f"local {_address(request)}"
+            self._local(request)
+            return f"local {address_of(request)}"
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(
             given.strip().encode(), token.encode()
         ):
-            return f"token {_address(request)}"
-        self._take(self._failing, _address(request), FAILURES_PER_SECOND, "too many wrong tokens")
+            return f"token {address_of(request)}"
+        self._take(self._failing, address_of(request), FAILURES_PER_SECOND, "too many wrong tokens")
+        if given:
+            self._tell(request, "wrong token")
         raise HTTPException(401, "a bearer token is needed", headers={"www-authenticate": "Bearer"})
+
+    def _local(self, request: Request) -> None:
+        try:
+            _check_local(request)
+        except HTTPException as error:
+            self._tell(request, error.detail)
+            raise
+
+    def _tell(self, request: Request, why: str) -> None:
+        """Only here: whoever hasn't come in, comes into no audit log."""
+        bucket, pause = self._logged.take(self.clock())
+        if pause <= 0:
+            self._logged = bucket
+            path = request.url.path[:100]
+            log.warning("request_refused", address=address_of(request), path=path, why=why)
 
     def _take(self, buckets: dict[str, Bucket], key: str, rate: float, problem: str) -> None:
         now = self.clock()
@@ -117,15 +144,19 @@ class Guard:
             del buckets[next(iter(buckets))]
 
 
-def _address(request: Request) -> str:
+def address_of(request: Request) -> str:
     return request.client.host if request.client is not None else "unknown"
 
 
 def _check_local(request: Request) -> None:
     """Raises `HTTPException` unless a program on this machine asks, for itself."""
-    host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    said, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        host = urlsplit(f"//{said}").hostname or ""
+        where = None if origin is None else urlsplit(origin).netloc
+    except ValueError:  # as of a bracket that isn't closed
+        raise HTTPException(403, "Host or Origin is no address") from None
     if not is_loopback(host):
         raise HTTPException(403, f"addressed as {host[:100]}: without a token, only as 127.0.0.1")
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if where not in {None, said}:
         raise HTTPException(403, "another site's page may not ask this")

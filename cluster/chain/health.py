@@ -28,8 +28,9 @@ SLOW: Final = 4.0
 """An endpoint so many times slower than one behind it in the order stands back."""
 LONG_WAIT: Final = 0.2
 """Of endpoints that have to be waited for, by their rates, so many seconds make a difference."""
-MOST_AHEAD: Final = 600.0
-"""Seconds of the wall clock that a block's time may be ahead."""
+MOST_AHEAD: Final = 30.0
+"""Seconds of the wall clock that a block's time may be ahead, unless all are. Less than
+`FAR_SECONDS`, so that no head alone makes the others look far behind."""
 SLOW_SECONDS: Final = 1.0
 """And never one that answers within this."""
 

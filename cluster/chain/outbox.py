@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError
 
 from cluster import journal_takings as takings
 from cluster.chain import outbox_rows as rows
-from cluster.chain.outbox_moves import Moves
+from cluster.chain.outbox_moves import Moves, Waits
 from cluster.chain.outbox_ports import Clock, OutboxSettings, Signer
 from cluster.chain.outbox_rows import Intent, OutboxRow, Patience, RowState, Signed
 from cluster.chain.refusals import Refusals
@@ -131,7 +131,7 @@ class Outbox(Moves):
     def movements(self) -> Mapping[Address, Movement]:
         with self._journal.read() as connection:
             found = defaultdict(Movement, rows.movements(connection))
-            owed = rows.owed(connection)
+            owed = rows.owed(connection, self._lacking.keys())
         for account, refusals in self._refusals.by_account().items():
             found[account] = replace(found[account], refused=refusals)
         for account, amount in owed.items():
@@ -222,7 +222,7 @@ class Outbox(Moves):
         for row in sorted(account, key=lambda each: each.order):
             try:
                 await self._advance(row)
-            except RpcRefused as error:
+            except (RpcRefused, Waits) as error:
                 failure = failure or error
                 # A row without a nonce stands in nobody's way; one with a nonce does.
                 if row.signed is not None:

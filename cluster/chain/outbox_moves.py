@@ -38,6 +38,10 @@ HURRY_SECONDS = 60.0
 """With less than so much left until a write is too late, it offers more and waits for less."""
 
 
+class Waits(ChainError):
+    """A write that can't be afforded now: nothing was signed for it, so it is in nobody's way."""
+
+
 class Moves:
     """Storing what comes of it is left to who makes one of this (`cluster.chain.outbox`)."""
 
@@ -151,7 +155,7 @@ class Moves:
     def _stop(self, intent: Intent, problem: str) -> NoReturn:
         line = f"account {intent.account} {problem}"
         self._alerts.note(intent.key, "new", line)
-        raise ChainError(line)
+        raise Waits(line)
 
     def _urgency(self, intent: Intent) -> int:
         """How many times as much is offered: the nearer the deadline, the more."""

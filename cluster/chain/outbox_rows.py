@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Select, func, insert, select, update
 
+from cluster import journal_tallies as tallies
 from cluster.chain.fees import Offer
 from cluster.chain.reverts import Verdict, verdict
 from cluster.core.errors import IllegalMove
@@ -18,6 +19,7 @@ from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
+from cluster.journal_history import add_name
 from cluster.journal_tables import outbox_table as table
 
 
@@ -46,6 +48,8 @@ IN_THE_CHAIN = frozenset({RowState.MINED, RowState.FINAL})
 REFUSED = frozenset({RowState.REFUSED, RowState.REVERTED})
 FILL = "fill"
 """The verb of a transfer of nothing, which stands for a nonce that is missing."""
+_STATES = "outbox"
+"""The kind of the tallies of rows that are done with."""
 REPORT = "model"
 """The verb of a write that says which model an account holds."""
 LONGEST_WAIT = 900.0
@@ -400,10 +404,11 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
     return found
 
 
-def owed(connection: Connection) -> Mapping[Address, Wei]:
-    """What accounts' own writes that are on their way will take from each, gas aside."""
+def owed(connection: Connection, waiting: Collection[str] = ()) -> Mapping[Address, Wei]:
+    """What accounts' own writes that are on their way will take from each, gas aside. Those that
+    are `waiting` for money, by their keys, take none."""
     open_states = [state.value for state in IN_FLIGHT | {RowState.NEW}]
-    query = select(table.c.account, table.c.value)
+    query = select(table.c.account, table.c.value).where(table.c.key.not_in(waiting))
     found: dict[Address, Wei] = {}
     for row in connection.execute(
         query.where(table.c.task.is_(None), table.c.state.in_(open_states))
@@ -420,9 +425,12 @@ def refused(connection: Connection) -> tuple[OutboxRow, ...]:
 
 
 def states(connection: Connection) -> Mapping[RowState, int]:
-    """How many rows stand in each state."""
-    query = select(table.c.state, func.count()).group_by(table.c.state)
-    return {RowState(state): count for state, count in connection.execute(query)}
+    """How many rows stand in each state: those that are on their way are few, and counted."""
+    on_their_way = table.c.state.in_([state.value for state in UNRESOLVED])
+    query = select(table.c.state, func.count()).where(on_their_way).group_by(table.c.state)
+    found = {RowState(state): count for state, count in connection.execute(query)}
+    done = tallies.of(connection, _STATES)
+    return found | {RowState(state): each.count for state, each in done.items()}
 
 
 def add(connection: Connection, intent: Intent, now: Timestamp) -> None:
@@ -431,4 +439,18 @@ def add(connection: Connection, intent: Intent, now: Timestamp) -> None:
 
 
 def store(connection: Connection, row: OutboxRow) -> None:
-    connection.execute(update(table).where(table.c.key == row.intent.key).values(**_columns(row)))
+    place = table.c.key == row.intent.key
+    before = connection.execute(select(table.c.tx_hash, table.c.state).where(place)).one()
+    connection.execute(update(table).where(place).values(**_columns(row)))
+    _tally(connection, RowState(before.state), row.state)
+    newest = None if row.signed is None else row.signed.tx_hash
+    if row.intent.task is not None and before.tx_hash not in {None, newest}:
+        # An explorer may show it still.
+        add_name(connection, row.intent.task, before.tx_hash)
+
+
+def _tally(connection: Connection, before: RowState, after: RowState) -> None:
+    if before is not after:
+        for state, count in ((before, -1), (after, 1)):
+            if state not in UNRESOLVED:
+                tallies.add(connection, _STATES, state.value, count)

@@ -126,7 +126,11 @@ def decode(data: bytes, message: str) -> Revert:
 
 
 def brief(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
+    """A stranger's words on one line, and not a long one: without what moves a terminal's cursor,
+    or what a database doesn't take."""
+    beginning = text[: MAX_TEXT + 1]
+    shown = "".join(each if each.isprintable() else repr(each)[1:-1] for each in beginning)
+    return shown if len(shown) <= MAX_TEXT else f"{shown[:MAX_TEXT]} …"
 
 
 _ERROR, _PANIC = "Error(string)", "Panic(uint256)"

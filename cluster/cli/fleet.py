@@ -166,7 +166,11 @@ def _follow(look: Callable[[], FleetStatus], sleep: Callable[[float], None] = ti
     shown: tuple[str, ...] = ()
     quiet = 0
     while quiet < 3:
-        found = look()
+        try:
+            found = look()
+        except ClusterError as error:
+            # It goes on in a coordinator that begins anew.
+            found = FleetStatus(plan=(f"{error}; waiting for it",))
         for line in found.plan:
             if line not in shown:
                 click.echo(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import TypeAdapter
+from pydantic import RootModel, TypeAdapter
 from rich.console import Console
 from rich.live import Live
 
@@ -22,6 +22,7 @@ from cluster.status import Status
 from cluster.steering import ActionView
 from cluster.story import TaskStory
 
+Actions = RootModel[tuple[ActionView, ...]]
 TOP_SECONDS = 2.0
 _DAY = 86_400.0
 _UNITS = {"h": 3_600.0, "d": _DAY, "w": 7 * _DAY}
@@ -182,12 +183,11 @@ def logs(api: ApiClient, as_json: bool, task: str) -> None:
 @api_options
 def audit(api: ApiClient, as_json: bool, limit: int) -> None:
     """List what operators had done, by command or API, the newest first."""
-    found = api.raw("/v1/audit", limit=limit)
-    actions = TypeAdapter(tuple[ActionView, ...]).validate_python(found)
+    found = api.get("/v1/audit", Actions, limit=limit)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(found.model_dump_json(indent=2))
     else:
-        Console().print(story_view.actions(actions))
+        Console().print(story_view.actions(found.root))
 
 
 def seconds_of(text: str) -> float:

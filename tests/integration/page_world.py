@@ -17,8 +17,9 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from cluster.api.app import NotKnown, SourceAway, create_api
+from cluster.api.app import create_api
 from cluster.api.guard import Access
+from cluster.api.source import NotKnown, SourceAway
 from cluster.core.types import GpuState
 from cluster.status import (
     AccountStatus,
@@ -36,6 +37,7 @@ from cluster.status import (
     StoreStatus,
     TaskView,
     Totals,
+    judged,
 )
 from tests.debian import program
 
@@ -43,6 +45,8 @@ PATIENCE_SECONDS = 120.0
 """How long anything is waited for; machines that run tests are slow and busy."""
 NOW = 1_790_000_000.0
 CNX = 10**18
+PICTURES = 6
+"""Of a result: as many as a task has that doesn't say how many."""
 TASK = "0x" + "ab" * 32
 FAILED = "0x" + "cd" * 32
 HOSTILE = "<img src=x onerror=\"document.title='taken over'\">"
@@ -51,7 +55,15 @@ CARD = GpuClassView(name="NVIDIA GeForce RTX 4090+docker", vram=24)
 
 def busy_status() -> Status:
     """A cluster in which there is something of everything."""
-    states = (GpuState.BUSY, GpuState.READY, GpuState.QUARANTINED, GpuState.STARTING)
+    states = (
+        GpuState.BUSY,
+        GpuState.READY,
+        GpuState.QUARANTINED,
+        GpuState.STARTING,
+        GpuState.DRAINED,
+        GpuState.UNREACHABLE,
+        GpuState.READY,
+    )
     return Status(
         version="1.2.3",
         config_digest="d",
@@ -71,7 +83,7 @@ def busy_status() -> Status:
         ),
         relay=RelayView(reached=True),
         accounts=tuple(_account(index) for index in range(1, 6)),
-        gpus=tuple(_gpu(index, states[index % 4]) for index in range(7)),
+        gpus=tuple(_gpu(index, state) for index, state in enumerate(states)),
         stores=(
             StoreStatus(
                 ray_node="0123456789abcdef",
@@ -204,8 +216,11 @@ STORY: Mapping[str, Any] = {
         {"write": "abort", "state": "new", "account": f"0x{1:040x}", "link": "javascript:alert(1)"},
     ],
     "files": [
-        {"name": "0.png", "sha256": "12" * 32, "size": 1_500_000, "kept": True},
-        {"name": "1.png", "sha256": "13" * 32, "size": 1_500_000, "kept": False},
+        *(
+            {"name": f"{n}.png", "sha256": "12" * 32, "size": 1_500_000, "kept": True}
+            for n in range(PICTURES)
+        ),
+        {"name": "gone.png", "sha256": "13" * 32, "size": 1_500_000, "kept": False},
     ],
     "bundles": ["a1"],
 }
@@ -225,7 +240,7 @@ class SaidSource:
 
     async def status(self) -> Mapping[str, Any]:
         self._say()
-        return self.now.model_dump(mode="json")
+        return judged(self.now).model_dump(mode="json")
 
     async def metrics_text(self) -> bytes:
         self._say()
@@ -242,11 +257,14 @@ class SaidSource:
 
     async def file(self, name: str, file: str) -> bytes:
         await self.story(name)
-        if file != "0.png":
+        if file not in {f"{n}.png" for n in range(PICTURES)}:
             raise NotKnown(f"{name}: its result has no file {file}")
         data = io.BytesIO()
         Image.new("RGB", (64, 48), "seagreen").save(data, "PNG")
         return data.getvalue()
+
+    async def shown(self, who: str, what: str, task: str) -> None:
+        self._say()
 
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         self._say()

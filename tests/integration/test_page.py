@@ -9,7 +9,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from cluster.api.guard import Access
+from cluster.core.types import GpuState
 from tests.integration.page_world import (
+    PICTURES,
     TASK,
     SaidSource,
     browsing,
@@ -58,8 +60,18 @@ def test_everything_is_there_and_fits(
         expect(page.locator("#plot rect.bar")).to_have_count(24)
         expect(page.locator("#alert-list")).to_contain_text("node-2 is quarantined")
         # Each state is told by a sign and a word.
-        for words in ("▶ busy", "✓ ready", "✕ quarantined", "! starting"):
+        for words in (
+            "▶ busy",
+            "✓ ready",
+            "✕ quarantined",
+            "! starting",
+            "! drained",
+            "✕ unreachable",
+        ):
             expect(page.locator("#gpus")).to_contain_text(words)
+        # What is broken stands first.
+        for place, state in enumerate(("quarantined", "unreachable", "busy")):
+            expect(page.locator("#gpus article").nth(place)).to_contain_text(state)
         for words in ("NVIDIA GeForce RTX 4090", "11 of 25", "62 °C", "power cap", "30 min ago"):
             expect(page.locator("#gpus")).to_contain_text(words)
         expect(page.locator("#glance")).to_contain_text("1,234 CNX")
@@ -87,7 +99,9 @@ def test_it_follows_what_happens(browser: Browser) -> None:
         source.away = None
         expect(page.locator("#state")).to_have_text("✓ serving")
         source.now = busy_status().model_copy(update={"acting": False})
-        expect(page.locator("#state")).to_have_text("✕ not serving")
+        expect(page.locator("#state")).to_have_text(
+            "✕ not serving: the coordinator is not acting: it doesn't hold the lease"
+        )
         expect(page.locator("#alert-list")).to_contain_text("doesn't hold the lease")
         page.close()
 
@@ -95,23 +109,53 @@ def test_it_follows_what_happens(browser: Browser) -> None:
 def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
     cards = tuple(
         busy_status().gpus[0].model_copy(update={"gpu_id": f"node-{n}", "problem": "x" * (n == 7)})
-        for n in range(200)
+        for n in range(199)
     )
-    with serving(SaidSource(busy_status().model_copy(update={"gpus": cards}))) as url:
+    silent = cards[0].model_copy(update={"gpu_id": "node-silent", "state": GpuState.UNREACHABLE})
+    silent_too = silent.model_copy(update={"busy_seconds": 1.0})
+    cards = (*cards, silent)
+    source = SaidSource(busy_status().model_copy(update={"gpus": cards}))
+    with serving(source) as url:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(url)
         expect(page.locator("#gpus article")).to_have_count(200)
-        expect(page.locator("#gpus details[open]")).to_have_count(1)
+        expect(page.locator("#gpus details[open]")).to_have_count(2)
         expect(page.locator("#gpus article").first).to_contain_text("node-7")
+        expect(page.locator("#gpus article").nth(1)).to_contain_text("node-silent")
         # What a person opens stays open, and keeps the focus, while the page goes on.
-        second = page.locator("#gpus summary").nth(1)
+        second = page.locator("#gpus summary").nth(2)
         second.click()
         marked = page.evaluate("document.querySelector('#gpus').firstChild.dataset.old = '1'")
         assert marked == "1"
+        # What hasn't changed isn't shown anew; what has changed is.
+        source.now = source.now.model_copy(update={"problems": ("something else",)})
+        expect(page.locator("#alert-list")).to_contain_text("something else")
+        expect(page.locator("#gpus article").first).to_have_attribute("data-old", "1")
+        source.now = source.now.model_copy(update={"gpus": (*cards[:-1], silent_too)})
         expect(page.locator("#gpus article").first).not_to_have_attribute("data-old", "1")
-        expect(page.locator("#gpus details[open]")).to_have_count(2)
+        expect(page.locator("#gpus details[open]")).to_have_count(3)
         expect(second).to_be_focused()
         keep_picture(page, "many")
+        page.close()
+
+
+def test_of_many_accounts_those_that_dont_serve_are_seen(browser: Browser) -> None:
+    first = busy_status().accounts[1]
+    accounts = tuple(
+        first.model_copy(
+            update={"index": n, "address": f"0x{n:040x}", "status": "paused" if n == 77 else "busy"}
+        )
+        for n in range(1, 501)
+    )
+    with serving(SaidSource(busy_status().model_copy(update={"accounts": accounts}))) as url:
+        page = browser.new_page()
+        page.goto(url)
+        rows = page.locator("#accounts tbody tr")
+        expect(rows).to_have_count(1)
+        expect(rows).to_contain_text("! paused")
+        expect(page.locator("#glance")).to_contain_text("499 of 500")
+        page.get_by_label("Show all 500").check()
+        expect(rows).to_have_count(500)
         page.close()
 
 
@@ -131,10 +175,10 @@ def test_a_task_is_told_whole(browser: Browser) -> None:
         ]
         assert story.locator("img").count() == 0
         story.get_by_role("button", name="Show the result").click()
-        expect(story.get_by_alt_text("Result 0.png")).to_be_visible()
-        assert story.locator("img").evaluate_all("all => all.map(each => each.naturalWidth)") == [
-            64
-        ]
+        for n in range(PICTURES):
+            expect(story.get_by_alt_text(f"Result {n}.png")).to_be_visible()
+        widths = story.locator("img").evaluate_all("all => all.map(each => each.naturalWidth)")
+        assert widths == [64] * PICTURES
         keep_picture(page, "story")
         page.keyboard.press("Escape")
         expect(story).not_to_be_visible()
@@ -183,3 +227,23 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
         assert page.evaluate("localStorage.length") == 0
         assert TOKEN not in page.url
         context.close()
+
+
+def test_where_anyone_may_read_who_acts_is_asked_for_the_token(browser: Browser) -> None:
+    source = SaidSource()
+    with serving(source, Access(TOKEN, open_reads=True)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator("#gpus article")).to_have_count(7)
+        expect(page.locator("#token")).not_to_be_visible()
+        expect(page.locator("#audit")).to_contain_text("Not shown: a bearer token is needed")
+        page.get_by_role("button", name="End every drain").click()
+        expect(page.locator("#token")).to_be_visible()
+        assert source.orders == []
+        page.locator("#secret").fill(TOKEN)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#token")).not_to_be_visible()
+        page.get_by_role("button", name="End every drain").click()
+        expect(page.locator("#action-said")).to_have_text("resume: as asked")
+        expect(page.locator("#audit")).to_contain_text("resume")
+        page.close()

@@ -21,6 +21,7 @@ from cluster.status import (
     RelayView,
     Status,
     TaskView,
+    judged,
 )
 
 CARD = GpuClassView(name="NVIDIA GeForce RTX 4090+docker", vram=24)
@@ -56,7 +57,7 @@ def snapshot(
     accounts: tuple[AccountStatus, ...] = (),
     tasks: tuple[TaskView, ...] = (),
 ) -> Status:
-    return Status(
+    status = Status(
         version="1",
         config_digest="d",
         now=1000.0,
@@ -69,6 +70,7 @@ def snapshot(
         accounts=accounts,
         tasks=tasks,
     )
+    return judged(status)
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:

@@ -32,6 +32,7 @@ from cluster.status import (
     StoreStatus,
     TaskView,
     Totals,
+    judged,
 )
 from cluster.status_view import cnx, render
 from cluster.steering import ClearQuarantine
@@ -46,54 +47,56 @@ network:
   relay_url: http://127.0.0.1:9000
 """
 ADDRESS = '"0x5FbDB2315678afecb367f032d93F642f64180aa3"'
-STATUS = Status(
-    version="1",
-    config_digest="d",
-    now=100.0,
-    acting=True,
-    epoch=1,
-    identity=IdentityView(treasury="0xTreasury"),
-    chain=ChainView(reached=True, chain_id=31337, block=5),
-    relay=RelayView(reached=False, error="refused"),
-    accounts=(
-        AccountStatus(
-            index=1,
-            address="0xNode",
-            status="busy",
-            gpu_class=GpuClassView(name="Card [red]+docker", vram=8),
-            stake=str(400 * 10**18),
-            current_task=TASK,
+STATUS = judged(
+    Status(
+        version="1",
+        config_digest="d",
+        now=100.0,
+        acting=True,
+        epoch=1,
+        identity=IdentityView(treasury="0xTreasury"),
+        chain=ChainView(reached=True, chain_id=31337, block=5),
+        relay=RelayView(reached=False, error="refused"),
+        accounts=(
+            AccountStatus(
+                index=1,
+                address="0xNode",
+                status="busy",
+                gpu_class=GpuClassView(name="Card [red]+docker", vram=8),
+                stake=str(400 * 10**18),
+                current_task=TASK,
+            ),
         ),
-    ),
-    gpus=(
-        GpuStatus(
-            gpu_id="n/0",
-            ray_node="n",
-            name="Card",
-            vram=8,
-            simulated=True,
-            state=GpuState.BUSY,
-            task=TASK,
-            step=3,
-            steps=20,
+        gpus=(
+            GpuStatus(
+                gpu_id="n/0",
+                ray_node="n",
+                name="Card",
+                vram=8,
+                simulated=True,
+                state=GpuState.BUSY,
+                task=TASK,
+                step=3,
+                steps=20,
+            ),
         ),
-    ),
-    tasks=(
-        TaskView(
-            commitment=TASK,
-            account="0xNode",
-            type="SD",
-            status="ParametersUploaded",
-            stage="answerable",
-            progress="running",
-            action="Wait: computing",
-            gpu_id="n/0",
-            seen_at=90.0,
-            fee=str(25 * 10**16),
+        tasks=(
+            TaskView(
+                commitment=TASK,
+                account="0xNode",
+                type="SD",
+                status="ParametersUploaded",
+                stage="answerable",
+                progress="running",
+                action="Wait: computing",
+                gpu_id="n/0",
+                seen_at=90.0,
+                fee=str(25 * 10**16),
+            ),
         ),
-    ),
-    totals=Totals(paid_wei=str(15 * 10**17), tasks={"EndSuccess": 2}),
-    problems=("the disk is nearly full",),
+        totals=Totals(paid_wei=str(15 * 10**17), tasks={"EndSuccess": 2}),
+        problems=("the disk is nearly full",),
+    )
 )
 
 

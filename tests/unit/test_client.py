@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.types import Timestamp
 from cluster.journal import SqlJournal
+from cluster.journal_engine import file_of
 from cluster.steering import ClearQuarantine
+from tests.unit import old_journals
 
 ADDRESS = "0x" + "11" * 20
 CLEAR = ClearQuarantine(card="x")
@@ -139,6 +142,23 @@ def test_it_asks_the_cluster_that_the_coordinator_is_in(
     journal.set_cursor(lease, RAY_ADDRESS, written)
     journal.close()
     assert client.address_of(here) == found
+
+
+def test_who_asks_makes_no_journal_and_leaves_another_versions_as_it_is(tmp_path: Path) -> None:
+    here = config(tmp_path)
+    file = file_of(here.journal.url)
+    assert file is not None
+    assert client.address_of(here) == "auto"
+    assert not file.parent.exists()
+    file.parent.mkdir()
+    file.touch()
+    assert client.address_of(here) == "auto"
+    assert file.stat().st_size == 0
+    file.unlink()
+    old_journals.make(here.journal.url)
+    assert client.address_of(here) == "auto"
+    with contextlib.closing(SqlJournal(here.journal.url, look_only=True)) as journal:
+        assert journal.schema() == "3"
 
 
 def test_a_cluster_that_is_gone_is_one_line_at_once(

@@ -182,6 +182,13 @@ async def test_blocks_of_the_future_are_not_believed_unless_all_have_them() -> N
     assert "tells of blocks of the future" not in rig.problems(), "our clock is wrong then"
 
 
+@pytest.mark.parametrize("ahead", [0.0, 29.0, 31.0, 100.0, 599.0])
+async def test_of_two_one_that_tells_nonsense_leaves_the_other_one_asked(ahead: float) -> None:
+    rig = Rig([Node("a"), Node("b", head=10**9, ahead=ahead)])
+    await rig.endpoints.check()
+    assert 0 in health.order(rig.endpoints._states, rig.endpoints._clock())
+
+
 @pytest.mark.parametrize(
     ("hashes", "expected"),
     [

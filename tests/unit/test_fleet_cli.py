@@ -41,6 +41,22 @@ def test_applying_shows_each_step_once_until_nothing_is_on_its_way(
     assert lines == ["fund a", "join b", "join a", module._NOTHING]
 
 
+def test_applying_waits_for_a_coordinator_that_begins_anew(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = iter([FleetStatus(plan=("join a",)), None, None, *[FleetStatus()] * 3])
+
+    def look() -> FleetStatus:
+        found = next(told)
+        if found is None:
+            raise ClusterError("the coordinator is not acting now; try again")
+        return found
+
+    module._follow(look, lambda _: None)
+    away = "the coordinator is not acting now; try again; waiting for it"
+    assert capsys.readouterr().out.splitlines() == ["join a", away, module._NOTHING]
+
+
 def test_applying_ends_when_the_operator_has_to_do_something() -> None:
     with pytest.raises(ClusterError, match="the treasury has 5 wei"):
         module._follow(lambda: FleetStatus(lacks=("the treasury has 5 wei",)), lambda _: None)

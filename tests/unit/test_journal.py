@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from cluster import journal_takings
+from cluster.chain import outbox_rows
 from cluster.core.errors import ConfigError, IllegalMove, LeaseLost
 from cluster.core.ports import Journal, Lease
 from cluster.core.record import (
@@ -45,7 +47,9 @@ from cluster.core.types import (
 )
 from cluster.journal import Assignment, Owner, SqlJournal
 from cluster.journal_events import KINDS, decode_event, encode_event
-from cluster.journal_takings import Takings
+from cluster.journal_tables import metadata
+from cluster.journal_takings import DAY, HOUR, Sums, Takings
+from tests.unit.journal_plans import plans, scanned
 
 TASK = Commitment("0x" + "ab" * 32)
 OTHER = Commitment("0x" + "cd" * 32)
@@ -246,20 +250,56 @@ def test_what_came_in_is_added_up_by_the_hour_and_taken_back_with_its_task(
     lease = take(journal)
     live(journal, lease, TASK, 3599.0)
     live(journal, lease, OTHER, 3600.0)
-    account = SEEN.account
-    assert journal.takings(Timestamp(3599.0)) == (
-        Takings(Timestamp(0.0), account, 1, Wei(5), Wei(0)),
-        Takings(Timestamp(3600.0), account, 1, Wei(5), Wei(0)),
-    )
-    assert len(journal.takings(Timestamp(3600.0))) == 1
+    assert journal.takings(HOUR, 0, 9) == hours({0: Sums(1, Wei(5)), 1: Sums(1, Wei(5))})
+    assert journal.takings(HOUR, 1, 9) == hours({1: Sums(1, Wei(5))})
     # A reorganisation takes the first one's end back; it ends again later, for less.
     journal.append(lease, TASK, SEEN, Timestamp(7200.0))
     journal.append(lease, TASK, Closed(Outcome.GROUP_REFUND, Wei(3)), Timestamp(7201.0))
-    assert journal.takings(Timestamp(0.0)) == (
-        Takings(Timestamp(0.0), account, 0, Wei(0), Wei(0)),
-        Takings(Timestamp(3600.0), account, 1, Wei(5), Wei(0)),
-        Takings(Timestamp(7200.0), account, 1, Wei(3), Wei(0)),
-    )
+    found = journal.takings(HOUR, 0, 9)
+    assert found == hours({0: Sums(), 1: Sums(1, Wei(5)), 2: Sums(1, Wei(3))})
+    assert journal.takings(DAY, 0, 9) == hours({0: Sums(2, Wei(8))})
+    assert journal.takings(DAY, 1, 9) == Takings({}, {})
+
+
+def hours(steps: dict[int, Sums]) -> Takings:
+    return Takings(steps, {SEEN.account: sum(steps.values(), Sums())})
+
+
+@given(st.lists(st.tuples(*[st.integers(-(10**28), 10**28)] * 2), min_size=1, max_size=9))
+def test_sums_are_to_the_wei_however_large(amounts: list[tuple[int, int]]) -> None:
+    engine = create_engine("sqlite://")
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        for paid, gas in amounts:
+            journal_takings.add(connection, Timestamp(1.0), A, 1, Wei(paid), Wei(gas))
+        found = journal_takings.between(connection, DAY, 0, 0)
+    paid, gas = (sum(column) for column in zip(*amounts, strict=True))
+    assert found.steps == {0: Sums(len(amounts), Wei(paid), Wei(gas))}
+    engine.dispose()
+
+
+def test_what_a_term_begins_with_is_found_by_an_index(journal: SqlJournal) -> None:
+    live(journal, take(journal), TASK, 3599.0)
+
+    def begin() -> None:
+        journal.totals()
+        journal.slashed_accounts()
+        journal.open_records()
+        journal.recent_records(200)
+        with journal.read() as connection:
+            outbox_rows.states(connection)
+
+    read = [line for line in scanned(plans(journal, begin)) if "cursors" not in line]
+    assert read == []
+
+
+def test_a_years_earnings_are_read_by_the_day_and_no_account_is_scanned(
+    journal: SqlJournal,
+) -> None:
+    live(journal, take(journal), TASK, 3599.0)
+    found = plans(journal, lambda: journal.takings(DAY, 0, 400))
+    assert not scanned(found)
+    assert all("PRIMARY KEY (span=? AND number" in plan[0] for plan in found.values())
 
 
 def live(journal: SqlJournal, lease: Lease, task: Commitment, at: float) -> None:

@@ -85,6 +85,18 @@ def test_what_is_asked_is_shown_as_text_and_as_json(
     assert api.asked == [asks, asks]
 
 
+@pytest.mark.parametrize("answer", [{"x": 1}, [{"at": "never"}], [1], "x"])
+def test_an_audit_log_that_is_none_is_one_line(
+    api: Api, capsys: pytest.CaptureFixture[str], answer: object
+) -> None:
+    api.answers["/v1/audit"] = answer
+    assert run("audit") == 1
+    said = capsys.readouterr()
+    assert "is this the operator's API" in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
 def test_a_bundle_is_asked_for_by_name(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tasks", TASK, "--bundle") == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == "a prompt"

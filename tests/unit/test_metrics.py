@@ -52,8 +52,10 @@ from cluster.status import (
     FleetStatus,
     GpuClassView,
     IdentityView,
+    RelayView,
     StoreStatus,
     TaskView,
+    judged,
 )
 from tests.unit.metric_fakes import (
     ADDRESS,
@@ -156,7 +158,16 @@ def test_a_snapshot_sets_the_gauges() -> None:
     assert sample(metrics, "crynux_relay_reached") == 0
     assert sample(metrics, "crynux_lease_held") == 1
     assert sample(metrics, "crynux_lease_epoch") == 7
-    assert sample(metrics, "crynux_ready") == 1
+    assert sample(metrics, "crynux_ready") == 0  # without the relay
+
+
+def test_it_is_ready_when_the_status_says_so() -> None:
+    metrics = Metrics("1", "d")
+    found = snapshot((gpu(0, GpuState.READY),), (account(1, NodeStatus.AVAILABLE),))
+    for reached in (True, False, True):
+        relay = RelayView(reached=reached)
+        metrics.observe(judged(found.model_copy(update={"relay": relay})))
+        assert sample(metrics, "crynux_ready") == reached
 
 
 def test_what_is_not_known_has_no_sample() -> None:

@@ -25,6 +25,7 @@ from cluster.core.ports import Lease, Movement
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
+from cluster.journal_takings import HOUR
 
 ALICE, BOB = Address("0x" + "aa" * 20), Address("0x" + "bb" * 20)
 CONTRACT = Address("0x" + "cc" * 20)
@@ -251,7 +252,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def gas(world: World) -> int:
     """What the journal says that was spent."""
-    return sum(each.gas for each in world.journal.takings(Timestamp(0.0)))
+    return sum(each.gas for each in world.journal.takings(HOUR, 0, 10**9).steps.values())
 
 
 def score(task: Commitment = TASK, data: bytes = b"score", account: Address = ALICE) -> Intent:
@@ -731,6 +732,26 @@ async def test_what_an_account_lacks_for_a_write_is_known_until_it_has_it(world:
     world.chain.balance = 10**18
     await world.settle()
     assert world.outbox.movements().get(ALICE, Movement()).lacks == 0
+
+
+async def test_what_cannot_be_paid_holds_nothing_up(world: World) -> None:
+    """A stake for which the treasury has too little, and gas that somebody waits for."""
+    world.chain.balance = 10**17
+    world.outbox.ensure_verb(ALICE, f"fund:{BOB}", BOB, b"", Wei(4 * 10**17))
+    with pytest.raises(ChainError, match="top it up"):
+        await world.outbox.pump()
+    assert world.outbox.movements()[ALICE].owes == 0, "what it has is there to be used"
+    world.outbox.ensure_verb(ALICE, f"gas:{CONTRACT}", CONTRACT, b"", Wei(3))
+    for _ in range(3):
+        with pytest.raises(ChainError, match="top it up"):
+            await world.outbox.pump()
+        world.chain.mine()
+        world.chain.done.clear()
+    assert world.row(f"account:{ALICE}:gas:{CONTRACT}:0").state is RowState.MINED
+    assert world.row(f"account:{ALICE}:fund:{BOB}:0").state is RowState.NEW
+    world.chain.balance = 10**18
+    await world.settle()
+    assert world.row(f"account:{ALICE}:fund:{BOB}:0").state is RowState.MINED
 
 
 async def test_what_is_on_its_way_is_owed(world: World) -> None:

@@ -84,9 +84,11 @@ def test_without_data_the_endpoints_message(message: str, words: str) -> None:
 @example(bytes.fromhex("4e487b71") + b"\x01", MESSAGE)
 @example(data_of("Error(string)", "x") + bytes(100_000), MESSAGE)
 @example(data_of("Error(string)", "\n" * 1000), MESSAGE)
+@example(b"", "execution reverted: a\0b\nc\x1b[31m")
 def test_whatever_comes_is_one_short_line(data: bytes, message: str) -> None:
     found = decode(data, message)
     assert 0 < len(found.reason) <= 300
+    assert found.reason.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +11,27 @@ import ray
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import RayActorError, RayTaskError
+from structlog.testing import capture_logs
 
 import serve_app
-from cluster.api.app import NotKnown, SourceAway, create_api
-from cluster.api.guard import LEAST_TOKEN, Access, is_loopback, read_token
+from cluster.api.app import create_api
+from cluster.api.guard import LEAST_TOKEN, NOBODY, Access, is_loopback, read_token
+from cluster.api.source import NotKnown, SourceAway
 from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
+from cluster.lookups import TooBusy
 from cluster.metrics import Metrics
-from cluster.status import ChainView, GpuStatus, IdentityView, RelayView, Status, readiness
+from cluster.status import (
+    AccountStatus,
+    ChainView,
+    DrainStatus,
+    GpuStatus,
+    IdentityView,
+    RelayView,
+    Status,
+    judged,
+    readiness,
+)
 from cluster.steering import Done
 from cluster.story import UnknownTask
 from serve_app import CoordinatorSource
@@ -58,8 +71,9 @@ def sound(**changes: Any) -> Status:
         chain=ChainView(reached=True, chain_id=31337, block=5),
         relay=RelayView(reached=True),
         gpus=(gpu,),
+        accounts=(AccountStatus(index=1, address="0xB", status="available"),),
     )
-    return status.model_copy(update=changes)
+    return judged(status.model_copy(update=changes))
 
 
 @dataclass
@@ -71,6 +85,7 @@ class Source:
     delay: float = 0.0
     kind: Literal["done", "nothing", "unknown", "refused"] = "done"
     done: list[Mapping[str, Any]] = field(default_factory=list)
+    shows: list[tuple[str, str, str]] = field(default_factory=list)
 
     async def _wait(self) -> None:
         await asyncio.sleep(self.delay)
@@ -99,6 +114,10 @@ class Source:
         await self.story(name)
         return b"\x89PNG\r\n\x1a\n" if file == "0.png" else b"<script>"
 
+    async def shown(self, who: str, what: str, task: str) -> None:
+        await self._wait()
+        self.shows.append((who, what, task))
+
     async def earnings(self, since: float, step: str) -> Mapping[str, Any]:
         await self._wait()
         return {"step": step, "since": since, "tasks": 1, "paid": "5", "gas": "1"}
@@ -114,9 +133,14 @@ class Source:
         return Done(kind=self.kind, text="as asked").model_dump(mode="json")
 
 
-def client(source: Source, timeout: float = 60.0, access: Access = OPEN) -> TestClient:
+def client(
+    source: Source,
+    timeout: float = 60.0,
+    access: Access = OPEN,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> TestClient:
     """As a program on this machine asks."""
-    api = create_api(source, timeout, access, clock=lambda: 0.0, wall=lambda: 1e6)
+    api = create_api(source, timeout, access, clock, wall=lambda: 1e6)
     return TestClient(api, base_url="http://127.0.0.1:8000")
 
 
@@ -137,12 +161,33 @@ def test_metrics_are_prometheus_text() -> None:
     assert list(text_string_to_metric_families(answer.text))
 
 
+def resting(*statuses: str) -> tuple[AccountStatus, ...]:
+    return tuple(
+        AccountStatus(index=index, address=f"0x{index}", status=status)
+        for index, status in enumerate(statuses, 1)
+    )
+
+
+DRAINING = DrainStatus(everything=True, left=("1 task is open",))
+DRAINED = DrainStatus(everything=True, done=True)
+NO_CHAIN = ChainView(reached=False, chain_id=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"acting": False}, "not acting"),
         ({"gpus": ()}, "no GPU is known"),
         ({"chain": ChainView(reached=False, chain_id=1, error="timed out")}, "timed out"),
+        ({"relay": RelayView(reached=False, error="HTTP 502")}, "the relay is not reached: HTTP"),
+        ({"accounts": ()}, "no account serves: none is there"),
+        ({"accounts": resting("quit", "quit")}, "no account serves: #1, #2 not joined"),
+        ({"accounts": resting("paused", "unknown")}, "#2 not looked at yet, #1 paused"),
+        ({"accounts": resting(*["quit"] * 500)}, "#4, #5 and 495 more not joined"),
+        ({"drain": DRAINING, "accounts": resting("paused")}, "it is being drained: 1 task"),
+        ({"drain": DRAINED, "accounts": resting("paused")}, "it is drained"),
+        # Whoever doesn't act can't know of these.
+        ({"acting": False, "accounts": resting("unknown"), "chain": NO_CHAIN}, "not acting"),
     ],
 )
 def test_readiness_says_what_is_missing(changes: dict[str, Any], word: str) -> None:
@@ -152,7 +197,9 @@ def test_readiness_says_what_is_missing(changes: dict[str, Any], word: str) -> N
     assert len(answer.json()["missing"]) == 1
     assert word in answer.json()["missing"][0]
     assert api.get("/healthz").status_code == 200
-    assert api.get("/v1/status").status_code == 200
+    # The page, the gauge and the command line take it from there.
+    status = api.get("/v1/status").json()
+    assert (status["ready"], status["missing"]) == (False, answer.json()["missing"])
 
 
 def test_a_card_that_is_not_ready_is_counted_by_state() -> None:
@@ -303,6 +350,10 @@ def codes(api: TestClient, headers: Mapping[str, str]) -> tuple[int, int]:
         (Access(), {"host": "evil.example:8000"}, (403, 403)),
         (Access(), {"origin": "http://evil.example"}, (403, 403)),
         (Access(), {"origin": "null"}, (403, 403)),
+        (Access(), {"origin": "http://["}, (403, 403)),
+        (Access(), {"host": "["}, (403, 403)),
+        (Access(), {"host": "[::1"}, (403, 403)),
+        (Access(), {"host": "a]b", "origin": "http://a]b"}, (403, 403)),
         (Access(), {"origin": "http://127.0.0.1:8000"}, (200, 200)),
         (Access(local=False), {}, (403, 403)),
         (Access(local=False, open_reads=True), {}, (200, 403)),
@@ -348,6 +399,54 @@ def test_a_bundle_is_never_open() -> None:
     assert api.get(f"{path}/bundle", headers=BEARER).status_code == 200
 
 
+def test_who_is_given_what_is_somebodys_is_written_down() -> None:
+    source = Source()
+    api = client(source, access=Access(TOKEN))
+    path = f"/v1/tasks/{KNOWN}"
+    for wanted in (path, f"{path}/files/0.png", f"{path}/bundle"):
+        assert api.get(wanted, headers=BEARER).status_code == 200
+    who = "token testclient"
+    assert source.shows == [(who, "result", KNOWN), (who, "bundle", KNOWN)]
+    # Nothing was given to these.
+    assert api.get("/v1/tasks/12345678/bundle", headers=BEARER).status_code == 404
+    assert api.get(f"{path}/bundle").status_code == 401
+    assert len(source.shows) == 2
+
+
+@pytest.mark.parametrize(
+    ("access", "headers", "why"),
+    [
+        (Access(TOKEN), {"authorization": "Bearer wrong-wrong-wrong"}, "wrong token"),
+        (Access(), {"origin": "http://evil.example"}, "another site's page may not ask this"),
+    ],
+)
+def test_whoever_is_refused_is_in_the_log_and_what_he_sent_isnt(
+    access: Access, headers: dict[str, str], why: str
+) -> None:
+    api = client(Source(), access=access)
+    with capture_logs() as logs:
+        for _ in range(50):
+            api.get("/v1/status", headers=headers)
+    assert {(each["event"], each["why"]) for each in logs} == {("request_refused", why)}
+    assert logs[0]["address"] == "testclient"
+    assert "wrong-wrong" not in str(logs)
+    # However many try.
+    assert len(logs) <= 20
+    with capture_logs() as logs:
+        client(Source(), access=Access(TOKEN)).get("/v1/status")
+    assert logs == []  # a page that asks for the token first
+
+
+def test_who_did_what_is_only_for_who_may_act() -> None:
+    api = client(Source(), access=Access(TOKEN, open_reads=True))
+    assert api.get("/v1/status").status_code == 200
+    assert api.get("/v1/audit").status_code == 401
+    assert api.get("/v1/audit", headers=BEARER).status_code == 200
+    assert client(Source(), access=Access(local=False, open_reads=True)).get(
+        "/v1/audit"
+    ).json() == {"detail": NOBODY}
+
+
 def test_guessing_is_slowed_down_and_the_owner_isnt() -> None:
     api = client(Source(), access=Access(TOKEN))
     wrong = {"authorization": "Bearer " + "x" * LEAST_TOKEN}
@@ -366,6 +465,15 @@ def test_too_many_actions_wait() -> None:
     ]
     assert found == [200] * 5 + [429] * 3
     assert len(source.done) == 5
+
+
+def test_a_result_of_many_pictures_is_shown_and_takes_nobodys_turn_to_act() -> None:
+    api = client(Source(), access=Access(TOKEN))
+    path = f"/v1/tasks/{KNOWN}"
+    pictures = [api.get(f"{path}/files/0.png", headers=BEARER).status_code for _ in range(10)]
+    assert pictures == [200] * 10
+    assert api.get(f"{path}/bundle", headers=BEARER).status_code == 200
+    assert codes(api, BEARER) == (200, 200)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +579,21 @@ async def test_a_task_that_nobody_knows_is_no_absence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: actor)
     with pytest.raises(NotKnown, match="no task is known"):
         await CoordinatorSource("crynux").story("x")
+
+
+def test_one_that_is_asked_too_much_is_busy_and_not_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Asked(Actor):
+        async def remote(self, *_: object) -> dict[str, int]:
+            raise RayTaskError("story", "trace", TooBusy("busy"))  # type: ignore[no-untyped-call]
+
+    actor = Asked()
+    actor.story = actor  # type: ignore[attr-defined]
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: actor)
+    with TestClient(create_api(CoordinatorSource("crynux"))) as client:
+        answer = client.get("/v1/tasks/x", headers={"host": "127.0.0.1"})
+    assert (answer.status_code, answer.json()) == (503, {"detail": "the coordinator is busy"})
 
 
 def test_the_application_can_be_built(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ from typing import Any, cast
 
 import pytest
 import yaml
+from structlog.testing import capture_logs
 
 from actors import coordinator as module
 from actors import fleet as fleet_module
 from actors import term as term_module
 from actors.inference import Health, Report
+from actors.readers import AGAIN_SECONDS, MOST_REMEMBERED, Readers
 from cluster import runtime
 from cluster.config import load
-from cluster.core.errors import ConfigError, DeviceFault, DeviceFaultKind
-from cluster.core.types import GpuState, RayNodeId
+from cluster.core.errors import ConfigError, DeviceFault, DeviceFaultKind, LeaseLost
+from cluster.core.types import GpuState, RayNodeId, Timestamp
 from cluster.steering import (
     ORDERS,
     ActionView,
@@ -62,8 +64,55 @@ async def audit(office: Office) -> list[ActionView]:
 
 
 async def test_nothing_is_done_while_another_acts(office: Office) -> None:
-    assert (await told(office, Drain())).kind == "refused"
+    with capture_logs() as logs:
+        assert (await told(office, Drain())).kind == "refused"
+    # The journal is another's to write: the log has it.
     assert await audit(office) == []
+    (line,) = logs
+    assert (line["event"], line["by"]) == ("order_refused", WHO)
+    assert line["order"]["action"] == "drain"
+
+
+async def test_an_order_that_breaks_is_in_the_log(office: Office) -> None:
+    async with serving(office):
+        await office.acting()
+        assert office.coordinator._term is not None
+        lost = replace(office.coordinator._term._ledger.lease, epoch=0)
+        with capture_logs() as logs, pytest.raises(LeaseLost):
+            # Another took the lease since: what was done can't be written down.
+            office.coordinator._term._ledger.lease = lost
+            await told(office, EndDrain())
+    line = next(each for each in logs if each["event"] == "order_broke")
+    assert (line["by"], line["order"]["action"]) == (WHO, "resume")
+    assert "LeaseLost" in line["error"]
+
+
+async def test_who_was_shown_somebodys_prompt_is_written_down_once_in_a_while(
+    office: Office,
+) -> None:
+    with capture_logs() as logs:
+        office.coordinator.shown(WHO, "bundle", "0xaa")
+        assert [each["event"] for each in logs] == ["shown"]
+        async with serving(office):
+            await office.acting()
+            for _ in range(6):
+                office.coordinator.shown(WHO, "result", "0xaa")
+            office.coordinator.shown("another", "result", "0xaa")
+            found = [(each.action, each.who, each.arguments) for each in await audit(office)]
+    assert found == [
+        ("show_result", "another", {"task": "0xaa"}),
+        ("show_result", WHO, {"task": "0xaa"}),
+    ]
+
+
+def test_after_a_while_it_is_told_again_and_not_everything_is_remembered() -> None:
+    readers = Readers()
+    moments = (0.0, 1.0, AGAIN_SECONDS, AGAIN_SECONDS + 1)
+    told = [readers.is_news("me", "bundle", "0xaa", Timestamp(each)) for each in moments]
+    assert told == [True, False, True, False]
+    for n in range(MOST_REMEMBERED):
+        assert readers.is_news("me", "bundle", str(n), Timestamp(0.0))
+    assert readers.is_news("me", "bundle", "0xaa", Timestamp(AGAIN_SECONDS + 2))
 
 
 async def test_everything_that_is_asked_is_written_down(office: Office) -> None:

@@ -49,10 +49,10 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.earnings import earnings_of
+from cluster.earnings import MOST_STEPS, earnings_of, numbers
 from cluster.journal import SqlJournal
 from cluster.journal_history import Audited, Bundle
-from cluster.journal_takings import Takings
+from cluster.journal_takings import Sums, Takings
 from cluster.stages import spans
 from cluster.steering import ActionView
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
@@ -64,7 +64,7 @@ ALICE, BOB = Address("0x" + "11" * 20), Address("0x" + "22" * 20)
 FIRST, SECOND = AttemptId("5fe68c04de8c"), AttemptId("6fe68c04de8c")
 SEEN = Seen(ALICE, TaskType.SD, (ModelId("base:a/b"),), Wei(10**18), Timestamp(990.0))
 FILE = FileRef("0.png", "12" * 32, 7)
-HASH = "0x" + "ef" * 32
+HASH, REPLACED = "0x" + "ef" * 32, "0x" + "ed" * 32
 LIFE: tuple[tuple[Event, float], ...] = (
     (SEEN, 1000.0),
     (ParametersFetched('{"prompt": "a secret fox"}'), 1001.0),
@@ -106,13 +106,16 @@ def lease(journal: SqlJournal) -> Lease:
         intent = task_intent(ALICE, TASK, Claim.SCORE, BOB, b"data")
         outbox_rows.add(connection, intent, Timestamp(1016.5))
         (row,) = outbox_rows.of_task(connection, TASK)
-        signed = Signed(7, b"raw", HASH)
-        sent = replace(row, state=RowState.MINED, signed=signed, block=5, cost=Wei(9))
+        sent = replace(row, state=RowState.SENT, signed=Signed(7, b"less", REPLACED))
+        outbox_rows.store(connection, sent)
+        signed = Signed(7, b"raw", HASH, replaced=(REPLACED,))
+        sent = replace(row, sent_at=Timestamp(1018.0), updated_at=Timestamp(1019.5))
+        sent = replace(sent, state=RowState.MINED, signed=signed, block=5, cost=Wei(9))
         outbox_rows.store(connection, sent)
     return lease
 
 
-NAMES = (TASK, TASK[:14], TASK[2:16], FIRST, SECOND, HASH, HASH[2:])
+NAMES = (TASK, TASK[:14], TASK[2:16], FIRST, SECOND, HASH, HASH[2:], REPLACED)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,6 +134,7 @@ def test_any_of_its_ids_leads_to_a_task(journal: SqlJournal, lease: Lease, name:
     ]
     (sent,) = story.transactions
     assert (sent.write, sent.state, sent.nonce, sent.cost) == ("score", "mined", 7, "9")
+    assert (sent.at, sent.sent_at, sent.replaced) == (1019.5, 1018.0, (REPLACED,))
     assert sent.link == f"https://x/tx/{HASH}"
     assert (story.outcome, story.payment, story.tier) == ("EndSuccess", str(10**18), "disk")
     assert [(each.name, each.kept) for each in story.files] == [("0.png", True)]
@@ -212,11 +216,18 @@ def test_a_story_on_a_terminal(journal: SqlJournal, lease: Lease) -> None:
         assert words in text, words
     story = story_of(journal, TASK)
     lines = story_view.log_lines(story)
-    assert [line["event"] for line in lines] == [e.kind for e in story.events] + ["transaction"]
+    kinds = [event.kind for event in story.events]
+    assert [line["event"] for line in lines] == [*kinds[:8], "transaction", *kinds[8:]]
+    times = [str(line["timestamp"]) for line in lines]
+    assert times == sorted(times)
     assert all(line["task"] == TASK and line["account"] == ALICE for line in lines)
     assert lines[3]["attempt"] == FIRST
     assert "attempt=5fe68c04de8c" in story_view.log_text(lines[3])
-    assert f"tx_hash={HASH}" in story_view.log_text(lines[-1])
+    assert f"tx_hash={HASH}" in story_view.log_text(lines[8])
+    assert f"replaced={REPLACED}" in story_view.log_text(lines[8])
+    sent = story.transactions[0].model_copy(update={"at": None})
+    untold = story_view.log_lines(story.model_copy(update={"transactions": (sent,)}))
+    assert "timestamp" not in untold[-1], "of an older coordinator's"
 
 
 def test_actions_on_a_terminal() -> None:
@@ -233,15 +244,14 @@ def test_actions_on_a_terminal() -> None:
 
 HOUR = 3_600.0
 CLASS = GpuClass("Card", GigaBytes(8))
-TAKINGS = (
-    Takings(Timestamp(0.0), ALICE, 2, Wei(10), Wei(1)),
-    Takings(Timestamp(2 * HOUR), ALICE, 1, Wei(5), Wei(1)),
-    Takings(Timestamp(2 * HOUR), BOB, 0, Wei(0), Wei(4)),
+TAKINGS = Takings(
+    {0: Sums(2, Wei(10), Wei(1)), 2: Sums(1, Wei(5), Wei(5))},
+    {ALICE: Sums(3, Wei(15), Wei(2)), BOB: Sums(0, Wei(0), Wei(4))},
 )
 
 
 def test_every_hour_is_there_and_adds_up() -> None:
-    found = earnings_of(TAKINGS, {ALICE: CLASS}, Timestamp(0.0), Timestamp(3.5 * HOUR), "hour")
+    found = earnings_of(TAKINGS, {ALICE: CLASS}, 0, 3, "hour")
     assert [(each.since, each.tasks, each.paid, each.gas) for each in found.steps] == [
         (0.0, 2, "10", "1"),
         (HOUR, 0, "0", "0"),
@@ -258,9 +268,13 @@ def test_every_hour_is_there_and_adds_up() -> None:
         assert words in text, words
 
 
-def test_a_day_is_the_sum_of_its_hours() -> None:
-    found = earnings_of(TAKINGS, {}, Timestamp(0.0), Timestamp(25 * HOUR), "day")
-    assert [(each.since, each.paid) for each in found.steps] == [(0.0, "15"), (24 * HOUR, "0")]
+def test_who_asks_for_more_steps_than_an_answer_has_gets_the_newest() -> None:
+    now = Timestamp(400 * 24 * HOUR)
+    assert numbers(Timestamp(0.0), now, "day") == (0, 400)
+    assert numbers(Timestamp(0.0), now, "hour") == (9_600 - MOST_STEPS + 1, 9_600)
+    assert numbers(Timestamp(now - 3 * HOUR - 1.0), now, "hour") == (9_596, 9_600)
+    found = earnings_of(Takings({}, {}), {}, 1, 2, "day")
+    assert [each.since for each in found.steps] == [24 * HOUR, 48 * HOUR]
 
 
 # --- stages and traces ----------------------------------------------------------------------------

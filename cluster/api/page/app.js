@@ -1,4 +1,4 @@
-// The live page: a stream of states, and what an operator may have done. No build step, nothing
+// The live page: a state, then what has changed of it again and again, and what an operator may have done. No build step, nothing
 // from elsewhere. The token, where one is needed, stays in this tab.
 
 import { by, clock } from "./dom.js";
@@ -35,11 +35,17 @@ async function follow() {
     try {
       const answer = await ask("v1/events", { signal: mine.signal });
       hideToken();
+      const began = Date.now();
       await read(answer.body.pipeThrough(new TextDecoderStream()).getReader());
+      // None goes on for ever: one that has lasted is followed by the next.
+      if (Date.now() - began > RETRY_SECONDS * 1000) continue;
       say("The stream has ended; connecting again…");
     } catch (error) {
       if (mine.signal.aborted) return;
-      if (error instanceof Refused) return wantToken(error.message);
+      if (error instanceof Refused) {
+        say("a token is needed");
+        return wantToken(error.message);
+      }
       say(`Not connected: ${error.message}`);
     }
     await new Promise((done) => setTimeout(done, RETRY_SECONDS * 1000));
@@ -64,10 +70,10 @@ function take(event) {
   const data = JSON.parse(part("data") ?? "null");
   heard = Date.now();
   if (part("event") === "away") return say(data);
-  last = data;
-  const serves = data.acting && data.chain.reached;
-  say(serves ? "✓ serving" : "✕ not serving");
-  show(data, openStory);
+  last = part("event") === "status" ? data : { ...last, ...data };
+  const sign = last.drain.everything ? "!" : "✕";
+  say(last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`);
+  show(last, openStory, Object.keys(data));
 }
 
 function say(words) {
@@ -87,7 +93,7 @@ function wantToken(words) {
   sessionStorage.removeItem(TOKEN);
   by("token").hidden = false;
   by("token-problem").textContent = had ? `It was refused: ${words}` : "";
-  say("a token is needed");
+  by("secret").focus();
 }
 
 function hideToken() {
@@ -114,7 +120,8 @@ async function openStory(name) {
 }
 
 by("story").addEventListener("close", () => history.replaceState(null, "", location.pathname));
-by("tasks-which").addEventListener("change", () => last && show(last, openStory));
+by("tasks-which").addEventListener("change", () => last && show(last, openStory, ["tasks"]));
+by("accounts-all").addEventListener("change", () => last && show(last, openStory, ["accounts"]));
 by("tasks-open").addEventListener("click", () => by("tasks-find").value.trim() && openStory(by("tasks-find").value.trim()));
 by("tasks-find").addEventListener("keydown", (event) => {
   if (event.key === "Enter") by("tasks-open").click();
@@ -141,10 +148,13 @@ for (const button of document.querySelectorAll("[data-days]"))
     earnings();
   });
 
+/** Where anyone may read, only who acts is asked for a token, and sees who did. */
 async function audit() {
   try {
     showAudit(await json("v1/audit?limit=20"));
-  } catch { /* The state line says what is wrong. */ }
+  } catch (error) {
+    showAudit([], `Not shown: ${error.message}`);
+  }
 }
 
 for (const button of document.querySelectorAll("[data-act]"))
@@ -158,6 +168,7 @@ for (const button of document.querySelectorAll("[data-act]"))
       by("action-said").textContent = (await answer.json()).text;
     } catch (error) {
       by("action-said").textContent = `Not done: ${error.message}`;
+      if (error instanceof Refused) wantToken(error.message);
     }
     button.disabled = false;
     audit();

@@ -2,30 +2,43 @@
 
 import { by, bytes, clock, cnx, fill, make, money, pairs, short, span, state } from "./dom.js";
 
-const GPU_KIND = { ready: "good", busy: "busy", starting: "warn", draining: "warn" };
-const ACCOUNT_KIND = { available: "good", busy: "busy", quit: "warn", paused: "warn" };
+const GPU_KIND = {
+  ready: "good", busy: "busy", starting: "warn", drained: "warn", quarantined: "bad", unreachable: "bad",
+};
+const ACCOUNT_KIND = {
+  available: "good", busy: "busy", paused: "warn", quit: "warn", pending_pause: "warn", pending_quit: "warn", unknown: "warn",
+};
 
 const MANY = 24;
 /** Cards whose facts a person has opened or closed. */
 const toggled = new Map();
 
-/** Nothing is shown anew while a person marks text; what has the focus keeps it. */
-export function show(status, openStory) {
+/** Fields of the status that have changed since they were shown. */
+const due = new Set();
+
+/** Shows what has changed; nothing while a person marks text, and what has the focus keeps it. */
+export function show(status, openStory, changed) {
+  changed.forEach((field) => due.add(field));
   if (getSelection().type === "Range") return;
   const key = document.activeElement?.dataset?.key;
-  showAll(status, openStory);
+  showDue(status, openStory, (...fields) => fields.some((field) => due.has(field)));
+  due.clear();
   if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
-function showAll(status, openStory) {
+function showDue(status, openStory, has) {
   by("version").textContent = status.version;
   showAlerts(status);
   showGlance(status);
-  showGpus(status, openStory);
-  showTasks(status, openStory);
-  showAccounts(status, openStory);
-  showNetwork(status);
+  if (has("gpus")) showGpus(status, openStory);
+  // An open task's seconds go on.
+  if (has("tasks") || status.tasks.some(isOpen)) showTasks(status, openStory);
+  if (has("accounts", "fleet")) showAccounts(status, openStory);
+  if (has("chain", "relay", "stores")) showNetwork(status);
 }
+
+const isOpen = (task) => task.outcome === null;
+const serves = (account) => ["available", "busy"].includes(account.status);
 
 function showAlerts(status) {
   const told = [...status.problems, ...status.fleet.lacks];
@@ -41,7 +54,7 @@ function showAlerts(status) {
 function showGlance(status) {
   const serving = status.gpus.filter((gpu) => ["ready", "busy"].includes(gpu.state));
   const busy = serving.filter((gpu) => gpu.state === "busy").length;
-  const joined = status.accounts.filter((each) => ["available", "busy"].includes(each.status)).length;
+  const joined = status.accounts.filter(serves).length;
   const closed = Object.values(status.totals.tasks).reduce((sum, each) => sum + each, 0);
   const head = status.chain.block_timestamp;
   const drain = status.drain.everything || status.drain.cards.length || status.drain.nodes.length;
@@ -49,7 +62,7 @@ function showGlance(status) {
     ["GPUs that serve", `${serving.length} of ${status.gpus.length}`],
     ["computing now", `${busy}`],
     ["accounts that serve", `${joined} of ${status.accounts.length}`],
-    ["tasks open", `${status.tasks.filter((task) => task.outcome === null).length}`],
+    ["tasks open", `${status.tasks.filter(isOpen).length}`],
     ["tasks closed", closed.toLocaleString()],
     ["paid in all", `${money(status.totals.paid_wei)} CNX`],
     ["slashed", status.totals.slashed ? state("bad", `${status.totals.slashed}`) : "0"],
@@ -63,16 +76,16 @@ function showGlance(status) {
 function showGpus(status, openStory) {
   const simulated = status.gpus.filter((gpu) => gpu.simulated).length;
   by("gpus-note").textContent = simulated ? `${simulated} of them are simulated on the CPU.` : "";
-  const order = ["faulty", "quarantined"];
-  const rank = (gpu) => order.includes(gpu.state) || gpu.problem ? 0 : 1;
-  const sorted = [...status.gpus].sort((a, b) => rank(a) - rank(b) || a.gpu_id.localeCompare(b.gpu_id));
+  const sorted = [...status.gpus].sort((a, b) => isBad(b) - isBad(a) || a.gpu_id.localeCompare(b.gpu_id));
   by("gpus").classList.toggle("dense", sorted.length > MANY);
   by("gpus").replaceChildren(...sorted.map((gpu) => tile(gpu, status, openStory, sorted.length <= MANY)));
   if (!sorted.length) by("gpus").append(make("p", { class: "note" }, "No GPU is known in the cluster."));
 }
 
+const isBad = (gpu) => GPU_KIND[gpu.state] === "bad" || gpu.problem !== "";
+
 function tile(gpu, status, openStory, open) {
-  const kind = GPU_KIND[gpu.state] ?? "bad", memory = gpu.memory;
+  const kind = GPU_KIND[gpu.state], memory = gpu.memory;
   const total = memory ? memory.models + memory.other + memory.free : 0;
   const facts = [
     ["task", gpu.task ? link(gpu.task, openStory, gpu.gpu_id) : null],
@@ -86,7 +99,7 @@ function tile(gpu, status, openStory, open) {
     ["computed for", span(gpu.busy_seconds)],
     ["canary", gpu.canary_at === null ? null : `right ${span(Math.max(status.now - gpu.canary_at, 0))} ago`],
   ];
-  const shown = toggled.get(gpu.gpu_id) ?? (open || gpu.problem !== "");
+  const shown = toggled.get(gpu.gpu_id) ?? (open || isBad(gpu));
   const toggle = () => toggled.set(gpu.gpu_id, !shown);
   const summary = make("summary", { click: toggle, "data-key": `card ${gpu.gpu_id}` },
     make("h3", {}, `${gpu.name} `, make("span", { class: "note" }, `${gpu.vram} GB`)),
@@ -110,15 +123,15 @@ const link = (task, openStory, where) => make("button", {
 }, short(task));
 
 function outcome(task) {
-  if (task.outcome === null) return state("busy", task.progress);
+  if (isOpen(task)) return state("busy", task.progress);
   const good = task.outcome.startsWith("End") && task.fault === null && task.payment !== "0";
   return state(good ? "good" : "bad", task.outcome);
 }
 
 function showTasks(status, openStory) {
   const which = by("tasks-which").value;
-  const wanted = (task) => which === "all" || (which === "open" ? task.outcome === null
-    : task.outcome !== null && task.payment === "0");
+  const wanted = (task) => which === "all" || (which === "open" ? isOpen(task)
+    : !isOpen(task) && task.payment === "0");
   const rows = status.tasks.filter(wanted).map((task) => [
     link(task.commitment, openStory, "tasks"), task.type, outcome(task), task.action, task.gpu_id ?? "",
     clock(task.seen_at), { number: ((task.closed_at ?? status.now) - task.seen_at).toFixed(1) },
@@ -138,13 +151,17 @@ function showAccounts(status, openStory) {
   if (plan.length)
     by("classes").append(make("article", { class: "tile warn" }, make("h3", {}, "Plan"),
       make("ul", {}, ...plan.map((each) => make("li", {}, each)))));
-  fill("accounts", status.accounts.map((each) => [
+  by("accounts-fold").hidden = status.accounts.length <= MANY;
+  by("accounts-count").textContent = status.accounts.length;
+  const folded = status.accounts.length > MANY && !by("accounts-all").checked;
+  const shown = folded ? status.accounts.filter((each) => !serves(each)) : status.accounts;
+  fill("accounts", shown.map((each) => [
     { number: `${each.index}` }, make("span", { class: "mono" }, each.address),
     state(ACCOUNT_KIND[each.status] ?? "warn", each.status.replaceAll("_", " ")),
     each.gpu_class ? `${each.gpu_class.name} ${each.gpu_class.vram} GB` : "",
     { number: money(each.stake, 0) }, { number: money(each.balance) }, { number: `${each.qos}` },
     each.current_task ? link(each.current_task, openStory, each.address) : "",
-  ]));
+  ]), folded ? "Every account serves." : "No account is there.");
 }
 
 function showNetwork(status) {
@@ -180,10 +197,10 @@ export function showEarnings(found) {
   return found.steps.map((each) => ({ since: each.since, tasks: each.tasks, paid: cnx(each.paid), gas: cnx(each.gas) }));
 }
 
-export function showAudit(found) {
+export function showAudit(found, none = "Nothing was done yet.") {
   fill("audit", found.map((each) => [
     new Date(each.at * 1000).toLocaleString(), each.who,
     [each.action.replaceAll("_", " "), ...Object.values(each.arguments).filter((value) => value !== "" && value !== false)].join(" "),
     each.outcome,
-  ]), "Nothing was done yet.");
+  ]), none);
 }

@@ -45,7 +45,7 @@ NOW = Section(
             # One that stands by isn't ready: it is enough that whoever acts with its key is.
             "min(max by (identity) ("
             "crynux_identity_info{@} * ignoring (identity) group_left () crynux_ready{@}))",
-            "The chain is reached, the lease is held, a card serves, and nothing is drained.",
+            "What /readyz says: chain and relay, lease, an account, a card, and no drain of all.",
             words=YES_IS_GOOD,
             steps=SOME_IS_GOOD,
         ),
