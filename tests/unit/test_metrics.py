@@ -417,6 +417,18 @@ def test_each_stage_of_a_task_is_measured() -> None:
     )
 
 
+def test_with_retries_the_stages_are_still_a_tasks_whole_life() -> None:
+    found = record()
+    late = replace(found.attempts[0], started_at=Timestamp(105.0))
+    failed = replace(late, attempt_id=AttemptId("failed"), started_at=Timestamp(102.5))
+    whole = stages(replace(found, attempts=(failed, late)))
+    assert whole == stages(found)
+    assert sum(seconds for _, seconds in whole) == 125 - 99
+    # Without a result it is the last attempt's.
+    lost = dict(stages(replace(found, attempts=(failed, late), result=None)))
+    assert lost["queue"] == 3
+
+
 def record() -> TaskRecord:
     """Of a task that took some whole seconds in each stage."""
     attempt = AttemptId("a")
