@@ -91,9 +91,12 @@ _CLASS_LABELS = ("gpu_name", "vram_gb")
 class Metrics:
     """What the coordinator reports; `render` gives the text of one scrape."""
 
-    def __init__(self, version: str, config_digest: str) -> None:
+    def __init__(self, version: str, config_digest: str, network: str = "") -> None:
+        """`network`: chain and contracts. Whose accounts these are is told by that and the key,
+        because one key may well serve two networks."""
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self._network = network
         self._classes: set[Kind] = set()
         self._class_by_account: Mapping[str, Kind] = {}
         self._closed: dict[Commitment, Outcome] = {}
@@ -221,7 +224,8 @@ class Metrics:
 
     def _observe_identity(self, treasury: str) -> None:
         if treasury:
-            digest = hashlib.sha256(treasury.lower().encode()).hexdigest()
+            said = f"{self._network}|{treasury}".lower()
+            digest = hashlib.sha256(said.encode()).hexdigest()
             self._identity.labels(digest[:12]).set(1)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:

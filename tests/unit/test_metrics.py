@@ -376,8 +376,14 @@ def test_a_class_that_nothing_is_wanted_of_any_more_wants_nobody() -> None:
 
 
 def test_whose_it_is_and_since_when_it_runs_is_told_without_an_address() -> None:
-    one, same, other = (Metrics("1", "d") for _ in range(3))
-    for metrics, treasury in ((one, ADDRESS), (same, ADDRESS.lower()), (other, "0x" + "7" * 40)):
+    one, same, other = (Metrics("1", "d", "5|0xAb") for _ in range(3))
+    elsewhere = Metrics("1", "d", "6|0xAb")
+    for metrics, treasury in (
+        (one, ADDRESS),
+        (same, ADDRESS.lower()),
+        (other, "0x" + "7" * 40),
+        (elsewhere, ADDRESS),
+    ):
         identity = IdentityView(treasury=treasury)
         metrics.observe(snapshot().model_copy(update={"identity": identity}))
 
@@ -387,6 +393,8 @@ def test_whose_it_is_and_since_when_it_runs_is_told_without_an_address() -> None
         return {s.labels["identity"] for s in samples if s.name == "crynux_identity_info"}
 
     assert told(one) == told(same) != told(other)
+    # A key that serves a test network and the live one is no second coordinator.
+    assert told(elsewhere) not in (told(one), told(other))
     assert len(told(one)) == 1
     assert ADDRESS.lower() not in one.render().decode().lower()
     assert 0 < (sample(one, "crynux_process_start_time_seconds") or 0) < time.time()
