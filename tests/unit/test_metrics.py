@@ -313,10 +313,12 @@ def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
     metrics = Metrics("1", "d")
     looks = ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2))
     for (busy, loads), counted in zip(looks, (0.0, 2.5, 3.5, 6.5), strict=True):
-        metrics.observe(snapshot((card(1, busy_seconds=busy, moves={"loaded": loads}),)))
+        said = {"busy_seconds": busy, "moves": {"loaded": loads}, "store_hits": loads}
+        metrics.observe(snapshot((card(1, **said),)))
         # What was before the coordinator began isn't counted again.
         assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == counted
     assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 2
+    assert sample(metrics, "crynux_store_hits_total") == 2
 
 
 def test_a_task_that_is_closed_again_after_a_reorganisation_counts_once() -> None:
