@@ -255,8 +255,8 @@ def test_gas_is_topped_up_of_who_is_joined() -> None:
 def test_an_account_that_is_emptied_again_and_again_gets_no_more_gas() -> None:
     """A thief of its key takes less at a time than is called a robbery."""
     for gone, sends in ((0, True), (2 * GAS, True), (2 * GAS + 1, False)):
-        for want in ({"balance": 0}, {"balance": LOW, "lacks": Wei(1)}):
-            emptied = serving(1, BIG, gas_gone=Wei(gone), **want)
+        for balance, lacks in ((0, 0), (LOW, 1)):
+            emptied = serving(1, BIG, gas_gone=Wei(gone), balance=balance, lacks=Wei(lacks))
             found = whole({BIG: 1}, emptied)
             assert any(isinstance(each, TopUp) for each in found.actions) is sends
             told = any("does somebody else use its key?" in line for line in found.lacks)
