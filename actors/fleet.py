@@ -8,8 +8,8 @@ only the time to come back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -22,6 +22,7 @@ from actors.measures import Measures
 from actors.standing import Standings
 from actors.stores import RayStores
 from actors.treasury import Treasury
+from cluster import journal_gas
 from cluster.core import capacity, standing
 from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
@@ -275,6 +276,8 @@ class FleetKeeper:
         targets = self._targets(accounts)
         policy, now = self._settings.policy, self._now()
         found = plan(targets, accounts, policy, _ALL_MONEY, now)
+        if topped := {each.address for each in found.actions if isinstance(each, TopUp)}:
+            accounts = self._with_gas_gone(accounts, topped)
         paying = any(isinstance(each, Fund | TopUp) for each in found.actions)
         await self._treasury.show(anyway=paying)
         if paying:
@@ -323,6 +326,19 @@ class FleetKeeper:
             self._node_account(index, address, assigned.get(index), movements.get(address))
             for index, address in self._accounts.items()
         ]
+
+    def _with_gas_gone(
+        self, accounts: Iterable[NodeAccount], topped: Collection[Address]
+    ) -> list[NodeAccount]:
+        """Those that are to be sent gas, with what became of what they were sent before."""
+        treasury, now = self._treasury.address, self._now()
+        with self._ledger.journal.read() as connection:
+            return [
+                replace(each, gas_gone=journal_gas.gone(connection, treasury, each.address, now))
+                if each.address in topped
+                else each
+                for each in accounts
+            ]
 
     def _node_account(
         self, index: int, address: Address, assigned: GpuClass | None, movement: Movement | None

@@ -32,6 +32,8 @@ class Ledger:
     """Accounts that lost their stake by a task: never joined again by themselves."""
     told: Callable[[TaskRecord], None] = lambda _: None
     """Called with each record that is closed."""
+    struck: Callable[[], None] = lambda: None
+    """Called for each account that turns out to have lost its stake."""
 
     @classmethod
     def load(cls, journal: SqlJournal, lease: Lease, clock: Callable[[], float]) -> Ledger:
@@ -52,7 +54,7 @@ class Ledger:
                 del self.open[task]
                 self.closed.appendleft(replace(record, parameters=None))
                 if outcome is Outcome.INVALIDATED:
-                    self.slashed.add(record.account)
+                    self._strike(record.account)
                 self._count(outcome, payment, 1)
                 self.told(record)
         return record
@@ -61,7 +63,13 @@ class Ledger:
         """Store that the account lost its stake, unless that is known."""
         if account not in self.slashed:
             self.journal.mark_slashed(self.lease, account, Timestamp(self.clock()))
+            self._strike(account)
+
+    def _strike(self, account: Address) -> None:
+        """By its task's end or by an event, whichever is seen first."""
+        if account not in self.slashed:
             self.slashed.add(account)
+            self.struck()
 
     def clear_slashed(self, account: Address) -> None:
         """The operator has seen to it: the account may be staked again."""

@@ -105,6 +105,7 @@ class Term:
             world.clock,
         )
         ledger.told = self._closed
+        ledger.struck = world.metrics.slashed
         assigned = world.journal.assignments()
         world.metrics.belong({each.address: each.gpu_class for each in assigned})
         self._steering = Steering(
@@ -183,7 +184,7 @@ class Term:
             assigned=self._assigned(),
             open=tuple(self._ledger.open.values()),
             closed=tuple(self._ledger.closed),
-            totals=totals_of(self._ledger.outcomes, self._ledger.paid),
+            totals=totals_of(self._ledger.outcomes, self._ledger.paid, len(self._ledger.slashed)),
             turns=self._reconciler.turns,
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),

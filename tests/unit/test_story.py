@@ -309,7 +309,7 @@ def test_stages_follow_one_another() -> None:
     assert spans(record) == (
         ("seen", 990.0, 1000.0),
         ("parameters", 1000.0, 1001.0),
-        ("queue", 1001.0, 1002.0),
+        ("queue", 1001.0, 1006.0),
         ("load", 1007.0, 1009.0),
         ("compute", 1009.0, 1016.0),
         ("score_sent", 1016.0, 1016.5),

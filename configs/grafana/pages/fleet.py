@@ -298,11 +298,16 @@ MODELS = Section(
                     "{{event}}",
                 ),
                 Query(
+                    f"sum({rate('crynux_store_hits_total')}) * 3600",
+                    "found there by tasks",
+                ),
+                Query(
                     hourly("rule", "crynux_store_refusals_total") + " > 0",
                     "refused: {{rule}}",
                 ),
             ],
-            "Fetched, evicted for others, broken off, damaged, failed; and refused, by the rule.",
+            "Fetched, evicted for others, broken off, damaged, failed; found there when a task "
+            "needed it; and refused, by the rule.",
             unit=PER_HOUR,
             span=6,
         ),
