@@ -138,6 +138,11 @@ def guarded_client(
 
 
 def _plain(response: httpx2.Response) -> httpx2.Response:
-    """Without cookies: nothing that one answer says goes with another request."""
+    """Without cookies: nothing that one answer says goes with another request. And of one that
+    leads elsewhere the head alone: the library would read, and unpack, whatever comes with it."""
     response.headers.pop("Set-Cookie", None)
-    return response
+    if not response.has_redirect_location:
+        return response
+    response.close()
+    where = {"Location": response.headers["Location"]}
+    return httpx2.Response(response.status_code, headers=where, content=b"")

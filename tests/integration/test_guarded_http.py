@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -18,6 +19,7 @@ from cluster.models.guarded_http import GuardedTransport, guarded_client
 from cluster.models.refusals import Refused, Rule
 from cluster.models.urls import UrlRules
 from devnet.faulty_http import Fault, FileServer
+from tests.integration.hostile_host import HostileHost
 
 NAME = "models.example.com"
 
@@ -166,6 +168,56 @@ def test_redirects_end(server: FileServer) -> None:
         client(server).get(f"http://{NAME}:{server.port}/loop")
     assert caught.value.rule is Rule.REDIRECTS
     assert len(server.seen) <= 9
+
+
+MOST_OF_A_REDIRECT = 2**20
+"""Bytes that the kernel takes for us unread, and some."""
+
+
+def moved_without_end(host: HostileHost, say: Callable[[bytes], bool]) -> None:
+    say(b"HTTP/1.1 302 Found\r\nLocation: /there\r\nTransfer-Encoding: chunked\r\n\r\n")
+    piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    while host.sent < 100 * MOST_OF_A_REDIRECT and say(piece):
+        pass
+
+
+def test_a_redirects_body_is_not_read() -> None:
+    with HostileHost(moved_without_end) as host:
+        rules = UrlRules(allow_hosts=frozenset({f"127.0.0.1:{host.port}"}))
+        made = guarded_client(rules, max_redirects=1)
+        with pytest.raises(Refused) as caught:
+            made.get(f"{host.url}/x")
+        assert caught.value.rule is Rule.REDIRECTS
+        assert host.asked == 2
+        assert host.sent < 20 * MOST_OF_A_REDIRECT
+
+
+def test_a_redirects_body_is_not_unpacked(server: FileServer) -> None:
+    headers = {"Location": "/x", "Content-Encoding": "gzip"}
+    server.fail("moved", Fault(status=302, headers=headers, body=gzip.compress(bytes(2**20))))
+    answer = client(server).get(f"http://{NAME}:{server.port}/moved")
+    assert answer.content == b"content"
+    assert [(each.status_code, each.content) for each in answer.history] == [(302, b"")]
+
+
+def test_a_redirect_to_a_name_that_leads_elsewhere_the_second_time() -> None:
+    """The name is asked for again with each request, and what it says then is checked."""
+    answers = iter((["93.184.216.34"], ["169.254.169.254"]))
+    asked: list[tuple[str, str]] = []
+
+    class Public(httpx2.BaseTransport):
+        """Stands for a host in the public network."""
+
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            asked.append((request.url.host, request.url.path))
+            return httpx2.Response(302, headers={"Location": f"https://{NAME}/there"})
+
+    transport = GuardedTransport(UrlRules(), Public, lambda _host, _port: next(answers))
+    made = httpx2.Client(transport=transport, follow_redirects=True)
+    with made, pytest.raises(Refused) as caught:
+        made.get(f"https://{NAME}/here")
+    assert caught.value.rule is Rule.ADDRESS
+    assert asked == [("93.184.216.34", "/here")]
 
 
 def test_no_environment_variable_is_heeded(
