@@ -23,6 +23,7 @@ from cluster.core.errors import ClusterError, ModelUnavailable, ModelUnavailable
 from cluster.models.attempt import Attempt
 from cluster.models.diary import Diary
 from cluster.models.disk import Disk
+from cluster.models.hearing import watched
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.room import Room
@@ -274,7 +275,8 @@ class Keeper:
                 continue
             attempt = Attempt(watch, self.store, source, self.room, self.limits, in_one)
             try:
-                manifest = attempt.bring()
+                with watched(watch.look):
+                    manifest = attempt.bring()
             except TooSlow:
                 raise
             except (Absent, Denied, SourceDown, Changed, ModelUnavailable) as error:
