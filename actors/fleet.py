@@ -1,14 +1,13 @@
 """Keeps the node accounts as the pool needs them: facts and counts in, the plan's actions out.
 
-What to do is decided by the pure core (cluster.core.fleet, capacity, standing); this gathers what
-it needs, stores what is expected before it asks the network for it, and asks. Every action may be
-repeated, so a crash at any point costs only the time to come back.
+What to do is decided by the pure core (cluster.core.fleet, capacity); this gathers what it needs,
+and has what is decided carried out. Every action may be repeated, so a crash at any point costs
+only the time to come back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,9 +16,12 @@ import structlog
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
 from actors.draining import Draining
+from actors.fleet_actions import FleetActions
 from actors.ledger import Ledger
 from actors.measures import Measures
-from actors.stores import RayStores, of_class
+from actors.standing import Standings
+from actors.stores import RayStores
+from actors.treasury import Treasury
 from cluster.core import capacity, standing
 from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
@@ -31,42 +33,32 @@ from cluster.core.fleet import (
     Fund,
     Join,
     NodeAccount,
-    Pause,
     Plan,
     Quit,
-    Resume,
     Sweep,
     TopUp,
-    UpdateVersion,
     belongs,
     plan,
     words,
 )
 from cluster.core.ports import Movement, Network
 from cluster.core.record import TaskRecord
-from cluster.core.standing import Place, Standing
+from cluster.core.standing import Place
 from cluster.core.types import (
     AccountView,
     Address,
     Gpu,
     GpuClass,
     GpuState,
-    ModelId,
     Timestamp,
     Wei,
 )
-from cluster.journal import STANDING as _STANDING
 from cluster.journal import Assignment
 from cluster.status import ClassStatus, FleetStatus
 
 FLEET_SECONDS = 2.0
-TREASURY_SECONDS = 15.0
-"""How long the treasury's balance is believed while nothing of ours changes it."""
-MONEY_SECONDS = 60.0
-"""Between two looks at it for people's eyes."""
 APPLY_SECONDS = 3600.0
 """How long a plan that was to be applied is acted on."""
-MOST_MODELS = 16
 _RETIRED = "retired:"
 _ALL_MONEY = Wei(2**255)
 _BY_HAND = Assign | Fund | Join | Quit | Sweep | BringHome
@@ -112,11 +104,12 @@ class FleetKeeper:
     ) -> None:
         self._ledger = ledger
         self._network = network
-        self._stores = stores
         self._drains = drains
         self.draining = Draining(drains)
+        self.standings = Standings(ledger, network, accounts, settings.policy.most_gas, clock)
+        self._treasury = Treasury(treasury, network, clock)
+        self._actions = FleetActions(ledger, network, stores, self.standings, self._treasury, gpus)
         self._accounts = accounts
-        self._treasury = treasury
         self._settings = settings
         self._gpus = gpus
         self._view_of = view_of
@@ -125,41 +118,13 @@ class FleetKeeper:
         self._began = clock()
         self._cards = Cards()
         self._measures = Measures(ledger)
-        self._seen_well: dict[Address, int] = {}
-        """Moments at which accounts were last found as they should be, in this term."""
-        self._money: tuple[float, Wei, Movement] | None = None
-        self._treasury_had: Wei | None = None
         self._applying = False
         self._apply_until = 0.0
-        self._looked_at_money = float("-inf")
         self.view = FleetStatus(automatic=settings.automatic)
-        stored = ledger.journal.cursors(_STANDING)
-        self._standings = {Address(each): standing.parsed(text) for each, text in stored.items()}
         self._retired = {Address(a) for a, said in ledger.journal.cursors(_RETIRED).items() if said}
         self._log = structlog.get_logger("fleet")
 
     # --- what happens ----------------------------------------------------------------------------
-
-    def looked(self, view: AccountView, sure: bool = True) -> None:
-        """The account was looked at. `sure`: all is known that the network did to it until then."""
-        account, gas = view.account.address, self._settings.policy.most_gas
-        before, settled = self._standing(account), self.settled(account, view)
-        paid, now = self._paid_block(view), self._now()
-        after = standing.judged(before, view.account, now, sure, paid, gas, settled)
-        self._keep(account, after)
-        if settled and not after.is_doubtful:
-            self._seen_well[account] = view.moment
-        if after.held and not before.held:
-            self._log.error("account_held", account=account, reason=after.held)
-        elif after.is_doubtful and not before.is_doubtful:
-            status = view.account.status.name.lower()
-            self._log.warning("account_in_doubt", account=account, status=status)
-
-    def puzzled(self, view: AccountView) -> bool:
-        """Whether something happened to the account that nobody has heard of."""
-        account, gas = view.account.address, self._settings.policy.most_gas
-        before, settled = self._standing(account), self.settled(account, view)
-        return standing.is_puzzling(before, view.account, self._paid_block(view), gas, settled)
 
     def quiet(self) -> frozenset[Address]:
         """Accounts for which nothing is to be sent that can wait."""
@@ -167,36 +132,19 @@ class FleetKeeper:
             return frozenset(self._accounts.values())
         movements = self._network.movements()
         moving = {a for a, each in movements.items() if each.is_open or each.reports}
-        odd = {a for a, each in self._standings.items() if each.held or each.is_doubtful}
-        return frozenset(moving | odd)
-
-    def seen_well(self, account: Address) -> int | None:
-        """When it was last found as it should be, in this term."""
-        return self._seen_well.get(account)
-
-    def doubts(self, account: Address) -> bool:
-        return self._standing(account).is_doubtful
-
-    def kicked(self, account: Address, moment: int = 0) -> bool:
-        """False for a kick that has been counted."""
-        before = self._standing(account)
-        after = standing.kicked(before, self._now(), moment)
-        self._keep(account, after)
-        return after != before
+        return self.standings.odd() | moving
 
     def slashed(self, account: Address, gpu_class: GpuClass | None, moment: int = 0) -> bool:
         """The account lost its stake, as one of this class, if the network says so. False when
         that is an old story."""
-        before = self._standing(account)
-        after = standing.slashed(before, moment)
-        if after is before:
+        if standing.is_told(self.standings.of(account), moment):
             return False
         index = next((i for i, each in self._accounts.items() if each == account), None)
         if gpu_class is not None and index is not None and account not in self._classes():
             # What is stopped is found by it, for as long as the operator hasn't cleared it.
             assignment = Assignment(index, account, gpu_class)
             self._ledger.journal.assign(self._ledger.lease, assignment)
-        self._keep(account, after)
+        self.standings.slashed(account, moment)
         return True
 
     def closed(self, record: TaskRecord) -> None:
@@ -216,7 +164,7 @@ class FleetKeeper:
         if account not in self._accounts.values():
             return "unknown"
         slashed, retired = account in self._ledger.slashed, account in self._retired
-        there = self._standing(account)
+        there = self.standings.of(account)
         if not (slashed or retired or there.held or there.kicks or there.is_doubtful):
             return "free"
         if retired:
@@ -224,7 +172,7 @@ class FleetKeeper:
             self._retired.discard(account)
         if slashed:
             self._ledger.clear_slashed(account)
-        self._keep(account, standing.cleared(self._standing(account)))
+        self.standings.cleared(account)
         self._log.info("account_cleared", account=account, slashed=slashed)
         return "cleared"
 
@@ -249,6 +197,7 @@ class FleetKeeper:
 
     def reconfigure(self, settings: FleetSettings) -> None:
         self._settings = settings
+        self.standings.most_gas = settings.policy.most_gas
 
     def apply(self) -> None:
         """Act on the plan until nothing is left of it, whatever `automatic` says; not for ever,
@@ -258,25 +207,23 @@ class FleetKeeper:
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line each."""
-        lines = [f"account {account}: {why}" for account, why in self._held().items()]
+        lines = [f"account {account}: {why}" for account, why in self.standings.held().items()]
         lines += [
             f"{gpu_class.name} is stopped, one of its accounts was slashed: find out why, then "
             "crynux-cluster fleet clear"
             for gpu_class in sorted_(self._stopped())
         ]
-        now, ours = self._now(), set(self._accounts.values())
         lines += [
             f"account {account}: it isn't as it should be, and not all that the network did to it "
             "could be read; nothing is done for it"
-            for account, each in self._standings.items()
-            if account in ours and standing.is_unclear(each, now)
+            for account in self.standings.unclear()
         ]
-        for account, each in self._standings.items():
-            if each.rejoin_at > now and account in ours:
-                lines.append(
-                    f"account {account} was kicked out {len(each.kicks)} times; it joins again in "
-                    f"{each.rejoin_at - now:.0f} s"
-                )
+        now = self._now()
+        lines += [
+            f"account {account} was kicked out {len(each.kicks)} times; it joins again in "
+            f"{each.rejoin_at - now:.0f} s"
+            for account, each in self.standings.kicked_out().items()
+        ]
         return (*lines, *self.view.lacks)
 
     # --- the loop --------------------------------------------------------------------------------
@@ -299,7 +246,7 @@ class FleetKeeper:
             if self.draining.outdates(action, begun) or self._waits_for_a_word(action):
                 continue
             try:
-                await self._apply(action)
+                await self._actions.carry_out(action, self._settings.policy.stake)
             except NetworkUnavailable as error:
                 self._log.warning("fleet_action_failed", action=words(action), error=str(error))
         if not found.actions and not self.view.moving:
@@ -326,16 +273,14 @@ class FleetKeeper:
         policy, now = self._settings.policy, self._now()
         found = plan(targets, accounts, policy, _ALL_MONEY, now)
         paying = any(isinstance(each, Fund | TopUp) for each in found.actions)
-        if paying or self._clock() - self._looked_at_money > MONEY_SECONDS:
-            self._looked_at_money = self._clock()
-            with contextlib.suppress(NetworkUnavailable):
-                await self._balance()
+        await self._treasury.show(anyway=paying)
         if paying:
-            found = plan(targets, accounts, policy, await self._balance(), now)
+            found = plan(targets, accounts, policy, await self._treasury.balance(), now)
+        had = self._treasury.had
         self.view = FleetStatus(
             automatic=self._settings.automatic,
             stake=str(policy.stake),
-            treasury=None if self._treasury_had is None else str(self._treasury_had),
+            treasury=None if had is None else str(had),
             plan=tuple(map(words, found.actions)),
             moving=sum(each.moving for each in accounts),
             lacks=found.lacks,
@@ -355,33 +300,10 @@ class FleetKeeper:
             stopped=gpu_class in self._stopped(),
         )
 
-    async def _balance(self) -> Wei | None:
-        """The treasury's, without what it is paying; asked for only when something is to be
-        paid."""
-        there, now = self._network.movements().get(self._treasury, Movement()), self._clock()
-        known = self._money
-        if known is None or now - known[0] > TREASURY_SECONDS or known[2] != there:
-            self._treasury_had = await self._network.balance(self._treasury)
-            known = self._money = (now, self._treasury_had, there)
-        return Wei(max(0, known[1] - there.owes))
-
     # --- facts for the plan ----------------------------------------------------------------------
 
     def _now(self) -> Timestamp:
         return Timestamp(self._clock())
-
-    def _standing(self, account: Address) -> Standing:
-        return self._standings.get(account, Standing())
-
-    def _keep(self, account: Address, new: Standing) -> None:
-        if new != self._standings.get(account):
-            journal, lease = self._ledger.journal, self._ledger.lease
-            journal.set_cursor(lease, f"{_STANDING}{account}", standing.text(new))
-            self._standings[account] = new
-
-    def _held(self) -> dict[Address, str]:
-        ours = set(self._accounts.values())
-        return {a: each.held for a, each in self._standings.items() if each.held and a in ours}
 
     def _stopped(self) -> frozenset[GpuClass]:
         """Classes that serve nothing until the operator has cleared their slashed accounts: what
@@ -404,7 +326,7 @@ class FleetKeeper:
     ) -> NodeAccount:
         view = self._view_of(address)
         there = movement or Movement()
-        now_standing = self._standing(address)
+        now_standing = self.standings.of(address)
         return NodeAccount(
             index,
             address,
@@ -420,17 +342,6 @@ class FleetKeeper:
             refused={each.verb: each for each in there.refused},
             lacks=there.lacks,
         )
-
-    def settled(self, account: Address, view: AccountView) -> bool:
-        """Whether the look shows everything that we have asked for, and heard of."""
-        there = self._network.movements().get(account, Movement())
-        newest = max(there.block, self._standing(account).told)
-        return not there.is_open and view.moment >= newest
-
-    def _paid_block(self, view: AccountView) -> int:
-        """The moment of the newest payment to the account; 0 when the look is older."""
-        there = self._network.movements().get(view.account.address, Movement())
-        return there.paid_block if there.paid_block <= view.moment else 0
 
     def _classes(self) -> dict[Address, GpuClass]:
         return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
@@ -508,75 +419,6 @@ class FleetKeeper:
             return self._measures.of(gpu_class).limit
         wanted = cards * self._slots_of(gpu_class)
         return self._measures.limit(gpu_class, load, serving, cards, wanted, now)
-
-    # --- acting ----------------------------------------------------------------------------------
-
-    async def _apply(self, action: FleetAction) -> None:
-        network, account = self._network, action.address
-        if not self._may(action):
-            return
-        self._log.info("fleet", action=words(action))
-        match action:
-            case Assign(index, address, gpu_class):
-                assignment = Assignment(index, address, gpu_class)
-                self._ledger.journal.assign(self._ledger.lease, assignment)
-            case Fund() | TopUp() | Sweep() | BringHome():
-                await self._pay(action)
-            case Join(_, gpu_class):
-                self._expect(account, Place.SERVING)
-                models = self._models_on_disk(gpu_class)
-                await network.join(account, gpu_class, self._settings.policy.stake, models)
-            case Resume():
-                self._expect(account, Place.SERVING)
-                await network.resume(account)
-            case Pause():
-                self._expect(account, Place.PAUSED)
-                await network.pause(account)
-            case UpdateVersion():
-                await network.update_version(account)
-            case Quit():
-                self._expect(account, Place.OUT)
-                await network.quit(account)
-
-    async def _pay(self, action: Fund | TopUp | Sweep | BringHome) -> None:
-        account, amount, treasury = action.address, action.amount, self._treasury
-        if isinstance(action, Fund | TopUp):
-            self._owe(account, amount)
-            purpose = "fund" if isinstance(action, Fund) else "gas"
-            await self._network.transfer(treasury, account, amount, purpose)
-            return
-        self._keep(account, standing.gave(self._standing(account), amount))
-        if isinstance(action, Sweep):
-            await self._network.transfer(account, action.recipient, amount, "sweep")
-        else:
-            await self._network.transfer(account, treasury, amount, "home")
-
-    def _may(self, action: FleetAction) -> bool:
-        there = self._standing(action.address)
-        if there.held or there.is_doubtful:
-            return False  # since the plan was made
-        # A join says which models are there, and the first ones are still to come.
-        return not isinstance(action, Join) or self._ready_to_join(action.gpu_class)
-
-    def _expect(self, account: Address, place: Place) -> None:
-        self._keep(account, standing.asked(self._standing(account), place))
-
-    def _owe(self, account: Address, amount: Wei) -> None:
-        self._money = None
-        paid = self._network.movements().get(account, Movement()).paid_block
-        self._keep(account, standing.owed(self._standing(account), amount, paid))
-
-    def _ready_to_join(self, gpu_class: GpuClass) -> bool:
-        return self._stores.settled(of_class(self._gpus(), gpu_class))
-
-    def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
-        """The models that every card of the class has: what a join may declare. Some at most,
-        those first that were configured or asked for, because each costs the join gas."""
-        cards = of_class(self._gpus(), gpu_class)
-        common = frozenset[str].intersection(*(gpu.on_disk for gpu in cards)) if cards else ()
-        fetched = self._stores.here(cards)
-        others = {ModelId(f"base:{name}") for name in common} - fetched
-        return (*sorted(fetched), *sorted(others))[:MOST_MODELS]
 
 
 def sorted_(classes: Iterable[GpuClass]) -> list[GpuClass]:

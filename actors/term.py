@@ -258,8 +258,8 @@ class Term:
             # Before the fleet can see that the account has quit.
             self._slashed(account, view.account.gpu_class, view.moment)
             self._invalidated |= lost
-        sure = not self._fleet.puzzled(view) or await self._inquired(view)
-        self._fleet.looked(view, sure)
+        sure = not self._fleet.standings.puzzled(view) or await self._inquired(view)
+        self._fleet.standings.looked(view, sure)
         # Only now: nothing is done for what was found and not judged.
         self._views[account] = view
         # What is heard while looking may not be in what was seen.
@@ -270,13 +270,14 @@ class Term:
         self._world.metrics.turn_ended(Timestamp(self._world.clock()))
         busy = bool(self._ledger.of_account(account))
         # One without a task, and as it should be, waits for what wakes it, be it only the sweep.
-        longest = BUSY_LOOK_SECONDS if busy or self._fleet.doubts(account) else None
+        doubtful = self._fleet.standings.of(account).is_doubtful
+        longest = BUSY_LOOK_SECONDS if busy or doubtful else None
         return min((each for each in (due, longest) if each is not None), default=None)
 
     async def _inquired(self, view: AccountView) -> bool:
         """The account isn't as it should be. Whether all is known that the network did to it."""
         account = view.account.address
-        since = self._fleet.seen_well(account)
+        since = self._fleet.standings.seen_well(account)
         try:
             for wakeup in await self._network.befell(account, since, view.moment):
                 self._befell(wakeup)
@@ -290,7 +291,7 @@ class Term:
         account = wakeup.account
         if account is None:
             return
-        if wakeup.reason == KICKED_OUT and self._fleet.kicked(account, wakeup.moment):
+        if wakeup.reason == KICKED_OUT and self._fleet.standings.kicked(account, wakeup.moment):
             self._log.error("kicked_out", account=account)
             self._world.metrics.kicked_out()
         elif wakeup.reason == SLASHED:

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,8 @@ import httpx
 from eth_account.signers.local import LocalAccount
 from eth_typing import BlockNumber
 from eth_utils.crypto import keccak
-from web3 import AsyncWeb3
 from web3.exceptions import ContractLogicError, Web3Exception
-from web3.providers.async_base import AsyncJSONBaseProvider
-from web3.types import FilterParams, RPCEndpoint, RPCResponse
+from web3.types import FilterParams
 
 from cluster.core.errors import ChainError, RelayError
 from cluster.core.types import (
@@ -41,10 +39,10 @@ from cluster.core.types import (
 )
 from cluster.inference.scoring import score_images, score_llm
 from cluster.relay.envelope import seal
-from cluster.relay.signing import sign
-from devnet.compile import load
+from devnet.chain_client import ChainClient
 from devnet.deploy import Deployment, sampling_proof
-from devnet.tasks import ChainTask, TaskSpec, fees, from_chain
+from devnet.relay_client import RelayClient, ResultRefused
+from devnet.tasks import ChainTask, TaskSpec, from_chain
 
 POLL_SECONDS = 0.5
 UPLOADED_SECONDS = 2.0
@@ -53,9 +51,7 @@ QUEUED_SECONDS = 10.0
 GRACE_SECONDS = 60
 """How long past the timeout validating is still tried, and the upload of what was validated waited
 for, before the task is aborted."""
-RECEIPT_SECONDS = 60.0
 ABORT_GAS = 3_000_000
-EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
 _ANSWERED = frozenset({TaskStatus.SCORE_READY, TaskStatus.ERROR_REPORTED})
 _VALIDATED = frozenset({TaskStatus.VALIDATED, TaskStatus.GROUP_VALIDATED})
 _PAID = frozenset({TaskStatus.END_SUCCESS, TaskStatus.END_GROUP_SUCCESS})
@@ -130,22 +126,6 @@ class _Member:
         return bytes.fromhex(self.commitment[2:])
 
 
-class _HttpProvider(AsyncJSONBaseProvider):
-    """Over httpx. web3's own takes a thread lock for each call, which a cancelled call keeps for
-    good: whoever comes next waits for ever, the interpreter's exit included."""
-
-    def __init__(self, url: str, http: httpx.AsyncClient) -> None:
-        super().__init__()
-        self._url = url
-        self._http = http
-
-    async def make_request(self, method: RPCEndpoint, params: Any) -> RPCResponse:
-        body = self.encode_rpc_request(method, params)
-        headers = {"content-type": "application/json"}
-        answer = await self._http.post(self._url, content=body, headers=headers)
-        return self.decode_rpc_response(answer.raise_for_status().content)
-
-
 class Application:
     """One application account on a devnet.
 
@@ -171,13 +151,12 @@ class Application:
         self.validate_after = validate_after
         self._rpc_url = rpc_url
         self._deployment = deployment
-        self._relay = relay_url.rstrip("/")
+        self._relay_url = relay_url
         self._account = account
         self._owner = owner
         self._out = out
         self._clock = clock
         self._random = random
-        self._sending = asyncio.Lock()
         self._members: dict[Commitment, _Member] = {}
 
     async def run(
@@ -187,21 +166,16 @@ class Application:
     ) -> list[TaskReport]:
         """Create all tasks and drive them to their ends; one report per task, three for a group."""
         async with httpx.AsyncClient(timeout=60) as http:
-            self._web3 = AsyncWeb3(_HttpProvider(self._rpc_url, http))
-            self._http = http
-            self._task = self._contract(self._deployment.task, "VSSTask")
-            self._node = self._contract(self._deployment.node, "Node")
+            self._chain = ChainClient(self._rpc_url, self._deployment.chain_id, http)
+            self._relay = RelayClient(self._relay_url, self._account, http)
+            self._task = self._chain.contract(self._deployment.task, "VSSTask")
+            self._node = self._chain.contract(self._deployment.node, "Node")
             self._on_change = on_change
             watching = asyncio.create_task(self._watch())
             try:
                 return await self._run(specs)
             finally:
                 watching.cancel()
-
-    def _contract(self, address: str, name: str) -> Any:
-        return self._web3.eth.contract(
-            address=AsyncWeb3.to_checksum_address(address), abi=load(name).abi
-        )
 
     async def _run(self, specs: Sequence[TaskSpec]) -> list[TaskReport]:
         drives: dict[str, asyncio.Task[list[TaskReport]]] = {}
@@ -227,14 +201,14 @@ class Application:
         functions = self._task.functions
         usual: int = await functions.timeout().call()
         for timeout in dict.fromkeys(each.timeout for each in specs if each.timeout is not None):
-            await self._send(functions.setSamplingModulus(0), sender=self._owner)
-            await self._send(functions.setTimeout(timeout), sender=self._owner)
+            await self._chain.send(functions.setSamplingModulus(0), self._owner)
+            await self._chain.send(functions.setTimeout(timeout), self._owner)
             yield [spec for spec in specs if spec.timeout == timeout]
-            await self._send(functions.setTimeout(usual), sender=self._owner)
+            await self._chain.send(functions.setTimeout(usual), self._owner)
         for modulus, group in ((0, False), (1, True)):
             wave = [spec for spec in specs if spec.timeout is None and spec.group is group]
             if wave:
-                await self._send(functions.setSamplingModulus(modulus), sender=self._owner)
+                await self._chain.send(functions.setSamplingModulus(modulus), self._owner)
                 yield wave
 
     async def _follow(self, first: _Member, guid: bytes) -> list[TaskReport]:
@@ -268,7 +242,7 @@ class Application:
             list(spec.version),
             spec.size,
         )
-        await self._send(call, value=spec.fee)
+        await self._chain.send(call, self._account, value=spec.fee)
         return _Member(name, spec, Commitment("0x" + commitment.hex()))
 
     async def _drive(self, member: _Member) -> TaskReport:
@@ -305,7 +279,7 @@ class Application:
 
     async def _watch(self) -> None:
         """Stir the members whose tasks events are about; losing some costs only time."""
-        eth, block = self._web3.eth, BlockNumber(-1)
+        eth, block = self._chain.eth, BlockNumber(-1)
         while True:
             with contextlib.suppress(*_TRANSIENT):
                 newest = await eth.block_number
@@ -335,13 +309,14 @@ class Application:
             return
         if answered and member.group is None and overdue < GRACE_SECONDS:
             proof = sampling_proof(self._account, task.sampling_seed)
-            await self._send(
-                self._task.functions.validateSingleTask(member.key, proof.proof, proof.public_key)
+            call = self._task.functions.validateSingleTask(
+                member.key, proof.proof, proof.public_key
             )
+            await self._chain.send(call, self._account)
         elif overdue >= 0:
             abort = self._task.functions.abortTask(member.key, int(AbortReason.TIMEOUT))
             # No estimate: on a chain that mines on demand it is made for the last block's time.
-            await self._send(abort, gas=ABORT_GAS)
+            await self._chain.send(abort, self._account, gas=ABORT_GAS)
         elif task.status is TaskStatus.STARTED and member.spec.upload and not member.uploaded:
             await self._upload(member, task)
 
@@ -366,7 +341,7 @@ class Application:
             *(member.key for member in members), guid, proof.proof, proof.public_key
         )
         try:
-            await self._patiently(lambda: self._send(call))
+            await self._patiently(lambda: self._chain.send(call, self._account))
         except ContractLogicError as error:
             members[0].problem = str(error)
             group.failed = True
@@ -389,7 +364,7 @@ class Application:
         return task
 
     async def _chain_time(self) -> float:
-        block = await self._web3.eth.get_block("latest")
+        block = await self._chain.eth.get_block("latest")
         return max(float(block["timestamp"]), self._clock())
 
     def _note(self, member: _Member, task: ChainTask) -> None:
@@ -418,48 +393,14 @@ class Application:
             expected_report=member.spec.expected_report,
         )
 
-    async def _send(
-        self, call: Any, *, value: int = 0, sender: LocalAccount | None = None, gas: int = 0
-    ) -> None:
-        """Send and wait for success; raises `ContractLogicError` or `ChainError` on a revert."""
-        account = sender or self._account
-        eth = self._web3.eth
-        async with self._sending:
-            transaction = await call.build_transaction(
-                {
-                    "from": account.address,
-                    "value": value,
-                    "nonce": await eth.get_transaction_count(account.address, "pending"),
-                    "chainId": self._deployment.chain_id,
-                    **({"gas": gas} if gas else {}),
-                    **fees(await eth.get_block("latest")),
-                }
-            )
-            if not gas:
-                # What the call costs depends on what else comes into its block before it.
-                transaction["gas"] = 2 * transaction["gas"] + 100_000
-            signed = account.sign_transaction(transaction)
-            sent = await eth.send_raw_transaction(signed.raw_transaction)
-        receipt = await eth.wait_for_transaction_receipt(sent, RECEIPT_SECONDS)
-        if receipt["status"] != 1:
-            raise ChainError(f"{call.fn_name} was reverted")
-
     async def _upload(self, member: _Member, task: ChainTask) -> None:
         text = member.spec.text
         if member.spec.encrypted:
             info = await self._node.functions.getNodeInfo(task.selected_node).call()
             text = seal(text, member.commitment, bytes(info[5]), self._random)
-        fields = {"task_id_commitment": member.commitment, "task_args": text}
-        files = {"checkpoint": EMPTY_ZIP} if task.task_type is TaskType.SD_FT else None
-        response = await self._http.post(
-            self._url(member),
-            data={"task_args": text, **await self._proof(fields)},
-            files=files,
-        )
-        if response.is_success or _refusal(response) == "Task already uploaded":
-            member.uploaded = True
-        else:
-            raise RelayError(f"upload: {_refusal(response)}")
+        checkpoint = task.task_type is TaskType.SD_FT
+        await self._relay.upload(member.commitment, text, checkpoint=checkpoint)
+        member.uploaded = True
 
     async def _collect(self, member: _Member, task: ChainTask) -> None:
         """Fetch every result file, check them against the score and save them."""
@@ -487,39 +428,11 @@ class Application:
 
     async def _fetch(self, member: _Member, index: int) -> bytes | None:
         """A result file; None past the last."""
-        fields = {"task_id_commitment": member.commitment, "index": str(index)}
-
-        async def get() -> httpx.Response:
-            response = await self._http.get(
-                f"{self._url(member)}/results/{index}", params=await self._proof(fields)
+        try:
+            data: bytes | None = await self._patiently(
+                lambda: self._relay.result(member.commitment, index)
             )
-            if not response.is_success and response.status_code != httpx.codes.BAD_REQUEST:
-                raise RelayError(f"result: HTTP {response.status_code}")
-            return response
-
-        response: httpx.Response = await self._patiently(get)
-        if response.is_success:
-            return response.content
-        if _refusal(response) != "File not found":
-            member.problem = f"result {index}: {_refusal(response)}"
-        return None
-
-    def _url(self, member: _Member) -> str:
-        return f"{self._relay}/v1/inference_tasks/{member.commitment}"
-
-    async def _proof(self, fields: Mapping[str, str]) -> dict[str, str]:
-        answer = await self._http.get(f"{self._relay}/v1/now")
-        at = int(answer.raise_for_status().json()["data"]["now"])
-        return {
-            "timestamp": str(at),
-            "signature": sign(fields, at, "0x" + bytes(self._account.key).hex()),
-        }
-
-
-def _refusal(response: httpx.Response) -> str:
-    """The relay's words; the status where it gave none."""
-    try:
-        message: str = response.json()["data"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"
-    return message
+        except ResultRefused as error:
+            member.problem = str(error)
+            return None
+        return data

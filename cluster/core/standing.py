@@ -107,7 +107,7 @@ def asked(standing: Standing, place: Place) -> Standing:
 def kicked(standing: Standing, at: Timestamp, moment: int = 0) -> Standing:
     """`moment` is the network's, 0 where it isn't known; the standing as it was when this is
     an event that has been counted."""
-    if _is_told(standing, moment):
+    if is_told(standing, moment):
         return standing
     kicks = (*standing.kicks, at)[-8:]
     told = max(standing.told, moment)
@@ -116,14 +116,15 @@ def kicked(standing: Standing, at: Timestamp, moment: int = 0) -> Standing:
 
 def slashed(standing: Standing, moment: int = 0) -> Standing:
     """As `kicked`; its money is gone by it."""
-    if _is_told(standing, moment):
+    if is_told(standing, moment):
         return standing
     told = max(standing.told, moment)
     expected = standing.expected | {Place.OUT}
     return replace(standing, expected=expected, told=told, worth=None, due=None)
 
 
-def _is_told(standing: Standing, moment: int) -> bool:
+def is_told(standing: Standing, moment: int) -> bool:
+    """Whether what happened at the moment has been counted."""
     return 0 < moment <= standing.told
 
 

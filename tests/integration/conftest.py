@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from devnet.models import make_models
-from tests.integration.operator_world import OperatorWorld, operator_world
+from tests.integration.operator_start import operator_world
+from tests.integration.operator_world import OperatorWorld
 
 
 @pytest.fixture(scope="session")

@@ -1,39 +1,31 @@
 """A whole operator on a whole devnet, for tests: real chain, relay, Ray, Serve and pipelines.
 
-Starting it takes the better part of a minute (each GPU's process imports torch), so one serves all
-tests of a session; they replace and kill parts of it, and leave it able to take tasks.
+One serves all tests of a session (operator_start.py); they replace and kill parts of it, and leave
+it able to take tasks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import httpx
-import pytest
 import ray
-import yaml
-from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from web3 import HTTPProvider, Web3
 
-import serve_app
 from actors.coordinator import NAME, CoordinatorActor
 from actors.inference import Report
-from actors.pool import simulated_resource
-from cluster import runtime
 from cluster.chain import outbox_rows
 from cluster.chain.contract import commitment_bytes
 from cluster.chain.outbox_rows import IN_THE_CHAIN, OutboxRow
-from cluster.config import Config, load
+from cluster.config import Config
 from cluster.core.record import (
     AttemptStarted,
     Claim,
@@ -51,26 +43,21 @@ from devnet.application import TaskChange, TaskReport
 from devnet.compile import load as contract
 from devnet.demo_tasks import FEE, parameters
 from devnet.hub import Hub
-from devnet.models import SD15, SD15_LORA, make_models
+from devnet.models import SD15
 from devnet.network import Devnet, SimulatedCards
 from devnet.rpc_proxy import RpcProxy
 from devnet.tasks import TaskSpec
-from tests.integration.operator_crashes import CONFIG, Fuse, assemble
+from tests.integration.operator_crashes import Fuse, assemble
 from tests.integration.operator_gate import Gate
 from tests.integration.operator_odd import Oddity
 
-MODELS = Path(".devnet/models")
 HUB_BASE, HUB_LORA, HUB_PINNED = "hub/base", "hub/lora", "hub/pinned"
-HUB_MODELS = {HUB_BASE: SD15[1], HUB_LORA: SD15_LORA, HUB_PINNED: SD15_LORA}
-"""By name on the hub, and what they are copies of."""
+"""Models that only the hub has."""
 PINNED = f"lora:{HUB_PINNED}"
-BLOCK_SECONDS = 0.5
 TASK_TIMEOUT = 900
 """Far longer than any task takes, however often the coordinator is killed meanwhile."""
 TEST_SECONDS = 1500
 """What a test may take before it counts as hung."""
-LEASE_SECONDS = 15.0
-"""Where two coordinators run, the one that acts must not lose it because the machine is busy."""
 PATIENCE = 400.0
 """How long anything is waited for. Machines that run tests are slow and busy."""
 CARDS = (
@@ -80,11 +67,6 @@ CARDS = (
 LATE_CARD = GpuClass("NVIDIA L4+docker", GigaBytes(8))
 """A card that no node has at first, smaller than the others; an account is there for it."""
 ACCOUNTS = sum(cards.count for cards in CARDS) + 1
-SERVE_PATIENCE = (
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S",
-)
-"""Serve replaces a proxy that is slower to start or to answer (5 and 10 s by itself)."""
 AWAY = "the coordinator is away: "
 BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
 """What a coordinator's log never says while everything goes as it should."""
@@ -422,130 +404,3 @@ class OperatorWorld:
         lines.append("coordinator.log, its end")
         lines += [f"  {line}" for line in self.log()[self._log_start :].splitlines()[-80:]]
         return "\n".join(lines)
-
-
-def _models(root: Path, hub: Hub) -> dict[str, Any]:
-    """The configuration of a store in which all tiny models lie, but for those that only the hub
-    has: one that is to be there before the accounts join, and those that come when they are asked
-    for."""
-    for path in MODELS.rglob("*"):
-        if path.is_file():
-            target = root / path.relative_to(MODELS)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-    for name, original in HUB_MODELS.items():
-        hub.add(name, MODELS / original)
-    return {
-        "root": str(root),
-        "sources": ["hub"],
-        "hub": {"endpoint": hub.url},
-        "web": {"allow_hosts": [f"localhost:{hub.port}"]},  # where the hub keeps large files
-        "pin": [PINNED],
-        "spare_gb": 0.01,
-    }
-
-
-@contextlib.contextmanager
-def operator_world(folder: Path) -> Iterator[OperatorWorld]:
-    """Start everything."""
-    with Hub() as hub:
-        yield from _operator_world(folder, hub)
-
-
-def _operator_world(folder: Path, hub: Hub) -> Iterator[OperatorWorld]:
-    make_models(MODELS)
-    settings = {
-        "identity": {"accounts": ACCOUNTS},
-        "lease": {"ttl_seconds": LEASE_SECONDS},
-        "policy": {"retry_backoff": 0.2},
-        "models": _models(folder / "models", hub),
-    }
-    with contextlib.ExitStack() as stack:
-        devnet = stack.enter_context(
-            Devnet(
-                folder,
-                block_time=BLOCK_SECONDS,
-                task_timeout=TASK_TIMEOUT,
-                models=MODELS,
-                cards=CARDS,
-                settings=settings,
-            )
-        )
-        rpc = stack.enter_context(RpcProxy(devnet.deployment.rpc_url))
-        config_file = devnet.directory / CONFIG
-        said = yaml.safe_load(devnet.config_file.read_text())
-        said["network"]["rpc_url"] = rpc.url
-        config_file.write_text(yaml.safe_dump(said))
-        config = load(config_file)
-        world = OperatorWorld(devnet, config, SqlJournal(config.journal.url), hub, rpc)
-        with pytest.MonkeyPatch.context() as patch:
-            for name in SERVE_PATIENCE:
-                patch.setenv(name, "120")
-            runtime.connect(config)
-        try:
-            _serve(config)
-            world.gate.close()
-            asyncio.run(world.hear(f"{AWAY}it has not been started, or it is being replaced"))
-            world.start_coordinator()
-            asyncio.run(world.hear("no GPU is ready: "))
-            world.gate.open()
-            asyncio.run(world.hear_nothing_missing())
-            asyncio.run(world.until_serving())
-            yield world
-        finally:
-            _stop(world)
-
-
-def _serve(config: Config) -> None:
-    """Tried again when it fails for want of time, as the supervisor does it."""
-    options = {"host": config.serve.host, "port": config.serve.port}
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            serve.start(proxy_location="HeadOnly", http_options=options)
-            application = serve_app.build(config)
-            serve.run(application, name=runtime.APPLICATION, route_prefix="/")
-        except (RayError, TimeoutError):
-            if time.monotonic() > deadline:
-                raise
-        else:
-            return
-
-
-def _stop(world: OperatorWorld) -> None:
-    try:
-        # Only for the sake of order: what is too slow for it is killed with Ray.
-        with contextlib.suppress(RayError, TimeoutError):
-            serve.shutdown()  # type: ignore[no-untyped-call]
-        with contextlib.suppress(ValueError, RayError):
-            ray.get(world.coordinator().stop.remote(), timeout=30)
-    finally:
-        ray.shutdown()
-        world.journal.close()
-
-
-@contextlib.contextmanager
-def late_node() -> Iterator[tuple[str, Callable[[], None]]]:
-    """A Ray node with one `LATE_CARD` that joins our cluster: its id, and what makes it vanish."""
-    from ray._private import worker
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(shutdown_at_exit=False)
-    head = worker._global_node
-    assert head is not None
-    cluster.head_node, cluster.redis_address = head, head.redis_address
-    node = cluster.add_node(
-        wait=False,
-        num_cpus=1,
-        node_ip_address="127.0.0.1",
-        resources={simulated_resource(LATE_CARD): 1},
-    )
-
-    def vanish() -> None:
-        cluster.remove_node(node, allow_graceful=False)
-
-    try:
-        yield node.node_id, vanish
-    finally:
-        if node in cluster.worker_nodes:
-            vanish()

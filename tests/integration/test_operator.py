@@ -28,6 +28,7 @@ from cluster.status import GpuStatus, Status
 from devnet.demo_tasks import ABORTED, GROUP, parameters
 from devnet.models import SD15, SD15_LORA, SDXL_LORA
 from tests.integration.operator_crashes import Point
+from tests.integration.operator_start import late_node
 from tests.integration.operator_world import (
     LATE_CARD,
     PATIENCE,
@@ -35,7 +36,6 @@ from tests.integration.operator_world import (
     TEST_SECONDS,
     OperatorWorld,
     answer_of,
-    late_node,
     task,
 )
 

@@ -25,7 +25,8 @@ from cluster import keystore
 from cluster.identity import TREASURY, Identity
 from cluster.status import Status
 from devnet.network import Devnet, SimulatedCards
-from tests.integration.operator_world import MODELS, PATIENCE, TEST_SECONDS
+from tests.integration.operator_start import MODELS
+from tests.integration.operator_world import PATIENCE, TEST_SECONDS
 from tests.integration.process_memory import environment, memory, secrets
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)

@@ -136,7 +136,7 @@ class Site:
             balance = 420 if out else 20
         facts = AccountFacts(account, status, None if out else kind, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.house.clock()), facts, ())
-        self.keeper.looked(self.views[account])
+        self.keeper.standings.looked(self.views[account])
 
     def moving(self, *accounts: Address) -> None:
         self.network.moving = {each: Movement(is_open=True) for each in accounts}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, HubConfig, ModelsConfig, digest, load
+from cluster.config import Config, digest, load
+from cluster.config.models import HubConfig, ModelsConfig
 from cluster.core.errors import ConfigError
 from cluster.core.lifecycle import Policy
 from cluster.core.types import GigaBytes, GpuClass

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from actors.fleet import TREASURY_SECONDS, FleetSettings
+from actors.fleet import FleetSettings
+from actors.treasury import TREASURY_SECONDS
 from cluster.core.ports import Movement
 from cluster.core.record import AttemptFailed
 from cluster.core.standing import STRANGE_SECONDS

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from actors import fleet as module
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
-from actors.fleet import FleetKeeper, FleetSettings
+from actors.fleet import APPLY_SECONDS, FleetKeeper, FleetSettings
 from actors.ledger import Ledger
 from actors.stores import RayStores
+from actors.treasury import TREASURY_SECONDS
 from cluster.core.capacity import FEW, WINDOW_SECONDS
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
@@ -100,7 +100,7 @@ class World:
         stake = Wei(0 if status is NodeStatus.QUIT else 400)
         facts = AccountFacts(account, status, gpu_class, stake, Wei(balance), 0, None)
         self.views[account] = AccountView(at, Timestamp(self.clock()), facts, ())
-        self.keeper.looked(self.views[account])
+        self.keeper.standings.looked(self.views[account])
 
     def rounds(self, account: Address, status: NodeStatus, balance: int, seconds: float) -> None:
         """Looks, and turns of the fleet between them that ask for nothing."""
@@ -165,7 +165,7 @@ def test_the_treasury_is_asked_seldom_and_before_something_is_paid(world: World)
         world.turn()
     assert world.network.called("balance") == [(TREASURY,)]
     assert world.keeper.view.treasury == str(MONEY)
-    world.later(module.TREASURY_SECONDS + 1)
+    world.later(TREASURY_SECONDS + 1)
     world.see(ALICE, NodeStatus.AVAILABLE, balance=1)
     assert world.turn() == [("transfer", TREASURY, ALICE, 19, "gas")]
     assert world.network.called("balance") == [(TREASURY,)] * 2
@@ -235,7 +235,7 @@ def test_a_treasury_that_has_too_little_is_an_alert(world: World) -> None:
     assert "the treasury has 5 wei and needs 430 to fund account 1" in alert
     # It is looked at again after a while.
     world.network.treasury_has = Wei(MONEY)
-    world.later(module.TREASURY_SECONDS + 1)
+    world.later(TREASURY_SECONDS + 1)
     assert world.turn() == [("transfer", TREASURY, ALICE, 420, "fund")]
 
 
@@ -321,7 +321,7 @@ def test_what_can_wait_waits_for_what_is_on_its_way_and_for_a_drain(world: World
 def test_a_kicked_account_joins_again_after_a_wait_and_says_so(world: World) -> None:
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    world.keeper.kicked(ALICE)
+    world.keeper.standings.kicked(ALICE)
     world.see(ALICE, NodeStatus.QUIT, balance=420)
     assert world.turn() == []
     (alert,) = world.keeper.alerts()
@@ -443,8 +443,8 @@ def test_a_kick_that_is_seen_before_it_is_heard_of_waits_all_the_same(world: Wor
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     world.turn()
     world.rounds(ALICE, NodeStatus.QUIT, 420, 10)
-    assert world.keeper.kicked(ALICE, 100)
-    assert not world.keeper.kicked(ALICE, 100), "the same one, heard of twice"
+    assert world.keeper.standings.kicked(ALICE, 100)
+    assert not world.keeper.standings.kicked(ALICE, 100), "the same one, heard of twice"
     world.rounds(ALICE, NodeStatus.QUIT, 420, 40)
     (alert,) = world.keeper.alerts()
     assert "was kicked out 1 times" in alert
@@ -456,7 +456,7 @@ def test_a_kick_that_is_seen_before_it_is_heard_of_waits_all_the_same(world: Wor
 def test_a_look_that_is_older_than_what_was_heard_says_nothing(world: World) -> None:
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20)
     world.turn()
-    world.keeper.kicked(ALICE, 105)
+    world.keeper.standings.kicked(ALICE, 105)
     world.see(ALICE, NodeStatus.AVAILABLE, balance=20, at=104)
     world.see(ALICE, NodeStatus.QUIT, balance=420, at=105)
     world.later(STRANGE_SECONDS + 1)
@@ -470,9 +470,9 @@ def test_as_long_as_not_all_is_known_an_account_is_doubted_and_not_held(world: W
     facts = AccountFacts(ALICE, NodeStatus.QUIT, None, Wei(0), Wei(0), 0, None)
     view = AccountView(110, Timestamp(world.clock()), facts, ())
     world.views[ALICE] = view
-    assert world.keeper.puzzled(view)
+    assert world.keeper.standings.puzzled(view)
     for _ in range(2):
-        world.keeper.looked(view, sure=False)
+        world.keeper.standings.looked(view, sure=False)
         world.later(STRANGE_SECONDS / 2)
         assert world.keeper.alerts() == ()
         assert world.turn() == []
@@ -481,8 +481,8 @@ def test_as_long_as_not_all_is_known_an_account_is_doubted_and_not_held(world: W
     assert "not all that the network did to it could be read" in alert
     world.keeper.slashed(ALICE, KIND, 108)
     world.ledger.mark_slashed(ALICE)
-    assert not world.keeper.puzzled(view)
-    world.keeper.looked(view)
+    assert not world.keeper.standings.puzzled(view)
+    world.keeper.standings.looked(view)
     (alert,) = world.keeper.alerts()
     assert "is stopped" in alert
 
@@ -490,7 +490,7 @@ def test_as_long_as_not_all_is_known_an_account_is_doubted_and_not_held(world: W
 def test_what_is_found_while_a_plan_is_made_stops_its_action(world: World) -> None:
     world.see(ALICE, NodeStatus.AVAILABLE, balance=1)
     world.turn()
-    world.later(module.TREASURY_SECONDS + 1)
+    world.later(TREASURY_SECONDS + 1)
 
     def meanwhile(method: str) -> None:
         if method == "balance":
@@ -738,7 +738,7 @@ def test_applying_ends_after_a_while_although_something_is_left(manual: World) -
     manual.turn()
     assert manual.turn() == [("join", ALICE)]
     # The network refuses it, again and again.
-    manual.later(module.APPLY_SECONDS - 1)
+    manual.later(APPLY_SECONDS - 1)
     assert manual.turn() == [("join", ALICE)]
     manual.later(2)
     assert manual.turn() == []

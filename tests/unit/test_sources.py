@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.keeping import StoreWorker
-from cluster.config import ModelsConfig
+from cluster.config.models import ModelsConfig
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import http_read
 from cluster.models.assembly import sources_of
