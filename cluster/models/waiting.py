@@ -101,7 +101,7 @@ class Watch:
         """What isn't a task's waits while a task waits for another model, and none for this."""
         while self.wanted.background and self._is_in_the_way():
             self.sleep(LOOK_SECONDS)
-            self.check()
+            self.look()
 
     def in_front(self) -> AbstractContextManager[None]:
         """As long as a task fetches, what isn't a task's stands back."""

@@ -14,7 +14,7 @@ import pytest
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError
 
-from actors.keeping import TURN_SECONDS, StoreReport, StoreWorker
+from actors.keeping import LOST_SECONDS, MOST_LOST, TURN_SECONDS, StoreReport, StoreWorker
 from actors.stores import FETCHED_BYTES, RayStores, _Member
 from cluster.core.types import Gpu, GpuId, GpuState, ModelId, RayNodeId
 from cluster.models import diary
@@ -121,6 +121,47 @@ async def test_alone_it_takes_as_long_as_it_takes(house: House) -> None:
     worker = StoreWorker(lambda: made, "1+abc", (A,), clock=lambda: now[0])
     await report_when(worker, lambda r: r.here == {A})
     assert [str(ref) for ref in house.asked] == [A]
+
+
+async def test_a_download_that_hangs_keeps_nobody_waiting(house: House) -> None:
+    """Wherever: its thread is left to it, and it has another turn when it comes back."""
+    now = [0.0]
+    made = keeper(house.root, house.shelf)
+    back = threading.Event()
+
+    def hang() -> None:
+        if house.shelf.listed == 1:
+            assert back.wait(30)
+
+    house.shelf.listing = hang
+    worker = StoreWorker(lambda: made, "1+abc", (A, B), clock=lambda: now[0])
+    await until(lambda: bool(house.asked))
+    now[0] += LOST_SECONDS + 1
+    try:
+        report = await report_when(worker, lambda r: B in r.here)
+        assert "no sign of life" in report.failed[A]
+        await worker.want((A,))
+        assert (await worker.report()).queued == 0
+    finally:
+        back.set()
+    await until(lambda: not worker._lost)
+    await worker.want((A,))
+    report = await report_when(worker, lambda r: r.here == {A, B})
+    assert report.failed == {}
+
+
+async def test_no_more_threads_are_left_than_some(house: House) -> None:
+    now = [0.0]
+    house.go.clear()
+    made = keeper(house.root, house.shelf)
+    ids = tuple(f"lora:acme/{n}" for n in range(MOST_LOST + 2))
+    worker = StoreWorker(lambda: made, "1+abc", ids, clock=lambda: now[0])
+    for number in range(MOST_LOST + 1):
+        await until(lambda n=number: len(house.asked) == n + 1)  # type: ignore[misc]
+        now[0] += LOST_SECONDS + 1
+    await asyncio.sleep(1.0)
+    assert len(worker._lost) == MOST_LOST
+    assert len(house.asked) == MOST_LOST + 1
 
 
 async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None:
