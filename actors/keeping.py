@@ -44,7 +44,8 @@ class StoreReport:
 
     `here` are those that were asked for, or configured, and are there; `failed` says why others
     aren't; `room_bytes` may yet come without another leaving. `events` counts the store's diary
-    since this process began, by event and by source or rule; `fetched_bytes` by source.
+    since this process began, by event and by source or rule; `fetched_bytes` by source. `trouble`
+    says why nothing at all is fetched there.
     """
 
     release: str
@@ -59,6 +60,7 @@ class StoreReport:
     room_bytes: int
     events: Mapping[tuple[str, str], int]
     fetched_bytes: Mapping[str, int]
+    trouble: str = ""
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class StoreWorker:
         self._clock = clock
         self._release = release
         self._again_seconds = again_seconds
+        self._make_keeper = make_keeper
         self._keeper = make_keeper()
         self._configured = configured
         self._queue: deque[str] = deque(configured)
@@ -135,6 +138,7 @@ class StoreWorker:
         while True:
             if self._clock() >= again_at:
                 again_at = self._clock() + self._again_seconds
+                await self._open_again()
                 waiting = self._here | self._lost | set(self._queue)
                 missing = [each for each in self._configured if each not in waiting]
                 self._queue.extendleft(reversed(missing))
@@ -145,6 +149,12 @@ class StoreWorker:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(again_at - self._clock(), 0.0)):
                     await self._news.wait()
+
+    async def _open_again(self) -> None:
+        """What couldn't be written may have been mended meanwhile."""
+        if self._keeper.trouble:
+            loop = asyncio.get_running_loop()
+            self._keeper = await loop.run_in_executor(self._thread, self._make_keeper)
 
     async def _take_turn(self, model_id: str) -> None:
         """Fetch it. Whatever it hangs on, those behind it don't wait for ever."""
@@ -240,9 +250,10 @@ class StoreWorker:
             models=len(manifests),
             used_bytes=sum(manifest.size for manifest in manifests.values()),
             quota_bytes=keeper.limits.quota,
-            room_bytes=keeper.room.left(),
+            room_bytes=keeper.room.left() if keeper.sources else 0,
             events=dict(self._events),
             fetched_bytes=dict(self._bytes),
+            trouble=keeper.trouble,
         )
 
     def _is_here(self, model_id: str) -> bool:

@@ -285,4 +285,5 @@ def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:
             for each in report.downloads
         ),
         failed=report.failed,
+        trouble=report.trouble,
     )

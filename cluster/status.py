@@ -138,6 +138,8 @@ class StoreStatus(View):
     downloads: tuple[DownloadView, ...] = ()
     failed: Mapping[str, str] = Field(default_factory=dict)
     """Models that were configured or asked for and couldn't be had, with the reason."""
+    trouble: str = ""
+    """Why nothing at all is fetched there."""
 
 
 class TaskView(View):

@@ -40,7 +40,8 @@ def open_keeper(settings: StoreSettings) -> Keeper:
     except OSError as error:
         log = structlog.get_logger("models")
         log.warning("store_not_writable", root=str(settings.root), error=str(error))
-        return Keeper(store)
+        reason = error.strerror or type(error).__name__
+        return Keeper(store, trouble=f"the store in {settings.root} can't be written: {reason}")
     return keeper
 
 

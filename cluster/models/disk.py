@@ -29,6 +29,7 @@ from cluster.models import strict_json
 from cluster.models.refs import ModelRef
 
 MANIFEST: Final = ".manifest.json"
+_NOT_THERE: Final = (FileNotFoundError, NotADirectoryError)
 HALF_LIFE: Final = 7 * 86400.0
 """Seconds after which a use counts half."""
 
@@ -102,7 +103,7 @@ class Disk:
     # --- what is published -----------------------------------------------------------------------
 
     def keys(self) -> tuple[str, ...]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*_NOT_THERE):
             return tuple(sorted(os.listdir(self.base / "models")))
         return ()
 
@@ -169,7 +170,7 @@ class Disk:
         """For whoever may read the store."""
         try:
             file = os.open(self.base / "locks" / name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except _NOT_THERE:
             return False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,7 +249,7 @@ class Disk:
         return told if self.is_locked(key) else None
 
     def downloads(self) -> tuple[Progress, ...]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*_NOT_THERE):
             told = [self.progress(key) for key in sorted(os.listdir(self.base / "progress"))]
             return tuple(progress for progress in told if progress is not None)
         return ()

@@ -138,7 +138,7 @@ class Room:
         promised = sum(max(each.total, each.done) for each in others)
         arrived = 0 if ref is None else _bytes_in(self.disk.partial(ref.key))
         arrived += sum(_bytes_in(self.disk.partial(each.ref.key)) for each in others)
-        free = shutil.disk_usage(self.disk.base).free
+        free = shutil.disk_usage(_nearest(self.disk.base)).free
         by_disk = here + arrived + free - self.spare
         return (by_disk if self.quota is None else min(self.quota, by_disk)), here + promised
 
@@ -147,6 +147,11 @@ def _folders(folder: Path) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):
         return sorted(path for path in folder.iterdir() if path.is_dir())
     return []
+
+
+def _nearest(folder: Path) -> Path:
+    """Itself, or what it would be made in."""
+    return next((each for each in (folder, *folder.parents) if each.is_dir()), Path("/"))
 
 
 def _bytes_in(folder: Path) -> int:
