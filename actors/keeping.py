@@ -43,9 +43,9 @@ class StoreReport:
     """What a machine's store has and does. Model ids are as the network writes them.
 
     `here` are those that were asked for, or configured, and are there; `failed` says why others
-    aren't; `room_bytes` may yet come without another leaving. `events` counts the store's diary
-    since this process began, by event and by source or rule; `fetched_bytes` by source. `trouble`
-    says why nothing at all is fetched there.
+    aren't; `room_bytes` may yet come without another leaving; `leftover_bytes` are what broken
+    downloads left. `events` counts the store's diary since this process began, by event and by
+    source or rule; `fetched_bytes` by source. `trouble` says why nothing at all is fetched there.
     """
 
     release: str
@@ -61,6 +61,7 @@ class StoreReport:
     events: Mapping[tuple[str, str], int]
     fetched_bytes: Mapping[str, int]
     trouble: str = ""
+    leftover_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -254,6 +255,7 @@ class StoreWorker:
             events=dict(self._events),
             fetched_bytes=dict(self._bytes),
             trouble=keeper.trouble,
+            leftover_bytes=keeper.room.leftover(),
         )
 
     def _is_here(self, model_id: str) -> bool:

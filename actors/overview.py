@@ -286,4 +286,5 @@ def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:
         ),
         failed=report.failed,
         trouble=report.trouble,
+        leftover_bytes=report.leftover_bytes,
     )

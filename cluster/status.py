@@ -140,6 +140,8 @@ class StoreStatus(View):
     """Models that were configured or asked for and couldn't be had, with the reason."""
     trouble: str = ""
     """Why nothing at all is fetched there."""
+    leftover_bytes: int = 0
+    """That broken downloads left there for the next try."""
 
 
 class TaskView(View):
