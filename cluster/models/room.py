@@ -16,7 +16,7 @@ from typing import Final
 
 from cluster.core.eviction import Resident, victims
 from cluster.models.diary import Diary
-from cluster.models.disk import Disk, Manifest, all_in
+from cluster.models.disk import WRITING, Disk, Manifest, all_in
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 
@@ -24,6 +24,7 @@ _LOCK: Final = ".room"
 LEAST_NEED: Final = 0.1
 """What is left of one use after three weeks."""
 _NEEDLESS: Final = 0.01
+WRITING_SECONDS: Final = 60.0
 STALE: Final = 86400.0
 """Seconds after which what a broken download left behind isn't kept for the next try."""
 
@@ -79,9 +80,7 @@ class Room:
     def tidy(self) -> None:
         """Remove what nobody will come back for. For the start of a process."""
         self.disk.prepare()
-        # What is in it, and not the folder itself: others put into it what leaves.
-        for left in _folders(self.disk.base / "trash"):
-            shutil.rmtree(left, ignore_errors=True)
+        self.disk.empty_trash()
         self._drop_stale()
         published = self.disk.keys()
         for key in published:
@@ -94,9 +93,13 @@ class Room:
         """Anybody may name any number of models, and each leaves some."""
         disk, now = self.disk, self.clock()
         here = set(disk.keys())
-        disk.drop_small("uses", lambda f: f.name in here or disk.need(f.name, now)[0] >= _NEEDLESS)
-        disk.drop_small("refused", lambda file: disk.refusal(file.name, now) is not None)
-        disk.drop_small("progress", lambda file: disk.is_locked(file.name))
+
+        def drop(kind: str, stays: Callable[[str], bool]) -> None:
+            disk.drop_small(kind, lambda f: _is_being_written(f, now) or stays(f.name))
+
+        drop("uses", lambda key: key in here or disk.need(key, now)[0] >= _NEEDLESS)
+        drop("refused", lambda key: disk.refusal(key, now) is not None)
+        drop("progress", disk.is_locked)
         disk.drop_free_locks()
 
     def _evict(self, size: int, ref: ModelRef, gentle: bool) -> None:
@@ -170,9 +173,14 @@ class Room:
         return limit, here + promised + left
 
 
-def _changed_at(folder: Path) -> float:
+def _is_being_written(file: Path, now: float) -> bool:
+    """By whoever gives it its own name in the next moment."""
+    return file.name.endswith(WRITING) and now - _changed_at(file) < WRITING_SECONDS
+
+
+def _changed_at(path: Path) -> float:
     with contextlib.suppress(OSError):
-        return folder.stat().st_mtime
+        return path.stat().st_mtime
     return 0.0
 
 

@@ -356,6 +356,58 @@ def test_a_start_beside_others_leaves_them_where_to_put_what_leaves(tmp_path: Pa
     assert not store.disk.model(A.key).exists()
 
 
+def test_a_start_takes_nothing_from_under_who_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    rename = Path.rename
+
+    def after_a_start(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        store.room.tidy()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", after_a_start)
+    store.disk.remove(A.key)
+    assert not store.disk.model(A.key).exists()
+    assert list((store.disk.base / "trash").iterdir()) == []
+
+
+def test_a_start_takes_nothing_from_under_who_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = Time()
+    store = small(tmp_path, 3, time=time)
+    replace = Path.replace
+
+    def after_a_start(path: Path, target: Path) -> Path:
+        os.utime(path, (time.now, time.now))
+        store.room.tidy()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", after_a_start)
+    store.disk.used(A.key, time.now)
+    store.disk.note_refusal(A.key, "header", "x", time.now + 60)
+    store.disk.tell(A.key, Progress(A, "hub", 0, 1, 0.0, 0.0, background=False))
+    assert small_files(store) == {
+        f"uses/{A.key}", f"refused/{A.key}", f"progress/{A.key}"
+    }  # fmt: skip
+
+
+def test_what_a_dead_one_was_writing_goes_at_a_later_start(tmp_path: Path) -> None:
+    time = Time()
+    store = small(tmp_path, 3, time=time)
+    half = store.disk.base / "uses" / f"{A.key}.1.2~"
+    half.write_text("[")
+    os.utime(half, (time.now, time.now))
+    store.room.tidy()
+    assert half.exists()
+    time.now += 61
+    store.room.tidy()
+    assert not half.exists()
+
+
 def small_files(store: Keeper) -> set[str]:
     kinds = ("locks", "uses", "refused", "progress")
     found = {f"{kind}/{path.name}" for kind in kinds for path in (store.disk.base / kind).iterdir()}
