@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import gzip
 import ssl
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx2
@@ -15,8 +18,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from cluster.models.assembly import sources_of
 from cluster.models.guarded_http import GuardedTransport, guarded_client
+from cluster.models.refs import ref
 from cluster.models.refusals import Refused, Rule
+from cluster.models.settings import StoreSettings
+from cluster.models.sources import Absent, Denied, SourceDown
 from cluster.models.urls import UrlRules
 from devnet.faulty_http import Fault, FileServer
 from tests.integration.hostile_host import HostileHost
@@ -36,6 +43,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName(NAME), x509.IPAddress(ip_address("127.0.0.1"))]
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -44,7 +52,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -237,6 +245,47 @@ def test_through_a_proxy_what_is_written_is_still_checked(server: FileServer) ->
     for url in ("http://127.0.0.1/x", "http://169.254.169.254/x", "http://localhost/x"):
         with pytest.raises(Refused):
             made.get(url)
+
+
+def test_a_proxys_password_comes_from_its_file(server: FileServer, tmp_path: Path) -> None:
+    file = tmp_path / "proxy"
+    file.write_text(f"http://me:word@127.0.0.1:{server.port}\n")
+    settings = StoreSettings(tmp_path, ("web",), proxy_file=file, rules=UrlRules(allow_http=True))
+    (source,) = sources_of(settings)
+    link = "http://models.example.com/a.safetensors"
+    server.files[link] = b"by proxy"
+    assert source.list(ref("lora", link)).size == len(b"by proxy")
+    expected = base64.b64encode(b"me:word").decode()
+    assert server.seen[0].headers["Proxy-Authorization"] == f"Basic {expected}"
+
+
+def test_certificates_of_ones_own_are_believed_where_they_are_named(
+    secure: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By links, the hub and the mirror; none of them has the model, and only who is believed can
+    say so."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "x")
+    here = f"https://127.0.0.1:{secure.port}"
+    own = UrlRules(allow_hosts=frozenset({f"127.0.0.1:{secure.port}"}))
+    settings = StoreSettings(
+        tmp_path,
+        ("mirror", "hub", "web"),
+        mirror_url="s3://bucket",
+        mirror_endpoint=here,
+        hub_endpoint=here,
+        rules=own,
+        hub_rules=own,
+    )
+    asked = {"web": ref("lora", f"{here}/none.safetensors")}
+    for source in sources_of(settings):
+        with pytest.raises(SourceDown):
+            source.list(asked.get(source.name, ref("lora", "acme/style")))
+    assert secure.seen == []
+    for source in sources_of(replace(settings, ca_file=certificate)):
+        with pytest.raises((Absent, Denied)):
+            source.list(asked.get(source.name, ref("lora", "acme/style")))
+    assert len(secure.seen) >= 3
 
 
 def test_connections_are_kept_for_some_hosts_only() -> None:
