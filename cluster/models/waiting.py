@@ -27,7 +27,7 @@ takes at this rate: else one who drips would be fetched for ever, and nothing af
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Who asks, and for how long. `alive` is called now and then while there is progress."""
+    """Who asks, and for how long. `alive` is called now and then until that ends."""
 
     deadline: float | None = None
     cancelled: Callable[[], bool] = lambda: False

@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from huggingface_hub import constants, set_client_factory
 
 from cluster.models.assembly import sources_of
 from cluster.models.guarded_http import GuardedTransport, guarded_client
@@ -74,6 +75,14 @@ def secure(certificate: Path) -> Iterator[FileServer]:
     server.wrap(context)
     with server:
         yield server
+
+
+@pytest.fixture
+def the_libraries_own_client() -> Iterator[None]:
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
+    yield
+    constants.HF_HUB_DISABLE_TELEMETRY = telemetry
+    set_client_factory(httpx2.Client)
 
 
 def leading_to(*addresses: str) -> tuple[list[str], object]:
@@ -259,6 +268,7 @@ def test_a_proxys_password_comes_from_its_file(server: FileServer, tmp_path: Pat
     assert server.seen[0].headers["Proxy-Authorization"] == f"Basic {expected}"
 
 
+@pytest.mark.usefixtures("the_libraries_own_client")
 def test_certificates_of_ones_own_are_believed_where_they_are_named(
     secure: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
