@@ -111,7 +111,9 @@ class FleetKeeper:
         self.draining = Draining(drains)
         self.standings = Standings(ledger, network, accounts, settings.policy.most_gas, clock)
         self._treasury = Treasury(treasury, network, clock)
-        self._actions = FleetActions(ledger, network, stores, self.standings, self._treasury, gpus)
+        self._actions = FleetActions(
+            ledger, network, stores, self.standings, self._treasury, gpus, clock
+        )
         self._accounts = accounts
         self._settings = settings
         self._gpus = gpus
@@ -229,7 +231,7 @@ class FleetKeeper:
             f"{each.rejoin_at - now:.0f} s"
             for account, each in self.standings.kicked_out().items()
         ]
-        return (*lines, *self.view.lacks)
+        return (*lines, *self._actions.alerts(), *self.view.lacks)
 
     # --- the loop --------------------------------------------------------------------------------
 

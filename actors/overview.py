@@ -288,4 +288,6 @@ def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:
             for each in report.downloads
         ),
         failed=report.failed,
+        trouble=report.trouble,
+        leftover_bytes=report.leftover_bytes,
     )

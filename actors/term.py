@@ -197,6 +197,7 @@ class Term:
                 *self._network.alerts(),
                 *self._safeguards.alerts(),
                 *self._fleet.alerts(),
+                *self._world.stores.alerts(),
                 *self._evidence.alerts(),
             ),
         )

@@ -152,6 +152,10 @@ class StoreStatus(View):
     downloads: tuple[DownloadView, ...] = ()
     failed: Mapping[str, str] = Field(default_factory=dict)
     """Models that were configured or asked for and couldn't be had, with the reason."""
+    trouble: str = ""
+    """Why nothing at all is fetched there."""
+    leftover_bytes: int = 0
+    """That broken downloads left there for the next try."""
 
 
 class TaskView(View):

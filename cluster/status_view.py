@@ -132,6 +132,8 @@ def stores_table(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
             left = "-" if each.seconds_left is None else f"{each.seconds_left:.0f} s"
             done = f"{size(each.done_bytes)}{of}, {size(each.bytes_per_second)}/s"
             table.add_row(store.ray_node[:8], escape(each.model), each.source, done, left)
+        if store.trouble:
+            table.add_row(store.ray_node[:8], "-", "-", escape(store.trouble), "-")
         for model, reason in store.failed.items():
             table.add_row(store.ray_node[:8], escape(model), "-", escape(reason), "-")
     return (table,) if table.row_count else ()

@@ -98,6 +98,7 @@ def busy_status() -> Status:
                         done_bytes=1_500_000_000,
                         total_bytes=3_000_000_000,
                         bytes_per_second=250e6,
+                        seconds_left=6.0,
                         background=False,
                     ),
                 ),

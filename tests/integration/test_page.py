@@ -82,6 +82,7 @@ def test_everything_is_there_and_fits(
         expect(page.locator("#glance")).to_contain_text("1,234 CNX")
         expect(page.locator("#endpoints")).to_contain_text("✕ timed out")
         expect(page.locator("#stores")).to_contain_text("base:acme/large 50 %")
+        expect(page.locator("#stores")).to_contain_text("6.0 s left")
         # Nothing makes the page itself wider than the screen, and what comes from tasks is text.
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert page.locator("img").count() == 0

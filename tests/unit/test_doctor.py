@@ -200,6 +200,11 @@ def test_disks(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     nowhere = doctor.check_disk(config(tmp_path, journal={"url": "sqlite:///file/j.db"}))
     assert nowhere[2].level is Level.FAIL
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / ".store").write_text("no folder")
+    anothers = doctor.check_disk(config(tmp_path, models={"root": "m"}))
+    assert anothers[1].level is Level.FAIL
+    assert ".store: Not a directory" in anothers[1].found
     elsewhere = config(tmp_path, journal={"url": "postgresql://me@there/db"})
     assert len(doctor.check_disk(elsewhere)) == 2
 

@@ -476,6 +476,7 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         done_bytes=1,
         total_bytes=9,
         bytes_per_second=5.0,
+        seconds_left=1.6,
         background=True,
     )
     store = StoreStatus(
@@ -487,17 +488,24 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         downloads=(download,),
         failed={"base:acme/secret": "401"},
     )
-    fuller = store.model_copy(update={"room_bytes": 10})
-    unknown = store.model_copy(update={"room_bytes": None})
+    unsized = download.model_copy(update={"total_bytes": 0, "done_bytes": 7, "seconds_left": None})
+    fuller = store.model_copy(
+        update={"room_bytes": 10, "leftover_bytes": 40, "downloads": (download, unsized)}
+    )
+    unknown = store.model_copy(update={"room_bytes": None, "trouble": "can't be written"})
     metrics.observe(snapshot().model_copy(update={"stores": (store, fuller, unknown)}))
     for name, value in {
         "models": 9,
         "used_bytes": 150,
-        "fullest_ratio": 50 / 60,
+        "leftover_bytes": 40,
+        "troubled_machines": 1,
+        "fullest_ratio": 90 / 100,
         "queued_models": 6,
         "missing_models": 3,
-        "downloads": 3,
-        "download_bytes_per_second": 15,
+        "downloads": 4,
+        "download_bytes_per_second": 20,
+        "download_left_bytes": 24,
+        "download_left_seconds": 1.6,
     }.items():
         assert sample(metrics, f"crynux_store_{name}") == value
     assert "secret" not in metrics.render().decode()

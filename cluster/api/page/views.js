@@ -179,7 +179,8 @@ function showNetwork(status) {
 
 function download(each) {
   const done = each.total_bytes ? `${Math.floor(100 * each.done_bytes / each.total_bytes)} %` : bytes(each.done_bytes);
-  return `${each.model} ${done} from ${each.source}, ${bytes(each.bytes_per_second)}/s`;
+  return `${each.model} ${done} from ${each.source}, ${bytes(each.bytes_per_second)}/s`
+    + (each.seconds_left == null ? "" : `, ${span(each.seconds_left)} left`);
 }
 
 /** Earnings in words, and by class. */
