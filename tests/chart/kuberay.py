@@ -1,7 +1,7 @@
 """The pods that KubeRay makes of a RayCluster, told by its own rules.
 
-What it adds to the templates, by `DefaultHeadPodTemplate`, `DefaultWorkerPodTemplate` and `BuildPod`
-of its `ray-operator/controllers/ray/common/pod.go` (as of 1.6 and 1.7, all feature gates off):
+What it adds to the templates, by `DefaultHeadPodTemplate`, `DefaultWorkerPodTemplate`, `BuildPod`
+in its `ray-operator/controllers/ray/common/pod.go` (as of 1.6 and 1.7, all feature gates off):
 
 * `setMissingRayStartParams`: a worker's `address`, `metrics-export-port`, `block`.
 * `generateRayStartCommand`: `memory` and `num-gpus` from the container's limits; then all

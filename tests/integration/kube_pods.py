@@ -78,6 +78,7 @@ class Process:
 
     popen: subprocess.Popen[bytes]
     wrapped: bool
+    _main: int = 0
 
     @property
     def session(self) -> int:
@@ -86,10 +87,10 @@ class Process:
     @property
     def main(self) -> int:
         """The pid of the command itself."""
-        if not self.wrapped:
-            return self.popen.pid
-        inner = (each.pid for each in processes() if each.parent == self.popen.pid)
-        return next(inner, self.popen.pid)
+        while self.wrapped and not self._main and self.popen.poll() is None:
+            inner = (each.pid for each in processes() if each.parent == self.popen.pid)
+            self._main = next(inner, 0)
+        return self._main or self.popen.pid
 
 
 @dataclass
@@ -299,6 +300,10 @@ class Pod:
         return {
             (each.pid, each.began) for each in self.members() if title(each.pid).startswith(words)
         }
+
+    def has(self, words: str) -> bool:
+        """One of its processes was begun with them."""
+        return any(words in title(each.pid) for each in self.members())
 
     # --- how it ends -----------------------------------------------------------------------------
 
