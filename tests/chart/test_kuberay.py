@@ -90,3 +90,10 @@ def test_redis_is_the_heads_and_its_password_stays_a_variable() -> None:
     theirs = environment(worker("redis")["spec"]["containers"][0])
     assert theirs["RAY_gcs_rpc_server_reconnect_timeout_s"] == "600"
     assert "REDIS_PASSWORD" not in theirs
+
+
+def test_ray_does_not_wait_for_actors_that_never_leave() -> None:
+    """Half a minute by itself, on top of the hook that has emptied the machine."""
+    for pod in (head("single-server"), worker("single-server")):
+        env = environment(pod["spec"]["containers"][0])
+        assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"

@@ -301,6 +301,13 @@ class Pod:
             (each.pid, each.began) for each in self.members() if title(each.pid).startswith(words)
         }
 
+    @property
+    def was_killed(self) -> bool:
+        """A container didn't end by itself when it was asked to."""
+        return any(
+            each.ended() in {-signal.SIGKILL, 128 + signal.SIGKILL} for each in self.containers
+        )
+
     def has(self, words: str) -> bool:
         """One of its processes was begun with them."""
         return any(words in title(each.pid) for each in self.members())

@@ -121,7 +121,8 @@ class KubeWorld(TaskWorld):
         self._numbers = iter(range(11, 250))
         self._images: dict[str, Path] = {}
         self._objects: tuple[Object, ...] = ()
-        self._head: tuple[Pod, Place] | None = None
+        self._head: Pod | None = None
+        self._place: Place | None = None
         self._workers: list[Pod] = []
         self._strays: list[Pod] = []
         self._secrets = self._make_secrets()
@@ -205,7 +206,8 @@ class KubeWorld(TaskWorld):
             kuberay.auth_secret(cluster), {kuberay.AUTH_KEY: secrets.token_hex(32)}
         )
         if self._head is None:
-            self._head = self._make_head(self._new_place())
+            self._place = self._new_place()
+            self._head = self._make_head(self._place)
         (group,) = cluster["spec"]["workerGroupSpecs"]
         while len(self._workers) < group["replicas"]:
             self._workers.append(self._make_worker(group))
@@ -219,9 +221,9 @@ class KubeWorld(TaskWorld):
 
     def kill_head(self) -> None:
         """With all that is in it; the next one is found where it was."""
-        pod, place = self.head, self.head_place
-        pod.kill()
-        self._head = self._make_head(replace(place, tmp=self._new_tmp()))
+        self.head.kill()
+        self._place = replace(self.head_place, tmp=self._new_tmp())
+        self._head = self._make_head(self._place)
 
     def kill_worker(self, pod: Pod) -> None:
         pod.kill()
@@ -242,12 +244,13 @@ class KubeWorld(TaskWorld):
     @property
     def head(self) -> Pod:
         assert self._head is not None, "there is no head"
-        return self._head[0]
+        return self._head
 
     @property
     def head_place(self) -> Place:
-        assert self._head is not None, "there is no head"
-        return self._head[1]
+        """Also while it is being deleted."""
+        assert self._place is not None, "there was no head"
+        return self._place
 
     @property
     def workers(self) -> list[Pod]:
@@ -255,7 +258,7 @@ class KubeWorld(TaskWorld):
 
     @property
     def pods(self) -> list[Pod]:
-        return ([] if self._head is None else [self._head[0]]) + self._workers
+        return [*([] if self._head is None else [self._head]), *self._workers]
 
     def _new_tmp(self) -> Path:
         return self._base / "t" / str(next(self._numbers))
@@ -266,11 +269,11 @@ class KubeWorld(TaskWorld):
         tmp = self._base / "t" / str(number)
         return Place(f"127.0.0.{number}", gcs, agent, metrics, dashboard, clients, tmp)
 
-    def _make_head(self, place: Place) -> tuple[Pod, Place]:
+    def _make_head(self, place: Place) -> Pod:
         cluster = copy.deepcopy(dict(only(self._objects, "RayCluster")))
         cluster["spec"]["headGroupSpec"]["rayStartParams"] |= at(place, head=True)
         asked = Asked(f"head-{place.tmp.name}", NAMESPACE, self._uid, place.ip)
-        return self._make(kuberay.head_pod(cluster, asked), place), place
+        return self._make(kuberay.head_pod(cluster, asked), place)
 
     def _make_worker(self, group: Mapping[str, Any]) -> Pod:
         place, head = self._new_place(), self.head_place

@@ -152,7 +152,7 @@ async def test_an_upgrade_runs_the_new_code_and_loses_no_task(kube: KubeWorld, r
     kube.gate.close()
     sent = kube.send(task("begun-before", seed=41))
     await kube.computing(lambda: sent.commitments.get("begun-before"))
-    old = digest(kube.config)
+    old, pods = digest(kube.config), kube.pods
     before = len(kube.witness.all())
     upgrade = asyncio.create_task(asyncio.to_thread(kube.apply, renewed(kube)))
     await kube.until_status(leaving, "no card takes anything new")
@@ -162,6 +162,8 @@ async def test_an_upgrade_runs_the_new_code_and_loses_no_task(kube: KubeWorld, r
     status = await kube.until_serving()
     assert (status.version, status.config_digest) == (NEW, digest(kube.config))
     assert status.config_digest != old
+    for pod in pods:
+        assert not pod.was_killed, f"{pod.name} ended within its grace"
     for each in (sent, during):
         (report,) = await each.ended()
         events = await kube.assert_paid_once(report)
