@@ -89,12 +89,14 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{- /* The token is a file for the supervisor; KubeRay gives it to Ray's own containers. */ -}}
+{{- /* The token is a file for the supervisor; KubeRay gives it to Ray's own containers. Ray isn't to wait for its
+actors to go: they never do by themselves, and crynux-cluster leave has emptied the machine. */ -}}
 {{- define "crynux-cluster.env" -}}
 - {name: HOME, value: /tmp}
 - {name: HF_HOME, value: /tmp/huggingface}
 - {name: RAY_AUTH_MODE, value: token}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "0"}
 - {name: PROMETHEUS_DISABLE_CREATED_SERIES, value: "true"}
 {{- range . }}
 - {{ dict "name" .name "value" .value | toJson }}
