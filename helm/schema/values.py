@@ -128,7 +128,7 @@ def schema() -> Schema:
             "api": obj(
                 "The operator's API.",
                 existingSecret=secret("the bearer token. Required unless openReads"),
-                tokenName=token,
+                tokenName=key_in("the token, without a line's end: Prometheus sends what is there"),
                 openReads=flag("Let anyone read who reaches it."),
                 port=whole("In the head pod.", 1024, 65535),
             ),

@@ -50,6 +50,17 @@ def test_the_secrets_that_are_made_are_those_that_the_simplest_example_names() -
     assert made.keys() == {"crynux-key", "crynux-urls", "crynux-api"}
 
 
+def test_the_token_that_is_made_is_one_line_without_an_end(tmp_path: Path) -> None:
+    """The operator strips it, but Prometheus' operator hands the Secret's bytes on, and no header
+    may hold a newline."""
+    for page in ("kubernetes", "containers"):
+        (command,) = re.findall(r"^openssl .*$", PAGES[page], re.MULTILINE)
+        (tmp_path / "secrets").mkdir(exist_ok=True)
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+        file = tmp_path / command.rpartition("> ")[2]
+        assert re.fullmatch(rb"[0-9a-f]{64}", file.read_bytes()), page
+
+
 def test_helm_is_called_for_one_release_and_its_claim_has_the_name_that_is_told() -> None:
     text = PAGES["kubernetes"] + "".join(file.read_text() for file in EXAMPLES.values())
     calls = re.findall(r"helm (?:install|upgrade|test|uninstall) ([a-z-]+) ", text)
