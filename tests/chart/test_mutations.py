@@ -262,6 +262,12 @@ MUTATIONS = {
     "a test at every install": Mutation(
         "tests/ready.yaml", "helm.sh/hook: test", "helm.sh/hook: pre-install", "at every install"
     ),
+    "a test without logs": Mutation(
+        "tests/ready.yaml",
+        "before-hook-creation",
+        "before-hook-creation,hook-succeeded",
+        "`helm test --logs` would find it gone",
+    ),
     "a budget in percent": Mutation(
         "budgets.yaml",
         "minAvailable: {{ .least }}",
