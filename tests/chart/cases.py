@@ -142,7 +142,8 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
             "pullSecrets": ["one", "two"],
         }
     },
-    "a root that can be written": {"security": {"readOnlyRootFilesystem": False, "user": 1234}},
+    "a root that can be written": {"security": {"readOnlyRootFilesystem": False}},
+    "a user and a group of theirs": {"security": {"user": 1000680000, "group": 1000680000}},
 }
 
 

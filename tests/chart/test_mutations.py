@@ -108,6 +108,13 @@ MUTATIONS = {
         "volume tmp: may grow without bound",
     ),
     "root": Mutation(SECURITY, "runAsNonRoot: true", "runAsNonRoot: false", "may run as root"),
+    "volumes of another group": Mutation(
+        SECURITY,
+        "fsGroup: {{ .Values.security.group }}",
+        "fsGroup: 1000",
+        "doesn't run as whom the values say",
+        "a user and a group of theirs",
+    ),
     "no seccomp": Mutation(SECURITY, "type: RuntimeDefault", "type: Unconfined", "no seccomp"),
     "privileges": Mutation(
         SECURITY,
