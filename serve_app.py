@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
+from cluster import logs
 from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
 from cluster.api.source import NotKnown, SourceAway, SourceBusy
@@ -107,12 +108,17 @@ class EdgeSettings:
     token_file: Path | None = None
     open_reads: bool = False
     local: bool = True
+    said: logs.Settings = logs.Settings()
 
     @classmethod
     def of(cls, config: Config) -> EdgeSettings:
         where = config.serve
         return cls(
-            config.ray.namespace, where.token_file, where.open_reads, is_loopback(where.host)
+            config.ray.namespace,
+            where.token_file,
+            where.open_reads,
+            is_loopback(where.host),
+            logs.Settings(config.logs.level, config.logs.format),
         )
 
     def access(self) -> Access:
@@ -124,6 +130,7 @@ class Edge:
     """The deployment's class, without its decorators."""
 
     def __init__(self, settings: EdgeSettings) -> None:
+        settings.said.setup()
         self._source = CoordinatorSource(settings.namespace)
         self._access = settings.access()
 

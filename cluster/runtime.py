@@ -128,6 +128,7 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
     config.fleet.check_accounts(accounts)
     digests = asked or Digests.of(config)
     metrics = Metrics(cluster.__version__, digests.whole)
+    engines = EngineSettings.of(config)
     return World(
         version=cluster.__version__,
         config_digest=digests.whole,
@@ -137,13 +138,13 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
-            functools.partial(engine_factory, EngineSettings.of(config)),
+            functools.partial(engine_factory, engines),
             release_of(digests.cards),
             allow_simulated=config.network.devnet,
             stall_seconds=config.gpu.stall_seconds,
         ),
         stores=RayStores(
-            functools.partial(make_keeper, config.models.store())
+            functools.partial(make_keeper, config.models.store(), engines.said)
             if config.models.sources
             else None,
             release_of(digests.cards),

@@ -65,7 +65,7 @@ def group() -> Schema:
         runtimeClassName=maybe("The pods' runtime class, such as nvidia.", NAME),
         resources=ref("Besides the cards.", "resources"),
         shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
-        tmp=text("Size of /tmp, with Ray's logs.", MEMORY, 16),
+        tmp=text("Size of /tmp.", MEMORY, 16),
         graceSeconds=whole("Until a pod that goes is ended; longer than a task.", 210, 86_400),
         cache=obj(
             "Where the models are.",
@@ -163,7 +163,7 @@ def schema() -> Schema:
                 resources=ref("Of Ray's container, with the coordinator in it.", "resources"),
                 supervisorResources=ref("Of the supervisor's container.", "resources"),
                 shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
-                tmp=text("Size of /tmp, with Ray's logs.", MEMORY, 16),
+                tmp=text("Size of /tmp.", MEMORY, 16),
                 graceSeconds=whole("Until a head that goes is ended.", 60, 86_400),
                 persistence=obj(
                     "The volume for the journal and for results until they are uploaded.",

@@ -166,8 +166,8 @@ def test_python_and_programs_are_found_by_a_login_shell_too() -> None:
 
 
 def test_whichever_user_the_chart_runs_it_as_comes_to_what_is_mounted() -> None:
-    """What lies in the folders is mounted, with modes of its own; and a user of theirs, as OpenShift
-    gives one, is in no group of the image's."""
+    """What lies in the folders is mounted, with modes of its own; and a user of theirs, as
+    OpenShift gives one, is in no group of the image's."""
     runs = " ".join(rest for word, rest in instructions(DOCKERFILE) if word == "RUN")
     ((mode, places),) = re.findall(r"install --directory .*?--mode=(\d+) ([\w/ -]+)", runs)
     assert mode == "0755"

@@ -56,8 +56,8 @@ MUTATIONS = {
     ),
     "a password in the environment": Mutation(
         SECURITY,
-        "- {name: HOME, value: /tmp}",
-        "- {name: CRYNUX_PASSWORD, value: hunter2}",
+        '"HOME" "/tmp"',
+        '"CRYNUX_PASSWORD" "hunter2"',
         "CRYNUX_PASSWORD may be a secret",
     ),
     "a secret of the chart's own": Mutation(
@@ -178,7 +178,16 @@ MUTATIONS = {
     "pods on the old image": Mutation(CLUSTER, "type: Recreate", "type: None", "stay on the old"),
     "no token for ray": Mutation(CLUSTER, "mode: token", "mode: disabled", "may run code in it"),
     "ray's mode unsaid": Mutation(
-        SECURITY, "- {name: RAY_AUTH_MODE, value: token}\n", "", "RAY_AUTH_MODE isn't set"
+        SECURITY, '  "RAY_AUTH_MODE" "token"\n', "", "RAY_AUTH_MODE isn't set"
+    ),
+    "logs that go with the container": Mutation(
+        SECURITY,
+        'no-redirect-output: "true"',
+        'no-redirect-output: "false"',
+        "what is logged stays in files",
+    ),
+    "ray's own lines": Mutation(
+        SECURITY, '"RAY_BACKEND_LOG_LEVEL" "warning"', '"X" "y"', "Ray logs every step of its own"
     ),
     "workers don't find the head": Mutation(
         CLUSTER,
