@@ -52,11 +52,12 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/python /opt/python
 COPY --from=build /opt/crynux-cluster /opt/crynux-cluster
-# Also where a login shell looks, which KubeRay may be told to use.
+# Also where a login shell looks, which KubeRay may be told to use. The folders hold nothing but what is mounted in
+# them, and whichever user the container is run as must come through.
 RUN ln -s /opt/crynux-cluster/bin/python /opt/crynux-cluster/bin/ray /opt/crynux-cluster/bin/crynux-cluster \
         /usr/local/bin/ \
     && (getent passwd 1000 || useradd --uid 1000 --user-group --home-dir /tmp --shell /usr/sbin/nologin crynux) \
-    && install --directory --owner=1000 --group=1000 --mode=0750 /etc/crynux-cluster /var/lib/crynux-cluster
+    && install --directory --owner=1000 --group=1000 --mode=0755 /etc/crynux-cluster /var/lib/crynux-cluster
 ENV PATH=/opt/crynux-cluster/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \

@@ -114,19 +114,17 @@ class EdgeSettings:
     token_file: Path | None = None
     open_reads: bool = False
     local: bool = True
-    level: logs.Level = "info"
-    format: logs.Format = "auto"
+    said: logs.Settings = logs.Settings()
 
     @classmethod
     def of(cls, config: Config) -> EdgeSettings:
-        where, said = config.serve, config.logs
+        where = config.serve
         return cls(
             config.ray.namespace,
             where.token_file,
             where.open_reads,
             is_loopback(where.host),
-            said.level,
-            said.format,
+            logs.Settings(config.logs.level, config.logs.format),
         )
 
     def access(self) -> Access:
@@ -138,7 +136,7 @@ class Edge:
     """The deployment's class, without its decorators."""
 
     def __init__(self, settings: EdgeSettings) -> None:
-        logs.setup(settings.level, settings.format)
+        settings.said.setup()
         self._source = CoordinatorSource(settings.namespace)
         self._access = settings.access()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster import logs
 from cluster.config import Config
 from cluster.core.types import CardUuid, GpuClass
 from cluster.models.keeper import Keeper
@@ -29,16 +30,19 @@ class EngineSettings:
     platform: str
     host_bytes: int
     preload: tuple[str, ...]
+    said: logs.Settings
 
     @classmethod
     def of(cls, config: Config) -> EngineSettings:
         host_bytes = int(config.gpu.host_memory_gb * 2**30)
         models = config.models
-        return cls(models.store(), config.ray.platform, host_bytes, models.preload)
+        said = logs.Settings(config.logs.level, config.logs.format)
+        return cls(models.store(), config.ray.platform, host_bytes, models.preload, said)
 
 
-def make_keeper(settings: StoreSettings) -> Keeper:
+def make_keeper(settings: StoreSettings, said: logs.Settings) -> Keeper:
     """The keeper of a machine's store, in a process of its own."""
+    said.setup()
     from cluster.models.assembly import open_keeper
 
     return open_keeper(settings)
@@ -52,6 +56,7 @@ def engine_factory(
 
 
 def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> MountedEngine:
+    settings.said.setup()
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from cluster.inference import devices, engine

@@ -16,6 +16,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -145,6 +146,18 @@ def setup(level: Level = "info", format: Format = "auto", stream: TextIO | None 
     root.setLevel(level.upper())
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What another process is told, which Ray begins: until it has called `setup`, it prints what
+    is logged there as it comes, secrets and all."""
+
+    level: Level = "info"
+    format: Format = "auto"
+
+    def setup(self) -> None:
+        setup(self.level, self.format)
 
 
 def get(name: str, **bound: object) -> BoundLogger:

@@ -130,6 +130,7 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
     network = config.network
     where = "|".join((str(network.chain_id), *network.contracts.addresses))
     metrics = Metrics(cluster.__version__, digests.whole, where)
+    engines = EngineSettings.of(config)
     return World(
         version=cluster.__version__,
         config_digest=digests.whole,
@@ -139,13 +140,13 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
         journal=journal,
         artifacts=FolderArtifacts(config.artifacts.path),
         pool=RayGpuPool(
-            functools.partial(engine_factory, EngineSettings.of(config)),
+            functools.partial(engine_factory, engines),
             release_of(digests.cards),
             allow_simulated=config.network.devnet,
             stall_seconds=config.gpu.stall_seconds,
         ),
         stores=RayStores(
-            functools.partial(make_keeper, config.models.store())
+            functools.partial(make_keeper, config.models.store(), engines.said)
             if config.models.sources
             else None,
             release_of(digests.cards),

@@ -65,7 +65,7 @@ def group() -> Schema:
         runtimeClassName=maybe("The pods' runtime class, such as nvidia.", NAME),
         resources=ref("Besides the cards.", "resources"),
         shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
-        tmp=text("Size of /tmp, with Ray's logs.", MEMORY, 16),
+        tmp=text("Size of /tmp.", MEMORY, 16),
         graceSeconds=whole("Until a pod that goes is ended; longer than a task.", 210, 86_400),
         cache=obj(
             "Where the models are.",
@@ -128,7 +128,7 @@ def schema() -> Schema:
             "api": obj(
                 "The operator's API.",
                 existingSecret=secret("the bearer token. Required unless openReads"),
-                tokenName=token,
+                tokenName=key_in("the token, without a line's end: Prometheus sends what is there"),
                 openReads=flag("Let anyone read who reaches it."),
                 port=whole("In the head pod.", 1024, 65535),
             ),
@@ -173,7 +173,7 @@ def schema() -> Schema:
                 resources=ref("Of Ray's container, with the coordinator in it.", "resources"),
                 supervisorResources=ref("Of the supervisor's container.", "resources"),
                 shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
-                tmp=text("Size of /tmp, with Ray's logs.", MEMORY, 16),
+                tmp=text("Size of /tmp.", MEMORY, 16),
                 graceSeconds=whole("Until a head that goes is ended.", 60, 86_400),
                 persistence=obj(
                     "The volume for the journal and for results until they are uploaded.",

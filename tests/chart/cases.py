@@ -105,7 +105,10 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
         "head": {
             "tolerations": [{"key": "k", "operator": "Exists"}],
             "annotations": {"example.org/a": "b: c"},
-            "env": [{"name": "MALLOC_ARENA_MAX", "value": "2"}],
+            "env": [
+                {"name": "MALLOC_ARENA_MAX", "value": "2"},
+                {"name": "RAY_BACKEND_LOG_LEVEL", "value": "info"},
+            ],
         },
         "gpuGroups": [
             one(env=[{"name": "NCCL_DEBUG", "value": "INFO"}], annotations={"a": "1"}, tmp="1Ti")
@@ -142,7 +145,8 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
             "pullSecrets": ["one", "two"],
         }
     },
-    "a root that can be written": {"security": {"readOnlyRootFilesystem": False, "user": 1234}},
+    "a root that can be written": {"security": {"readOnlyRootFilesystem": False}},
+    "a user and a group of theirs": {"security": {"user": 1000680000, "group": 1000680000}},
 }
 
 

@@ -23,7 +23,8 @@ import cluster
 from cluster.config import load
 from cluster.core.errors import ConfigError
 from requirements import lock
-from tests.chart.cases import ADDRESS
+from tests.chart.cases import ADDRESS, NAMES, values_of
+from tests.chart.charts import case, pods, render
 from tests.chart.policy.secrets import SECRET_WORDS
 from tests.chart.tools import ROOT
 from tests.unit.test_docs import check_command
@@ -162,6 +163,25 @@ def test_python_and_programs_are_found_by_a_login_shell_too() -> None:
     for program in ("python", "ray", "crynux-cluster"):
         assert f"/opt/crynux-cluster/bin/{program} " in runs
     assert "/usr/local/bin/" in runs
+
+
+def test_whichever_user_the_chart_runs_it_as_comes_to_what_is_mounted() -> None:
+    """What lies in the folders is mounted, with modes of its own; and a user of theirs, as
+    OpenShift gives one, is in no group of the image's."""
+    runs = " ".join(rest for word, rest in instructions(DOCKERFILE) if word == "RUN")
+    ((mode, places),) = re.findall(r"install --directory .*?--mode=(\d+) ([\w/ -]+)", runs)
+    assert mode == "0755"
+    for name in NAMES:
+        for pod in pods(render(case(values_of(name)))):
+            mounted = [
+                Path(mount["mountPath"])
+                for container in pod.every_container
+                for mount in container.get("volumeMounts", ())
+            ]
+            above = {
+                str(each) for path in mounted for each in path.parents if "crynux" in str(each)
+            }
+            assert above <= set(places.split()), name
 
 
 # --- locks ----------------------------------------------------------------------------------------

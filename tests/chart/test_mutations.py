@@ -56,8 +56,8 @@ MUTATIONS = {
     ),
     "a password in the environment": Mutation(
         SECURITY,
-        "- {name: HOME, value: /tmp}",
-        "- {name: CRYNUX_PASSWORD, value: hunter2}",
+        '"HOME" "/tmp"',
+        '"CRYNUX_PASSWORD" "hunter2"',
         "CRYNUX_PASSWORD may be a secret",
     ),
     "a secret of the chart's own": Mutation(
@@ -108,6 +108,13 @@ MUTATIONS = {
         "volume tmp: may grow without bound",
     ),
     "root": Mutation(SECURITY, "runAsNonRoot: true", "runAsNonRoot: false", "may run as root"),
+    "volumes of another group": Mutation(
+        SECURITY,
+        "fsGroup: {{ .Values.security.group }}",
+        "fsGroup: 1000",
+        "doesn't run as whom the values say",
+        "a user and a group of theirs",
+    ),
     "no seccomp": Mutation(SECURITY, "type: RuntimeDefault", "type: Unconfined", "no seccomp"),
     "privileges": Mutation(
         SECURITY,
@@ -171,7 +178,16 @@ MUTATIONS = {
     "pods on the old image": Mutation(CLUSTER, "type: Recreate", "type: None", "stay on the old"),
     "no token for ray": Mutation(CLUSTER, "mode: token", "mode: disabled", "may run code in it"),
     "ray's mode unsaid": Mutation(
-        SECURITY, "- {name: RAY_AUTH_MODE, value: token}\n", "", "RAY_AUTH_MODE isn't set"
+        SECURITY, '  "RAY_AUTH_MODE" "token"\n', "", "RAY_AUTH_MODE isn't set"
+    ),
+    "logs that go with the container": Mutation(
+        SECURITY,
+        'no-redirect-output: "true"',
+        'no-redirect-output: "false"',
+        "what is logged stays in files",
+    ),
+    "ray's own lines": Mutation(
+        SECURITY, '"RAY_BACKEND_LOG_LEVEL" "warning"', '"X" "y"', "Ray logs every step of its own"
     ),
     "workers don't find the head": Mutation(
         CLUSTER,
@@ -261,6 +277,12 @@ MUTATIONS = {
     ),
     "a test at every install": Mutation(
         "tests/ready.yaml", "helm.sh/hook: test", "helm.sh/hook: pre-install", "at every install"
+    ),
+    "a test without logs": Mutation(
+        "tests/ready.yaml",
+        "before-hook-creation",
+        "before-hook-creation,hook-succeeded",
+        "`helm test --logs` would find it gone",
     ),
     "a budget in percent": Mutation(
         "budgets.yaml",

@@ -15,7 +15,17 @@ import yaml
 from cluster.core.types import Timestamp
 from cluster.journal import SqlJournal
 from tests.chart.cases import SWITCHES, values_of
-from tests.chart.charts import CHART, EXAMPLES, case, defaults, head, only, operator_values
+from tests.chart.charts import (
+    CHART,
+    EXAMPLES,
+    case,
+    defaults,
+    head,
+    merged,
+    notes,
+    only,
+    operator_values,
+)
 from tests.chart.charts import render as rendered
 from tests.chart.policy.containers import pods_are_restricted
 from tests.chart.policy.rendered import Rendered, mounted_files
@@ -50,6 +60,17 @@ def test_the_secrets_that_are_made_are_those_that_the_simplest_example_names() -
     assert made.keys() == {"crynux-key", "crynux-urls", "crynux-api"}
 
 
+def test_the_token_that_is_made_is_one_line_without_an_end(tmp_path: Path) -> None:
+    """The operator strips it, but Prometheus' operator hands the Secret's bytes on, and no header
+    may hold a newline."""
+    for page in ("kubernetes", "containers"):
+        (command,) = re.findall(r"^openssl .*$", PAGES[page], re.MULTILINE)
+        (tmp_path / "secrets").mkdir(exist_ok=True)
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+        file = tmp_path / command.rpartition("> ")[2]
+        assert re.fullmatch(rb"[0-9a-f]{64}", file.read_bytes()), page
+
+
 def test_helm_is_called_for_one_release_and_its_claim_has_the_name_that_is_told() -> None:
     text = PAGES["kubernetes"] + "".join(file.read_text() for file in EXAMPLES.values())
     calls = re.findall(r"helm (?:install|upgrade|test|uninstall) ([a-z-]+) ", text)
@@ -58,6 +79,19 @@ def test_helm_is_called_for_one_release_and_its_claim_has_the_name_that_is_told(
     objects = rendered(case(values_of("single-server"), release=RELEASE, namespace=NAMESPACE))
     claims = {each["metadata"]["name"] for each in objects if each["kind"].endswith("Claim")}
     assert restoring()["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] in claims
+
+
+def test_helm_waits_longer_for_its_test_than_the_test_for_the_operator() -> None:
+    said = notes(case(merged(values_of("single-server"), {"test": {"timeoutSeconds": 900}})))
+    (seconds,) = re.findall(r"helm -n gpu test site --logs --timeout (\d+)s", said)
+    assert int(seconds) > 900
+    (minutes,) = re.findall(r"^helm test .* --timeout (\d+)m$", PAGES["kubernetes"], re.MULTILINE)
+    assert int(minutes) * 60 > defaults()["test"]["timeoutSeconds"]
+
+
+def test_nothing_is_waited_for_by_kubectl_that_is_not_there_yet() -> None:
+    """Right after an install there is no pod: KubeRay has yet to make it."""
+    assert "kubectl -n gpu wait" not in notes(case(values_of("single-server")))
 
 
 def restoring() -> dict[str, Any]:
@@ -126,8 +160,8 @@ def test_paths_and_targets_that_the_pages_name_exist() -> None:
 
 def test_what_is_told_of_the_tests_is_so() -> None:
     text = PAGES["kubernetes"]
-    assert 35 <= len(SWITCHES) < 50
-    assert 65 <= len(MUTATIONS) < 85
+    assert len(SWITCHES) >= 35
+    assert len(MUTATIONS) >= 65
     for release in RELEASES.values():
         assert release.version.rsplit(".", 1)[0] in text
     for version in KUBERNETES:

@@ -90,16 +90,22 @@ imagePullSecrets:
 {{- end -}}
 
 {{- /* The token is a file for the supervisor; KubeRay gives it to Ray's own containers. Ray isn't to wait for its
-actors to go: they never do by themselves, and crynux-cluster leave has emptied the machine. */ -}}
+actors to go: they never do by themselves, and crynux-cluster leave has emptied the machine. Of what Ray itself logs,
+only what is wrong stands among the operator's lines. What `env` of the values sets, it sets. */ -}}
 {{- define "crynux-cluster.env" -}}
-- {name: HOME, value: /tmp}
-- {name: HF_HOME, value: /tmp/huggingface}
-- {name: RAY_AUTH_MODE, value: token}
-- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "0"}
-- {name: PROMETHEUS_DISABLE_CREATED_SERIES, value: "true"}
-{{- range . }}
-- {{ dict "name" .name "value" .value | toJson }}
+{{- $env := dict
+  "HOME" "/tmp"
+  "HF_HOME" "/tmp/huggingface"
+  "RAY_AUTH_MODE" "token"
+  "RAY_USAGE_STATS_ENABLED" "0"
+  "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "0"
+  "RAY_BACKEND_LOG_LEVEL" "warning"
+  "RAY_LOGGER_LEVEL" "warning"
+  "PROMETHEUS_DISABLE_CREATED_SERIES" "true"
+-}}
+{{- range . }}{{ $_ := set $env .name .value }}{{ end -}}
+{{- range $name, $value := $env }}
+- {{ dict "name" $name "value" $value | toJson }}
 {{- end }}
 {{- end -}}
 
@@ -130,6 +136,9 @@ num-cpus: {{ .cpus | quote }}
 num-gpus: {{ .gpus | quote }}
 {{- end }}
 object-store-memory: "268435456"
+{{- /* What coordinator, cards and API log is the container's output, for whoever collects that: a file in the
+container would be gone with it. */}}
+no-redirect-output: "true"
 dashboard-agent-listen-port: "52365"
 {{- end -}}
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from tests.chart.charts import Pod, amount, operator_values, pods
 from tests.chart.policy.rendered import Policy, Rendered
 
+AS_WHOM: Final = {"runAsUser": "user", "runAsGroup": "group", "fsGroup": "group"}
 LONGEST_TASK: Final = 180
 """Seconds, unless its creator says otherwise (protocol.md, "Timeout")."""
 
@@ -33,8 +34,7 @@ def pods_are_restricted(found: Rendered) -> Iterator[str]:
     kinds = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
     for pod in pods(found.objects):
         spec, own = pod.spec, pod.spec.get("securityContext", {})
-        if own.get("runAsNonRoot") is not True or own.get("runAsUser", 0) == 0:
-            yield f"{pod.name}: may run as root"
+        yield from _runs_as_told(pod, own, found.values["security"])
         if own.get("seccompProfile", {}).get("type") != "RuntimeDefault":
             yield f"{pod.name}: no seccomp profile"
         if spec.get("automountServiceAccountToken") is not False:
@@ -47,6 +47,13 @@ def pods_are_restricted(found: Rendered) -> Iterator[str]:
                 yield f"{pod.name}: volume {name} is none of {sorted(kinds)}"
         for container in pod.every_container:
             yield from _container_is_restricted(pod, container, found)
+
+
+def _runs_as_told(pod: Pod, own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    if own.get("runAsNonRoot") is not True or own.get("runAsUser", 0) == 0:
+        yield f"{pod.name}: may run as root"
+    if [own.get(key) for key in AS_WHOM] != [given[key] for key in AS_WHOM.values()]:
+        yield f"{pod.name}: doesn't run as whom the values say"
 
 
 def _container_is_restricted(

@@ -9,6 +9,9 @@ import cluster
 from tests.chart.charts import Pod, groups, head, name_of, of_kind, operator_values, pods, workers
 from tests.chart.policy.rendered import Policy, Rendered
 
+KEPT_FOR_LOGS: Final = "before-hook-creation"
+"""Helm 3 deletes a test that succeeded before it asks for its logs, and fails."""
+
 
 def images_are_of_one_version(found: Rendered) -> Iterator[str]:
     """Unless the values say otherwise; and never just the newest."""
@@ -86,6 +89,8 @@ def tests_are_hooks(found: Rendered) -> Iterator[str]:
     for each in of_kind(found.objects, "Pod"):
         if each["metadata"].get("annotations", {}).get("helm.sh/hook") != "test":
             yield f"{name_of(each)}: would be made at every install"
+        if each["metadata"]["annotations"].get("helm.sh/hook-delete-policy") != KEPT_FOR_LOGS:
+            yield f"{name_of(each)}: `helm test --logs` would find it gone"
 
 
 def budgets_are_numbers(found: Rendered) -> Iterator[str]:

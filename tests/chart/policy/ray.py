@@ -8,6 +8,8 @@ from typing import Final
 from tests.chart.charts import Pod, amount, groups, head, only, operator_values, pods, workers
 from tests.chart.policy.rendered import ETC, Policy, Rendered, mounted_files
 
+QUIET: Final = {"RAY_BACKEND_LOG_LEVEL": "warning", "RAY_LOGGER_LEVEL": "warning"}
+
 
 def ray_is_as_kuberay_needs_it(found: Rendered) -> Iterator[str]:
     spec = only(found.objects, "RayCluster")["spec"]
@@ -73,6 +75,22 @@ def ray_asks_for_a_token_everywhere(found: Rendered) -> Iterator[str]:
         yield "the supervisor's token isn't where it is looked for"
 
 
+def what_is_logged_is_the_containers_output(found: Rendered) -> Iterator[str]:
+    """Files in /tmp/ray are read by nobody, and are gone when the container is begun anew."""
+    given = {"head": found.values["head"].get("env", [])}
+    given |= {group["name"]: group.get("env", []) for group in found.values["gpuGroups"]}
+    for pod in pods(found.objects):
+        if pod.role == "other":
+            continue
+        if pod.params.get("no-redirect-output") != "true":
+            yield f"{pod.name}: what is logged stays in files"
+        theirs = given["head" if pod.role == "head" else pod.labels["ray.io/group"]]
+        env = {each["name"]: each.get("value") for each in pod.containers[0]["env"]}
+        wanted = QUIET | {each["name"]: each["value"] for each in theirs}
+        if any(env.get(name) != value for name, value in wanted.items()):
+            yield f"{pod.name}: Ray logs every step of its own"
+
+
 def the_supervisor_can_join_ray(found: Rendered) -> Iterator[str]:
     """A driver finds its raylet by looking through the processes, and speaks to it by sockets in
     /tmp/ray and memory in /dev/shm."""
@@ -132,6 +150,7 @@ def shared_memory_holds_the_object_store(found: Rendered) -> Iterator[str]:
 POLICIES: Final[tuple[Policy, ...]] = (
     ray_is_as_kuberay_needs_it,
     ray_asks_for_a_token_everywhere,
+    what_is_logged_is_the_containers_output,
     the_supervisor_can_join_ray,
     groups_offer_what_actors_ask_for,
     shared_memory_holds_the_object_store,
