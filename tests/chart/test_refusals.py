@@ -78,6 +78,10 @@ BY_THE_CHART: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"gpuGroups": [one(simulated={"name": "Card", "vram": 8})]},
         "gpuGroups[card].simulated: refused on any chain that isn't marked a devnet",
     ),
+    "cards that outlast the head": (
+        {"gpuGroups": [one(graceSeconds=601)]},
+        "gpuGroups[card].graceSeconds: more than head.graceSeconds (600); at an upgrade all pods",
+    ),
     "a part of a card": (
         {"gpuGroups": [one(gpuResource="nvidia.com/mig-1g.10gb")]},
         "gpuGroups[card].gpuResource: nvidia.com/mig-1g.10gb is a part of a card",
