@@ -166,6 +166,9 @@ def schema() -> Schema:
                 supervisorResources=ref("Of the supervisor's container.", "resources"),
                 shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
                 tmp=text("Size of /tmp.", MEMORY, 16),
+                unreachableSeconds=whole(
+                    "After which its pod is deleted from a machine that does not answer.", 0, 300
+                ),
                 graceSeconds=whole(
                     "Until a head that goes is ended; no shorter than any group's.", 240, 86_400
                 ),

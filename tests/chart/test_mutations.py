@@ -171,6 +171,9 @@ MUTATIONS = {
     "no time to end": Mutation(
         HEAD, "sub (int .grace) 30", "sub (int .grace) 10", "and Ray has ended"
     ),
+    "a head that stays": Mutation(
+        HEAD, 'list "not-ready" "unreachable"', 'list "not-ready"', "machine that is unreachable"
+    ),
     "ray waits for actors": Mutation(
         SECURITY,
         '"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "0"',

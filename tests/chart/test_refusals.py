@@ -179,6 +179,7 @@ BY_THE_SCHEMA: Mapping[str, tuple[Mapping[str, Any], str]] = {
         "ports",
     ),
     "a grace shorter than a task": ({"gpuGroups": [one(graceSeconds=60)]}, "graceSeconds"),
+    "a head's grace shorter than a task": ({"head": {"graceSeconds": 239}}, "graceSeconds"),
     "a kind of journal": ({"journal": {"kind": "mysql"}}, "kind"),
     "a name that kubernetes refuses": ({"fullnameOverride": "9to5"}, "fullnameOverride"),
     "an environment from a secret": (

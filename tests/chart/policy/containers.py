@@ -140,10 +140,27 @@ def what_a_card_computes_can_be_handed_over(found: Rendered) -> Iterator[str]:
             yield f"{pod.name}: may compute for {grace[pod.name]} s, and the head waits {head} s"
 
 
+def the_head_leaves_a_machine_that_is_gone(found: Rendered) -> Iterator[str]:
+    """Sooner than Kubernetes would by itself, after five minutes."""
+    (pod,) = (each for each in pods(found.objects) if each.role == "head")
+    given = {
+        each["key"]: each.get("tolerationSeconds")
+        for each in pod.spec.get("tolerations", ())
+        if each.get("effect") == "NoExecute"
+    }
+    for key in ("not-ready", "unreachable"):
+        if given.get(f"node.kubernetes.io/{key}") != found.values["head"]["unreachableSeconds"]:
+            yield f"{pod.name}: stays on a machine that is {key}"
+    for each in found.values["head"].get("tolerations", ()):
+        if each not in pod.spec["tolerations"]:
+            yield f"{pod.name}: goes along with no {each}"
+
+
 POLICIES: Final[tuple[Policy, ...]] = (
     every_container_has_requests_and_limits,
     pods_are_restricted,
     probes_fit,
     pods_go_in_good_order,
     what_a_card_computes_can_be_handed_over,
+    the_head_leaves_a_machine_that_is_gone,
 )
