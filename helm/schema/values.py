@@ -66,7 +66,9 @@ def group() -> Schema:
         resources=ref("Besides the cards.", "resources"),
         shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
         tmp=text("Size of /tmp.", MEMORY, 16),
-        graceSeconds=whole("Until a pod that goes is ended; longer than a task.", 210, 86_400),
+        graceSeconds=whole(
+            "Until a pod that goes alone is ended; longer than a task.", 240, 86_400
+        ),
         cache=obj(
             "Where the models are.",
             kind=choice(
@@ -174,7 +176,12 @@ def schema() -> Schema:
                 supervisorResources=ref("Of the supervisor's container.", "resources"),
                 shm=text("Size of /dev/shm; counts as memory.", r"^[1-9][0-9]*(Gi|Ti)$", 16),
                 tmp=text("Size of /tmp.", MEMORY, 16),
-                graceSeconds=whole("Until a head that goes is ended.", 60, 86_400),
+                unreachableSeconds=whole(
+                    "After which its pod is deleted from a machine that does not answer.", 0, 300
+                ),
+                graceSeconds=whole(
+                    "Until a head that goes is ended; no shorter than any group's.", 240, 86_400
+                ),
                 persistence=obj(
                     "The volume for the journal and for results until they are uploaded.",
                     enabled=flag("False only with PostgreSQL."),

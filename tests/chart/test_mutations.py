@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.chart.cases import POLICIES, rendered, values_of
+from tests.chart.cases import POLICIES, one, rendered, values_of
 from tests.chart.charts import CHART, case, merged
 from tests.chart.policy.rendered import Policy, Rendered
 
@@ -163,7 +163,29 @@ MUTATIONS = {
         SECURITY,
         "terminationGracePeriodSeconds: {{ .grace }}",
         "terminationGracePeriodSeconds: 30",
-        "pod of card: is ended after 30 s",
+        "pod of card: is ended before its cards are waited for",
+    ),
+    "too short a wait": Mutation(
+        HEAD, "sub (int .grace) 30", "sub (int .grace) 450", "pod of headgroup: waits 150.0 s"
+    ),
+    "no time to end": Mutation(
+        HEAD, "sub (int .grace) 30", "sub (int .grace) 10", "and Ray has ended"
+    ),
+    "a head that stays": Mutation(
+        HEAD, 'list "not-ready" "unreachable"', 'list "not-ready"', "machine that is unreachable"
+    ),
+    "ray waits for actors": Mutation(
+        SECURITY,
+        '"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "0"',
+        '"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "30"',
+        "and Ray has ended",
+    ),
+    "a head that goes first": Mutation(
+        "_checks.tpl",
+        "if gt (int $group.graceSeconds) (int $.Values.head.graceSeconds)",
+        "if false",
+        "may compute for 900 s, and the head waits 600 s",
+        values={"gpuGroups": [one(graceSeconds=900)]},
     ),
     "cards are not emptied": Mutation(
         HEAD, "- leave", "- status", "its cards are not emptied first"

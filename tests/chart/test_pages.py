@@ -89,6 +89,12 @@ def test_helm_waits_longer_for_its_test_than_the_test_for_the_operator() -> None
     assert int(minutes) * 60 > defaults()["test"]["timeoutSeconds"]
 
 
+def test_redis_is_emptied_before_what_empties_it_is_deleted() -> None:
+    """KubeRay's Job is a copy of the head's pod: it needs the service account and the ConfigMap."""
+    text = PAGES["kubernetes"].split("## Uninstall")[1]
+    assert 0 < text.index(f"delete raycluster {RELEASE} --wait") < text.index("helm uninstall c")
+
+
 def test_nothing_is_waited_for_by_kubectl_that_is_not_there_yet() -> None:
     """Right after an install there is no pod: KubeRay has yet to make it."""
     assert "kubectl -n gpu wait" not in notes(case(values_of("single-server")))

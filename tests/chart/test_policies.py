@@ -42,7 +42,7 @@ TOLD = {
     "suspended": "It is suspended",
     "postgresql and no volume": "a head that dies loses those, and their fees",
     "reads are open": "nobody may act through it",
-    "redis": "Fault tolerance by Redis is on",
+    "redis": "kubectl -n gpu delete raycluster site-crynux-cluster --wait",
     "simulated cards": "Fault tolerance by Redis is off",
     "many cards": "8 cards may come, and identity.accounts is 2",
     "no network policies": "Ray's ports are guarded by its token alone",

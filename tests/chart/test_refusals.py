@@ -78,6 +78,10 @@ BY_THE_CHART: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"gpuGroups": [one(simulated={"name": "Card", "vram": 8})]},
         "gpuGroups[card].simulated: refused on any chain that isn't marked a devnet",
     ),
+    "cards that outlast the head": (
+        {"gpuGroups": [one(graceSeconds=601)]},
+        "gpuGroups[card].graceSeconds: more than head.graceSeconds (600); at an upgrade all pods",
+    ),
     "a part of a card": (
         {"gpuGroups": [one(gpuResource="nvidia.com/mig-1g.10gb")]},
         "gpuGroups[card].gpuResource: nvidia.com/mig-1g.10gb is a part of a card",
@@ -175,6 +179,7 @@ BY_THE_SCHEMA: Mapping[str, tuple[Mapping[str, Any], str]] = {
         "ports",
     ),
     "a grace shorter than a task": ({"gpuGroups": [one(graceSeconds=60)]}, "graceSeconds"),
+    "a head's grace shorter than a task": ({"head": {"graceSeconds": 239}}, "graceSeconds"),
     "a kind of journal": ({"journal": {"kind": "mysql"}}, "kind"),
     "a name that kubernetes refuses": ({"fullnameOverride": "9to5"}, "fullnameOverride"),
     "an environment from a secret": (

@@ -116,6 +116,9 @@ what to do; nothing is looked up in a cluster, so it is the same wherever it is 
 {{- if and $group.simulated (not (dig "network" "devnet" false $.Values.config)) -}}
 {{- fail (printf "%s.simulated: refused on any chain that isn't marked a devnet (config.network.devnet)" $where) -}}
 {{- end -}}
+{{- if gt (int $group.graceSeconds) (int $.Values.head.graceSeconds) -}}
+{{- fail (printf "%s.graceSeconds: more than head.graceSeconds (%d); at an upgrade all pods go together, and without the head nothing can be handed over" $where (int $.Values.head.graceSeconds)) -}}
+{{- end -}}
 {{- if regexMatch "(/mig-|\\.shared$)" $group.gpuResource -}}
 {{- fail (printf "%s.gpuResource: %s is a part of a card; only whole cards can be used" $where $group.gpuResource) -}}
 {{- end -}}

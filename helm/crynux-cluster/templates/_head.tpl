@@ -14,7 +14,13 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
 spec:
-  {{- include "crynux-cluster.pod" (dict "root" . "where" $head "grace" $head.graceSeconds) | nindent 2 }}
+  {{- /* Kubernetes' own five minutes come before anything that a person can do. */}}
+  {{- $tolerations := $head.tolerations }}
+  {{- range list "not-ready" "unreachable" }}
+  {{- $tolerations = append $tolerations (dict "key" (printf "node.kubernetes.io/%s" .) "operator" "Exists" "effect" "NoExecute" "tolerationSeconds" $head.unreachableSeconds) }}
+  {{- end }}
+  {{- $where := merge (dict "tolerations" $tolerations) $head }}
+  {{- include "crynux-cluster.pod" (dict "root" . "where" $where "grace" $head.graceSeconds) | nindent 2 }}
   # The supervisor joins Ray as a driver, and Ray finds its raylet by looking through the processes.
   shareProcessNamespace: true
   initContainers:

@@ -9,6 +9,8 @@ from tests.chart.charts import Pod, amount, operator_values, pods
 from tests.chart.policy.rendered import Policy, Rendered
 
 AS_WHOM: Final = {"runAsUser": "user", "runAsGroup": "group", "fsGroup": "group"}
+TO_END: Final = 30
+"""Seconds that Ray is left to end its processes in."""
 LONGEST_TASK: Final = 180
 """Seconds, unless its creator says otherwise (protocol.md, "Timeout")."""
 
@@ -104,8 +106,6 @@ def pods_go_in_good_order(found: Rendered) -> Iterator[str]:
         if pod.role == "other":
             continue
         grace = pod.spec.get("terminationGracePeriodSeconds", 30)
-        if pod.role == "worker" and grace <= LONGEST_TASK:
-            yield f"{pod.name}: is ended after {grace} s"
         (command,) = (
             each.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
             for each in pod.containers
@@ -119,8 +119,41 @@ def pods_go_in_good_order(found: Rendered) -> Iterator[str]:
             "namespace", "crynux"
         ):
             yield f"{pod.name}: asks the coordinator in another namespace of Ray"
-        if not 0 < float(options["--timeout"]) < grace:
-            yield f"{pod.name}: is ended before its cards are waited for"
+        if (waits := float(options["--timeout"])) <= LONGEST_TASK:
+            yield f"{pod.name}: waits {waits} s for its cards"
+        if grace - waits < TO_END or _drain_seconds(pod) > 0:
+            yield f"{pod.name}: is ended before its cards are waited for and Ray has ended"
+
+
+def _drain_seconds(pod: Pod) -> float:
+    """How long Ray waits, at a SIGTERM, for actors that never leave by themselves."""
+    env = {each["name"]: each.get("value") for each in pod.containers[0]["env"]}
+    return float(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+
+
+def what_a_card_computes_can_be_handed_over(found: Rendered) -> Iterator[str]:
+    """When all pods go, as at an upgrade: no card waits for longer than the head."""
+    grace = {pod.name: pod.spec["terminationGracePeriodSeconds"] for pod in pods(found.objects)}
+    (head,) = (grace[pod.name] for pod in pods(found.objects) if pod.role == "head")
+    for pod in pods(found.objects):
+        if pod.role == "worker" and grace[pod.name] > head:
+            yield f"{pod.name}: may compute for {grace[pod.name]} s, and the head waits {head} s"
+
+
+def the_head_leaves_a_machine_that_is_gone(found: Rendered) -> Iterator[str]:
+    """Sooner than Kubernetes would by itself, after five minutes."""
+    (pod,) = (each for each in pods(found.objects) if each.role == "head")
+    given = {
+        each["key"]: each.get("tolerationSeconds")
+        for each in pod.spec.get("tolerations", ())
+        if each.get("effect") == "NoExecute"
+    }
+    for key in ("not-ready", "unreachable"):
+        if given.get(f"node.kubernetes.io/{key}") != found.values["head"]["unreachableSeconds"]:
+            yield f"{pod.name}: stays on a machine that is {key}"
+    for each in found.values["head"].get("tolerations", ()):
+        if each not in pod.spec["tolerations"]:
+            yield f"{pod.name}: goes along with no {each}"
 
 
 POLICIES: Final[tuple[Policy, ...]] = (
@@ -128,4 +161,6 @@ POLICIES: Final[tuple[Policy, ...]] = (
     pods_are_restricted,
     probes_fit,
     pods_go_in_good_order,
+    what_a_card_computes_can_be_handed_over,
+    the_head_leaves_a_machine_that_is_gone,
 )
