@@ -70,6 +70,7 @@ outbox_table = Table(
     Column("block", BigInteger),
     Column("cost", Text),
     Index("outbox_by_nonce", "account", "nonce"),
+    Index("outbox_by_owner", "account", "task"),
 )
 names_table = Table(
     "task_names",
