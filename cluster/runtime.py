@@ -341,9 +341,10 @@ def up(config: Config, file: Path, build_api: Callable[[Config], serve.Applicati
         if handover is not None:
             stack.callback(handover.remove)
         stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+        _heed(stop)
         own_cluster = connect(config)
+        # Ray has put handlers of its own there: by SIGTERM's we would be aborted, and stop nothing.
+        _heed(stop)
         stack.callback(ray.shutdown)
         supervisor = Supervisor(config, file.resolve(), build_api, handover)
         if own_cluster:
@@ -352,6 +353,11 @@ def up(config: Config, file: Path, build_api: Callable[[Config], serve.Applicati
             supervisor.look()
             stop.wait(LOOK_SECONDS)
     return 0
+
+
+def _heed(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def hand_over(config: Config) -> Handover | None:

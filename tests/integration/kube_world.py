@@ -45,10 +45,13 @@ from tests.integration.task_world import TASK_TIMEOUT, Found, TaskWorld
 BLOCK_SECONDS = 0.5
 CARDS = SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2)
 """One in each of the worker pods."""
-SERVE_PATIENCE = (
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S",
-)
+HEAD_ENV = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_health_check_period_ms": "1000",
+}
+"""Serve replaces a proxy that is slower to start or to answer (5 and 10 s by itself), which a busy
+machine's may be; a dead node is found out in 5 s, not in 15."""
 REDIS_HOST = "127.0.0.9"
 AGENT_PORT = 52365
 COORDINATOR = "ray::CoordinatorActor"
@@ -166,7 +169,7 @@ class KubeWorld(TaskWorld):
                 "policy": {"retry_backoff": 0.2},
                 "fleet": {"pause_after_seconds": 900},
             },
-            "head": {"env": [{"name": name, "value": "120"} for name in SERVE_PATIENCE]},
+            "head": {"env": [{"name": name, "value": value} for name, value in HEAD_ENV.items()]},
             "gpuGroups": [
                 {
                     "name": "cards",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -375,3 +377,39 @@ def test_a_cluster_that_does_not_answer_is_one_line(
     monkeypatch.setattr(runtime, "ray", SimpleNamespace(init=init))
     with pytest.raises(ConfigError, match=r"^ray\.address: .* 10\.0\.0\.1:6379"):
         runtime.connect(config_of(tmp_path, address="10.0.0.1:6379"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_stops_in_order_although_ray_has_handlers_of_its_own(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+
+    class Looking:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def look(self) -> None:
+            assert not did, "it went on"
+            did.append("look")
+            os.kill(os.getpid(), number)
+
+        def take_down(self) -> None:
+            did.append("take down")
+
+    def connect(_config: Config) -> bool:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: did.append("aborted"))
+        return True
+
+    monkeypatch.setattr(runtime, "ray", SimpleNamespace(shutdown=lambda: did.append("left")))
+    monkeypatch.setattr(runtime, "Supervisor", Looking)
+    monkeypatch.setattr(runtime, "connect", connect)
+    monkeypatch.setattr(runtime, "check", lambda _config: None)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert runtime.up(config_of(tmp_path), tmp_path / "operator.yaml", cast(Any, None)) == 0
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert did == ["look", "take down", "left"]
