@@ -307,7 +307,9 @@ def test_the_unit_runs_it_as_nobody_in_particular() -> None:
     assert Path(program).name in PROJECT["scripts"]
     check_command(f"crynux-cluster {options}")
     assert service["Restart"] == "always"
-    assert service["RestartPreventExitStatus"] == "2"
+    # What comes late (a port, a mount, Ray itself) ends it as a wrong configuration does.
+    assert "RestartPreventExitStatus" not in service
+    assert int(service["RestartMaxDelaySec"]) <= 300
     for key in ("NoNewPrivileges", "ProtectHome", "PrivateTmp", "RestrictSUIDSGID"):
         assert service[key] == "yes"
     assert service["ProtectSystem"] == "strict"
