@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import cluster
+from cluster import runtime
 from cluster.config import load
 from cluster.core.errors import ConfigError
 from requirements import lock
@@ -255,6 +256,14 @@ def test_compose_runs_it_with_as_little_as_it_needs() -> None:
     for name, value in service["environment"].items():
         assert not SECRET_WORDS.search(name) or value.startswith("/etc/crynux-cluster/"), name
     check_command(shlex.join(["crynux-cluster", *service["command"]]))
+
+
+def test_shared_memory_holds_the_object_store_of_the_ray_that_is_begun_there() -> None:
+    (service,) = COMPOSE["services"].values()
+    (size,) = re.findall(r"^(\d+)gb$", service["shm_size"])
+    assert int(size) * 2**30 >= 2 * runtime.OBJECT_STORE_BYTES
+    (pod,) = (p for p in pods(render(case(values_of("single-server")))) if p.role == "head")
+    assert pod.params["object-store-memory"] == str(runtime.OBJECT_STORE_BYTES)
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
