@@ -306,6 +306,27 @@ def test_the_containers_configuration_loads_as_compose_lays_it(tmp_path: Path) -
 # --- systemd --------------------------------------------------------------------------------------
 
 
+def environment(text: str) -> dict[str, str]:
+    return dict(re.findall(r"(?:^Environment=| )([A-Z_]+)=(\S+)", text, re.MULTILINE))
+
+
+def test_orders_from_outside_of_the_unit_find_its_ray() -> None:
+    """Its /tmp is private, and Ray's sockets are where `RAY_TMPDIR` says."""
+    unit = (ROOT / "configs" / "systemd" / "crynux-cluster.service").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
+    (function,) = re.findall(r"^crynux\(\) \{ sudo -u crynux env (.*) \"\$@\"; \}$", page, re.M)
+    given, ordered = environment(unit), environment(f" {function}")
+    for name in ("HOME", "RAY_TMPDIR", "RAY_AUTH_MODE"):
+        assert ordered[name] == given[name]
+    assert "PrivateTmp=yes" in unit
+    assert given["RAY_TMPDIR"] == "/var/cache/crynux-cluster"
+    # A socket's path has 107 characters at most.
+    session = "ray/session_2026-11-26_02-12-04_717826_4194304/sockets/plasma_store"
+    assert len(f"{given['RAY_TMPDIR']}/{session}") <= 107
+    assert f"rm -rf {given['RAY_TMPDIR']}/ray" in unit
+    assert function.split()[-1] in unit
+
+
 def test_the_unit_runs_it_as_nobody_in_particular() -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -324,5 +345,6 @@ def test_the_unit_runs_it_as_nobody_in_particular() -> None:
     assert service["ProtectSystem"] == "strict"
     assert service["CapabilityBoundingSet"] == ""
     assert service["StateDirectory"] == "crynux-cluster"
+    assert service["CacheDirectory"] == "crynux-cluster"
     text = (ROOT / "configs" / "systemd" / "crynux-cluster.service").read_text(encoding="utf-8")
     assert not re.search(r"^Environment=\w*(PASSWORD|TOKEN|SECRET)", text, re.MULTILINE)
