@@ -153,6 +153,12 @@ MUTATIONS = {
         "failureThreshold: 1",
         "supervisor: is ended after 10 s of silence",
     ),
+    "a ray that hangs": Mutation(
+        SECURITY,
+        "  failureThreshold: 12\n  terminationGracePeriodSeconds: 30\n",
+        "  failureThreshold: 12\n",
+        "a Ray that doesn't answer is asked to leave for long",
+    ),
     "a probe of another port": Mutation(
         SECURITY,
         'dashboard-agent-listen-port: "52365"',

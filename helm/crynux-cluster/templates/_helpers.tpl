@@ -109,7 +109,8 @@ only what is wrong stands among the operator's lines. What `env` of the values s
 {{- end }}
 {{- end -}}
 
-{{- /* Of the pod's own agent, which says how the raylet is, and on the head the GCS. */ -}}
+{{- /* Of the pod's own agent, which says how the raylet is, and on the head the GCS. The hook that empties the pod is
+run before this end too, and asks a Ray that doesn't answer: it isn't given the time that a pod that goes has. */ -}}
 {{- define "crynux-cluster.rayProbes" -}}
 {{- $get := "{path: /api/healthz, port: 52365}" -}}
 startupProbe:
@@ -117,11 +118,13 @@ startupProbe:
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 60
+  terminationGracePeriodSeconds: 30
 livenessProbe:
   httpGet: {{ $get }}
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: 12
+  terminationGracePeriodSeconds: 30
 readinessProbe:
   httpGet: {{ $get }}
   periodSeconds: 10

@@ -91,6 +91,9 @@ def probes_fit(found: Rendered) -> Iterator[str]:
                 asked = container.get(name, {}).get("httpGet", {})
                 if (asked.get("path"), asked.get("port")) != (path, port):
                     yield f"{where}: {name} doesn't ask {path} at {port}"
+            for name in ("startupProbe", "livenessProbe") if of_ray else ():
+                if container.get(name, {}).get("terminationGracePeriodSeconds", 600) > TO_END:
+                    yield f"{where}: a Ray that doesn't answer is asked to leave for long"
             if (seconds := _patience(container.get("livenessProbe", {}))) < 60:
                 yield f"{where}: is ended after {seconds} s of silence"
 
