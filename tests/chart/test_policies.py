@@ -47,6 +47,7 @@ TOLD = {
     "many cards": "8 cards may come, and identity.accounts is 2",
     "no network policies": "Ray's ports are guarded by its token alone",
     "an ingress": "http://crynux.example.org",
+    "another port": "needs an ipBlock there",
 } | dict.fromkeys(EXAMPLES, "A change of values or of the version makes all pods anew")
 
 

@@ -56,6 +56,10 @@ BY_THE_CHART: Mapping[str, tuple[Mapping[str, Any], str]] = {
         },
         "ingress.enabled: needs api.existingSecret; without a token anyone would read",
     ),
+    "a port of the machines for everyone": (
+        {"service": {"type": "NodePort"}, "api": {"existingSecret": "", "openReads": True}},
+        "service.type: NodePort needs api.existingSecret; without a token anyone would read",
+    ),
     "no groups": ({"gpuGroups": []}, "gpuGroups: missing; name at least one group"),
     "a name twice": ({"gpuGroups": [one(), one()]}, "gpuGroups[card]: the name stands twice"),
     "two counts": (
