@@ -218,7 +218,7 @@ def schema() -> Schema:
                 "How many pods go at a time when nodes are drained.",
                 head=flag("The head doesn't."),
                 workers=flag("Of the workers, one after the other."),
-                workersUnavailable=whole("So many of each group at a time.", 1, 1000),
+                workersUnavailable=whole("So many of each group's minReplicas at a time.", 1, 1000),
             ),
             "monitoring": monitoring(),
             "test": obj(

@@ -319,6 +319,13 @@ MUTATIONS = {
         "no whole number",
         "budgets",
     ),
+    "a budget for what is broken": Mutation(
+        "budgets.yaml",
+        "  unhealthyPodEvictionPolicy: AlwaysAllow\n",
+        "",
+        "a pod that isn't ready keeps its machine",
+        "budgets",
+    ),
     "a budget for nobody": Mutation(
         "budgets.yaml",
         "ray.io/group: {{ .group }}",
