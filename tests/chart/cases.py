@@ -128,6 +128,17 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "budgets": {"podDisruptionBudget": {"head": True, "workersUnavailable": 2}}
     | {"gpuGroups": [one(replicas=5, cache=SHARED)]},
+    "disk of theirs": {
+        "head": {"resources": {"limits": {"ephemeral-storage": "30Gi"}}},
+        "gpuGroups": [
+            one(
+                resources={
+                    "requests": {"ephemeral-storage": "200Gi"},
+                    "limits": {"ephemeral-storage": "250Gi"},
+                }
+            )
+        ],
+    },
     "no budgets": {"podDisruptionBudget": {"head": False, "workers": False}},
     "an ingress": {"ingress": {"enabled": True, "host": "crynux.example.org"}},
     "monitored": {

@@ -107,6 +107,13 @@ MUTATIONS = {
         "emptyDir: {}",
         "volume tmp: may grow without bound",
     ),
+    "a cache that nothing is asked for": Mutation(
+        WORKER,
+        "ternary (list $group.tmp $group.cache.size)",
+        "ternary (list $group.tmp)",
+        "pod of card: its volumes may take more of the disk",
+        "a cache that goes",
+    ),
     "root": Mutation(SECURITY, "runAsNonRoot: true", "runAsNonRoot: false", "may run as root"),
     "volumes of another group": Mutation(
         SECURITY,

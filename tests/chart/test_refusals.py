@@ -309,6 +309,8 @@ def test_the_defaults_of_a_group_are_those_that_the_readme_tells() -> None:
     given = spec["containers"][0]["resources"]
     assert given["limits"].pop(said["gpuResource"]) == said["gpusPerPod"]
     assert given["requests"].pop(said["gpuResource"]) == said["gpusPerPod"]
+    assert given["requests"].pop("ephemeral-storage") == "20480Mi"
+    assert said["tmp"] == "20Gi"
     assert given == said["resources"]
     assert spec["terminationGracePeriodSeconds"] == said["graceSeconds"]
     sizes = {each["name"]: each.get("emptyDir", {}).get("sizeLimit") for each in spec["volumes"]}

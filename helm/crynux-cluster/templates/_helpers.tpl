@@ -145,6 +145,20 @@ no-redirect-output: "true"
 dashboard-agent-listen-port: "52365"
 {{- end -}}
 
+{{- /* What a container is given; asked for with it, unless the values speak of it: the room on the machine's disk that
+its pod's volumes may take, lest the pod comes where it would be evicted. */ -}}
+{{- define "crynux-cluster.resources" -}}
+{{- $found := deepCopy .resources -}}
+{{- $disk := 0 -}}
+{{- range .disks -}}
+{{- $disk = add $disk (include "crynux-cluster.mebibytes" . | int64) -}}
+{{- end -}}
+{{- if not (or (hasKey $found.requests "ephemeral-storage") (hasKey $found.limits "ephemeral-storage")) -}}
+{{- $_ := set $found.requests "ephemeral-storage" (printf "%dMi" $disk) -}}
+{{- end -}}
+{{- toYaml $found -}}
+{{- end -}}
+
 {{- /* Mi of a quantity in Mi, Gi or Ti. */ -}}
 {{- define "crynux-cluster.mebibytes" -}}
 {{- $text := toString . -}}
