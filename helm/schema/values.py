@@ -212,7 +212,10 @@ def schema() -> Schema:
                 apiFrom=every("Who may reach the API.", ref("A peer.", "peer")),
                 dnsTo=every("Where names are resolved.", ref("A peer.", "peer")),
                 head=reach("Of RPC and relay at public addresses."),
-                workers=reach("At public addresses, besides those that config.models needs."),
+                workers=reach(
+                    "At public addresses, besides those that config.models needs.",
+                    public=flag("Public addresses at all; false where models come from within."),
+                ),
             ),
             "podDisruptionBudget": obj(
                 "How many pods go at a time when nodes are drained.",
@@ -235,9 +238,10 @@ def schema() -> Schema:
     }
 
 
-def reach(ports: str) -> Schema:
+def reach(ports: str, **more: Schema) -> Schema:
     return obj(
         "What it may reach.",
+        **more,
         publicPorts=every(ports, whole("A port.", 1, 65535)),
         egress=every("What else, such as at private addresses.", ref("A rule.", "egress")),
     )

@@ -413,7 +413,21 @@ MUTATIONS = {
         POLICY,
         "$ports = concat $ports",
         "$ports = concat (list 22) $ports",
-        "22 is open and nothing",
+        "22 is open to everyone and nothing",
+    ),
+    "a mirror's port for everyone": Mutation(
+        SECURITY,
+        'if not (include "crynux-cluster.private" $url.host)',
+        "if true",
+        "9000 is open to everyone and nothing",
+        "a mirror within",
+    ),
+    "the world, for a site without it": Mutation(
+        POLICY,
+        "if not .Values.networkPolicy.workers.public",
+        "if false",
+        "443 is open to everyone and nothing",
+        "nothing public",
     ),
     "no names": Mutation(
         POLICY,

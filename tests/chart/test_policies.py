@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from tests.chart.cases import NAMES, problems, rendered, values_of
@@ -36,6 +39,12 @@ def test_where_it_is_installed_changes_nothing(name: str) -> None:
     values = values_of(name)
     here, there = case(values), case(values, namespace="elsewhere")
     assert render(here) == render(there)
+
+
+def test_a_site_without_the_internet_has_no_way_to_it() -> None:
+    policies = [x for x in render(case(values_of("air-gapped"))) if x["kind"] == "NetworkPolicy"]
+    assert len(policies) == 3
+    assert not re.search(r"0\.0\.0\.0/0|::/0", json.dumps(policies))
 
 
 TOLD = {

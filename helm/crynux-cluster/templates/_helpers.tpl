@@ -186,13 +186,25 @@ its pod's volumes may take, lest the pod comes where it would be evicted. */ -}}
 {{- merge (dict "least" $least "most" $most) $group | toJson -}}
 {{- end -}}
 
-{{- /* Numbers of ports in the URLs of a list, as JSON. */ -}}
+{{- /* "private" for a host that is no public one by its name or address: a rule for everyone doesn't lead to it, and
+opens its port to the world instead. */ -}}
+{{- define "crynux-cluster.private" -}}
+{{- $host := regexReplaceAll ":[0-9]+$" . "" | trimPrefix "[" | trimSuffix "]" | lower -}}
+{{- $networks := "^(10|127|169\\.254|172\\.(1[6-9]|2[0-9]|3[01])|192\\.168|100\\.(6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\\.[0-9.]+$" -}}
+{{- if or (regexMatch $networks $host) (regexMatch "^(::1$|f[cd][0-9a-f]{2}:|fe80:)" $host) (regexMatch "(^[a-z0-9-]+|\\.(svc|local|localdomain|internal|lan|home\\.arpa))$" $host) -}}
+private
+{{- end -}}
+{{- end -}}
+
+{{- /* Numbers of ports in those URLs of a list that are at public hosts, as JSON. */ -}}
 {{- define "crynux-cluster.portsOf" -}}
 {{- $ports := list -}}
 {{- range compact . -}}
 {{- $url := urlParse . -}}
+{{- if not (include "crynux-cluster.private" $url.host) -}}
 {{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
 {{- $ports = append $ports ($port | default (eq $url.scheme "http" | ternary "80" "443") | int) -}}
+{{- end -}}
 {{- end -}}
 {{- uniq $ports | toJson -}}
 {{- end -}}
