@@ -211,6 +211,7 @@ def schema() -> Schema:
                 enabled=flag("Make them."),
                 apiFrom=every("Who may reach the API.", ref("A peer.", "peer")),
                 dnsTo=every("Where names are resolved.", ref("A peer.", "peer")),
+                dnsPorts=every("At which ports.", whole("A port.", 1, 65535)),
                 head=reach("Of RPC and relay at public addresses."),
                 workers=reach(
                     "At public addresses, besides those that config.models needs.",

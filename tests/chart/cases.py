@@ -137,6 +137,7 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
     "narrow network policies": {
         "networkPolicy": {
             "apiFrom": [PEER],
+            "dnsPorts": [5353],
             "head": {"publicPorts": [443, 8443], "egress": []},
             "workers": {"publicPorts": [8080]},
         }

@@ -431,9 +431,10 @@ MUTATIONS = {
     ),
     "no names": Mutation(
         POLICY,
+        "- {port: {{ . }}, protocol: UDP}",
         "- {port: 53, protocol: UDP}",
-        "- {port: 5353, protocol: UDP}",
         "no name is resolved",
+        "narrow network policies",
     ),
     "rights in kubernetes": Mutation(
         "serviceaccount.yaml",

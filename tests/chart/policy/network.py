@@ -283,7 +283,8 @@ def the_head_reaches_what_the_values_name(found: Rendered) -> Iterator[str]:
             for rule in (_policy(found, name) or {"egress": ()})["egress"]
             for port in rule.get("ports", ())
         }
-        if not {(53, "UDP"), (53, "TCP")} <= ports:
+        asked = found.values["networkPolicy"]["dnsPorts"]
+        if not {(port, kind) for port in asked for kind in ("UDP", "TCP")} <= ports:
             yield f"NetworkPolicy of the {name}: no name is resolved"
 
 
