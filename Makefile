@@ -50,8 +50,9 @@ chart: chart-tools  ## package the Helm chart into dist/, with rules and dashboa
 programs: $(STAMP)
 	@$(BIN)/python -m tests.debian
 	@$(BIN)/python -m tests.prometheus_tools
+	@$(BIN)/python -m tests.redis_tools
 
-integration: setup programs  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
+integration: setup programs chart-tools  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
 	@$(BIN)/python -m pytest tests/integration tests/chaos -q -n $(AT_ONCE) --dist loadgroup
 
 docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, Grafana's dashboards, the chart's schema

@@ -7,7 +7,6 @@ last one, for a moment. It runs on the head, where the token is; the token is ne
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,13 @@ from cluster.api.source import NotKnown, SourceAway, SourceBusy
 from cluster.api.traffic import MOST_ONGOING
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
+from cluster.core.wording import named
 from cluster.lookups import TooBusy
 from cluster.story import UnknownTask
 
 COORDINATOR = "coordinator"
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 
 class CoordinatorSource:
@@ -88,10 +88,16 @@ class CoordinatorSource:
             if isinstance(cause, ClusterError):
                 raise SourceAway(_said(cause)) from None
             self._handle = None
-            log.warning("the coordinator did not answer: %s", error)
+            # Of what was raised there, the text is its whole traceback.
+            log.warning("coordinator_away", asked=method, error=named(error), cause=_cause(cause))
             raise SourceAway(f"{type(error).__name__} when it was asked") from None
         except ValueError:
             raise SourceAway("it has not been started, or it is being replaced") from None
+
+
+def _cause(error: object) -> str:
+    """Its kind only: what a bug says may hold anything."""
+    return type(error).__name__ if isinstance(error, BaseException) else ""
 
 
 def _said(error: ClusterError) -> str:

@@ -49,7 +49,8 @@ class Bundles:
             "record": None if record is None else _plain(asdict(replace(record, parameters=None))),
             "card": None if report is None else _plain(asdict(report)),
         }
-        bundle = Bundle(order.attempt_id, Timestamp(self._clock()), body)
+        fault = type(error).__name__
+        bundle = Bundle(order.attempt_id, Timestamp(self._clock()), body, gpu, fault)
         with self._ledger.journal.write(self._ledger.lease) as connection:
             journal_history.keep_bundle(connection, order.task, bundle)
 

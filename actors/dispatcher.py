@@ -51,6 +51,8 @@ from cluster.core.types import (
     Timestamp,
     Work,
 )
+from cluster.core.wording import brief
+from cluster.logs import scrub
 from cluster.metrics import Metrics
 
 FIRST_PACE = {"sd": 1e-7, "llm": 0.02}
@@ -58,6 +60,8 @@ FIRST_PACE = {"sd": 1e-7, "llm": 0.02}
 PACE_WEIGHT = 0.3
 UNKNOWN_BUSY_SECONDS = 5.0
 """How long a card is expected to stay busy with something that isn't ours to know."""
+MOST_READ = 4_000
+"""Characters of what an error says that are looked through."""
 
 _FAULTS: tuple[tuple[type[ClusterError], Fault], ...] = (
     (DeviceFault, Fault.DEVICE),
@@ -71,14 +75,15 @@ _FAULTS: tuple[tuple[type[ClusterError], Fault], ...] = (
 
 def event_for(attempt: AttemptId, error: ClusterError) -> Event:
     """What an attempt's error means for the task, by the error's type alone."""
+    said = brief(scrub(str(error)[:MOST_READ]))
     if isinstance(error, TaskInvalid):
-        return FaultFound(str(error))
+        return FaultFound(said)
     if isinstance(error, DeviceFault) and error.kind is DeviceFaultKind.OUT_OF_MEMORY:
-        return AttemptFailed(attempt, Fault.MEMORY, str(error))
+        return AttemptFailed(attempt, Fault.MEMORY, said)
     for kind, fault in _FAULTS:
         if isinstance(error, kind):
-            return AttemptFailed(attempt, fault, str(error))
-    return AttemptFailed(attempt, Fault.DEVICE, f"{type(error).__name__}: {error}")
+            return AttemptFailed(attempt, fault, said)
+    return AttemptFailed(attempt, Fault.DEVICE, f"{type(error).__name__}: {said}")
 
 
 class Guard(Protocol):
@@ -330,7 +335,7 @@ class Dispatcher:
             return event_for(order.attempt_id, error)
         except OSError as error:
             # Our own disk: the files couldn't be kept, so there is no result.
-            return AttemptFailed(order.attempt_id, Fault.DEVICE, f"artifacts: {error}")
+            return AttemptFailed(order.attempt_id, Fault.DEVICE, f"artifacts: {brief(str(error))}")
 
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)

@@ -8,8 +8,8 @@ only the time to come back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -22,6 +22,7 @@ from actors.measures import Measures
 from actors.standing import Standings
 from actors.stores import RayStores
 from actors.treasury import Treasury
+from cluster import journal_gas
 from cluster.core import capacity, standing
 from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
@@ -110,7 +111,9 @@ class FleetKeeper:
         self.draining = Draining(drains)
         self.standings = Standings(ledger, network, accounts, settings.policy.most_gas, clock)
         self._treasury = Treasury(treasury, network, clock)
-        self._actions = FleetActions(ledger, network, stores, self.standings, self._treasury, gpus)
+        self._actions = FleetActions(
+            ledger, network, stores, self.standings, self._treasury, gpus, clock
+        )
         self._accounts = accounts
         self._settings = settings
         self._gpus = gpus
@@ -228,7 +231,7 @@ class FleetKeeper:
             f"{each.rejoin_at - now:.0f} s"
             for account, each in self.standings.kicked_out().items()
         ]
-        return (*lines, *self.view.lacks)
+        return (*lines, *self._actions.alerts(), *self.view.lacks)
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -275,6 +278,8 @@ class FleetKeeper:
         targets = self._targets(accounts)
         policy, now = self._settings.policy, self._now()
         found = plan(targets, accounts, policy, _ALL_MONEY, now)
+        if topped := {each.address for each in found.actions if isinstance(each, TopUp)}:
+            accounts = self._with_gas_gone(accounts, topped)
         paying = any(isinstance(each, Fund | TopUp) for each in found.actions)
         await self._treasury.show(anyway=paying)
         if paying:
@@ -317,13 +322,25 @@ class FleetKeeper:
         return frozenset(classes[account] for account in slashed if account in classes)
 
     def _node_accounts(self) -> list[NodeAccount]:
-        journal = self._ledger.journal
-        assigned = {each.index: each.gpu_class for each in journal.assignments()}
+        assigned = {each.index: each.gpu_class for each in self._ledger.assigned()}
         movements = self._network.movements()
         return [
             self._node_account(index, address, assigned.get(index), movements.get(address))
             for index, address in self._accounts.items()
         ]
+
+    def _with_gas_gone(
+        self, accounts: Iterable[NodeAccount], topped: Collection[Address]
+    ) -> list[NodeAccount]:
+        """Those that are to be sent gas, with what became of what they were sent before."""
+        treasury, now = self._treasury.address, self._now()
+        with self._ledger.journal.read() as connection:
+            return [
+                replace(each, gas_gone=journal_gas.gone(connection, treasury, each.address, now))
+                if each.address in topped
+                else each
+                for each in accounts
+            ]
 
     def _node_account(
         self, index: int, address: Address, assigned: GpuClass | None, movement: Movement | None
@@ -348,7 +365,7 @@ class FleetKeeper:
         )
 
     def _classes(self) -> dict[Address, GpuClass]:
-        return {each.address: each.gpu_class for each in self._ledger.journal.assignments()}
+        return {each.address: each.gpu_class for each in self._ledger.assigned()}
 
     def _targets(self, accounts: Sequence[NodeAccount]) -> dict[GpuClass, Target]:
         here: dict[GpuClass, int] = {}

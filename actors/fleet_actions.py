@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -30,6 +31,18 @@ from cluster.core.types import Gpu, GpuClass, ModelId, Wei
 from cluster.journal import Assignment
 
 MOST_MODELS = 16
+LONG_SECONDS = 300.0
+"""For which a join waits for models before an operator hears of it."""
+STILL_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A class's joins: since when, when last tried, and for what."""
+
+    since: float
+    last: float
+    why: str
 
 
 class FleetActions:
@@ -41,6 +54,7 @@ class FleetActions:
         standings: Standings,
         treasury: Treasury,
         gpus: Callable[[], Sequence[Gpu]],
+        clock: Callable[[], float],
     ) -> None:
         self._ledger = ledger
         self._network = network
@@ -48,7 +62,19 @@ class FleetActions:
         self._standings = standings
         self._treasury = treasury
         self._gpus = gpus
+        self._clock = clock
+        self._waiting: dict[GpuClass, _Waiting] = {}
         self._log = structlog.get_logger("fleet")
+
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, one line each."""
+        now = self._clock()
+        return tuple(
+            f"{gpu_class.name}: its accounts wait to join for {(now - each.since) / 60:.0f} min, "
+            f"until the configured models are there: {each.why}"
+            for gpu_class, each in self._waiting.items()
+            if now - each.since >= LONG_SECONDS and now - each.last < STILL_SECONDS
+        )
 
     async def carry_out(self, action: FleetAction, stake: Wei) -> None:
         """Unless it can't be just now; `stake` is what who joins puts up. Raises
@@ -98,7 +124,16 @@ class FleetActions:
         return not isinstance(action, Join) or self._ready_to_join(action.gpu_class)
 
     def _ready_to_join(self, gpu_class: GpuClass) -> bool:
-        return self._stores.settled(of_class(self._gpus(), gpu_class))
+        now = self._clock()
+        why = self._stores.unsettled(of_class(self._gpus(), gpu_class))
+        if not why:
+            self._waiting.pop(gpu_class, None)
+            return True
+        there = self._waiting.setdefault(gpu_class, _Waiting(now, now, ""))
+        if why != there.why:
+            self._log.info("join_waits", gpu_class=gpu_class.name, why=why)
+        there.last, there.why = now, why
+        return False
 
     def _models_on_disk(self, gpu_class: GpuClass) -> tuple[ModelId, ...]:
         """The models that every card of the class has: what a join may declare. Some at most,

@@ -27,6 +27,7 @@ import structlog
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
+from cluster.core.wording import brief, named
 from cluster.inference import canary
 from cluster.inference.nvml import Vitals
 
@@ -163,9 +164,9 @@ class InferenceWorker:
         try:
             self._engine = await loop.run_in_executor(self._thread, make_engine)
         except ClusterError as error:
-            self._problem = str(error) or type(error).__name__
+            self._problem = brief(str(error)) or type(error).__name__
         except Exception as error:  # noqa: BLE001 - a driver's, a library's: the card is broken
-            self._problem = f"{type(error).__name__}: {error}"
+            self._problem = named(error)
 
     async def start(self, order: Order) -> ClusterError | None:
         """Start an attempt; the same attempt again is a repetition and changes nothing."""
@@ -196,7 +197,7 @@ class InferenceWorker:
         except ClusterError as error:
             return _bare(error)
         except BaseException as error:  # noqa: BLE001 - the top of the computing thread
-            fault = DeviceFault(DeviceFaultKind.OTHER, f"{type(error).__name__}: {error}")
+            fault = DeviceFault(DeviceFaultKind.OTHER, named(error))
             fault.trace = "".join(traceback.format_exception(error))[-MOST_TRACE:]
             return fault
 

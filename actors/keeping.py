@@ -31,6 +31,10 @@ AGAIN_SECONDS = 600.0
 """After which a configured model that couldn't be had is tried again."""
 TURN_SECONDS = 3600.0
 """After which a download goes on behind the others that are queued, where there are any."""
+LOST_SECONDS = 1800.0
+"""After which a download that gives no sign of life isn't waited for."""
+MOST_LOST = 4
+LOOK_SECONDS = 0.5
 LABELS = ("source", "rule")
 
 
@@ -39,8 +43,9 @@ class StoreReport:
     """What a machine's store has and does. Model ids are as the network writes them.
 
     `here` are those that were asked for, or configured, and are there; `failed` says why others
-    aren't; `room_bytes` may yet come without another leaving. `events` counts the store's diary
-    since this process began, by event and by source or rule; `fetched_bytes` by source.
+    aren't; `room_bytes` may yet come without another leaving; `leftover_bytes` are what broken
+    downloads left. `events` counts the store's diary since this process began, by event and by
+    source or rule; `fetched_bytes` by source. `trouble` says why nothing at all is fetched there.
     """
 
     release: str
@@ -55,6 +60,17 @@ class StoreReport:
     room_bytes: int
     events: Mapping[tuple[str, str], int]
     fetched_bytes: Mapping[str, int]
+    trouble: str = ""
+    leftover_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One download's; times are the worker's clock."""
+
+    began: float
+    heard_at: float
+    lost: bool = False
 
 
 class StoreWorker:
@@ -71,6 +87,7 @@ class StoreWorker:
         self._clock = clock
         self._release = release
         self._again_seconds = again_seconds
+        self._make_keeper = make_keeper
         self._keeper = make_keeper()
         self._configured = configured
         self._queue: deque[str] = deque(configured)
@@ -78,7 +95,8 @@ class StoreWorker:
         self._here: set[str] = set()
         self._failed: dict[str, str] = {}
         self._news = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
+        self._thread = _one_thread()
+        self._lost: set[str] = set()
         self._looker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="look")
         self._ended = threading.Event()
         self._place = self._keeper.diary.end()
@@ -90,7 +108,7 @@ class StoreWorker:
     async def want(self, model_ids: tuple[str, ...]) -> None:
         """Fetch these behind what is queued already; what isn't a model's id is left out."""
         for model_id in model_ids:
-            known = model_id in self._queue or model_id in self._here
+            known = model_id in self._here or model_id in self._lost or model_id in self._queue
             if not known and len(self._queue) < MOST_QUEUED:
                 self._queue.append(model_id)
                 self._news.set()
@@ -117,33 +135,71 @@ class StoreWorker:
 
     async def _work(self) -> None:
         """Fetch what is queued, one model after the other; configured ones again and again."""
-        loop = asyncio.get_running_loop()
         again_at = self._clock() + self._again_seconds
         while True:
             if self._clock() >= again_at:
                 again_at = self._clock() + self._again_seconds
-                waiting = self._here | set(self._queue)
+                await self._open_again()
+                waiting = self._here | self._lost | set(self._queue)
                 missing = [each for each in self._configured if each not in waiting]
                 self._queue.extendleft(reversed(missing))
             if self._queue:
-                await loop.run_in_executor(self._thread, self._fetch, self._queue.popleft())
+                await self._take_turn(self._queue.popleft())
                 continue
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(again_at - self._clock(), 0.0)):
                     await self._news.wait()
 
-    def _fetch(self, model_id: str) -> None:
-        ends = self._clock() + TURN_SECONDS
+    async def _open_again(self) -> None:
+        """What couldn't be written may have been mended meanwhile."""
+        if self._keeper.trouble:
+            loop = asyncio.get_running_loop()
+            self._keeper = await loop.run_in_executor(self._thread, self._make_keeper)
+
+    async def _take_turn(self, model_id: str) -> None:
+        """Fetch it. Whatever it hangs on, those behind it don't wait for ever."""
+        turn = _Turn(self._clock(), self._clock())
+        fetching = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._fetch, model_id, turn
+        )
+        while not (await asyncio.wait({fetching}, timeout=LOOK_SECONDS))[0]:
+            is_lost = self._clock() - turn.heard_at > LOST_SECONDS
+            if is_lost and len(self._lost) < MOST_LOST:
+                self._lose(model_id, turn, fetching)
+                return
+
+    def _lose(self, model_id: str, turn: _Turn, fetching: asyncio.Future[None]) -> None:
+        """Its thread is left to it; when it comes back, the model has another turn."""
+
+        def back(_: asyncio.Future[None]) -> None:
+            self._lost.discard(model_id)
+            self._news.set()
+
+        turn.lost = True
+        self._lost.add(model_id)
+        fetching.add_done_callback(back)
+        reason = f"no sign of life from its download for {round(LOST_SECONDS)} s"
+        self._log.error("fetching_lost", model=self._shown(model_id), reason=reason)
+        self._note_failure(model_id, reason)
+        self._thread.shutdown(wait=False)
+        self._thread = _one_thread()
+
+    def _fetch(self, model_id: str, turn: _Turn) -> None:
+        ends = turn.began + TURN_SECONDS
 
         def is_over() -> bool:
-            return self._ended.is_set() or (bool(self._queue) and self._clock() > ends)
+            others_wait = bool(self._queue) and self._clock() > ends
+            return self._ended.is_set() or turn.lost or others_wait
+
+        def lives() -> None:
+            turn.heard_at = self._clock()
 
         try:
             with self._keeper.telling(plain(model_id)):
                 ref = of_model_id(model_id)
             self._refs[model_id] = ref
-            self._keeper.ensure(ref, Wanted(cancelled=is_over, background=True))
+            self._keeper.ensure(ref, Wanted(None, is_over, lives, background=True))
         except Cancelled:
             self._queue.append(model_id)
         except ClusterError as error:
@@ -195,9 +251,11 @@ class StoreWorker:
             models=len(manifests),
             used_bytes=sum(manifest.size for manifest in manifests.values()),
             quota_bytes=keeper.limits.quota,
-            room_bytes=keeper.room.left(),
+            room_bytes=keeper.room.left() if keeper.sources else 0,
             events=dict(self._events),
             fetched_bytes=dict(self._bytes),
+            trouble=keeper.trouble,
+            leftover_bytes=keeper.room.leftover(),
         )
 
     def _is_here(self, model_id: str) -> bool:
@@ -216,6 +274,10 @@ class StoreWorker:
             size = entry.get("bytes")
             if entry.get("event") == "fetched" and isinstance(size, int):
                 self._bytes[said] += size
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)

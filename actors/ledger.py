@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cluster.core.ports import Lease
 from cluster.core.record import Closed, Event, Outcome, Seen, TaskRecord
 from cluster.core.types import Address, Commitment, Timestamp, Wei
-from cluster.journal import SqlJournal
+from cluster.journal import Assignment, SqlJournal
 
 KEPT_CLOSED = 200
 
@@ -32,6 +32,8 @@ class Ledger:
     """Accounts that lost their stake by a task: never joined again by themselves."""
     told: Callable[[TaskRecord], None] = lambda _: None
     """Called with each record that is closed."""
+    struck: Callable[[], None] = lambda: None
+    """Called for each account that turns out to have lost its stake."""
 
     @classmethod
     def load(cls, journal: SqlJournal, lease: Lease, clock: Callable[[], float]) -> Ledger:
@@ -52,7 +54,7 @@ class Ledger:
                 del self.open[task]
                 self.closed.appendleft(replace(record, parameters=None))
                 if outcome is Outcome.INVALIDATED:
-                    self.slashed.add(record.account)
+                    self._strike(record.account)
                 self._count(outcome, payment, 1)
                 self.told(record)
         return record
@@ -61,7 +63,13 @@ class Ledger:
         """Store that the account lost its stake, unless that is known."""
         if account not in self.slashed:
             self.journal.mark_slashed(self.lease, account, Timestamp(self.clock()))
+            self._strike(account)
+
+    def _strike(self, account: Address) -> None:
+        """By its task's end or by an event, whichever is seen first."""
+        if account not in self.slashed:
             self.slashed.add(account)
+            self.struck()
 
     def clear_slashed(self, account: Address) -> None:
         """The operator has seen to it: the account may be staked again."""
@@ -78,6 +86,10 @@ class Ledger:
     def _count(self, outcome: Outcome, payment: Wei, sign: int) -> None:
         self.outcomes[outcome] += sign
         self.paid = Wei(self.paid + sign * payment)
+
+    def assigned(self) -> tuple[Assignment, ...]:
+        """Which accounts stand for which class."""
+        return self.journal.assigned(self.lease)
 
     def of_account(self, account: Address) -> tuple[TaskRecord, ...]:
         return tuple(record for record in self.open.values() if record.account == account)

@@ -141,11 +141,11 @@ def describe(sight: Sight) -> Status:
     return judged(status)
 
 
-def totals_of(outcomes: Mapping[Outcome, int], paid: int) -> Totals:
+def totals_of(outcomes: Mapping[Outcome, int], paid: int, marked: int = 0) -> Totals:
+    """`marked` accounts are known to have lost their stake, be it in no record of ours."""
+    slashed = max(outcomes.get(Outcome.INVALIDATED, 0), marked)
     counts = Counter({outcome.value: count for outcome, count in outcomes.items()})
-    return Totals(
-        paid_wei=str(paid), tasks=dict(counts), slashed=outcomes.get(Outcome.INVALIDATED, 0)
-    )
+    return Totals(paid_wei=str(paid), tasks=dict(counts), slashed=slashed)
 
 
 def task_view(record: TaskRecord, turn: Turn | None) -> TaskView:
@@ -236,6 +236,7 @@ def _gpu(gpu: Gpu, report: Report | None, canary_at: Timestamp | None) -> GpuSta
             "left_device": usage.left_device,
             "left_host": usage.left_host,
         },
+        store_hits=usage.hits,
         canary_at=canary_at,
         problem=report.problem,
     )
@@ -287,4 +288,6 @@ def _store(node: RayNodeId, report: StoreReport) -> StoreStatus:
             for each in report.downloads
         ),
         failed=report.failed,
+        trouble=report.trouble,
+        leftover_bytes=report.leftover_bytes,
     )

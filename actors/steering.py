@@ -105,7 +105,7 @@ class Steering:
             done = Done(kind="refused", text=str(error))
         arguments = order.model_dump(mode="json")
         action = str(arguments.pop("action"))
-        self._log.warning("steered", by=who, action=action, **arguments, outcome=done.text)
+        self._log.warning("steered", by=who, action=action, arguments=arguments, outcome=done.text)
         noted = Audited(Timestamp(self._clock()), who, action, arguments, done.text)
         with self._ledger.journal.write(self._ledger.lease) as connection:
             journal_history.note_action(connection, noted)

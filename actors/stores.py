@@ -25,6 +25,9 @@ from cluster.models.keeper import Keeper
 from cluster.models.refs import of_model_id
 
 PING_SECONDS = 5.0
+MOST_SILENT = 3
+"""Looks in turn at which a store may not answer before an operator hears of it."""
+MOST_WORDS = 200
 FETCHED_BYTES = "fetched_bytes"
 """Stands for an event where bytes are counted."""
 
@@ -35,6 +38,12 @@ class _Member:
     report: StoreReport | None = None
     counted: tuple[int, Counter[tuple[str, str]]] = (0, Counter())
     """What `news` has told, of which process."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    looks: int
+    why: str
 
 
 class RayStores:
@@ -53,6 +62,7 @@ class RayStores:
         self._release = release
         self._configured = configured
         self._members: dict[RayNodeId, _Member] = {}
+        self._silent: dict[RayNodeId, _Silence] = {}
         self._log = structlog.get_logger("stores")
 
     def reports(self) -> Mapping[RayNodeId, StoreReport]:
@@ -63,20 +73,36 @@ class RayStores:
             if member.report is not None
         }
 
+    def alerts(self) -> tuple[str, ...]:
+        """What an operator has to see to, one line each."""
+        silent = [
+            f"machine {node[:8]}: its model store doesn't answer: {silence.why}"
+            for node, silence in sorted(self._silent.items())
+            if silence.looks >= MOST_SILENT
+        ]
+        troubled = [
+            f"machine {node[:8]}: its model store fetches nothing: {report.trouble}"
+            for node, report in sorted(self.reports().items())
+            if report.trouble and node not in self._silent
+        ]
+        return (*silent, *troubled)
+
     def settled(self, gpus: Iterable[Gpu]) -> bool:
         """Whether the machines of these cards have each configured model, or have tried."""
+        return not self.unsettled(gpus)
+
+    def unsettled(self, gpus: Iterable[Gpu]) -> str:
+        """What is still waited for on a machine of these cards; nothing where they are settled."""
         if self._make_keeper is None:
-            return True
-        nodes = {gpu.ray_node for gpu in gpus}
+            return ""
         reports = self.reports()
-        return all(
-            node in reports
-            and all(
-                model in reports[node].here or model in reports[node].failed
-                for model in self._configured
-            )
-            for node in nodes
-        )
+        for node in sorted({gpu.ray_node for gpu in gpus}):
+            if (report := reports.get(node)) is None:
+                return f"machine {node[:8]}: its model store hasn't answered yet"
+            for model in self._configured:
+                if model not in report.here and model not in report.failed:
+                    return f"machine {node[:8]}: {model} is still to come"
+        return ""
 
     def here(self, gpus: Iterable[Gpu]) -> frozenset[ModelId]:
         """The models that were configured or wanted and are on each of these cards' machines."""
@@ -130,6 +156,8 @@ class RayStores:
             return
         for gone in self._members.keys() - set(nodes):
             await self._end(gone, self._members.pop(gone))
+        for gone in self._silent.keys() - set(nodes):
+            del self._silent[gone]
         for new in sorted(set(nodes) - self._members.keys()):
             if (actor := await self._begun(new)) is not None:
                 self._members[new] = _Member(actor)
@@ -141,8 +169,12 @@ class RayStores:
                 report: StoreReport = await member.actor.report.remote()
         except (RayError, TimeoutError) as error:
             if isinstance(error, ActorDiedError):
-                member.actor = await self._begun(node) or member.actor
+                if (actor := await self._begun(node)) is None:
+                    return
+                member.actor = actor
+            self._note_silence(node, _why(error))
             return
+        self._silent.pop(node, None)
         if report.release != self._release:
             self._log.info("store_actor_replaced", node=node, old=report.release)
             await self._end(node, member)
@@ -150,12 +182,19 @@ class RayStores:
             return
         member.report = report
 
+    def _note_silence(self, node: RayNodeId, why: str) -> None:
+        before = self._silent.get(node, _Silence(0, ""))
+        if why != before.why:
+            self._log.warning("store_silent", node=node, why=why)
+        self._silent[node] = _Silence(before.looks + 1, why)
+
     async def _begun(self, node: RayNodeId) -> ActorHandle[Any] | None:
         """None where it can't be now: the next look tries again."""
         try:
             return await asyncio.to_thread(self._actor, node)
         except (RayError, ValueError) as error:
             self._log.warning("store_not_begun", node=node, error=type(error).__name__)
+            self._note_silence(node, f"it can't be begun: {_why(error)}")
             return None
 
     async def _end(self, node: RayNodeId, member: _Member) -> None:
@@ -183,6 +222,14 @@ class RayStores:
                 self._make_keeper, self._release, self._configured
             ),
         )
+
+
+def _why(error: BaseException) -> str:
+    """In a line; of what its method raised that, not where it passed through."""
+    cause = getattr(error, "cause", None) or error
+    words = ascii(str(cause).splitlines()[0])[1:-1] if str(cause) else ""
+    name = type(cause).__name__
+    return f"{name}: {words[:MOST_WORDS]}" if words and cause is not error else name
 
 
 def of_class(gpus: Iterable[Gpu], gpu_class: GpuClass | None) -> tuple[Gpu, ...]:

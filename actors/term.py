@@ -105,6 +105,7 @@ class Term:
             world.clock,
         )
         ledger.told = self._closed
+        ledger.struck = world.metrics.slashed
         assigned = world.journal.assignments()
         world.metrics.belong({each.address: each.gpu_class for each in assigned})
         self._steering = Steering(
@@ -183,7 +184,7 @@ class Term:
             assigned=self._assigned(),
             open=tuple(self._ledger.open.values()),
             closed=tuple(self._ledger.closed),
-            totals=totals_of(self._ledger.outcomes, self._ledger.paid),
+            totals=totals_of(self._ledger.outcomes, self._ledger.paid, len(self._ledger.slashed)),
             turns=self._reconciler.turns,
             chain_error=self._chain_error(),
             slashed=frozenset(self._ledger.slashed),
@@ -196,6 +197,7 @@ class Term:
                 *self._network.alerts(),
                 *self._safeguards.alerts(),
                 *self._fleet.alerts(),
+                *self._world.stores.alerts(),
                 *self._evidence.alerts(),
             ),
         )
@@ -370,7 +372,7 @@ class Term:
         return self._dispatcher.outstanding(Timestamp(self._network_clock()))
 
     def _assigned(self) -> Mapping[int, GpuClass]:
-        return {each.index: each.gpu_class for each in self._world.journal.assignments()}
+        return {each.index: each.gpu_class for each in self._ledger.assigned()}
 
     def _network_clock(self) -> float:
         """The network's time, carried on from the last look by the wall clock."""

@@ -26,9 +26,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors import client
 from benchmarks.report import arguments, progress, publish
-from cluster import config
+from cluster import config, ray_token
 from cluster.core.types import GigaBytes, TaskType
 from cluster.status import Status
 from devnet.application import Application
@@ -155,6 +154,8 @@ async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
     with_: list[float] = []
     async with httpx.AsyncClient(timeout=30) as http:
         await ready(running, http)
+    from actors import client  # Ray reads its environment as it is imported
+
     with client.asking(config.load(devnet.config_file)) as call:
 
         def ask() -> bytes:
@@ -192,6 +193,7 @@ async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
 
 def main() -> None:
     options = arguments(__doc__.splitlines()[0]).parse_args()
+    ray_token.show()
     RUN.mkdir(parents=True, exist_ok=True)
     progress("starting a devnet and an operator")
     log = RUN / "operator.log"

@@ -51,6 +51,11 @@ class CardMetrics:
         )
         for move in _MOVES:
             self._moves.labels(move)
+        self._hits = Counter(
+            "crynux_store_hits",
+            "Models that tasks needed and that lay on the machine's disk.",
+            registry=registry,
+        )
         self._known: dict[str, tuple[str, ...]] = {}
         self._counted: dict[tuple[str, str], float] = {}
 
@@ -77,6 +82,7 @@ class CardMetrics:
                 self._canary.labels(uuid).set(gpu.canary_at)
             self._faults.labels(uuid)
             self._busy.labels(uuid).inc(self._more(uuid, "busy", gpu.busy_seconds))
+            self._hits.inc(self._more(uuid, "hits", gpu.store_hits))
             for move in _MOVES:
                 more = self._more(uuid, move, gpu.moves.get(move, 0))
                 self._moves.labels(move).inc(more)
@@ -104,5 +110,5 @@ class CardMetrics:
             each.remove_by_labels({"gpu_uuid": uuid})
         for counter in (self._busy, self._faults):
             counter.remove_by_labels({"gpu_uuid": uuid})
-        for what in ("busy", *_MOVES):
+        for what in ("busy", "hits", *_MOVES):
             self._counted.pop((uuid, what), None)

@@ -112,12 +112,18 @@ def check_disk(config: Config) -> list[Check]:
     spare = int(config.models.spare_gb * 2**30)
     places = [
         ("artifacts.path", config.artifacts.path, LEAST_FREE),
-        ("models.root", config.models.root, max(LEAST_FREE, spare)),
+        ("models.root", _store_of(config), max(LEAST_FREE, spare)),
     ]
     journal = file_of(config.journal.url)
     if journal is not None:
         places.append(("journal.url", journal.parent, LEAST_FREE))
     return [_disk(key, path, least) for key, path, least in places]
+
+
+def _store_of(config: Config) -> Path:
+    """What is written of the models: another user may have made it."""
+    root = config.models.root
+    return ModelStore(root).disk.base if config.models.sources else root
 
 
 def _disk(key: str, path: Path, least: int) -> Check:

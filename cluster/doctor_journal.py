@@ -7,9 +7,11 @@ the operator may be running with it.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Callable
 
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from cluster.checks import Check, fail, ok, warn
@@ -19,9 +21,20 @@ from cluster.core.errors import ConfigError
 from cluster.identity import TREASURY, Identity
 from cluster.journal import HOST, STANDING, Owner, SqlJournal
 from cluster.journal_engine import file_of
+from cluster.journal_tables import metadata
 from cluster.journal_upgrades import SCHEMA
 
 _NAME = "journal"
+_WRITABLE = "chown the file and those beside it, or give the database's user the right"
+# Not what holds in this session, which only looks.
+_ONLY_READS = text(
+    "SELECT pg_is_in_recovery() OR reset_val = 'on' FROM pg_settings "
+    "WHERE name = 'default_transaction_read_only'"
+)
+_MAY_WRITE = text(
+    "SELECT relname FROM pg_class WHERE relname = ANY(:names) AND relkind = 'r' AND "
+    "NOT (has_table_privilege(oid, 'INSERT') AND has_table_privilege(oid, 'UPDATE')) LIMIT 1"
+)
 
 
 def check_journal(
@@ -71,6 +84,8 @@ def _look(
         treasury = identity.address(TREASURY)
         journal.check_owner(Owner(config.network.chain_id, *addresses, treasury=treasury))
     found = [_lease(journal, now)]
+    if (why := _not_writable(journal, config)) is not None:
+        found.insert(0, fail(_NAME, f"it can't be written: {why}", _WRITABLE))
     if schema != SCHEMA:
         words = f"it has schema {schema}: this version makes it {SCHEMA} as the operator starts"
         found.insert(0, warn(_NAME, words, "there is no way back for an older version: copy it"))
@@ -78,6 +93,21 @@ def _look(
         mend = "see why (crynux-cluster status), then crynux-cluster fleet clear ADDRESS"
         found.append(warn("accounts", "; ".join(stopped), mend))
     return found
+
+
+def _not_writable(journal: SqlJournal, config: Config) -> str | None:
+    """Why; None where it can be. Nothing is written to find out."""
+    file = file_of(config.journal.url)
+    if file is not None:
+        beside = (file, *(file.with_name(f"{file.name}-{each}") for each in ("wal", "shm")))
+        locked = [each.name for each in beside if each.exists() and not os.access(each, os.W_OK)]
+        return f"{locked[0]} is another's" if locked else None
+    with journal.read() as connection:
+        if connection.execute(_ONLY_READS).scalar():
+            return "the server, or this user of it, only reads"
+        names = [table.name for table in metadata.sorted_tables]
+        table = connection.execute(_MAY_WRITE, {"names": names}).scalar()
+    return None if table is None else f"its user may not write to {table}"
 
 
 def _lease(journal: SqlJournal, now: float) -> Check:

@@ -74,8 +74,6 @@ _SLASHED = "slashed:"
 _CLEARED = "cleared:"
 """Begins the key of how many invalidated tasks of an account the operator has seen to."""
 _OWNER = "owner"
-_OUTCOMES = "outcome"
-"""The kind of the tallies by outcome."""
 HOST = "host"
 """The key, among the cursors, of the machine whose coordinator acted last."""
 STANDING = "standing:"
@@ -137,6 +135,8 @@ class SqlJournal:
         self._wall = wall
         self._database = open_engine(url, look_only, most)
         self._folds: dict[Commitment, tuple[int, TaskRecord]] = {}
+        self._assigned: tuple[int, tuple[Assignment, ...]] | None = None
+        """With the epoch of the lease under which they were read."""
         if look_only:
             return
         try:
@@ -276,7 +276,7 @@ class SqlJournal:
             )
             seq = int(_inserted(written.inserted_primary_key))
             _mark(connection, after, seq, first=before is None)
-            _take(connection, before, after)
+            tallies.follow(connection, before, after)
             if isinstance(event, AttemptStarted):
                 add_name(connection, task, event.attempt_id)
         # Only now: a transaction that fails must not leave a fold of what was never stored.
@@ -323,7 +323,7 @@ class SqlJournal:
     def totals(self) -> tuple[Counter[Outcome], Wei]:
         """Closed tasks by outcome, and what they paid in all."""
         with self.read() as connection:
-            found = tallies.of(connection, _OUTCOMES)
+            found = tallies.of(connection, tallies.OUTCOMES)
         outcomes = Counter({Outcome(name): each.count for name, each in found.items()})
         return outcomes, Wei(sum(each.wei for each in found.values()))
 
@@ -406,6 +406,14 @@ class SqlJournal:
                 )
             else:
                 raise IllegalMove(f"account {assignment.index} is {found}, not {address}")
+        self._assigned = None
+
+    def assigned(self, lease: ports.Lease) -> tuple[Assignment, ...]:
+        """As `assignments`, for the lease's holder: while it is held nobody else writes them, so
+        they are read once."""
+        if self._assigned is None or self._assigned[0] != lease.epoch:
+            self._assigned = lease.epoch, self.assignments()
+        return self._assigned[1]
 
     def assignments(self) -> tuple[Assignment, ...]:
         with self.read() as connection:
@@ -473,21 +481,6 @@ def _mark(connection: Connection, record: TaskRecord, seq: int, first: bool) -> 
         connection.execute(
             update(tasks_table).where(tasks_table.c.commitment == task).values(**values)
         )
-
-
-def _take(connection: Connection, before: TaskRecord | None, after: TaskRecord) -> None:
-    """Keep the sums in step: a task that is closed counts, one that is opened again does not."""
-    if before is not None and before.closed_at is not None and after.closed_at is None:
-        _sum(connection, before, -1)
-    elif after.closed_at is not None:
-        _sum(connection, after, 1)
-
-
-def _sum(connection: Connection, closed: TaskRecord, sign: int) -> None:
-    assert closed.closed_at is not None and closed.outcome is not None, "it is closed"  # noqa: S101
-    paid = Wei(sign * closed.payment)
-    takings.add(connection, closed.closed_at, closed.account, tasks=sign, paid=paid)
-    tallies.add(connection, _OUTCOMES, closed.outcome.value, sign, paid)
 
 
 def _history(

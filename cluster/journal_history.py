@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select
 
 from cluster.core.record import Outcome
 from cluster.core.types import Address, AttemptId, Commitment, Timestamp
@@ -25,6 +25,8 @@ from cluster.journal_tables import (
 from cluster.journal_tables import tasks_table as tasks
 
 MOST_BUNDLES = 500
+FIRST_BUNDLES, NEWEST_BUNDLES = 2, 8
+"""Of one card and fault."""
 MOST_AUDITED = 100_000
 LEAST_DIGITS = 8
 """Of a commitment, by which a task may be called."""
@@ -35,11 +37,14 @@ _HEX = dict(zip("0123456789abcdef", "123456789abcdefg", strict=True))
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """`body` is plain JSON values; it holds the task's parameters, which are someone's prompt."""
+    """`body` is plain JSON values; it holds the task's parameters, which are someone's prompt.
+    `gpu` and `fault`: what failed where, as far as it was written down."""
 
     attempt: AttemptId
     at: Timestamp
     body: Mapping[str, Any]
+    gpu: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,29 @@ def invalidated(connection: Connection) -> tuple[Invalidated, ...]:
 
 
 def keep_bundle(connection: Connection, task: Commitment, bundle: Bundle) -> None:
-    """Store it; the oldest beyond `MOST_BUNDLES` are forgotten."""
+    """Store it. Of each card and fault the first and the newest few are kept, and beyond
+    `MOST_BUNDLES` those of the fault that has most make room: what fails every second pushes out
+    only its like."""
+    values = {"commitment": task, "attempt": bundle.attempt, "at": bundle.at}
+    like = {"gpu": bundle.gpu, "fault": bundle.fault}
     body = json.dumps(bundle.body, default=str)
-    values = {"commitment": task, "attempt": bundle.attempt, "at": bundle.at, "body": body}
-    connection.execute(insert(bundles_table).values(**values))
-    _keep_newest(connection, bundles_table, MOST_BUNDLES)
+    connection.execute(insert(bundles_table).values(**values, **like, body=body))
+    same = (bundles_table.c.gpu == bundle.gpu) & (bundles_table.c.fault == bundle.fault)
+    _thin(connection, same, FIRST_BUNDLES + NEWEST_BUNDLES)
+    count, fault = func.count(), bundles_table.c.fault
+    faults = connection.execute(select(fault, count).group_by(fault).order_by(count.desc())).all()
+    if (over := sum(each[1] for each in faults) - MOST_BUNDLES) > 0:
+        most, has = faults[0]
+        _thin(connection, fault == most, has - over)
+
+
+def _thin(connection: Connection, which: ColumnElement[bool], most: int) -> None:
+    """Down to `most`; the first few stay, and the oldest behind them go."""
+    seq = bundles_table.c.seq
+    found = connection.execute(select(seq).where(which).order_by(seq)).scalars().all()
+    over = max(len(found) - most, 0)
+    if gone := found[FIRST_BUNDLES : FIRST_BUNDLES + over]:
+        connection.execute(delete(bundles_table).where(seq.in_(gone)))
 
 
 def bundles_of(connection: Connection, task: Commitment) -> tuple[Bundle, ...]:
@@ -90,7 +113,7 @@ def bundles_of(connection: Connection, task: Commitment) -> tuple[Bundle, ...]:
         .order_by(bundles_table.c.seq)
     )
     return tuple(
-        Bundle(AttemptId(row.attempt), Timestamp(row.at), json.loads(row.body))
+        Bundle(AttemptId(row.attempt), Timestamp(row.at), json.loads(row.body), row.gpu, row.fault)
         for row in connection.execute(query)
     )
 

@@ -70,6 +70,7 @@ outbox_table = Table(
     Column("block", BigInteger),
     Column("cost", Text),
     Index("outbox_by_nonce", "account", "nonce"),
+    Index("outbox_by_owner", "account", "task"),
 )
 names_table = Table(
     "task_names",
@@ -111,8 +112,13 @@ bundles_table = Table(
     Column("attempt", Text, nullable=False),
     Column("at", Double, nullable=False),
     Column("body", Text, nullable=False),
+    Column("gpu", Text, nullable=False, server_default=""),
+    Column("fault", Text, nullable=False, server_default=""),
+    Index("bundles_by_gpu", "gpu", "fault", "seq"),
+    Index("bundles_by_fault", "fault", "seq"),
 )
-"""All that was known where an attempt failed, as JSON: the newest only."""
+"""All that was known where an attempt failed, as JSON: of each card and fault the first and the
+newest few."""
 audit_table = Table(
     "audit",
     metadata,

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
+from cluster import journal_takings as takings
+from cluster.core.record import TaskRecord
 from cluster.core.types import Wei
 from cluster.journal_tables import tallies_table as table
 
+OUTCOMES = "outcome"
+"""The kind of the tallies of closed tasks by outcome."""
 _NOTHING = Wei(0)
 
 
@@ -39,3 +43,19 @@ def of(connection: Connection, kind: str) -> Mapping[str, Tally]:
     query = select(table).where(table.c.kind == kind)
     rows = connection.execute(query)
     return {row.name: Tally(row.counted, Wei(int(row.wei))) for row in rows}
+
+
+def follow(connection: Connection, before: TaskRecord | None, after: TaskRecord) -> None:
+    """Keep these and the takings in step with a task: one that is closed counts, one that is opened
+    again does not."""
+    if before is not None and before.closed_at is not None and after.closed_at is None:
+        _closed(connection, before, -1)
+    elif after.closed_at is not None:
+        _closed(connection, after, 1)
+
+
+def _closed(connection: Connection, task: TaskRecord, sign: int) -> None:
+    assert task.closed_at is not None and task.outcome is not None, "it is closed"  # noqa: S101
+    paid = Wei(sign * task.payment)
+    takings.add(connection, task.closed_at, task.account, tasks=sign, paid=paid)
+    add(connection, OUTCOMES, task.outcome.value, sign, paid)

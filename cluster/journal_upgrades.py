@@ -14,7 +14,10 @@ SCHEMA = "4"
 _COLUMNS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "1": (("outbox", "offer", "TEXT"), ("outbox", "block", "BIGINT")),
     "2": (("outbox", "cost", "TEXT"),),
-    "3": (),
+    "3": (
+        ("bundles", "gpu", "TEXT NOT NULL DEFAULT ''"),
+        ("bundles", "fault", "TEXT NOT NULL DEFAULT ''"),
+    ),
 }
 """By the schema that a journal has: the tables' columns, with their types, that the next one has
 more. Whole tables are there by then."""
@@ -81,7 +84,7 @@ def _count(connection: Connection) -> None:
     )
     for outcome, count, whole, rest in connection.execute(text(closed)):
         paid = Wei(int(whole) * MICRO + int(rest))
-        tallies.add(connection, "outcome", outcome, count, paid)
+        tallies.add(connection, tallies.OUTCOMES, outcome, count, paid)
     states = "SELECT state, COUNT(*) FROM outbox WHERE state IN ('final', 'reverted', 'refused')"
     for state, count in connection.execute(text(f"{states} GROUP BY state")):
         tallies.add(connection, "outbox", state, count)

@@ -38,6 +38,8 @@ _PERHAPS_SECRET_NAME = re.compile(r"(^|_)(seed|keys?)$", re.IGNORECASE)
 _PROMPT_NAME = re.compile(r"prompt|task_args|parameters$|^messages$|^content$", re.IGNORECASE)
 _KEY_IN_TEXT = re.compile(r"[0-9a-fA-F]{64}")
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but a tab and a line's end."""
 _WORDS = re.compile(r"\b[a-z]{3,8}(?:\s+[a-z]{3,8}){11,}\b")
 _NOISY = (
     "httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "web3", "asyncio", "filelock",
@@ -77,7 +79,8 @@ def clean(value: object, name: str = "") -> Any:
 
 
 def scrub(text: str) -> str:
-    """`text` without mnemonic phrases and URL credentials."""
+    """`text` without mnemonic phrases, URL credentials, and what a terminal would obey."""
+    text = _CONTROL.sub("\ufffd", text)
     return _WORDS.sub(_mask_phrase, _URL_USER.sub(f"{REDACTED}@", text))
 
 

@@ -91,9 +91,12 @@ _CLASS_LABELS = ("gpu_name", "vram_gb")
 class Metrics:
     """What the coordinator reports; `render` gives the text of one scrape."""
 
-    def __init__(self, version: str, config_digest: str) -> None:
+    def __init__(self, version: str, config_digest: str, network: str = "") -> None:
+        """`network`: chain and contracts. Whose accounts these are is told by that and the key,
+        because one key may well serve two networks."""
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self._network = network
         self._classes: set[Kind] = set()
         self._class_by_account: Mapping[str, Kind] = {}
         self._closed: dict[Commitment, Outcome] = {}
@@ -120,8 +123,6 @@ class Metrics:
             return
         self._tasks.labels(record.task_type.name, record.outcome.value).inc()
         self._paid.labels(*self._class_of(record.account)).inc(record.payment / WEI_PER_CNX)
-        if record.outcome is Outcome.INVALIDATED:
-            self.slashed()
         # What was done until then has been counted.
         for stage, seconds in stages(record) if before is None else ():
             self.stage_took(stage, record.task_type, seconds)
@@ -223,7 +224,8 @@ class Metrics:
 
     def _observe_identity(self, treasury: str) -> None:
         if treasury:
-            digest = hashlib.sha256(treasury.lower().encode()).hexdigest()
+            said = f"{self._network}|{treasury}".lower()
+            digest = hashlib.sha256(said.encode()).hexdigest()
             self._identity.labels(digest[:12]).set(1)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:

@@ -130,7 +130,9 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
     accounts = {index: identity.address(index) for index in tended(config, journal)}
     config.fleet.check_accounts(accounts)
     digests = asked or Digests.of(config)
-    metrics = Metrics(cluster.__version__, digests.whole)
+    network = config.network
+    where = "|".join((str(network.chain_id), *network.contracts.addresses))
+    metrics = Metrics(cluster.__version__, digests.whole, where)
     engines = EngineSettings.of(config)
     return World(
         version=cluster.__version__,

@@ -26,8 +26,10 @@ the files were handed over, and it was paid."""
 
 
 def spans(record: TaskRecord) -> tuple[tuple[Stage, Timestamp, Timestamp], ...]:
-    """The stages whose both ends the record has, in their order; of attempts, the last one's."""
-    first = record.attempts[0].started_at if record.attempts else None
+    """The stages whose both ends the record has, in their order, each from where the one before it
+    ended. A task waits for a card until the attempt that gave the result, or the last one: what was
+    tried before is time without a card that can do it."""
+    taken = _taken(record)
     stored = None if record.result is None else record.result.stored_at
     loading, loaded = _effort(record)
     claimed = record.claimed_at(Claim.SCORE)
@@ -36,7 +38,7 @@ def spans(record: TaskRecord) -> tuple[tuple[Stage, Timestamp, Timestamp], ...]:
     ends: tuple[tuple[Stage, Timestamp | None, Timestamp | None], ...] = (
         ("seen", record.started_at, record.seen_at),
         ("parameters", record.seen_at, record.fetched_at),
-        ("queue", record.fetched_at, first),
+        ("queue", record.fetched_at, taken),
         ("load", loading, loaded),
         ("compute", loaded, stored),
         ("score_sent", stored, claimed),
@@ -55,6 +57,14 @@ def spans(record: TaskRecord) -> tuple[tuple[Stage, Timestamp, Timestamp], ...]:
 def stages(record: TaskRecord) -> tuple[tuple[Stage, float], ...]:
     """How long each of `spans` took, in seconds."""
     return tuple((stage, until - since) for stage, since, until in spans(record))
+
+
+def _taken(record: TaskRecord) -> Timestamp | None:
+    """When the attempt began that counts."""
+    if record.result is None:
+        return record.attempts[-1].started_at if record.attempts else None
+    made_by = record.result.attempt_id
+    return next((a.started_at for a in record.attempts if a.attempt_id == made_by), None)
 
 
 def _effort(record: TaskRecord) -> tuple[Timestamp | None, Timestamp | None]:

@@ -119,6 +119,8 @@ class GpuStatus(View):
     """Since its process began; so are the moves."""
     moves: Mapping[str, int] = Field(default_factory=dict)
     """Parts of models: loaded from disk, returned from host memory, sent away from either."""
+    store_hits: int = 0
+    """Models that tasks needed and that lay on its machine's disk; since its process began too."""
     canary_at: float | None = None
     """When it last gave the answer to its canary that was expected."""
     problem: str = ""
@@ -150,6 +152,10 @@ class StoreStatus(View):
     downloads: tuple[DownloadView, ...] = ()
     failed: Mapping[str, str] = Field(default_factory=dict)
     """Models that were configured or asked for and couldn't be had, with the reason."""
+    trouble: str = ""
+    """Why nothing at all is fetched there."""
+    leftover_bytes: int = 0
+    """That broken downloads left there for the next try."""
 
 
 class TaskView(View):

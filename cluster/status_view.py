@@ -88,11 +88,9 @@ def gpus_table(gpus: Iterable[GpuStatus], title: str = "GPUs") -> Table:
     table = table_of(title, "id", "card", "state", "task", "step", "done", "warm")
     for gpu in gpus:
         step = "-" if gpu.step is None else f"{gpu.step}/{gpu.steps or '?'}"
-        card = f"{gpu.name} {gpu.vram} GB" if gpu.vram else gpu.name
-        card += " (simulated)" if gpu.simulated else ""
         table.add_row(
             escape(gpu.gpu_id),
-            escape(card),
+            escape(_card(gpu)),
             gpu.state.value,
             short(gpu.task),
             step,
@@ -100,6 +98,29 @@ def gpus_table(gpus: Iterable[GpuStatus], title: str = "GPUs") -> Table:
             escape(", ".join(gpu.warm)) or "-",
         )
     return table
+
+
+def cards_table(gpus: Iterable[GpuStatus]) -> Table:
+    """Of every machine, with what a card's own report says."""
+    table = table_of("GPUs", "id", "card", "state", "free", "°C", "done", "UUID", "problem")
+    for gpu in gpus:
+        free = "-" if gpu.memory is None else size(gpu.memory.free)
+        table.add_row(
+            escape(gpu.gpu_id),
+            escape(_card(gpu)),
+            gpu.state.value,
+            free,
+            "-" if gpu.temperature is None else str(gpu.temperature),
+            str(gpu.tasks_done),
+            escape(gpu.uuid) or "-",
+            escape(gpu.problem) or "-",
+        )
+    return table
+
+
+def _card(gpu: GpuStatus) -> str:
+    name = f"{gpu.name} {gpu.vram} GB" if gpu.vram else gpu.name
+    return f"{name} (simulated)" if gpu.simulated else name
 
 
 def stores_table(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
@@ -111,6 +132,8 @@ def stores_table(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
             left = "-" if each.seconds_left is None else f"{each.seconds_left:.0f} s"
             done = f"{size(each.done_bytes)}{of}, {size(each.bytes_per_second)}/s"
             table.add_row(store.ray_node[:8], escape(each.model), each.source, done, left)
+        if store.trouble:
+            table.add_row(store.ray_node[:8], "-", "-", escape(store.trouble), "-")
         for model, reason in store.failed.items():
             table.add_row(store.ray_node[:8], escape(model), "-", escape(reason), "-")
     return (table,) if table.row_count else ()

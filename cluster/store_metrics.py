@@ -42,6 +42,13 @@ class StoreMetrics:
         )
         self._models = gauge("models", "Fetched models on all machines' disks.")
         self._used = gauge("used_bytes", "Bytes that fetched models take.")
+        self._leftover = gauge(
+            "leftover_bytes", "Bytes that broken downloads left for the next try."
+        )
+        self._troubled = gauge(
+            "troubled_machines",
+            "Machines whose store can't fetch anything.",
+        )
         self._fullest = gauge(
             "fullest_ratio", "What is used of the room of the fullest machine's store, 0 to 1."
         )
@@ -51,6 +58,13 @@ class StoreMetrics:
         )
         self._downloads = gauge("downloads", "Downloads that run now.")
         self._rate = gauge("download_bytes_per_second", "Rate of the downloads that run now.")
+        self._left = gauge(
+            "download_left_bytes",
+            "Bytes still to come of the downloads that run now, of those whose size is known.",
+        )
+        self._longest = gauge(
+            "download_left_seconds", "Until the last of the downloads that run now is there."
+        )
 
     def happened(self, event: str, label: str, count: int) -> None:
         """`count` more events in the machines' model stores; `label` is a rule or a source."""
@@ -67,16 +81,21 @@ class StoreMetrics:
         downloads = [each for store in stores for each in store.downloads]
         self._models.set(sum(store.models for store in stores))
         self._used.set(sum(store.used_bytes for store in stores))
+        self._leftover.set(sum(store.leftover_bytes for store in stores))
+        self._troubled.set(sum(bool(store.trouble) for store in stores))
         self._fullest.set(max(map(_fullness, stores), default=0))
         self._queue.set(sum(store.queued for store in stores))
         self._missing.set(sum(len(store.failed) for store in stores))
         self._downloads.set(len(downloads))
         self._rate.set(sum(each.bytes_per_second for each in downloads))
+        self._left.set(sum(max(each.total_bytes - each.done_bytes, 0) for each in downloads))
+        self._longest.set(max((each.seconds_left or 0.0 for each in downloads), default=0.0))
 
 
 def _fullness(store: StoreStatus) -> float:
     """0 where it isn't known how much more may come."""
     if store.room_bytes is None:
         return 0.0
-    whole = store.used_bytes + store.room_bytes
-    return store.used_bytes / whole if whole else 1.0
+    taken = store.used_bytes + store.leftover_bytes
+    whole = taken + store.room_bytes
+    return taken / whole if whole else 1.0

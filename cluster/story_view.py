@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from math import isfinite
+from math import inf, isfinite
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cluster.core.wording import printable
 from cluster.earnings import Earnings
 from cluster.status_view import cnx
 from cluster.steering import ActionView
@@ -56,7 +57,7 @@ def _events(story: TaskStory) -> Table:
     table = _table("Events (UTC)", "at", "after s", "what")
     for event in story.events:
         after = event.at - story.seen_at
-        table.add_row(when(event.at), f"{after:.1f}", escape(event.text))
+        table.add_row(when(event.at), f"{after:.1f}", escape(printable(event.text)))
     return table
 
 
@@ -71,7 +72,7 @@ def _transactions(story: TaskStory) -> Iterable[RenderableType]:
             "-" if each.block is None else str(each.block),
             cnx(each.cost),
             each.link or each.tx_hash or "-",
-            escape(each.reason),
+            escape(printable(each.reason)),
         )
     yield table
 
@@ -82,12 +83,11 @@ def log_lines(story: TaskStory) -> list[dict[str, object]]:
     ids = {"task": story.commitment, "account": story.account}
     lines: list[tuple[float, dict[str, object]]] = []
     for event in story.events:
-        told = {"event": event.kind, **ids, "attempt": event.attempt, "gpu": event.gpu}
-        lines.append((event.at, {**_said(told), "text": event.text}))
+        more = {"attempt": event.attempt, "gpu": event.gpu}
+        said = {"event": event.kind, **ids, **_said(more), "text": event.text}
+        lines.append((event.at, said))
     for each in story.transactions:
-        moved = {
-            "event": "transaction",
-            **ids,
+        told = {
             "write": each.write,
             "state": each.state,
             "tx_hash": each.tx_hash,
@@ -95,7 +95,8 @@ def log_lines(story: TaskStory) -> list[dict[str, object]]:
             "block": each.block,
             "reason": each.reason,
         }
-        lines.append((float("inf") if each.at is None else each.at, _said(moved)))
+        said = {"event": "transaction", **ids, **_said(told)}
+        lines.append((inf if each.at is None else each.at, said))
     lines.sort(key=lambda line: line[0])
     return [
         {"timestamp": datetime.fromtimestamp(at, UTC).isoformat(), **said} if isfinite(at) else said
@@ -114,7 +115,8 @@ def log_text(line: dict[str, object]) -> str:
         for name, value in line.items()
         if name not in {"timestamp", "event", "text"}
     )
-    return f"{str(time)[:19]:19} {event!s:20} {line.get('text', '')} {rest}".rstrip()
+    text = printable(str(line.get("text", "")))
+    return f"{str(time)[:19]:19} {event!s:20} {text} {printable(rest)}".rstrip()
 
 
 def earnings(found: Earnings) -> RenderableType:

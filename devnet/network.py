@@ -66,9 +66,11 @@ CARDS: Sequence[SimulatedCards] = (
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What `devnet.json` says to whoever wants to use this devnet."""
+    """What `devnet.json` says to whoever wants to use this devnet: the process that it lives in,
+    and when that was started, because pids are used again."""
 
     pid: int
+    started: int
     relay_url: str
     deployment: Deployment
 
@@ -113,9 +115,13 @@ class Devnet:
     ) -> None:
         self._stack.close()
 
+    def _state(self) -> State:
+        pid = os.getpid()
+        return State(pid, started(pid) or 0, self.relay_url, self.deployment)
+
     def application(self, out: Path | None = None) -> Application:
         """The application account, with the owner's right to choose which tasks are sampled."""
-        return application(State(os.getpid(), self.relay_url, self.deployment), out)
+        return application(self._state(), out)
 
     def _start(self, stack: contextlib.ExitStack) -> None:
         refuse_if_running(self.directory)
@@ -142,9 +148,7 @@ class Devnet:
         self.operator_url = f"http://127.0.0.1:{self.operator_port}"
         self._make_operator(rpc_url)
         state = self.directory / STATE
-        state.write_text(
-            json.dumps(asdict(State(os.getpid(), self.relay_url, self.deployment)), indent=2)
-        )
+        state.write_text(json.dumps(asdict(self._state()), indent=2))
         stack.callback(state.unlink, missing_ok=True)
 
     def _make_operator(self, rpc_url: str) -> None:
@@ -221,14 +225,14 @@ def read_state(directory: Path) -> State:
             places["chain_id"],
             *(Address(places[name]) for name in ("task", "node", "qos")),
         )
-        if type(raw["pid"]) is not int:
-            raise TypeError("its pid is no number")
-        state = State(raw["pid"], raw["relay_url"], deployment)
+        if not all(type(raw[each]) is int for each in ("pid", "started")):
+            raise TypeError("its process is no number")
+        state = State(raw["pid"], raw["started"], raw["relay_url"], deployment)
     except FileNotFoundError:
         raise ConfigError(f"no devnet runs in {directory}: start one with 'devnet up'") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: unreadable ({error}): delete it") from error
-    if not _is_devnet(state.pid):
+    if started(state.pid) != state.started:
         file.unlink(missing_ok=True)
         raise ConfigError(f"the devnet of {directory} is gone: start one with 'devnet up'")
     return state
@@ -242,13 +246,13 @@ def refuse_if_running(directory: Path) -> None:
     raise ConfigError(f"a devnet already runs in {directory} (process {pid}): 'devnet down' first")
 
 
-def _is_devnet(pid: int) -> bool:
-    """Whether `pid` is a living process that runs a devnet: pids are used again."""
+def started(pid: int) -> int | None:
+    """When the living process was started, in the kernel's ticks; None where there is none."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"devnet" in words or b"pytest" in words
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in {"Z", "X"} else int(rest[18])
 
 
 # --- the command line's verbs --------------------------------------------------------------------
@@ -288,12 +292,13 @@ def up(
 
 def down(directory: Path) -> int:
     """Stop the devnet that runs in `directory` and wait until it is gone."""
-    pid = read_state(directory).pid
+    state = read_state(directory)
+    pid = state.pid
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
-    while _is_devnet(pid) and time.monotonic() < deadline:
+    while started(pid) == state.started and time.monotonic() < deadline:
         time.sleep(0.1)
-    if _is_devnet(pid):
+    if started(pid) == state.started:
         print(f"the devnet (process {pid}) does not stop")
         return 1
     print(f"stopped the devnet in {directory}")

@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import structlog
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from cluster import journal_takings as takings
@@ -72,6 +73,8 @@ class Outbox(Moves):
         """Accounts that are being moved on now."""
         self._fresh: set[Address] = set()
         """Accounts that have got something to do since that began."""
+        self._moved: Mapping[Address, Movement] | None = None
+        """What accounts' own writes came to, until one of them changes."""
 
     # --- intents
 
@@ -92,10 +95,11 @@ class Outbox(Moves):
                 others = () if intent.task is None else rows.of_task(connection, intent.task)
                 rows.check_sole_answer(intent, others)
                 rows.add(connection, intent, now)
+                self._moved = None
                 state = RowState.NEW
             else:
                 row = rows.rearm(row, intent, now, self._patience, refused)
-                rows.store(connection, row)
+                self._keep(connection, row)
                 state = row.state
         self._fresh.add(intent.account)
         self._due.set()
@@ -130,7 +134,9 @@ class Outbox(Moves):
 
     def movements(self) -> Mapping[Address, Movement]:
         with self._journal.read() as connection:
-            found = defaultdict(Movement, rows.movements(connection))
+            if self._moved is None:
+                self._moved = rows.movements(connection)
+            found = defaultdict(Movement, self._moved)
             owed = rows.owed(connection, self._lacking.keys())
         for account, refusals in self._refusals.by_account().items():
             found[account] = replace(found[account], refused=refusals)
@@ -242,7 +248,7 @@ class Outbox(Moves):
             if stored is None or stored.state is not RowState.NEW:
                 raise ChainError(f"{row.intent.key}: changed while it was signed")
             stored = replace(stored, state=RowState.SIGNED, signed=signed, updated_at=now)
-            rows.store(connection, stored)
+            self._keep(connection, stored)
         return stored
 
     def look_again(self) -> None:
@@ -255,21 +261,26 @@ class Outbox(Moves):
             reverted = () if lowest is None else rows.reverted_since(connection, lowest)
             for row in (*mined, *reverted):
                 again = replace(row, state=RowState.SENT, block=None, reason="")
-                rows.store(connection, again)
+                self._keep(connection, again)
         self._due.set()
+
+    def _keep(self, connection: Connection, row: OutboxRow) -> None:
+        rows.store(connection, row)
+        if row.intent.task is None:
+            self._moved = None
 
     def _add(self, row: OutboxRow) -> None:
         with self._journal.write(self._lease()) as connection:
             if rows.by_key(connection, row.intent.key) is None:
                 rows.add(connection, row.intent, row.updated_at)
-            rows.store(connection, row)
+            self._keep(connection, row)
         self._due.set()
 
     def _put(self, row: OutboxRow) -> None:
         account = row.intent.account
         with self._journal.write(self._lease()) as connection:
             stored = rows.by_key(connection, row.intent.key)
-            rows.store(connection, row)
+            self._keep(connection, row)
             spent = Wei(row.cost - (0 if stored is None else stored.cost))
             if spent:
                 takings.add(connection, self._clock(), account, gas=spent)

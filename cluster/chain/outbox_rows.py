@@ -372,7 +372,8 @@ def _count(
 
 
 def _of_prefix(query: Select[Any], account: Address, prefix: str) -> Select[Any]:
-    return query.where(table.c.account == account, table.c.key.startswith(prefix, autoescape=True))
+    own = (table.c.account == account) & table.c.task.is_(None)
+    return query.where(own, table.c.key.startswith(prefix, autoescape=True))
 
 
 def movements(connection: Connection) -> Mapping[Address, Movement]:

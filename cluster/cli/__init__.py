@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 import cluster
+from cluster import ray_token
 from cluster.cli.config import config
 from cluster.cli.devnet import devnet
 from cluster.cli.doctor import doctor
@@ -30,6 +31,7 @@ _WRONG_INPUT, _FAILED = 2, 1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: no traceback for what this software raises on purpose."""
+    ray_token.show()
     try:
         # Not click's standalone mode: it would turn a return value into success.
         code = cli.main(args=arguments, prog_name="crynux-cluster", standalone_mode=False)

@@ -8,14 +8,19 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from cluster import status_view
+from cluster.api_client import ApiClient
+from cluster.cli.look import api_options
 from cluster.cli.options import config_option
+from cluster.status import Status
 
 
 @click.group(
-    short_help="List this machine's cards; let one out of quarantine.",
+    short_help="List this machine's cards, or the cluster's; let one out of quarantine.",
     invoke_without_command=True,
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--cluster", "all_of_it", is_flag=True, help="The operator's, as its API tells.")
+@api_options
 @click.option("--cpu", "with_cpu", is_flag=True, help="List the CPU as a card too.")
 @click.option(
     "--platform",
@@ -24,15 +29,38 @@ from cluster.cli.options import config_option
     help="The suffix of GPU names on the network (ray.platform in the configuration).",
 )
 @click.pass_context
-def gpus(context: click.Context, as_json: bool, with_cpu: bool, platform: str) -> None:
-    """List this machine's cards as the network will see them.
+def gpus(
+    context: click.Context,
+    api: ApiClient,
+    as_json: bool,
+    all_of_it: bool,
+    with_cpu: bool,
+    platform: str,
+) -> None:
+    """List this machine's cards as the network will see them; with --cluster those of all machines
+    of the operator that runs, with what each does and what is wrong with it.
 
     Name and whole GB are what a join declares and tasks may ask for. Needs no configuration and no
     running operator. Memory, temperature, ECC errors since the driver was loaded, and what slows a
     card down are those of this moment; "-" is what the driver doesn't say.
     """
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is not None:
+        return
+    if all_of_it:
+        click.echo(cluster_gpus(api, as_json), nl=False)
+    else:
         click.echo(show_gpus(as_json, with_cpu, platform), nl=False)
+
+
+def cluster_gpus(api: ApiClient, as_json: bool) -> str:
+    """Raises `ClusterError` when the operator can't be asked."""
+    found = api.get("/v1/status", Status).gpus
+    if as_json:
+        return json.dumps([gpu.model_dump(mode="json") for gpu in found], indent=2) + "\n"
+    console = Console()
+    with console.capture() as shown:
+        console.print(status_view.cards_table(found))
+    return shown.get()
 
 
 def show_gpus(as_json: bool, with_cpu: bool, platform: str) -> str:

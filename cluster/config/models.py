@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -75,7 +76,8 @@ class ModelsConfig(Section):
     """`preload`: base models, as `name` or `name+variant`, that never leave the cards. `pin`: model
     ids, as `kind:name[+variant]`, that are fetched at start and never leave the disk; those to be
     preloaded are pinned too. `sources` in the order in which they are asked; none: nothing is ever
-    fetched."""
+    fetched. `proxy_file` holds the URL of a proxy that wants a password: what is told to other
+    processes by value has none. Certificates in `ca_file` are believed beside the usual ones."""
 
     root: ConfigPath = Path("data/models")
     preload: Listed[str] = ()
@@ -86,6 +88,8 @@ class ModelsConfig(Section):
     web: LinksConfig = LinksConfig()
     report_missing: bool = True
     proxy: HttpUrl | None = Field(default=None, repr=False)
+    proxy_file: OptionalPath = None
+    ca_file: OptionalPath = None
     quota_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     largest_file_gb: float = Field(default=64.0, gt=0, allow_inf_nan=False)
     spare_gb: float = Field(default=5.0, ge=0, allow_inf_nan=False)
@@ -99,6 +103,14 @@ class ModelsConfig(Section):
                     of_model_id(model_id)
                 except ModelUnavailable as error:
                     raise ValueError(f"{key}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_proxy(self) -> ModelsConfig:
+        if self.proxy is not None and "@" in urlsplit(self.proxy).netloc:
+            raise ValueError("proxy: a URL with a user or password belongs into proxy_file's file")
+        if self.proxy is not None and self.proxy_file is not None:
+            raise ValueError("proxy: name it, or its file (proxy_file), not both")
         return self
 
     @property
@@ -141,4 +153,6 @@ class ModelsConfig(Section):
             self.pinned,
             self.report_missing,
             frozenset(self.web.certain_hosts),
+            self.proxy_file,
+            self.ca_file,
         )

@@ -43,6 +43,12 @@ class FleetPolicy:
         """What an account spends, or needs, that is more than this, isn't for gas."""
         return max(self.stake // 20, self.gas_target)
 
+    @property
+    def most_gas_gone(self) -> int:
+        """What an account may have been sent for gas within a day, beyond what it spent: one that
+        is emptied again and again takes no more than this, and the last payment."""
+        return 2 * self.gas_target
+
 
 @dataclass(frozen=True, slots=True)
 class NodeAccount:
@@ -70,6 +76,8 @@ class NodeAccount:
     """By the verb, as `Refusal` names it."""
     lacks: Wei = Wei(0)
     """For a transaction of its own that waits for it."""
+    gas_gone: Wei = Wei(0)
+    """What it was sent for gas within a day, beyond what its transactions cost in that time."""
 
     @property
     def left_alone(self) -> bool:
@@ -445,6 +453,12 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
         lack = max(lack, policy.gas_target + account.lacks)
     # Also while something of its own is on its way: that may be waiting for just this.
     if lack and not account.paying:
+        if account.gas_gone > policy.most_gas_gone:
+            draft.lacks[
+                f"account {account.index} was sent {account.gas_gone} wei more for gas in a day "
+                "than it spent, and has none: does somebody else use its key? It gets no more today"
+            ] = None
+            return
         if draft.may(account, "gas") and draft.pays(lack, f"top up account {account.index}"):
             draft.actions[account.index] = TopUp(account.address, Wei(lack))
         return

@@ -256,7 +256,7 @@ class Computed:
 class CardUse:
     """What a card's process has done since it began, and holds: bytes of models on the card and
     waiting in host memory; parts of models that were loaded from disk, came back from host memory,
-    and left either."""
+    and left either; `hits`: models that tasks needed and that lay on the machine's disk."""
 
     device_bytes: int = 0
     host_bytes: int = 0
@@ -264,6 +264,7 @@ class CardUse:
     returns: int = 0
     left_device: int = 0
     left_host: int = 0
+    hits: int = 0
 
 
 class GpuPool(Protocol):

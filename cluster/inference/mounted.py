@@ -38,6 +38,7 @@ class MountedEngine:
     simulated: bool = False
     _sizes: dict[str, int | None] = field(default_factory=dict)
     _preloaded: set[str] = field(default_factory=set)
+    _hits: int = 0
 
     @property
     def gpu_class(self) -> GpuClass:
@@ -48,7 +49,7 @@ class MountedEngine:
         return replace(self.engine.state(), on_disk=self.keeper.store.on_disk())
 
     def usage(self) -> CardUse:
-        return self.engine.usage()
+        return replace(self.engine.usage(), hits=self._hits)
 
     def vitals(self) -> Vitals:
         """How the card does; nothing is known of one that isn't NVIDIA's. Raises `DeviceFault`."""
@@ -64,9 +65,10 @@ class MountedEngine:
     ) -> Computed:
         """Fetch what is missing, and compute. Raises what `Keeper.ensure` and `Engine.run` do."""
         wanted = Wanted(order.deadline, cancelled, lambda: on_step(0, 0))
-        began = monotonic()
-        with self.keeper.held(self._refs(order), wanted) as brought:
+        began, refs = monotonic(), self._refs(order)
+        with self.keeper.held(refs, wanted) as brought:
             waited = monotonic() - began
+            self._hits += 0 if brought else len(refs)
             computed = self.engine.run(order, cancelled, on_step)
         return replace(
             computed,

@@ -29,6 +29,10 @@ from cluster.models import strict_json
 from cluster.models.refs import ModelRef
 
 MANIFEST: Final = ".manifest.json"
+WRITING: Final = "~"
+"""How a small file's name ends that isn't whole yet."""
+_TRASH_LOCK: Final = ".trash"
+_NOT_THERE: Final = (FileNotFoundError, NotADirectoryError)
 HALF_LIFE: Final = 7 * 86400.0
 """Seconds after which a use counts half."""
 
@@ -102,7 +106,7 @@ class Disk:
     # --- what is published -----------------------------------------------------------------------
 
     def keys(self) -> tuple[str, ...]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*_NOT_THERE):
             return tuple(sorted(os.listdir(self.base / "models")))
         return ()
 
@@ -136,11 +140,19 @@ class Disk:
         """Unpublish at once, then delete: nobody sees half of it."""
         if not self.model(key).exists():
             return
-        (self.base / "trash").mkdir(parents=True, exist_ok=True)
-        trash = Path(tempfile.mkdtemp(dir=self.base / "trash"))
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            self.model(key).rename(trash / key)
-        shutil.rmtree(trash, ignore_errors=True)
+        self.prepare()
+        with self.lock(_TRASH_LOCK, shared=True):
+            trash = Path(tempfile.mkdtemp(dir=self.base / "trash"))
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                self.model(key).rename(trash / key)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def empty_trash(self) -> None:
+        """What processes that died were removing; not while others are at it."""
+        with self.try_lock(_TRASH_LOCK) as free, contextlib.suppress(OSError):
+            # What is in it, and not the folder itself: others put into it what leaves.
+            for left in list((self.base / "trash").iterdir()) if free else ():
+                shutil.rmtree(left, ignore_errors=True)
 
     # --- locks -----------------------------------------------------------------------------------
 
@@ -169,7 +181,7 @@ class Disk:
         """For whoever may read the store."""
         try:
             file = os.open(self.base / "locks" / name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except _NOT_THERE:
             return False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,7 +260,7 @@ class Disk:
         return told if self.is_locked(key) else None
 
     def downloads(self) -> tuple[Progress, ...]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*_NOT_THERE):
             told = [self.progress(key) for key in sorted(os.listdir(self.base / "progress"))]
             return tuple(progress for progress in told if progress is not None)
         return ()
@@ -309,7 +321,7 @@ def manifest_from(raw: bytes) -> Manifest | None:
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all."""
-    new = file.with_name(f"{file.name}.{os.getpid()}.{id(text)}~")
+    new = file.with_name(f"{file.name}.{os.getpid()}.{id(text)}{WRITING}")
     new.write_text(text, encoding="utf-8")
     new.replace(file)
 

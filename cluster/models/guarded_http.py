@@ -19,6 +19,8 @@ from typing import Final
 import httpx2
 
 import cluster
+from cluster.models import hearing
+from cluster.models.hearing import HeardBody, HeardTransport, Patience
 from cluster.models.refusals import Refused, Rule
 from cluster.models.urls import UrlRules, check, check_address
 
@@ -26,6 +28,7 @@ MOST_HOSTS: Final = 16
 """Whose connections are kept at one time."""
 Resolve = Callable[[str, int], Sequence[str]]
 TIMEOUT: Final = httpx2.Timeout(30.0, connect=10.0)
+PATIENCE: Final = Patience()
 
 
 def resolve(host: str, port: int) -> Sequence[str]:
@@ -43,8 +46,10 @@ class GuardedTransport(httpx2.BaseTransport):
         rules: UrlRules,
         make_inner: Callable[[], httpx2.BaseTransport],
         resolve: Resolve | None = resolve,
+        patience: Patience = PATIENCE,
     ) -> None:
         self._rules = rules
+        self._patience = patience
         self._make_inner = make_inner
         self._resolve = resolve
         self._inner: OrderedDict[str, httpx2.BaseTransport] = OrderedDict()
@@ -55,9 +60,10 @@ class GuardedTransport(httpx2.BaseTransport):
         host = url.host
         inner = self._of(f"{url.scheme}://{host}:{url.port}")
         if self._resolve is None:
-            return _plain(inner.handle_request(request))
+            return self._plain(inner.handle_request(request))
         failure: httpx2.TransportError | None = None
         for address in self._addresses(request, url):
+            hearing.check()
             bound = httpx2.Request(
                 request.method,
                 url.copy_with(host=address),
@@ -66,7 +72,7 @@ class GuardedTransport(httpx2.BaseTransport):
                 extensions={**request.extensions, "sni_hostname": host},
             )
             try:
-                return _plain(inner.handle_request(bound))
+                return self._plain(inner.handle_request(bound))
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 failure = error
         raise failure or httpx2.ConnectError(f"{host} has no address", request=request)
@@ -86,6 +92,19 @@ class GuardedTransport(httpx2.BaseTransport):
             check_address(url.scheme, host, port, address, self._rules)
         return addresses
 
+    def _plain(self, response: httpx2.Response) -> httpx2.Response:
+        """Without cookies: nothing that one answer says goes with another request. And of one that
+        leads elsewhere the head alone: the library would read, and unpack, whatever comes with it.
+        """
+        response.headers.pop("Set-Cookie", None)
+        if response.has_redirect_location:
+            response.close()
+            where = {"Location": response.headers["Location"]}
+            return httpx2.Response(response.status_code, headers=where, content=b"")
+        if isinstance(response.stream, httpx2.SyncByteStream):
+            response.stream = HeardBody(response.stream, self._patience.body)
+        return response
+
     def _of(self, origin: str) -> httpx2.BaseTransport:
         with self._lock:
             if origin not in self._inner:
@@ -104,9 +123,12 @@ class GuardedTransport(httpx2.BaseTransport):
 
 
 class _GuardedClient(httpx2.Client):
+    patience: Patience = PATIENCE
+
     def send(self, request: httpx2.Request, **options: object) -> httpx2.Response:
         try:
-            return super().send(request, **options)  # type: ignore[arg-type]
+            with hearing.within(self.patience.head):
+                return super().send(request, **options)  # type: ignore[arg-type]
         except httpx2.TooManyRedirects as error:
             raise Refused(Rule.REDIRECTS, f"{request.url.host}: redirects without end") from error
 
@@ -119,25 +141,23 @@ def guarded_client(
     max_redirects: int = 8,
     resolve: Resolve = resolve,
     verify: ssl.SSLContext | bool = True,
+    patience: Patience = PATIENCE,
 ) -> httpx2.Client:
     """A client that follows redirects, each of which is checked; heeds no environment variable and
-    keeps no cookies. Requests raise `Refused` beside the library's own errors."""
+    keeps no cookies. Requests raise `Refused` beside the library's own errors, and what they are
+    `watched` by."""
 
     def inner() -> httpx2.BaseTransport:
         limits = httpx2.Limits(max_connections=32, max_keepalive_connections=8)
-        return httpx2.HTTPTransport(verify=verify, proxy=proxy, limits=limits, trust_env=False)
+        return HeardTransport(verify=verify, proxy=proxy, limits=limits, trust_env=False)
 
-    return _GuardedClient(
-        transport=GuardedTransport(rules, inner, None if proxy else resolve),
+    made = _GuardedClient(
+        transport=GuardedTransport(rules, inner, None if proxy else resolve, patience),
         timeout=timeout,
         follow_redirects=True,
         max_redirects=max_redirects,
         trust_env=False,
         headers={"User-Agent": f"crynux-cluster/{cluster.__version__}"},
     )
-
-
-def _plain(response: httpx2.Response) -> httpx2.Response:
-    """Without cookies: nothing that one answer says goes with another request."""
-    response.headers.pop("Set-Cookie", None)
-    return response
+    made.patience = patience
+    return made

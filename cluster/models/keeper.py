@@ -23,6 +23,7 @@ from cluster.core.errors import ClusterError, ModelUnavailable, ModelUnavailable
 from cluster.models.attempt import Attempt
 from cluster.models.diary import Diary
 from cluster.models.disk import Disk
+from cluster.models.hearing import watched
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
 from cluster.models.room import Room
@@ -107,6 +108,8 @@ class Keeper:
     sleep: Callable[[float], None] = time.sleep
     chance: Callable[[], float] = random  # noqa: S311 - jitter
     second_look: float = SECOND_LOOK
+    trouble: str = ""
+    """Why nothing is fetched though it should be; then there are no sources."""
     diary: Diary = field(init=False)
     room: Room = field(init=False)
 
@@ -171,17 +174,22 @@ class Keeper:
             watch = Watch(self.disk, ref, wanted, self.clock, self.sleep)
             with self.telling(ref):
                 is_here = self.has(ref, watch.look)
-            if not is_here and not any(source.serves(ref) for source in self.sources):
-                raise ModelUnavailable(
-                    ModelUnavailableKind.NOT_HERE,
-                    f"{ref} is not on this machine, and no source is configured for it",
-                )
             if not is_here:
+                self._check_can_come(ref)
                 self._check_not_refused(ref, wanted)
                 self.disk.prepare()
                 self._fetch_in_turn(watch)
             self._note_use(ref, wanted)
             return not is_here
+
+    def _check_can_come(self, ref: ModelRef) -> None:
+        missing = f"{ref} is not on this machine"
+        if self.trouble:
+            kind = ModelUnavailableKind.UNREACHABLE
+            raise ModelUnavailable(kind, f"{missing}, and {self.trouble}")
+        if not any(source.serves(ref) for source in self.sources):
+            kind = ModelUnavailableKind.NOT_HERE
+            raise ModelUnavailable(kind, f"{missing}, and no source is configured for it")
 
     def _check_not_refused(self, ref: ModelRef, wanted: Wanted) -> None:
         """Not by whoever asks by hand: he may have mended it."""
@@ -274,7 +282,8 @@ class Keeper:
                 continue
             attempt = Attempt(watch, self.store, source, self.room, self.limits, in_one)
             try:
-                manifest = attempt.bring()
+                with watched(watch.look):
+                    manifest = attempt.bring()
             except TooSlow:
                 raise
             except (Absent, Denied, SourceDown, Changed, ModelUnavailable) as error:

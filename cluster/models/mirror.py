@@ -12,8 +12,10 @@ store. A mirror lacks what it lacks and proves nothing by it.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +26,7 @@ from boto3.s3.transfer import TransferConfig  # type: ignore[import-untyped]
 from boto3.session import Session  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
+from botocore.httpsession import DEFAULT_CA_BUNDLE  # type: ignore[import-untyped]
 
 from cluster.core.errors import ModelUnavailable
 from cluster.models.disk import MANIFEST, Manifest, Stored, manifest_from, manifest_text
@@ -64,8 +67,9 @@ _UPLOAD: Final = TransferConfig(
 )
 
 
-def client(endpoint: str | None, region: str | None) -> Any:
-    """A boto3 client of S3, or of what speaks like it at `endpoint`; credentials by boto3's chain.
+def client(endpoint: str | None, region: str | None, ca_file: Path | None = None) -> Any:
+    """A boto3 client of S3, or of what speaks like it at `endpoint`; credentials by boto3's chain,
+    and without a `ca_file` whom it believes too.
 
     Checksums beyond S3's first ones, which newer clients send unasked, are unknown to many other
     servers.
@@ -81,9 +85,21 @@ def client(endpoint: str | None, region: str | None) -> Any:
         response_checksum_validation="when_required",
     )
     # A session of its own: the module's default one isn't safe among threads.
-    made = Session().client("s3", region_name=region, endpoint_url=endpoint, config=config)
+    verify = None if ca_file is None else _bundle_file(ca_file)
+    made = Session().client(
+        "s3", region_name=region, endpoint_url=endpoint, config=config, verify=verify
+    )
     made.meta.events.register("before-call.s3.HeadBucket", _never)
     return made
+
+
+def _bundle_file(ca_file: Path) -> str:
+    """With whom boto believes anyhow: it takes one file, which stays as long as the process."""
+    with tempfile.NamedTemporaryFile("wb", suffix=".pem", delete=False) as file:
+        atexit.register(Path(file.name).unlink, missing_ok=True)
+        for part in (Path(DEFAULT_CA_BUNDLE), ca_file):
+            file.write(part.read_bytes() + b"\n")
+    return file.name
 
 
 def _never(**_: object) -> NoReturn:

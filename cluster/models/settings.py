@@ -39,7 +39,8 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
     """`sources` in the order in which they are asked; `mirror_url` None where there is no mirror.
-    Token files are None, or read anew for each request."""
+    Token files are None, or read anew for each request; `proxy_file`, for a proxy whose URL has a
+    password, and `ca_file` as a store is opened."""
 
     root: Path
     sources: tuple[str, ...] = ()
@@ -58,3 +59,6 @@ class StoreSettings:
     report_missing: bool = True
     """Whether the hub, or one of `certain_hosts`, can make a lack certain."""
     certain_hosts: frozenset[str] = frozenset()
+    proxy_file: Path | None = None
+    ca_file: Path | None = None
+    """Certificates that are believed beside the usual ones."""

@@ -24,6 +24,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -162,7 +163,8 @@ class Transfer:
         if not count:
             return
         with ThreadPoolExecutor(count, thread_name_prefix="fetch") as pool:
-            futures = [pool.submit(work) for _ in range(count)]
+            # What looks at what is read goes with each.
+            futures = [pool.submit(copy_context().run, work) for _ in range(count)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             # One that isn't about the connection says more.

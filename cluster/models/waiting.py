@@ -27,7 +27,7 @@ takes at this rate: else one who drips would be fetched for ever, and nothing af
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Who asks, and for how long. `alive` is called now and then while there is progress."""
+    """Who asks, and for how long. `alive` is called now and then until that ends."""
 
     deadline: float | None = None
     cancelled: Callable[[], bool] = lambda: False
@@ -101,7 +101,7 @@ class Watch:
         """What isn't a task's waits while a task waits for another model, and none for this."""
         while self.wanted.background and self._is_in_the_way():
             self.sleep(LOOK_SECONDS)
-            self.check()
+            self.look()
 
     def in_front(self) -> AbstractContextManager[None]:
         """As long as a task fetches, what isn't a task's stands back."""

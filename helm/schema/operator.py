@@ -32,6 +32,8 @@ OURS: Final = frozenset(
         "journal.url_file",
         "artifacts.path",
         "models.root",
+        "models.proxy_file",
+        "models.ca_file",
         "models.hub.token_file",
         "models.web.civitai_token_file",
         "serve.token_file",

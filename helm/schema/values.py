@@ -153,6 +153,16 @@ def schema() -> Schema:
                 "Credentials for models, on the workers only.",
                 huggingface=obj("Hugging Face.", existingSecret=secret("a token"), tokenName=token),
                 civitai=obj("Civitai.", existingSecret=secret("a token"), tokenName=token),
+                proxy=obj(
+                    "An HTTP proxy that wants a password. Its port is for networkPolicy to know.",
+                    existingSecret=secret("the URL of a proxy that wants a password"),
+                    urlName=key_in("the URL"),
+                ),
+                ca=obj(
+                    "Certificates that models' sources may show beside those believed anyhow.",
+                    existingSecret=secret("certificates that sources may show too"),
+                    bundleName=key_in("the certificates"),
+                ),
                 s3=obj(
                     "Your S3 mirror.",
                     existingSecret=secret("an AWS credentials file"),

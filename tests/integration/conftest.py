@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from devnet.models import make_models
+from tests.integration.kube_world import KubeWorld
 from tests.integration.operator_start import operator_world
 from tests.integration.operator_world import OperatorWorld
 
@@ -39,7 +40,8 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    world = getattr(item, "funcargs", {}).get("operator")
-    if report.failed and isinstance(world, OperatorWorld):
+    given = getattr(item, "funcargs", {})
+    world = given.get("operator") or given.get("kube")
+    if report.failed and isinstance(world, OperatorWorld | KubeWorld):
         report.sections.append(("the operator", world.explain()))
     return report

@@ -98,10 +98,10 @@ def engine_factory(
     gate: Gate, settings: engines.EngineSettings, simulated: GpuClass | None
 ) -> Callable[[], Engine]:
     """As `engines.engine_factory`."""
-    return functools.partial(_make, gate, engines.engine_factory(settings, simulated))
+    return functools.partial(make, gate, engines.engine_factory(settings, simulated))
 
 
-def _make(gate: Gate, make_engine: Callable[[], Engine]) -> Engine:
+def make(gate: Gate, make_engine: Callable[[], Engine]) -> Engine:
     engine = GatedEngine(make_engine(), gate)
     gate.pass_through()
     return engine

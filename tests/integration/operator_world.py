@@ -8,58 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import httpx
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from web3 import HTTPProvider, Web3
+from web3 import Web3
 
 from actors.coordinator import NAME, CoordinatorActor
 from actors.inference import Report
-from cluster.chain import outbox_rows
-from cluster.chain.contract import commitment_bytes
-from cluster.chain.outbox_rows import IN_THE_CHAIN, OutboxRow
 from cluster.config import Config
-from cluster.core.record import (
-    AttemptStarted,
-    Claim,
-    Claimed,
-    Closed,
-    Event,
-    Outcome,
-    ResultStored,
-    ResultUploaded,
-)
-from cluster.core.types import Commitment, GigaBytes, GpuClass, GpuState, TaskType
+from cluster.core.types import Commitment, GigaBytes, GpuClass, GpuState
 from cluster.journal import SqlJournal
 from cluster.status import GpuStatus, Status
-from devnet.application import TaskChange, TaskReport
 from devnet.compile import load as contract
-from devnet.demo_tasks import FEE, parameters
 from devnet.hub import Hub
-from devnet.models import SD15
 from devnet.network import Devnet, SimulatedCards
 from devnet.rpc_proxy import RpcProxy
-from devnet.tasks import TaskSpec
 from tests.integration.operator_crashes import Fuse, assemble
 from tests.integration.operator_gate import Gate
 from tests.integration.operator_odd import Oddity
+from tests.integration.task_world import PATIENCE as PATIENCE
+from tests.integration.task_world import TASK_TIMEOUT as TASK_TIMEOUT
+from tests.integration.task_world import TEST_SECONDS as TEST_SECONDS
+from tests.integration.task_world import Found, TaskWorld
+from tests.integration.task_world import Sent as Sent
+from tests.integration.task_world import task as task
 
 HUB_BASE, HUB_LORA, HUB_PINNED = "hub/base", "hub/lora", "hub/pinned"
 """Models that only the hub has."""
 PINNED = f"lora:{HUB_PINNED}"
-TASK_TIMEOUT = 900
-"""Far longer than any task takes, however often the coordinator is killed meanwhile."""
-TEST_SECONDS = 1500
-"""What a test may take before it counts as hung."""
-PATIENCE = 400.0
-"""How long anything is waited for. Machines that run tests are slow and busy."""
 CARDS = (
     SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),
     SimulatedCards("NVIDIA A100-SXM4-80GB", GigaBytes(80), 1),
@@ -71,32 +52,6 @@ AWAY = "the coordinator is away: "
 BROKEN = ("term_broke", "lease_lost", "IllegalMove", "Traceback")
 """What a coordinator's log never says while everything goes as it should."""
 
-Found = TypeVar("Found")
-
-
-def task(
-    name: str,
-    *,
-    steps: int = 6,
-    seed: int = 1,
-    base: str = SD15[0],
-    lora: str = "",
-    **more: Any,
-) -> TaskSpec:
-    """A task for any card; `more` are fields of `TaskSpec`."""
-    args = parameters(base, "a red fox in the snow", seed)
-    args["task_config"]["steps"] = steps
-    if lora:
-        args["lora"] = {"model": lora, "weight": 80}
-    fields: dict[str, Any] = {
-        "parameters": args,
-        "model_ids": (f"base:{base}",),
-        "min_vram": 8,
-        "fee": FEE,
-        **more,
-    }
-    return TaskSpec(name=name, type=TaskType.SD, **fields)
-
 
 async def answer_of(call: Any, seconds: float = 10.0) -> Any:
     """What an actor answers; raises `RayError` when it is gone, or doesn't within the time. The ten
@@ -104,20 +59,8 @@ async def answer_of(call: Any, seconds: float = 10.0) -> Any:
     return await asyncio.to_thread(functools.partial(ray.get, call, timeout=seconds))
 
 
-@dataclass(slots=True)
-class Sent:
-    """Tasks on their way: `commitments` by name fill as the tasks start."""
-
-    run: asyncio.Task[list[TaskReport]]
-    commitments: dict[str, Commitment]
-
-    async def ended(self) -> list[TaskReport]:
-        async with asyncio.timeout(PATIENCE + TASK_TIMEOUT):
-            return await self.run
-
-
 @dataclass
-class OperatorWorld:
+class OperatorWorld(TaskWorld):
     devnet: Devnet
     config: Config
     journal: SqlJournal
@@ -127,10 +70,6 @@ class OperatorWorld:
     sent: list[Commitment] = field(default_factory=list)
     """The tasks of the present test."""
     _log_start: int = 0
-
-    @property
-    def folder(self) -> Path:
-        return self.devnet.directory
 
     @property
     def fuse(self) -> Fuse:
@@ -225,27 +164,6 @@ class OperatorWorld:
 
     # --- waiting ---------------------------------------------------------------------------------
 
-    async def until_true(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not holds():
-            assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s still not so: {what}"
-            await asyncio.sleep(0.2)
-
-    async def until(
-        self,
-        look: Callable[[], Awaitable[Found | None]],
-        what: str,
-        seconds: float = PATIENCE,
-    ) -> Found:
-        """Look until there is something (neither None nor False); fails with `what` was wanted."""
-        deadline = time.monotonic() + seconds
-        while True:
-            found = await look()
-            if found is not None and found is not False:
-                return found
-            assert time.monotonic() < deadline, f"after {seconds:.0f} s still not so: {what}"
-            await asyncio.sleep(0.2)
-
     async def until_status(
         self, find: Callable[[Status], Found | None], what: str, name: str = NAME
     ) -> Found:
@@ -278,91 +196,7 @@ class OperatorWorld:
 
         return await self.until_status(find, "a GPU is in the middle of the task")
 
-    # --- tasks -----------------------------------------------------------------------------------
-
-    def send(self, *specs: TaskSpec) -> Sent:
-        commitments: dict[str, Commitment] = {}
-
-        def on_change(change: TaskChange) -> None:
-            if change.name not in commitments:
-                commitments[change.name] = change.commitment
-                self.sent.append(change.commitment)
-
-        application = self.devnet.application(self.folder / "images")
-        return Sent(asyncio.create_task(application.run(specs, on_change)), commitments)
-
-    async def closed(self, commitment: Commitment) -> tuple[Event, ...]:
-        """The task's events once the operator has closed it too."""
-
-        def ended() -> bool:
-            events = self.events(commitment)
-            return bool(events) and isinstance(events[-1], Closed)
-
-        await self.until_true(ended, f"the operator has closed {commitment}")
-        return self.events(commitment)
-
-    def events(self, commitment: Commitment) -> tuple[Event, ...]:
-        return tuple(event for event, _ in self.journal.story(commitment))
-
-    async def assert_paid_once(self, report: TaskReport) -> tuple[Event, ...]:
-        """Paid, with one score: one computed, one claimed, one transaction stored and mined."""
-        assert report.as_expected, f"{report.actual_end} {report.problem}"
-        events = await self.closed(report.commitment)
-        kinds = [type(event) for event in events]
-        assert kinds.count(ResultStored) == 1
-        assert events.count(Claimed(Claim.SCORE)) == 1
-        assert [e for e in events if isinstance(e, Claimed)] == [Claimed(Claim.SCORE)]
-        # None when we were killed at that moment, and the network had ended the task since.
-        assert kinds.count(ResultUploaded) <= 1
-        assert isinstance(events[-1], Closed)
-        assert events[-1] == Closed(Outcome.SUCCESS, events[-1].payment)
-        assert events[-1].payment > 0
-        await self.until_true(
-            lambda: all(row.state in IN_THE_CHAIN for row in self.outbox(report.commitment)),
-            "the outbox has seen the receipt",
-        )
-        (row,) = self.outbox(report.commitment)
-        assert row.intent.claim is Claim.SCORE
-        assert row.signed is not None
-        mined = self.score_transactions(report.commitment)
-        assert mined == [(row.signed.tx_hash, 1)], "one transaction carried the score"
-        return events
-
-    def outbox(self, commitment: Commitment) -> tuple[OutboxRow, ...]:
-        with self.journal.read() as connection:
-            return outbox_rows.of_task(connection, commitment)
-
-    def gpus_of(self, events: Sequence[Event]) -> list[str]:
-        return [event.gpu_id for event in events if isinstance(event, AttemptStarted)]
-
     # --- the chain -------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def web3(self) -> Web3:
-        return Web3(HTTPProvider(self.devnet.deployment.rpc_url))
-
-    def score_transactions(self, commitment: Commitment) -> list[tuple[str, int]]:
-        """Hash and status of every `submitTaskScore` for the task, in whichever block it is."""
-        eth = self.web3.eth
-        place = Web3.to_checksum_address(self.devnet.deployment.task)
-        tasks = eth.contract(place, abi=contract("VSSTask").abi)
-        found = []
-        for number in range(eth.block_number + 1):
-            for each in eth.get_block(number, full_transactions=True)["transactions"]:
-                transaction = cast(Any, each)
-                if transaction["to"] != place:
-                    continue
-                function, arguments = tasks.decode_function_input(transaction["input"])
-                named = arguments.get("taskIDCommitment") == commitment_bytes(commitment)
-                if function.fn_name == "submitTaskScore" and named:
-                    status = eth.get_transaction_receipt(transaction["hash"])["status"]
-                    found.append((transaction["hash"].to_0x_hex(), status))
-        return found
-
-    def pass_time(self, seconds: int) -> None:
-        """The chain's time jumps ahead, for good."""
-        answer = self.web3.provider.make_request(cast(Any, "evm_increaseTime"), [seconds])
-        assert "error" not in answer, answer
 
     def declared(self, account: str) -> frozenset[str]:
         """The models that the network holds the account to have."""

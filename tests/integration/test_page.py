@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Literal
 
 import pytest
@@ -10,7 +11,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from cluster.api.guard import Access
 from cluster.core.types import GpuState
+from cluster.status import ChainView
 from tests.integration.page_world import (
+    NOW,
     PICTURES,
     TASK,
     SaidSource,
@@ -58,7 +61,9 @@ def test_everything_is_there_and_fits(
         expect(page.locator("#accounts tbody tr")).to_have_count(5)
         expect(page.locator("#tasks tbody tr")).to_have_count(10)
         expect(page.locator("#plot rect.bar")).to_have_count(24)
-        expect(page.locator("#alert-list")).to_contain_text("node-2 is quarantined")
+        expect(page.locator("#alert-list li")).to_have_text(
+            ["GPU node-2: the canary's answer was another one"]
+        )
         # Each state is told by a sign and a word.
         for words in (
             "▶ busy",
@@ -77,6 +82,7 @@ def test_everything_is_there_and_fits(
         expect(page.locator("#glance")).to_contain_text("1,234 CNX")
         expect(page.locator("#endpoints")).to_contain_text("✕ timed out")
         expect(page.locator("#stores")).to_contain_text("base:acme/large 50 %")
+        expect(page.locator("#stores")).to_contain_text("6.0 s left")
         # Nothing makes the page itself wider than the screen, and what comes from tasks is text.
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert page.locator("img").count() == 0
@@ -102,7 +108,14 @@ def test_it_follows_what_happens(browser: Browser) -> None:
         expect(page.locator("#state")).to_have_text(
             "✕ not serving: the coordinator is not acting: it doesn't hold the lease"
         )
-        expect(page.locator("#alert-list")).to_contain_text("doesn't hold the lease")
+        away = ChainView(reached=False, chain_id=1, error="timed out")
+        problems = ("timed out", "GPU node-2: it is hot")
+        source.now = busy_status().model_copy(update={"chain": away, "problems": problems})
+        # What the headline says is said once.
+        expect(page.locator("#state")).to_have_text(
+            "✕ not serving: the chain is not reached: timed out"
+        )
+        expect(page.locator("#alert-list li")).to_have_text(["GPU node-2: it is hot"])
         page.close()
 
 
@@ -157,6 +170,19 @@ def test_of_many_accounts_those_that_dont_serve_are_seen(browser: Browser) -> No
         page.get_by_label("Show all 500").check()
         expect(rows).to_have_count(500)
         page.close()
+
+
+def test_a_day_of_earnings_has_its_own_name_wherever_one_looks(browser: Browser) -> None:
+    with serving(SaidSource()) as url:
+        context = browser.new_context(timezone_id="America/Los_Angeles", locale="en-US")
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_role("button", name="month").click()
+        today = f"{datetime.fromtimestamp(NOW, UTC):%b} {datetime.fromtimestamp(NOW, UTC).day}: "
+        expect(page.locator("#plot rect.bar")).to_have_count(30)
+        title = page.locator("#plot g title").last
+        assert (title.text_content() or "").startswith(today)
+        context.close()
 
 
 def test_a_task_is_told_whole(browser: Browser) -> None:

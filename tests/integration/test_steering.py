@@ -62,8 +62,8 @@ async def test_a_card_is_drained_and_serves_again(operator: OperatorWorld) -> No
 
     audit = [ActionView.model_validate(each) for each in await found(operator, "/v1/audit")]
     assert [(each.action, each.arguments.get("name")) for each in audit[:4]] == [
-        ("resume", None),
-        ("resume", None),
+        ("resume", ""),
+        ("resume", ""),
         ("drain", "nobody"),
         ("drain", card),
     ]

@@ -361,6 +361,7 @@ def test_downloads_and_what_cannot_be_had_are_shown() -> None:
         used_bytes=0,
         downloads=(download,),
         failed={"lora:acme/[red]": "gated"},
+        trouble="the store in /m[x] can't be written",
     )
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(STATUS.model_copy(update={"stores": (store,)})))
@@ -372,6 +373,7 @@ def test_downloads_and_what_cannot_be_had_are_shown() -> None:
         "1199 s",
         "lora:acme/[red]",
         "gated",
+        "the store in /m[x] can't be written",
     ):
         assert word in text, word
 

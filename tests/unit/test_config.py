@@ -193,6 +193,21 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_proxys_password_is_in_a_file_that_only_its_name_is_told_of(tmp_path: Path) -> None:
+    secret = "models: {proxy: 'http://me:SECRET@proxy.lan:3128'}\nray:"
+    line = complaint(tmp_path, MINIMAL.replace("ray:", secret))
+    assert "models: proxy: a URL with a user or password belongs into proxy_file" in line
+    assert "SECRET" not in line
+    both = "models: {proxy: 'http://proxy.lan:3128', proxy_file: p}\nray:"
+    assert "not both" in complaint(tmp_path, MINIMAL.replace("ray:", both))
+    (tmp_path / "p").write_text("http://me:SECRET@proxy.lan:3128\n")
+    found = loaded(tmp_path, MINIMAL.replace("ray:", "models: {proxy_file: p, ca_file: c}\nray:"))
+    store = found.models.store()
+    assert (store.proxy, store.proxy_file, store.ca_file) == (None, tmp_path / "p", tmp_path / "c")
+    assert "SECRET" not in repr(store) + repr(found)
+    assert b"SECRET" not in pickle.dumps(store)
+
+
 def test_no_secret_is_echoed(tmp_path: Path) -> None:
     phrase = "test " * 11 + "junk"
     for more in (

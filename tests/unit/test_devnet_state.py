@@ -26,17 +26,24 @@ DEPLOYMENT = Deployment("http://127.0.0.1:1", 31337, *PLACES)
 OUTPUT = "0x" + "ab" * 20
 
 
+def here() -> State:
+    pid = os.getpid()
+    began = network.started(pid)
+    assert began is not None
+    return State(pid, began, "http://127.0.0.1:2", DEPLOYMENT)
+
+
 def keep(folder: Path, **changes: Any) -> Path:
-    """The state file of a devnet in this process, which runs pytest and so passes for one."""
+    """The state file of a devnet in this process."""
     file = folder / network.STATE
-    state = asdict(State(os.getpid(), "http://127.0.0.1:2", DEPLOYMENT))
+    state = asdict(here())
     file.write_text(json.dumps(state | changes))
     return file
 
 
 def test_what_runs_is_found(tmp_path: Path) -> None:
     file = keep(tmp_path)
-    assert read_state(tmp_path) == State(os.getpid(), "http://127.0.0.1:2", DEPLOYMENT)
+    assert read_state(tmp_path) == here()
     with pytest.raises(ConfigError, match=rf"already runs in .* \(process {os.getpid()}\)"):
         refuse_if_running(tmp_path)
     assert file.exists()
@@ -87,7 +94,7 @@ def test_a_pid_that_is_now_anothers_is_left_alone(tmp_path: Path) -> None:
         json.dumps({"pid": 1, "relay_url": "x"}),
         json.dumps({"pid": 1, "relay_url": "x", "deployment": {"rpc_url": "y"}}),
         *(
-            json.dumps(asdict(State(1, "x", DEPLOYMENT)) | {"pid": pid})
+            json.dumps(asdict(State(1, 1, "x", DEPLOYMENT)) | {"pid": pid})
             for pid in ("self", "1", None, 1.5, True, [1])
         ),
     ],

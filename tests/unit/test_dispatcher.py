@@ -300,7 +300,7 @@ async def test_two_wants_and_one_card_make_a_queue(house: House) -> None:
     assert house.story(OTHER)[-1] == AttemptStarted(SECOND, CARD)
 
 
-@pytest.mark.parametrize("state", set(GpuState) - {GpuState.READY})
+@pytest.mark.parametrize("state", [each for each in GpuState if each is not GpuState.READY])
 async def test_a_card_that_isnt_ready_gets_nothing(tmp_path: Path, state: GpuState) -> None:
     house = House(tmp_path, (gpu_of(CARD, state),))
     house.open(TASK, *READY_EVENTS)

@@ -36,6 +36,8 @@ def check_command(line: str) -> None:
     words = shlex.split(line)[1:]
     context = click.Context(command, info_name="crynux-cluster")
     while words and isinstance(command, click.Group):
+        if words[0].startswith("-"):  # the group's own, which does something by itself too
+            break
         found = command.get_command(context, words[0])
         if found is None:
             raise click.UsageError(f"no such command: {words[0]}")

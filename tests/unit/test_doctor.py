@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sqlite3
 from collections.abc import Mapping
@@ -114,6 +115,21 @@ def test_the_journal_and_who_holds_its_lease(tmp_path: Path) -> None:
     assert "nobody holds" in check.found
 
 
+@pytest.mark.parametrize("name", ["j.db", "j.db-wal"])
+def test_a_journal_of_another_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings = held(tmp_path)
+    (tmp_path / "j.db-wal").touch()
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != name and allowed(path, mode)
+    )
+    check, *_ = journal_checks(settings)
+    assert (check.level, check.found) == (Level.FAIL, f"it can't be written: {name} is another's")
+    assert "chown" in check.mend
+
+
 def test_a_lease_that_another_machine_holds_is_a_warning(tmp_path: Path) -> None:
     settings = held(tmp_path, "far-away")
     (check,) = journal_checks(settings, 104.0)
@@ -200,6 +216,11 @@ def test_disks(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     nowhere = doctor.check_disk(config(tmp_path, journal={"url": "sqlite:///file/j.db"}))
     assert nowhere[2].level is Level.FAIL
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / ".store").write_text("no folder")
+    anothers = doctor.check_disk(config(tmp_path, models={"root": "m"}))
+    assert anothers[1].level is Level.FAIL
+    assert ".store: Not a directory" in anothers[1].found
     elsewhere = config(tmp_path, journal={"url": "postgresql://me@there/db"})
     assert len(doctor.check_disk(elsewhere)) == 2
 

@@ -252,6 +252,19 @@ def test_gas_is_topped_up_of_who_is_joined() -> None:
     assert planned({BIG: 0}, account(1, assigned=BIG, balance=0)) == ()
 
 
+def test_an_account_that_is_emptied_again_and_again_gets_no_more_gas() -> None:
+    """A thief of its key takes less at a time than is called a robbery."""
+    for gone, sends in ((0, True), (2 * GAS, True), (2 * GAS + 1, False)):
+        for balance, lacks in ((0, 0), (LOW, 1)):
+            emptied = serving(1, BIG, gas_gone=Wei(gone), balance=balance, lacks=Wei(lacks))
+            found = whole({BIG: 1}, emptied)
+            assert any(isinstance(each, TopUp) for each in found.actions) is sends
+            told = any("does somebody else use its key?" in line for line in found.lacks)
+            assert told is not sends
+    # One that has gas is nobody's business.
+    assert whole({BIG: 1}, serving(1, BIG, gas_gone=Wei(9 * GAS))).lacks == ()
+
+
 def test_earnings_beyond_the_threshold_go_to_the_beneficiary() -> None:
     earned = serving(1, BIG, balance=GAS + 101)
     assert planned({BIG: 1}, earned, policy=SWEEPING) == (Sweep(Address("0x1"), OWNER, Wei(101)),)

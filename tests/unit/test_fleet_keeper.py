@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from actors.dispatcher import Outstanding
 from actors.drain import Drains
 from actors.fleet import APPLY_SECONDS, FleetKeeper, FleetSettings
+from actors.fleet_actions import LONG_SECONDS
 from actors.ledger import Ledger
 from actors.stores import RayStores
 from actors.treasury import TREASURY_SECONDS
@@ -74,7 +75,7 @@ class World:
         self.tasks: list[Outstanding] = []
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, stores: RayStores | None = None) -> None:
         """A new term, from what is stored."""
         lease = self.journal.acquire("me", Timestamp(self.clock()), 1e9)
         assert lease is not None
@@ -83,7 +84,7 @@ class World:
         self.keeper = FleetKeeper(
             self.ledger,
             self.network,
-            RayStores(None, "1", ()),
+            stores or RayStores(None, "1", ()),
             self.drains,
             {1: ALICE, 2: BOB},
             TREASURY,
@@ -145,6 +146,26 @@ def test_an_account_is_assigned_funded_and_joined_one_step_at_a_time(world: Worl
     world.see(ALICE, NodeStatus.QUIT, balance=420, at=101)
     assert world.turn() == [("join", ALICE)]
     assert world.keeper.view.lacks == ()
+
+
+def test_a_join_that_waits_long_for_models_is_told_and_why(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, waits = RayStores(None, "1", ()), ["machine n0: lora:acme/a is still to come"]
+    monkeypatch.setattr(stores, "unsettled", lambda _: waits[0])
+    world.begin(stores)
+    world.see(ALICE, NodeStatus.QUIT, balance=420)
+    world.turn()
+    assert world.turn() == []
+    assert world.keeper.alerts() == ()
+    world.later(LONG_SECONDS)
+    assert world.turn() == []
+    (line,) = world.keeper.alerts()
+    assert "wait to join for 5 min" in line
+    assert waits[0] in line
+    waits[0] = ""
+    assert world.turn() == [("join", ALICE)]
+    assert world.keeper.alerts() == ()
 
 
 def test_what_is_expected_is_stored_before_the_network_hears_of_it(world: World) -> None:

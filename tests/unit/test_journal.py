@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from cluster import journal_takings
@@ -321,6 +322,34 @@ def test_cursors_and_accounts(journal: SqlJournal) -> None:
     assert journal.assignments() == (one, changed)
     with pytest.raises(IllegalMove):
         journal.assign(lease, replace(one, address=Address("0x" + "33" * 20)))
+
+
+def test_the_leases_holder_reads_its_accounts_once(
+    url: str, journal: SqlJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[SqlJournal] = []
+    read = SqlJournal.read
+
+    def counted(self: SqlJournal) -> AbstractContextManager[Connection]:
+        reads.append(self)
+        return read(self)
+
+    monkeypatch.setattr(SqlJournal, "read", counted)
+    lease = take(journal)
+    one = Assignment(1, SEEN.account, GpuClass("A+docker", GigaBytes(24)))
+    assert journal.assigned(lease) == ()
+    journal.assign(lease, one)
+    for _ in range(5):
+        assert journal.assigned(lease) == (one,)
+    assert len(reads) == 2
+    # Another held it meanwhile.
+    other = SqlJournal(url)
+    there = take(other, "other", 100.0)
+    changed = replace(one, gpu_class=GpuClass("B+docker", GigaBytes(8)))
+    other.assign(there, changed)
+    other.close()
+    again = take(journal, "me", 200.0)
+    assert journal.assigned(again) == (changed,)
 
 
 def test_sqlite_is_durable_and_open_tasks_are_found_by_index(journal: SqlJournal) -> None:

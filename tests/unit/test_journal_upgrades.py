@@ -11,8 +11,9 @@ from cluster import journal_takings
 from cluster.chain import outbox_rows
 from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Closed, Outcome
-from cluster.core.types import Address, Commitment, Timestamp, Wei
+from cluster.core.types import Address, AttemptId, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
+from cluster.journal_history import Bundle, bundles_of, keep_bundle
 from cluster.journal_tables import metadata
 from cluster.journal_takings import DAY, HOUR, Sums
 from cluster.story import story_of
@@ -91,3 +92,14 @@ def test_an_old_journals_tasks_and_transactions_are_counted_once(
     assert again.totals() == ({Outcome.SUCCESS: 2, Outcome.LOST: 1}, old.PAID + 1)
     for journal in (taken, again):
         journal.close()
+
+
+def test_an_old_journals_bundles_stay(taken: SqlJournal) -> None:
+    lease = taken.acquire("me", Timestamp(1.0), 10.0)
+    assert lease is not None
+    old_one = Bundle(AttemptId(old.ATTEMPT), Timestamp(4.0), {"gpu": "n-0"})
+    new_one = Bundle(AttemptId("b"), Timestamp(5.0), {}, "n-0", "DeviceFault")
+    with taken.write(lease) as connection:
+        keep_bundle(connection, Commitment(old.TASK), new_one)
+        assert bundles_of(connection, Commitment(old.TASK)) == (old_one, new_one)
+    taken.close()

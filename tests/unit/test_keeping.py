@@ -8,18 +8,20 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
-from actors.keeping import TURN_SECONDS, StoreReport, StoreWorker
-from actors.stores import FETCHED_BYTES, RayStores, _Member
+from actors.keeping import LOST_SECONDS, MOST_LOST, TURN_SECONDS, StoreReport, StoreWorker
+from actors.stores import FETCHED_BYTES, MOST_SILENT, RayStores, _Member
 from cluster.core.types import Gpu, GpuId, GpuState, ModelId, RayNodeId
 from cluster.models import diary
+from cluster.models.assembly import open_keeper
 from cluster.models.keeper import Keeper
 from cluster.models.refs import ModelRef, of_model_id
+from cluster.models.settings import StoreSettings
 from cluster.models.sources import Denied
 from tests.unit.actor_fakes import KIND, until
 from tests.unit.model_fakes import Shelf, keeper, weights
@@ -121,6 +123,67 @@ async def test_alone_it_takes_as_long_as_it_takes(house: House) -> None:
     worker = StoreWorker(lambda: made, "1+abc", (A,), clock=lambda: now[0])
     await report_when(worker, lambda r: r.here == {A})
     assert [str(ref) for ref in house.asked] == [A]
+
+
+async def test_a_download_that_hangs_keeps_nobody_waiting(house: House) -> None:
+    """Wherever: its thread is left to it, and it has another turn when it comes back."""
+    now = [0.0]
+    made = keeper(house.root, house.shelf)
+    back = threading.Event()
+
+    def hang() -> None:
+        if house.shelf.listed == 1:
+            assert back.wait(30)
+
+    house.shelf.listing = hang
+    worker = StoreWorker(lambda: made, "1+abc", (A, B), clock=lambda: now[0])
+    await until(lambda: bool(house.asked))
+    now[0] += LOST_SECONDS + 1
+    try:
+        report = await report_when(worker, lambda r: B in r.here)
+        assert "no sign of life" in report.failed[A]
+        await worker.want((A,))
+        assert (await worker.report()).queued == 0
+    finally:
+        back.set()
+    await until(lambda: not worker._lost)
+    await worker.want((A,))
+    report = await report_when(worker, lambda r: r.here == {A, B})
+    assert report.failed == {}
+
+
+async def test_no_more_threads_are_left_than_some(house: House) -> None:
+    now = [0.0]
+    house.go.clear()
+    made = keeper(house.root, house.shelf)
+    ids = tuple(f"lora:acme/{n}" for n in range(MOST_LOST + 2))
+    worker = StoreWorker(lambda: made, "1+abc", ids, clock=lambda: now[0])
+    for number in range(MOST_LOST + 1):
+        await until(lambda n=number: len(house.asked) == n + 1)  # type: ignore[misc]
+        now[0] += LOST_SECONDS + 1
+    await asyncio.sleep(1.0)
+    assert len(worker._lost) == MOST_LOST
+    assert len(house.asked) == MOST_LOST + 1
+
+
+async def test_a_store_that_cannot_be_made_is_told_and_mended(house: House) -> None:
+    in_the_way = house.root / "data"
+    in_the_way.write_text("no folder")
+    root = in_the_way / "models"
+
+    def make() -> Keeper:
+        opened = open_keeper(StoreSettings(root, ("web",)))
+        return opened if opened.trouble else keeper(root, house.shelf)
+
+    worker = StoreWorker(make, "1+abc", (A,), again_seconds=0.05)
+    report = await report_when(worker, lambda r: bool(r.failed))
+    assert (report.room_bytes, report.models, report.here) == (0, 0, frozenset())
+    assert "can't be written: Not a directory" in report.trouble
+    assert report.trouble in report.failed[A]
+    in_the_way.unlink()
+    report = await report_when(worker, lambda r: r.here == {A})
+    assert (report.trouble, report.failed) == ("", {})
+    assert report.room_bytes > 0
 
 
 async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None:
@@ -311,6 +374,21 @@ def test_settled_when_each_configured_model_is_there_or_was_tried() -> None:
     assert RayStores(None, "1+abc", (A,)).settled(CARDS)
 
 
+def test_what_is_still_waited_for_is_named() -> None:
+    assert (
+        stores(report({A, B}), report({A})).unsettled(CARDS) == f"machine n1: {B} is still to come"
+    )
+    assert "machine n1: its model store hasn't" in stores(report({A, B}), None).unsettled(CARDS)
+    assert stores(report({A, B}), report({A}, {B: "401"})).unsettled(CARDS) == ""
+
+
+def test_a_store_that_fetches_nothing_is_told() -> None:
+    made = stores(report({A}), replace(report(set()), trouble="the store can't be written"))
+    assert made.alerts() == (
+        "machine n1: its model store fetches nothing: the store can't be written",
+    )
+
+
 class Remote:
     """An actor's handle whose every call has that outcome."""
 
@@ -350,6 +428,38 @@ async def test_a_store_that_cannot_be_replaced_ends_nobodys_run(
     await made.refresh([node])
     await made.refresh([node])
     assert made.here(CARDS[:1]) == {ModelId(A)}
+
+
+async def test_a_store_that_does_not_answer_is_told_until_it_does() -> None:
+    made = stores(None)
+    node = RayNodeId("n0")
+    cause = FileNotFoundError(2, "x\n\x1b[31m")
+    broken = Remote(cast(Any, RayTaskError)("report", "a trace\n" * 9, cause))
+    made._members[node] = _Member(cast("ActorHandle[object]", broken))
+    for look in range(MOST_SILENT):
+        assert made.alerts() == (), look
+        await made.refresh([node])
+    (line,) = made.alerts()
+    assert line.startswith("machine n0: its model store doesn't answer: FileNotFoundError: ")
+    assert line.isprintable()
+    broken.outcome = report({A, B})
+    await made.refresh([node])
+    assert made.alerts() == ()
+
+
+async def test_a_store_that_cannot_be_begun_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stores()
+    node = RayNodeId("n0")
+
+    def full(_: RayNodeId) -> NoReturn:
+        raise ValueError("no such node")
+
+    monkeypatch.setattr(made, "_actor", full)
+    for _ in range(MOST_SILENT):
+        await made.refresh([node])
+    assert "machine n0: its model store doesn't answer: it can't be begun" in made.alerts()[0]
+    await made.refresh([])
+    assert made.alerts() == ()
 
 
 def test_news_are_told_once_over_restarts() -> None:

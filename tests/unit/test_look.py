@@ -63,6 +63,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
         (("status",), "/v1/status", "Card [red]+docker"),
         (("tasks",), "/v1/status", "0xabababab…"),
         (("accounts",), "/v1/status", "Accounts"),
+        (("gpus", "--cluster"), "/v1/status", "Card 8 GB (simulated)"),
         (("tasks", TASK), f"/v1/tasks/{TASK}", "the network gave it to us"),
         (("logs", "--task", TASK), f"/v1/tasks/{TASK}", "attempt=a1"),
         (("earnings",), "/v1/earnings?days=1.0&step=hour", "paid 1 CNX"),

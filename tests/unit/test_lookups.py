@@ -57,11 +57,30 @@ def lease(journal: SqlJournal) -> Lease:
     return lease
 
 
-@pytest.mark.parametrize("name", [TASK, TASK[2:], TASK[:10], TASK[2:12], ATTEMPT, SECOND, FIRST])
-def test_a_task_is_found_by_an_index_by_any_of_its_ids(
-    journal: SqlJournal, lease: Lease, name: str
-) -> None:
+IDS = [TASK, TASK[2:], TASK[:10], TASK[2:12], ATTEMPT, SECOND, FIRST]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_task_is_found_by_any_of_its_ids(journal: SqlJournal, lease: Lease, name: str) -> None:
     assert find(journal, name) == TASK
+    assert story_of(journal, name).commitment == TASK
+
+
+def test_a_task_is_found_by_its_first_digits_among_neighbours(
+    journal: SqlJournal, lease: Lease
+) -> None:
+    seen = Seen(ALICE, TaskType.SD, (), Wei(1))
+    others = [Commitment(f"0xcdcdcdc{digit}" + digit * 56) for digit in "089abef"]
+    for other in others:
+        journal.append(lease, other, seen, Timestamp(1.0))
+    for other in others:
+        assert find(journal, other[:10]) == other
+    with pytest.raises(UnknownTask, match="no task is known"):
+        find(journal, "0xcdcdcdc7")
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_task_is_found_by_an_index(journal: SqlJournal, lease: Lease, name: str) -> None:
     assert not scanned(plans(journal, lambda: story_of(journal, name)))
 
 
@@ -143,7 +162,7 @@ async def test_what_is_looked_up_comes_back_and_nothing_is_written(
     with pytest.raises(UnknownTask):
         await asked.ask(lambda reader: find(reader, "deadbeef"))
 
-    with pytest.raises(Exception, match="readonly database"):
+    with pytest.raises(Exception, match="read-?only"):
         await asked.ask(lambda reader: reader.set_cursor(lease, "logs", "no"))
     assert journal.cursor("logs") is None
     asked.close()

@@ -313,10 +313,12 @@ def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
     metrics = Metrics("1", "d")
     looks = ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2))
     for (busy, loads), counted in zip(looks, (0.0, 2.5, 3.5, 6.5), strict=True):
-        metrics.observe(snapshot((card(1, busy_seconds=busy, moves={"loaded": loads}),)))
+        said = {"busy_seconds": busy, "moves": {"loaded": loads}, "store_hits": loads}
+        metrics.observe(snapshot((card(1, **said),)))
         # What was before the coordinator began isn't counted again.
         assert sample(metrics, "crynux_gpu_busy_seconds_total", gpu_uuid="GPU-1") == counted
     assert sample(metrics, "crynux_model_parts_moved_total", move="loaded") == 2
+    assert sample(metrics, "crynux_store_hits_total") == 2
 
 
 def test_a_task_that_is_closed_again_after_a_reorganisation_counts_once() -> None:
@@ -376,8 +378,14 @@ def test_a_class_that_nothing_is_wanted_of_any_more_wants_nobody() -> None:
 
 
 def test_whose_it_is_and_since_when_it_runs_is_told_without_an_address() -> None:
-    one, same, other = (Metrics("1", "d") for _ in range(3))
-    for metrics, treasury in ((one, ADDRESS), (same, ADDRESS.lower()), (other, "0x" + "7" * 40)):
+    one, same, other = (Metrics("1", "d", "5|0xAb") for _ in range(3))
+    elsewhere = Metrics("1", "d", "6|0xAb")
+    for metrics, treasury in (
+        (one, ADDRESS),
+        (same, ADDRESS.lower()),
+        (other, "0x" + "7" * 40),
+        (elsewhere, ADDRESS),
+    ):
         identity = IdentityView(treasury=treasury)
         metrics.observe(snapshot().model_copy(update={"identity": identity}))
 
@@ -387,6 +395,8 @@ def test_whose_it_is_and_since_when_it_runs_is_told_without_an_address() -> None
         return {s.labels["identity"] for s in samples if s.name == "crynux_identity_info"}
 
     assert told(one) == told(same) != told(other)
+    # A key that serves a test network and the live one is no second coordinator.
+    assert told(elsewhere) not in (told(one), told(other))
     assert len(told(one)) == 1
     assert ADDRESS.lower() not in one.render().decode().lower()
     assert 0 < (sample(one, "crynux_process_start_time_seconds") or 0) < time.time()
@@ -415,6 +425,18 @@ def test_each_stage_of_a_task_is_measured() -> None:
         ("uploaded", 1),
         ("paid", 7),
     )
+
+
+def test_with_retries_the_stages_are_still_a_tasks_whole_life() -> None:
+    found = record()
+    late = replace(found.attempts[0], started_at=Timestamp(105.0))
+    failed = replace(late, attempt_id=AttemptId("failed"), started_at=Timestamp(102.5))
+    whole = stages(replace(found, attempts=(failed, late)))
+    assert whole == stages(found)
+    assert sum(seconds for _, seconds in whole) == 125 - 99
+    # Without a result it is the last attempt's.
+    lost = dict(stages(replace(found, attempts=(failed, late), result=None)))
+    assert lost["queue"] == 3
 
 
 def record() -> TaskRecord:
@@ -454,6 +476,7 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         done_bytes=1,
         total_bytes=9,
         bytes_per_second=5.0,
+        seconds_left=1.6,
         background=True,
     )
     store = StoreStatus(
@@ -465,17 +488,24 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         downloads=(download,),
         failed={"base:acme/secret": "401"},
     )
-    fuller = store.model_copy(update={"room_bytes": 10})
-    unknown = store.model_copy(update={"room_bytes": None})
+    unsized = download.model_copy(update={"total_bytes": 0, "done_bytes": 7, "seconds_left": None})
+    fuller = store.model_copy(
+        update={"room_bytes": 10, "leftover_bytes": 40, "downloads": (download, unsized)}
+    )
+    unknown = store.model_copy(update={"room_bytes": None, "trouble": "can't be written"})
     metrics.observe(snapshot().model_copy(update={"stores": (store, fuller, unknown)}))
     for name, value in {
         "models": 9,
         "used_bytes": 150,
-        "fullest_ratio": 50 / 60,
+        "leftover_bytes": 40,
+        "troubled_machines": 1,
+        "fullest_ratio": 90 / 100,
         "queued_models": 6,
         "missing_models": 3,
-        "downloads": 3,
-        "download_bytes_per_second": 15,
+        "downloads": 4,
+        "download_bytes_per_second": 20,
+        "download_left_bytes": 24,
+        "download_left_seconds": 1.6,
     }.items():
         assert sample(metrics, f"crynux_store_{name}") == value
     assert "secret" not in metrics.render().decode()

@@ -191,7 +191,7 @@ def test_of_a_reorganisation_hear_only_those_who_were_looked_at_in_what_is_gone(
 async def test_a_chain_that_stands_still_is_an_alert_and_then_an_outage(rig: Rig) -> None:
     async with asyncio.timeout(60):
         watching = asyncio.create_task(rig.network.watch())
-        while rig.network._number() is None:  # noqa: ASYNC110
+        while rig.network._grew is None:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         assert rig.network.alerts() == ()
         rig.now += 61

@@ -26,6 +26,7 @@ from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
 from cluster.journal_takings import HOUR
+from tests.unit.journal_plans import plans, scanned
 
 ALICE, BOB = Address("0x" + "aa" * 20), Address("0x" + "bb" * 20)
 CONTRACT = Address("0x" + "cc" * 20)
@@ -771,3 +772,28 @@ async def test_a_report_of_a_model_moves_no_account(world: World) -> None:
     assert (there.is_open, there.block, there.reports) == (False, 0, False)
     world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
     assert world.outbox.movements()[ALICE] == Movement(is_open=True)
+
+
+# --- after a million of them ----------------------------------------------------------------------
+
+
+async def test_what_accounts_did_is_read_once_and_again_when_one_did_something(
+    world: World,
+) -> None:
+    world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    await world.settle()
+    first = world.outbox.movements()
+    asked = plans(world.journal, world.outbox.movements)
+    assert not any("GROUP BY" in statement for statement in asked)
+    world.outbox.ensure_verb(ALICE, "resume", CONTRACT, b"resume")
+    assert world.outbox.movements()[ALICE].is_open and not first[ALICE].is_open
+
+
+def test_an_accounts_own_writes_are_found_among_its_tasks(world: World) -> None:
+    asked = plans(
+        world.journal, lambda: world.outbox.ensure_verb(ALICE, "pause", CONTRACT, b"pause")
+    )
+    assert scanned(asked) == ["SCAN lease"], "one row"
+    own = [plan for statement, plan in asked.items() if "task IS NULL" in statement]
+    assert own
+    assert all("outbox_by_owner (account=? AND task=?)" in str(plan) for plan in own)

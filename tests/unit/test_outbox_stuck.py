@@ -272,7 +272,7 @@ async def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> 
         connection.execute("ALTER TABLE outbox DROP COLUMN offer")
         connection.execute("ALTER TABLE outbox DROP COLUMN block")
         connection.execute("ALTER TABLE outbox DROP COLUMN cost")
-        connection.execute("DROP TABLE takings")
+        connection.execute("DROP TABLE earned")
         connection.execute("DROP INDEX outbox_by_nonce")
         connection.execute("UPDATE cursors SET value = '1' WHERE key = 'schema'")
     connection.close()

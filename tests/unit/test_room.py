@@ -164,11 +164,55 @@ def test_anothers_download_that_ends_meanwhile_is_no_trouble(
     assert here(store) == {A}
 
 
-def leftovers(store: Keeper, key: str) -> Path:
+def leftovers(store: Keeper, key: str, size: int = 1, at: float | None = None) -> Path:
     folder = store.disk.partial(key)
     folder.mkdir()
-    (folder / "x.part").write_bytes(b"x")
+    (folder / "x.part").write_bytes(bytes(size))
+    if at is not None:
+        os.utime(folder, (at, at))
     return folder
+
+
+def test_what_broken_downloads_left_is_taken_too(tmp_path: Path) -> None:
+    store = small(tmp_path, 2.5)
+    whole = store.room.left()
+    for number in range(6):
+        asked = ref("lora", f"acme/broken{number}")
+        store.room.make(SIZE, asked)
+        leftovers(store, asked.key, SIZE, at=number)
+        assert on_disk(store.disk.base / "partial") <= whole
+    assert store.room.leftover() == 2 * SIZE
+    assert store.room.left() == whole - 2 * SIZE
+
+
+def test_of_what_was_left_the_oldest_goes_first_and_no_more_than_must(tmp_path: Path) -> None:
+    store = small(tmp_path, 4)
+    store.ensure(A, NOBODY)
+    names = [ref("lora", f"acme/broken{number}").key for number in range(3)]
+    newest, oldest, middle = (
+        leftovers(store, key, SIZE, at) for key, at in zip(names, (3, 1, 2), strict=True)
+    )
+    store.ensure(B, NOBODY)
+    assert (oldest.exists(), middle.exists(), newest.exists()) == (False, True, True)
+    assert here(store) == {A, B}
+
+
+def test_what_is_left_of_the_model_itself_is_gone_on_with(tmp_path: Path) -> None:
+    store = small(tmp_path, 1.2)
+    mine = leftovers(store, A.key, SIZE)
+    store.room.make(SIZE, A)
+    assert mine.exists()
+    store.ensure(A, NOBODY)
+    assert here(store) == {A}
+
+
+def test_what_is_still_being_tried_leaves_no_room_to_others(tmp_path: Path) -> None:
+    store = small(tmp_path, 1.5)
+    leftovers(store, B.key, SIZE)
+    with store.disk.try_lock(B.key), pytest.raises(Refused) as caught:
+        store.ensure(A, NOBODY)
+    assert caught.value.rule is Rule.QUOTA
+    store.ensure(A, NOBODY)
 
 
 def test_leftovers_of_the_dead_go_when_room_is_short(tmp_path: Path) -> None:
@@ -310,6 +354,58 @@ def test_a_start_beside_others_leaves_them_where_to_put_what_leaves(tmp_path: Pa
     shutil.rmtree(trash)
     store.disk.remove(A.key)
     assert not store.disk.model(A.key).exists()
+
+
+def test_a_start_takes_nothing_from_under_who_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small(tmp_path, 3)
+    store.ensure(A, NOBODY)
+    rename = Path.rename
+
+    def after_a_start(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        store.room.tidy()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", after_a_start)
+    store.disk.remove(A.key)
+    assert not store.disk.model(A.key).exists()
+    assert list((store.disk.base / "trash").iterdir()) == []
+
+
+def test_a_start_takes_nothing_from_under_who_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = Time()
+    store = small(tmp_path, 3, time=time)
+    replace = Path.replace
+
+    def after_a_start(path: Path, target: Path) -> Path:
+        os.utime(path, (time.now, time.now))
+        store.room.tidy()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", after_a_start)
+    store.disk.used(A.key, time.now)
+    store.disk.note_refusal(A.key, "header", "x", time.now + 60)
+    store.disk.tell(A.key, Progress(A, "hub", 0, 1, 0.0, 0.0, background=False))
+    assert small_files(store) == {
+        f"uses/{A.key}", f"refused/{A.key}", f"progress/{A.key}"
+    }  # fmt: skip
+
+
+def test_what_a_dead_one_was_writing_goes_at_a_later_start(tmp_path: Path) -> None:
+    time = Time()
+    store = small(tmp_path, 3, time=time)
+    half = store.disk.base / "uses" / f"{A.key}.1.2~"
+    half.write_text("[")
+    os.utime(half, (time.now, time.now))
+    store.room.tidy()
+    assert half.exists()
+    time.now += 61
+    store.room.tidy()
+    assert not half.exists()
 
 
 def small_files(store: Keeper) -> set[str]:

@@ -235,7 +235,7 @@ async def test_a_schedule_asks_few_cards_at_once(tmp_path: Path) -> None:
         assert not first & set(house.asked())
 
 
-@pytest.mark.parametrize("kind", set(DeviceFaultKind))
+@pytest.mark.parametrize("kind", list(DeviceFaultKind))
 async def test_after_a_device_fault_the_card_is_asked(
     tmp_path: Path, kind: DeviceFaultKind
 ) -> None:

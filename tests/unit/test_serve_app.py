@@ -596,5 +596,38 @@ def test_one_that_is_asked_too_much_is_busy_and_not_away(
     assert (answer.status_code, answer.json()) == (503, {"detail": "the coordinator is busy"})
 
 
+async def test_what_breaks_in_the_coordinator_is_one_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frames = "\n".join(f"  File {n}, line 1" for n in range(100))
+
+    class Broken(Actor):
+        async def remote(self, *_: object) -> dict[str, int]:
+            raise RayTaskError("status", frames, RuntimeError("a bug"))  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: Broken())
+    with capture_logs() as logs, pytest.raises(SourceAway, match="RayTaskError when it was asked"):
+        await CoordinatorSource("crynux").status()
+    (line,) = logs
+    assert (line["event"], line["asked"], line["cause"]) == (
+        "coordinator_away",
+        "status",
+        "RuntimeError",
+    )
+    assert "\n" not in line["error"]
+    assert len(line["error"]) < 400
+
+
+def test_the_replica_logs_like_every_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr("cluster.logs.setup", lambda level, form: asked.append((level, form)))
+    said = config(tmp_path)
+    quiet = said.model_copy(update={"logs": said.logs.model_copy(update={"level": "error"})})
+    serve_app.Edge(serve_app.EdgeSettings.of(quiet))
+    assert asked == [("error", "auto")]
+
+
 def test_the_application_can_be_built(tmp_path: Path) -> None:
     assert serve_app.build(config(tmp_path)) is not None

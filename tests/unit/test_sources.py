@@ -22,7 +22,7 @@ from actors.keeping import StoreWorker
 from cluster.config.models import ModelsConfig
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models import http_read
-from cluster.models.assembly import sources_of
+from cluster.models.assembly import open_keeper, sources_of
 from cluster.models.hub import Hub
 from cluster.models.keeper import Wanted
 from cluster.models.mirror import Mirror
@@ -291,11 +291,67 @@ def test_what_tells_a_links_content_from_another(headers: dict[str, str], told: 
         assert opened.etag == told
 
 
+# --- how they are reached ------------------------------------------------------------------------
+
+
+def test_sources_are_reached_as_the_files_say_and_not_otherwise(tmp_path: Path) -> None:
+    made: list[dict[str, object]] = []
+
+    def make(_rules: UrlRules, **how: object) -> httpx2.Client:
+        made.append(how)
+        return client(gone)
+
+    file = tmp_path / "proxy"
+    file.write_text("http://me:word@proxy.lan:3128\n")
+    sources_of(StoreSettings(tmp_path, ("hub", "web"), proxy_file=file), make)
+    assert made == [{"proxy": "http://me:word@proxy.lan:3128", "verify": True}] * 2
+    made.clear()
+    sources_of(StoreSettings(tmp_path, ("web",), proxy="http://proxy.lan:3128"), make)
+    assert made == [{"proxy": "http://proxy.lan:3128", "verify": True}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "SECRET",
+        "socks5://me:SECRET@x:1",
+        "http://",
+        "http://me:SECRET@[",
+        "http://a:b@c:x",
+    ],
+)
+def test_without_the_proxy_that_is_configured_nothing_is_fetched(
+    tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "proxy"
+    if text is not None:
+        file.write_text(text)
+    made = open_keeper(StoreSettings(tmp_path, ("hub", "web"), proxy_file=file))
+    assert made.sources == ()
+    assert made.trouble.startswith("models.proxy_file: ")
+    assert "SECRET" not in made.trouble
+    with pytest.raises(ModelUnavailable, match=r"models\.proxy_file"):
+        made.ensure(LORA, Wanted())
+
+
+@pytest.mark.parametrize("text", [None, "", "no certificate"])
+def test_without_the_certificates_that_are_configured_nothing_is_fetched(
+    tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "ca.pem"
+    if text is not None:
+        file.write_text(text)
+    made = open_keeper(StoreSettings(tmp_path, ("hub", "web"), ca_file=file))
+    assert "models.ca_file" in made.trouble
+
+
 # --- whose 404 holds for every node --------------------------------------------------------------
 
 
 def is_certain(settings: StoreSettings, asked: ModelRef, answer: Answer) -> bool:
-    sources = sources_of(settings, lambda _rules, proxy: client(answer))
+    sources = sources_of(settings, lambda _rules, **_: client(answer))
     source = next(source for source in sources if source.serves(asked))
     with pytest.raises((Absent, Denied)) as caught:
         source.list(asked)
@@ -372,7 +428,7 @@ def test_links_to_the_hosts_that_are_named_and_no_others(
     settings = configured(tmp_path, text)
     (source,) = [
         each
-        for each in sources_of(settings, lambda _rules, proxy: client(answer))
+        for each in sources_of(settings, lambda _rules, **_: client(answer))
         if each.name == "web"
     ]
     with pytest.raises(Absent if asked else Refused) as caught:

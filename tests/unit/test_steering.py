@@ -135,11 +135,14 @@ async def test_everything_that_is_asked_is_written_down(office: Office) -> None:
             (ReloadConfig(), "refused", "came from no file"),
             (SetLogLevel(level="debug"), "done", "logs from debug on"),
         ]
-        for order, kind, text in orders:
-            done = await told(office, order)
-            assert (done.kind, text in done.text) == (kind, True), (order, done)
-            assert "\n" not in done.text
+        with capture_logs() as entries:
+            for order, kind, text in orders:
+                done = await told(office, order)
+                assert (done.kind, text in done.text) == (kind, True), (order, done)
+                assert "\n" not in done.text
+        logged = [entry for entry in entries if entry["event"] == "steered"]
         found = (await audit(office))[::-1]
+    assert logged[-1]["arguments"] == {"level": "debug"}, "not the line's own level"
     assert [each.action for each in found] == [order.action for order, _, _ in orders]
     assert {each.who for each in found} == {WHO}
     assert found[4].arguments == {"what": "card", "name": str(CARD), "now": False}

@@ -109,8 +109,8 @@ def lease(journal: SqlJournal) -> Lease:
         sent = replace(row, state=RowState.SENT, signed=Signed(7, b"less", REPLACED))
         outbox_rows.store(connection, sent)
         signed = Signed(7, b"raw", HASH, replaced=(REPLACED,))
-        sent = replace(row, sent_at=Timestamp(1018.0), updated_at=Timestamp(1019.5))
-        sent = replace(sent, state=RowState.MINED, signed=signed, block=5, cost=Wei(9))
+        sent = replace(row, state=RowState.MINED, signed=signed, block=5, cost=Wei(9))
+        sent = replace(sent, sent_at=Timestamp(1018.0), updated_at=Timestamp(1019.5))
         outbox_rows.store(connection, sent)
     return lease
 
@@ -177,16 +177,40 @@ def test_a_file_is_one_of_the_result(journal: SqlJournal, lease: Lease) -> None:
             file_of(journal, name, file)
 
 
-def test_only_the_newest_bundles_are_kept(
+def failed(number: int, gpu: str = "n-0", fault: str = "DeviceFault") -> Bundle:
+    return Bundle(AttemptId(f"a{number}"), Timestamp(0.0), {}, gpu, fault)
+
+
+def keep_all(journal: SqlJournal, lease: Lease, *bundles: Bundle) -> list[str]:
+    """The attempts whose bundles are kept in the end."""
+    with journal.write(lease) as connection:
+        for bundle in bundles:
+            journal_history.keep_bundle(connection, NEIGHBOUR, bundle)
+        return [each.attempt for each in journal_history.bundles_of(connection, NEIGHBOUR)]
+
+
+def test_of_a_card_that_fails_again_and_again_the_first_and_the_newest_bundles_are_kept(
+    journal: SqlJournal, lease: Lease
+) -> None:
+    rest = (failed(100, "n-1"), failed(101, fault="ModelUnavailable"))
+    kept = keep_all(journal, lease, *rest, *(failed(number) for number in range(30)))
+    newest = [f"a{number}" for number in range(22, 30)]
+    assert kept == ["a100", "a101", "a0", "a1", *newest]
+
+
+def test_a_fault_that_all_cards_have_pushes_out_only_its_like(
     journal: SqlJournal, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_history, "MOST_BUNDLES", 3)
+    monkeypatch.setattr(journal_history, "MOST_BUNDLES", 9)
+    others = [failed(number, "n-0", "DeviceFault") for number in range(100, 103)]
+    flood = [failed(number, f"n-{number}", "ModelUnavailable") for number in range(20)]
+    kept = keep_all(journal, lease, *others, *flood)
+    # The fixture's bundle is another task's.
+    assert kept == ["a100", "a101", "a102", "a0", "a1", "a17", "a18", "a19"]
+    assert keep_all(journal, lease, failed(103))[-4:] == ["a1", "a18", "a19", "a103"]
     with journal.write(lease) as connection:
-        for number in range(5):
-            bundle = Bundle(AttemptId(f"a{number}"), Timestamp(0.0), {})
-            journal_history.keep_bundle(connection, NEIGHBOUR, bundle)
-        kept = journal_history.bundles_of(connection, NEIGHBOUR)
-    assert [bundle.attempt for bundle in kept] == ["a2", "a3", "a4"]
+        (bundle,) = journal_history.bundles_of(connection, TASK)
+    assert bundle.attempt == FIRST
 
 
 def test_what_was_done_is_told_the_newest_first(journal: SqlJournal, lease: Lease) -> None:
@@ -285,7 +309,7 @@ def test_stages_follow_one_another() -> None:
     assert spans(record) == (
         ("seen", 990.0, 1000.0),
         ("parameters", 1000.0, 1001.0),
-        ("queue", 1001.0, 1002.0),
+        ("queue", 1001.0, 1006.0),
         ("load", 1007.0, 1009.0),
         ("compute", 1009.0, 1016.0),
         ("score_sent", 1016.0, 1016.5),

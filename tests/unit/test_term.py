@@ -66,6 +66,7 @@ from tests.unit.actor_fakes import (
     gpu_of,
     until,
 )
+from tests.unit.metric_fakes import sample
 from tests.unit.test_overview import IDLE
 
 LIMIT = 60.0
@@ -628,6 +629,9 @@ async def test_a_slashed_account_whose_task_was_closed_as_lost_never_joins_again
         office.network.faults["look"] = [ZeroDivisionError("a bug")]
         await until(lambda: office.status.acting and office.status.epoch != epoch)
         assert any("was slashed" in problem for problem in office.status.problems)
+        # No record of ours is of it, and it counts, once.
+        assert sample(office.world.metrics, "crynux_slashes_total") == 1
+        assert office.status.totals.slashed == 1
 
 
 async def test_the_fleet_knows_of_a_slash_as_soon_as_it_can_see_that_the_account_has_quit(

@@ -132,9 +132,10 @@ async function earnings() {
     const found = await json(`v1/earnings?days=${range.days}&step=${range.step}`);
     const hours = Number(range.days) <= 1, daily = range.step === "day";
     const label = (since) => new Date(since * 1000).toLocaleString(undefined, daily || !hours
-      ? { month: "short", day: "numeric", ...(daily ? {} : { hour: "2-digit" }) }
+      // A day is UTC's: west of Greenwich it begins on the day before.
+      ? { month: "short", day: "numeric", ...(daily ? { timeZone: "UTC" } : { hour: "2-digit" }) }
       : { hour: "2-digit", minute: "2-digit" });
-    by("plot").replaceChildren(plot(showEarnings(found), label));
+    by("plot").replaceChildren(plot(showEarnings(found), label, Math.max(by("plot").clientWidth - 16, 280)));
   } catch (error) {
     by("earnings-sum").textContent = `Not known now: ${error.message}`;
   }

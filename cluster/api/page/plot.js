@@ -1,7 +1,7 @@
 // Earnings as bars: an SVG with a title for each bar, and axes with few labels.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 960, HEIGHT = 220, LEFT = 64, BOTTOM = 24, TOP = 10;
+const HEIGHT = 220, LEFT = 64, BOTTOM = 24, TOP = 10, LABEL = 110;
 
 function element(name, attributes, text) {
   const made = document.createElementNS(SVG, name);
@@ -17,24 +17,25 @@ export function ceiling(most) {
   return [1, 2, 2.5, 5, 10].map((each) => each * power).find((each) => each >= most * 0.999);
 }
 
-/** `steps`: {since, tasks, paid, gas} in CNX; `label` names a step by its time. */
-export function plot(steps, label) {
+/** `steps`: {since, tasks, paid, gas} in CNX; `label` names a step by its time; `width` is in pixels, so that what is
+ * written is as large as all else. */
+export function plot(steps, label, width) {
   const top = ceiling(Math.max(...steps.map((each) => Math.max(each.paid, each.gas)), 0));
   const total = steps.reduce((sum, each) => sum + each.paid, 0);
   const svg = element("svg", {
-    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
+    viewBox: `0 0 ${width} ${HEIGHT}`, role: "img",
     "aria-label": `Earnings: ${steps.length} bars, ${total.toFixed(2)} CNX in all`,
   });
   const height = HEIGHT - BOTTOM - TOP;
   const y = (value) => TOP + height * (1 - value / top);
   for (const part of [0, 0.5, 1]) {
     const at = y(top * part);
-    svg.append(element("line", { x1: LEFT, x2: WIDTH, y1: at, y2: at }));
+    svg.append(element("line", { x1: LEFT, x2: width, y1: at, y2: at }));
     svg.append(element("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" },
       Number((top * part).toPrecision(3)).toLocaleString()));
   }
-  const wide = (WIDTH - LEFT) / Math.max(steps.length, 1);
-  const every = Math.ceil(steps.length / 8);
+  const wide = (width - LEFT) / Math.max(steps.length, 1);
+  const every = Math.ceil(steps.length * LABEL / (width - LEFT));
   steps.forEach((each, index) => {
     const x = LEFT + index * wide, group = element("g", {});
     group.append(element("title", {},
@@ -45,7 +46,7 @@ export function plot(steps, label) {
     group.append(element("rect", { class: "gas", x: x + wide * 0.67, width: Math.max(wide * 0.23, 0.6),
       y: y(each.gas), height: TOP + height - y(each.gas) }));
     svg.append(group);
-    if (index % every === 0)
+    if (index % every === 0 && x + LABEL / 2 < width)
       svg.append(element("text", { x, y: HEIGHT - 6 }, label(each.since)));
   });
   return svg;

@@ -41,12 +41,8 @@ const isOpen = (task) => task.outcome === null;
 const serves = (account) => ["available", "busy"].includes(account.status);
 
 function showAlerts(status) {
-  const told = [...status.problems, ...status.fleet.lacks];
-  if (!status.chain.reached) told.push(`The chain is not reached: ${status.chain.error ?? "no answer yet"}`);
-  if (!status.relay.reached) told.push(`The relay is not reached: ${status.relay.error ?? "no answer yet"}`);
-  if (!status.acting) told.push("The coordinator is not acting: it doesn't hold the lease");
-  for (const gpu of status.gpus.filter((each) => each.problem))
-    told.push(`${gpu.gpu_id} (${gpu.name}): ${gpu.problem}`);
+  // What is missing says the headline.
+  const told = status.problems.filter((text) => !status.missing.some((each) => each.includes(text)));
   by("alerts").hidden = told.length === 0;
   by("alert-list").replaceChildren(...told.map((text) => make("li", {}, text)));
 }
@@ -76,7 +72,7 @@ function showGlance(status) {
 function showGpus(status, openStory) {
   const simulated = status.gpus.filter((gpu) => gpu.simulated).length;
   by("gpus-note").textContent = simulated ? `${simulated} of them are simulated on the CPU.` : "";
-  const sorted = [...status.gpus].sort((a, b) => isBad(b) - isBad(a) || a.gpu_id.localeCompare(b.gpu_id));
+  const sorted = [...status.gpus].sort((a, b) => isBad(b) - isBad(a) || a.gpu_id.localeCompare(b.gpu_id, undefined, { numeric: true }));
   by("gpus").classList.toggle("dense", sorted.length > MANY);
   by("gpus").replaceChildren(...sorted.map((gpu) => tile(gpu, status, openStory, sorted.length <= MANY)));
   if (!sorted.length) by("gpus").append(make("p", { class: "note" }, "No GPU is known in the cluster."));
@@ -102,7 +98,7 @@ function tile(gpu, status, openStory, open) {
   const shown = toggled.get(gpu.gpu_id) ?? (open || isBad(gpu));
   const toggle = () => toggled.set(gpu.gpu_id, !shown);
   const summary = make("summary", { click: toggle, "data-key": `card ${gpu.gpu_id}` },
-    make("h3", {}, `${gpu.name} `, make("span", { class: "note" }, `${gpu.vram} GB`)),
+    make("h3", {}, `${gpu.name} `, make("span", { class: "note" }, gpu.vram ? `${gpu.vram} GB` : "")),
     state(kind, gpu.state), make("div", { class: "mono note" }, gpu.gpu_id));
   const made = make("details", shown ? { open: "" } : {}, summary);
   if (gpu.steps) made.append(make("progress", { max: gpu.steps, value: gpu.step ?? 0, "aria-label": "Steps" }));
@@ -145,7 +141,7 @@ function showAccounts(status, openStory) {
     make("article", { class: `tile ${each.stopped ? "bad" : "good"}` },
       make("h3", {}, `${each.name} `, make("span", { class: "note" }, `${each.vram} GB`)),
       each.stopped ? state("bad", "stopped: an account was slashed")
-        : state("good", `${each.least} accounts wanted`),
+        : state("good", each.least === 1 ? "1 account wanted" : `${each.least} accounts wanted`),
       make("p", { class: "note" }, `${each.slots} for each card`))));
   const plan = [...status.fleet.plan.map((each) => `to do: ${each}`), ...status.fleet.limits.map((each) => `limit: ${each}`)];
   if (plan.length)
@@ -156,7 +152,7 @@ function showAccounts(status, openStory) {
   const folded = status.accounts.length > MANY && !by("accounts-all").checked;
   const shown = folded ? status.accounts.filter((each) => !serves(each)) : status.accounts;
   fill("accounts", shown.map((each) => [
-    { number: `${each.index}` }, make("span", { class: "mono" }, each.address),
+    { number: `${each.index}` }, make("span", { class: "mono address", title: each.address }, each.address),
     state(ACCOUNT_KIND[each.status] ?? "warn", each.status.replaceAll("_", " ")),
     each.gpu_class ? `${each.gpu_class.name} ${each.gpu_class.vram} GB` : "",
     { number: money(each.stake, 0) }, { number: money(each.balance) }, { number: `${each.qos}` },
@@ -183,7 +179,8 @@ function showNetwork(status) {
 
 function download(each) {
   const done = each.total_bytes ? `${Math.floor(100 * each.done_bytes / each.total_bytes)} %` : bytes(each.done_bytes);
-  return `${each.model} ${done} from ${each.source}, ${bytes(each.bytes_per_second)}/s`;
+  return `${each.model} ${done} from ${each.source}, ${bytes(each.bytes_per_second)}/s`
+    + (each.seconds_left == null ? "" : `, ${span(each.seconds_left)} left`);
 }
 
 /** Earnings in words, and by class. */

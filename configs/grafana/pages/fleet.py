@@ -272,8 +272,13 @@ MODELS = Section(
         ),
         lines(
             "Models on disk",
-            [Query("sum(crynux_store_used_bytes{@})", "all machines")],
-            "Bytes of all that was fetched.",
+            [
+                Query("sum(crynux_store_used_bytes{@})", "all machines"),
+                Query("sum(crynux_store_leftover_bytes{@})", "left of broken downloads"),
+                Query("sum(crynux_store_download_left_bytes{@})", "still to come"),
+            ],
+            "Bytes of all that was fetched, of what broke off and is kept for the next try, and of "
+            "what downloads have still to bring.",
             unit=BYTES,
             span=6,
         ),
@@ -298,11 +303,16 @@ MODELS = Section(
                     "{{event}}",
                 ),
                 Query(
+                    f"sum({rate('crynux_store_hits_total')}) * 3600",
+                    "found there by tasks",
+                ),
+                Query(
                     hourly("rule", "crynux_store_refusals_total") + " > 0",
                     "refused: {{rule}}",
                 ),
             ],
-            "Fetched, evicted for others, broken off, damaged, failed; and refused, by the rule.",
+            "Fetched, evicted for others, broken off, damaged, failed; found there when a task "
+            "needed it; and refused, by the rule.",
             unit=PER_HOUR,
             span=6,
         ),
@@ -312,10 +322,19 @@ MODELS = Section(
                 Query("sum(crynux_store_queued_models{@})", "waiting"),
                 Query("sum(crynux_store_downloads{@})", "being fetched"),
                 Query("sum(crynux_store_missing_models{@})", "couldn't be had"),
+                Query("sum(crynux_store_troubled_machines{@})", "machines that can't fetch"),
             ],
-            "Models. crynux-cluster status --json names those that couldn't be had, and why.",
+            "Models, and machines whose store is broken. crynux-cluster status --json names both, "
+            "and why.",
             unit=COUNT,
-            span=12,
+            span=6,
+        ),
+        lines(
+            "Until the last download is there",
+            [Query("max(crynux_store_download_left_seconds{@})", "longest")],
+            "By the rate of now, of those that run.",
+            unit=SECONDS,
+            span=6,
         ),
         lines(
             "Parts of models that moved",

@@ -27,6 +27,12 @@
 {{- if .Values.models.civitai.existingSecret -}}
 {{- $_ := set $models "web" (dict "civitai_token_file" (printf "%s/civitai/token" $etc)) -}}
 {{- end -}}
+{{- if .Values.models.proxy.existingSecret -}}
+{{- $_ := set $models "proxy_file" (printf "%s/proxy/url" $etc) -}}
+{{- end -}}
+{{- if .Values.models.ca.existingSecret -}}
+{{- $_ := set $models "ca_file" (printf "%s/ca/bundle" $etc) -}}
+{{- end -}}
 {{- $slots := list -}}
 {{- range .Values.gpuGroups -}}
 {{- if hasKey . "slots" -}}

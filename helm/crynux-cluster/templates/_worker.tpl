@@ -44,7 +44,7 @@ spec:
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
         - {name: models, mountPath: /var/lib/crynux-cluster/models}
-        {{- range $kind := list "huggingface" "civitai" "s3" }}
+        {{- range $kind := list "huggingface" "civitai" "proxy" "ca" "s3" }}
         {{- if (index $models $kind).existingSecret }}
         - {name: {{ $kind }}, mountPath: /etc/crynux-cluster/{{ $kind }}, readOnly: true}
         {{- end }}
@@ -62,7 +62,7 @@ spec:
       {{- else }}
       emptyDir: {sizeLimit: {{ $group.cache.size }}}
       {{- end }}
-    {{- range $kind, $path := dict "huggingface" "token" "civitai" "token" "s3" "credentials" }}
+    {{- range $kind, $path := dict "huggingface" "token" "civitai" "token" "proxy" "url" "ca" "bundle" "s3" "credentials" }}
     {{- with index $models $kind }}
     {{- if .existingSecret }}
     - name: {{ $kind }}
