@@ -221,14 +221,18 @@ def schema() -> Schema:
                 enabled=flag("Make them."),
                 apiFrom=every("Who may reach the API.", ref("A peer.", "peer")),
                 dnsTo=every("Where names are resolved.", ref("A peer.", "peer")),
+                dnsPorts=every("At which ports.", whole("A port.", 1, 65535)),
                 head=reach("Of RPC and relay at public addresses."),
-                workers=reach("At public addresses, besides those that config.models needs."),
+                workers=reach(
+                    "At public addresses, besides those that config.models needs.",
+                    public=flag("Public addresses at all; false where models come from within."),
+                ),
             ),
             "podDisruptionBudget": obj(
                 "How many pods go at a time when nodes are drained.",
                 head=flag("The head doesn't."),
                 workers=flag("Of the workers, one after the other."),
-                workersUnavailable=whole("So many of each group at a time.", 1, 1000),
+                workersUnavailable=whole("So many of each group's minReplicas at a time.", 1, 1000),
             ),
             "monitoring": monitoring(),
             "test": obj(
@@ -245,9 +249,10 @@ def schema() -> Schema:
     }
 
 
-def reach(ports: str) -> Schema:
+def reach(ports: str, **more: Schema) -> Schema:
     return obj(
         "What it may reach.",
+        **more,
         publicPorts=every(ports, whole("A port.", 1, 65535)),
         egress=every("What else, such as at private addresses.", ref("A rule.", "egress")),
     )

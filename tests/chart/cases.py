@@ -31,6 +31,10 @@ def configured(**sections: Any) -> dict[str, Any]:  # noqa: ANN401 - as the valu
 
 EPHEMERAL = {"kind": "ephemeral", "size": "100Gi"}
 SHARED = {"kind": "claim", "size": "1Ti", "accessMode": "ReadWriteMany", "storageClass": "nfs"}
+WITHIN = {
+    "to": [{"ipBlock": {"cidr": "10.20.0.0/24"}}],
+    "ports": [{"port": 9000, "protocol": "TCP"}, {"port": 443, "protocol": "TCP"}],
+}
 PEER = {"podSelector": {"matchLabels": {"app": "x"}}}
 
 SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -71,6 +75,17 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
     "links nowhere": configured(models={"sources": ["hub"], "web": {"allow_hosts": ["files"]}}),
     "nothing is fetched": configured(models={"sources": []}),
     "a hub of theirs": configured(models={"hub": {"endpoint": "http://hub.site:8080"}}),
+    "a mirror within": configured(
+        models={
+            "sources": ["mirror"],
+            "mirror": {"url": "s3://models/v1", "endpoint": "http://10.20.0.9:9000"},
+        }
+    )
+    | {"networkPolicy": {"workers": {"egress": [WITHIN]}}},
+    "nothing public": configured(
+        models={"sources": ["hub"], "hub": {"endpoint": "https://hub.site.example"}}
+    )
+    | {"networkPolicy": {"workers": {"public": False, "egress": [WITHIN]}}},
     "a proxy": configured(models={"proxy": "http://proxy.site:3128"}),
     "a large chain": configured(network={"chain_id": 11155111, "stake": "400.5"}),
     "a namespace of ray": configured(ray={"namespace": "site-2", "platform": "linux"}),
@@ -122,12 +137,24 @@ SWITCHES: Final[Mapping[str, Mapping[str, Any]]] = {
     "narrow network policies": {
         "networkPolicy": {
             "apiFrom": [PEER],
+            "dnsPorts": [5353],
             "head": {"publicPorts": [443, 8443], "egress": []},
             "workers": {"publicPorts": [8080]},
         }
     },
     "budgets": {"podDisruptionBudget": {"head": True, "workersUnavailable": 2}}
     | {"gpuGroups": [one(replicas=5, cache=SHARED)]},
+    "disk of theirs": {
+        "head": {"resources": {"limits": {"ephemeral-storage": "30Gi"}}},
+        "gpuGroups": [
+            one(
+                resources={
+                    "requests": {"ephemeral-storage": "200Gi"},
+                    "limits": {"ephemeral-storage": "250Gi"},
+                }
+            )
+        ],
+    },
     "no budgets": {"podDisruptionBudget": {"head": False, "workers": False}},
     "an ingress": {"ingress": {"enabled": True, "host": "crynux.example.org"}},
     "monitored": {

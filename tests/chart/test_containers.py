@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import cluster
+from cluster import runtime
 from cluster.config import load
 from cluster.core.errors import ConfigError
 from requirements import lock
@@ -257,6 +258,14 @@ def test_compose_runs_it_with_as_little_as_it_needs() -> None:
     check_command(shlex.join(["crynux-cluster", *service["command"]]))
 
 
+def test_shared_memory_holds_the_object_store_of_the_ray_that_is_begun_there() -> None:
+    (service,) = COMPOSE["services"].values()
+    (size,) = re.findall(r"^(\d+)gb$", service["shm_size"])
+    assert int(size) * 2**30 >= 2 * runtime.OBJECT_STORE_BYTES
+    (pod,) = (p for p in pods(render(case(values_of("single-server")))) if p.role == "head")
+    assert pod.params["object-store-memory"] == str(runtime.OBJECT_STORE_BYTES)
+
+
 def mounts(service: dict[str, Any]) -> dict[str, str]:
     """Places in the container, and what stands there."""
     found: dict[str, str] = {}
@@ -297,6 +306,27 @@ def test_the_containers_configuration_loads_as_compose_lays_it(tmp_path: Path) -
 # --- systemd --------------------------------------------------------------------------------------
 
 
+def environment(text: str) -> dict[str, str]:
+    return dict(re.findall(r"(?:^Environment=| )([A-Z_]+)=(\S+)", text, re.MULTILINE))
+
+
+def test_orders_from_outside_of_the_unit_find_its_ray() -> None:
+    """Its /tmp is private, and Ray's sockets are where `RAY_TMPDIR` says."""
+    unit = (ROOT / "configs" / "systemd" / "crynux-cluster.service").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "containers.md").read_text(encoding="utf-8")
+    (function,) = re.findall(r"^crynux\(\) \{ sudo -u crynux env (.*) \"\$@\"; \}$", page, re.M)
+    given, ordered = environment(unit), environment(f" {function}")
+    for name in ("HOME", "RAY_TMPDIR", "RAY_AUTH_MODE"):
+        assert ordered[name] == given[name]
+    assert "PrivateTmp=yes" in unit
+    assert given["RAY_TMPDIR"] == "/var/cache/crynux-cluster"
+    # A socket's path has 107 characters at most.
+    session = "ray/session_2026-11-26_02-12-04_717826_4194304/sockets/plasma_store"
+    assert len(f"{given['RAY_TMPDIR']}/{session}") <= 107
+    assert f"rm -rf {given['RAY_TMPDIR']}/ray" in unit
+    assert function.split()[-1] in unit
+
+
 def test_the_unit_runs_it_as_nobody_in_particular() -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -307,11 +337,14 @@ def test_the_unit_runs_it_as_nobody_in_particular() -> None:
     assert Path(program).name in PROJECT["scripts"]
     check_command(f"crynux-cluster {options}")
     assert service["Restart"] == "always"
-    assert service["RestartPreventExitStatus"] == "2"
+    # What comes late (a port, a mount, Ray itself) ends it as a wrong configuration does.
+    assert "RestartPreventExitStatus" not in service
+    assert int(service["RestartMaxDelaySec"]) <= 300
     for key in ("NoNewPrivileges", "ProtectHome", "PrivateTmp", "RestrictSUIDSGID"):
         assert service[key] == "yes"
     assert service["ProtectSystem"] == "strict"
     assert service["CapabilityBoundingSet"] == ""
     assert service["StateDirectory"] == "crynux-cluster"
+    assert service["CacheDirectory"] == "crynux-cluster"
     text = (ROOT / "configs" / "systemd" / "crynux-cluster.service").read_text(encoding="utf-8")
     assert not re.search(r"^Environment=\w*(PASSWORD|TOKEN|SECRET)", text, re.MULTILINE)

@@ -107,6 +107,13 @@ MUTATIONS = {
         "emptyDir: {}",
         "volume tmp: may grow without bound",
     ),
+    "a cache that nothing is asked for": Mutation(
+        WORKER,
+        "ternary (list $group.tmp $group.cache.size)",
+        "ternary (list $group.tmp)",
+        "pod of card: its volumes may take more of the disk",
+        "a cache that goes",
+    ),
     "root": Mutation(SECURITY, "runAsNonRoot: true", "runAsNonRoot: false", "may run as root"),
     "volumes of another group": Mutation(
         SECURITY,
@@ -152,6 +159,12 @@ MUTATIONS = {
         "failureThreshold: 18",
         "failureThreshold: 1",
         "supervisor: is ended after 10 s of silence",
+    ),
+    "a ray that hangs": Mutation(
+        SECURITY,
+        "  failureThreshold: 12\n  terminationGracePeriodSeconds: 30\n",
+        "  failureThreshold: 12\n",
+        "a Ray that doesn't answer is asked to leave for long",
     ),
     "a probe of another port": Mutation(
         SECURITY,
@@ -313,6 +326,13 @@ MUTATIONS = {
         "no whole number",
         "budgets",
     ),
+    "a budget for what is broken": Mutation(
+        "budgets.yaml",
+        "  unhealthyPodEvictionPolicy: AlwaysAllow\n",
+        "",
+        "a pod that isn't ready keeps its machine",
+        "budgets",
+    ),
     "a budget for nobody": Mutation(
         "budgets.yaml",
         "ray.io/group: {{ .group }}",
@@ -393,13 +413,28 @@ MUTATIONS = {
         POLICY,
         "$ports = concat $ports",
         "$ports = concat (list 22) $ports",
-        "22 is open and nothing",
+        "22 is open to everyone and nothing",
+    ),
+    "a mirror's port for everyone": Mutation(
+        SECURITY,
+        'if not (include "crynux-cluster.private" $url.host)',
+        "if true",
+        "9000 is open to everyone and nothing",
+        "a mirror within",
+    ),
+    "the world, for a site without it": Mutation(
+        POLICY,
+        "if not .Values.networkPolicy.workers.public",
+        "if false",
+        "443 is open to everyone and nothing",
+        "nothing public",
     ),
     "no names": Mutation(
         POLICY,
+        "- {port: {{ . }}, protocol: UDP}",
         "- {port: 53, protocol: UDP}",
-        "- {port: 5353, protocol: UDP}",
         "no name is resolved",
+        "narrow network policies",
     ),
     "rights in kubernetes": Mutation(
         "serviceaccount.yaml",

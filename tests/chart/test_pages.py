@@ -64,11 +64,27 @@ def test_the_token_that_is_made_is_one_line_without_an_end(tmp_path: Path) -> No
     """The operator strips it, but Prometheus' operator hands the Secret's bytes on, and no header
     may hold a newline."""
     for page in ("kubernetes", "containers"):
-        (command,) = re.findall(r"^openssl .*$", PAGES[page], re.MULTILINE)
+        commands = re.findall(r"^openssl .*$", PAGES[page], re.MULTILINE)
         (tmp_path / "secrets").mkdir(exist_ok=True)
-        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
-        file = tmp_path / command.rpartition("> ")[2]
-        assert re.fullmatch(rb"[0-9a-f]{64}", file.read_bytes()), page
+        files = {Path(each.rpartition("> ")[2]).name: each for each in commands}
+        assert files.keys() == {"password", "token"}, page
+        for command in files.values():
+            subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+            file = tmp_path / command.rpartition("> ")[2]
+            assert re.fullmatch(rb"[0-9a-f]{64}", file.read_bytes()), page
+
+
+def test_the_key_is_made_with_the_password_that_is_made_before(tmp_path: Path) -> None:
+    """What the image is told to do is done here by the program itself."""
+    for page, image in (("kubernetes", "0.1.0-cpu"), ("containers", " operator")):
+        (command,) = re.findall(rf"^docker .*{image} (keys new .*)$", PAGES[page], re.MULTILINE)
+        folder = tmp_path / page
+        folder.mkdir()
+        (folder / "password").write_text("a" * 64)
+        (folder / "password").chmod(0o600)
+        words = command.replace("/keys/", f"{folder}/").split()
+        subprocess.run([sys.executable, "-m", "cluster.cli", *words], check=True)
+        assert set(json.loads((folder / "key.json").read_text())) >= {"crypto", "version"}
 
 
 def test_helm_is_called_for_one_release_and_its_claim_has_the_name_that_is_told() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from tests.chart.cases import NAMES, problems, rendered, values_of
@@ -38,6 +41,12 @@ def test_where_it_is_installed_changes_nothing(name: str) -> None:
     assert render(here) == render(there)
 
 
+def test_a_site_without_the_internet_has_no_way_to_it() -> None:
+    policies = [x for x in render(case(values_of("air-gapped"))) if x["kind"] == "NetworkPolicy"]
+    assert len(policies) == 3
+    assert not re.search(r"0\.0\.0\.0/0|::/0", json.dumps(policies))
+
+
 TOLD = {
     "suspended": "It is suspended",
     "postgresql and no volume": "a head that dies loses those, and their fees",
@@ -47,6 +56,7 @@ TOLD = {
     "many cards": "8 cards may come, and identity.accounts is 2",
     "no network policies": "Ray's ports are guarded by its token alone",
     "an ingress": "http://crynux.example.org",
+    "another port": "needs an ipBlock there",
 } | dict.fromkeys(EXAMPLES, "A change of values or of the version makes all pods anew")
 
 

@@ -56,6 +56,10 @@ BY_THE_CHART: Mapping[str, tuple[Mapping[str, Any], str]] = {
         },
         "ingress.enabled: needs api.existingSecret; without a token anyone would read",
     ),
+    "a port of the machines for everyone": (
+        {"service": {"type": "NodePort"}, "api": {"existingSecret": "", "openReads": True}},
+        "service.type: NodePort needs api.existingSecret; without a token anyone would read",
+    ),
     "no groups": ({"gpuGroups": []}, "gpuGroups: missing; name at least one group"),
     "a name twice": ({"gpuGroups": [one(), one()]}, "gpuGroups[card]: the name stands twice"),
     "two counts": (
@@ -305,6 +309,8 @@ def test_the_defaults_of_a_group_are_those_that_the_readme_tells() -> None:
     given = spec["containers"][0]["resources"]
     assert given["limits"].pop(said["gpuResource"]) == said["gpusPerPod"]
     assert given["requests"].pop(said["gpuResource"]) == said["gpusPerPod"]
+    assert given["requests"].pop("ephemeral-storage") == "20480Mi"
+    assert said["tmp"] == "20Gi"
     assert given == said["resources"]
     assert spec["terminationGracePeriodSeconds"] == said["graceSeconds"]
     sizes = {each["name"]: each.get("emptyDir", {}).get("sizeLimit") for each in spec["volumes"]}

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 from structlog.testing import capture_logs
 
 from cluster import keystore, runtime
@@ -44,6 +45,19 @@ def config(tmp_path: Path, **ray: object) -> Config:
         },
         context={"base": tmp_path},
     )
+
+
+def test_a_ray_that_is_begun_here_is_told_how_large_its_object_store_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it takes a third of the memory: more than a container's /dev/shm."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", asked.update)
+    assert runtime.connect(config(tmp_path)) is True
+    assert asked["object_store_memory"] == runtime.OBJECT_STORE_BYTES
+    asked.clear()
+    assert runtime.connect(config(tmp_path, address="127.0.0.1:6379")) is False
+    assert "object_store_memory" not in asked
 
 
 def test_simulated_classes_carry_the_platform(tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ what to do; nothing is looked up in a cluster, so it is the same wherever it is 
 {{- if has (int .Values.api.port) (list 6379 8080 8265 10001 52365) -}}
 {{- fail (printf "api.port: %d is Ray's; choose another" (int .Values.api.port)) -}}
 {{- end -}}
+{{- if and (ne .Values.service.type "ClusterIP") (not .Values.api.existingSecret) -}}
+{{- fail (printf "service.type: %s needs api.existingSecret; without a token anyone would read" .Values.service.type) -}}
+{{- end -}}
 {{- with .Values.ingress -}}
 {{- if and .enabled (not .host) -}}
 {{- fail "ingress.host: missing" -}}

@@ -56,7 +56,8 @@ spec:
         - {name: gcs-server, containerPort: 6379, protocol: TCP}
         - {name: serve, containerPort: {{ .Values.api.port }}, protocol: TCP}
       resources:
-        {{- toYaml $head.resources | nindent 8 }}
+        {{- $disks := $head.persistence.enabled | ternary (list $head.tmp) (list $head.tmp $head.persistence.size) }}
+        {{- include "crynux-cluster.resources" (dict "resources" $head.resources "disks" $disks) | nindent 8 }}
       securityContext:
         {{- include "crynux-cluster.security" . | nindent 8 }}
       {{- include "crynux-cluster.rayProbes" . | nindent 6 }}

@@ -109,7 +109,8 @@ only what is wrong stands among the operator's lines. What `env` of the values s
 {{- end }}
 {{- end -}}
 
-{{- /* Of the pod's own agent, which says how the raylet is, and on the head the GCS. */ -}}
+{{- /* Of the pod's own agent, which says how the raylet is, and on the head the GCS. The hook that empties the pod is
+run before this end too, and asks a Ray that doesn't answer: it isn't given the time that a pod that goes has. */ -}}
 {{- define "crynux-cluster.rayProbes" -}}
 {{- $get := "{path: /api/healthz, port: 52365}" -}}
 startupProbe:
@@ -117,11 +118,13 @@ startupProbe:
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 60
+  terminationGracePeriodSeconds: 30
 livenessProbe:
   httpGet: {{ $get }}
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: 12
+  terminationGracePeriodSeconds: 30
 readinessProbe:
   httpGet: {{ $get }}
   periodSeconds: 10
@@ -140,6 +143,20 @@ object-store-memory: "268435456"
 container would be gone with it. */}}
 no-redirect-output: "true"
 dashboard-agent-listen-port: "52365"
+{{- end -}}
+
+{{- /* What a container is given; asked for with it, unless the values speak of it: the room on the machine's disk that
+its pod's volumes may take, lest the pod comes where it would be evicted. */ -}}
+{{- define "crynux-cluster.resources" -}}
+{{- $found := deepCopy .resources -}}
+{{- $disk := 0 -}}
+{{- range .disks -}}
+{{- $disk = add $disk (include "crynux-cluster.mebibytes" . | int64) -}}
+{{- end -}}
+{{- if not (or (hasKey $found.requests "ephemeral-storage") (hasKey $found.limits "ephemeral-storage")) -}}
+{{- $_ := set $found.requests "ephemeral-storage" (printf "%dMi" $disk) -}}
+{{- end -}}
+{{- toYaml $found -}}
 {{- end -}}
 
 {{- /* Mi of a quantity in Mi, Gi or Ti. */ -}}
@@ -169,13 +186,25 @@ dashboard-agent-listen-port: "52365"
 {{- merge (dict "least" $least "most" $most) $group | toJson -}}
 {{- end -}}
 
-{{- /* Numbers of ports in the URLs of a list, as JSON. */ -}}
+{{- /* "private" for a host that is no public one by its name or address: a rule for everyone doesn't lead to it, and
+opens its port to the world instead. */ -}}
+{{- define "crynux-cluster.private" -}}
+{{- $host := regexReplaceAll ":[0-9]+$" . "" | trimPrefix "[" | trimSuffix "]" | lower -}}
+{{- $networks := "^(10|127|169\\.254|172\\.(1[6-9]|2[0-9]|3[01])|192\\.168|100\\.(6[4-9]|[7-9][0-9]|1[01][0-9]|12[0-7]))\\.[0-9.]+$" -}}
+{{- if or (regexMatch $networks $host) (regexMatch "^(::1$|f[cd][0-9a-f]{2}:|fe80:)" $host) (regexMatch "(^[a-z0-9-]+|\\.(svc|local|localdomain|internal|lan|home\\.arpa))$" $host) -}}
+private
+{{- end -}}
+{{- end -}}
+
+{{- /* Numbers of ports in those URLs of a list that are at public hosts, as JSON. */ -}}
 {{- define "crynux-cluster.portsOf" -}}
 {{- $ports := list -}}
 {{- range compact . -}}
 {{- $url := urlParse . -}}
+{{- if not (include "crynux-cluster.private" $url.host) -}}
 {{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
 {{- $ports = append $ports ($port | default (eq $url.scheme "http" | ternary "80" "443") | int) -}}
+{{- end -}}
 {{- end -}}
 {{- uniq $ports | toJson -}}
 {{- end -}}

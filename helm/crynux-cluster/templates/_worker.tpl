@@ -33,7 +33,8 @@ spec:
         {{- end }}
         - {name: AWS_EC2_METADATA_DISABLED, value: "true"}
       resources:
-        {{- toYaml $resources | nindent 8 }}
+        {{- $disks := eq $group.cache.kind "ephemeral" | ternary (list $group.tmp $group.cache.size) (list $group.tmp) }}
+        {{- include "crynux-cluster.resources" (dict "resources" $resources "disks" $disks) | nindent 8 }}
       securityContext:
         {{- include "crynux-cluster.security" $root | nindent 8 }}
       {{- include "crynux-cluster.rayProbes" $root | nindent 6 }}

@@ -31,6 +31,19 @@ def every_container_has_requests_and_limits(found: Rendered) -> Iterator[str]:
                 yield f"{pod.name}, volume {name}: may grow without bound"
 
 
+def disk_is_asked_for(found: Rendered) -> Iterator[str]:
+    """As much of the machine's as the pod's volumes may take: else it comes where it is evicted."""
+    for pod in pods(found.objects):
+        volumes = [each["emptyDir"] for each in pod.volumes.values() if "emptyDir" in each]
+        wanted = sum(amount(each["sizeLimit"]) for each in volumes if "medium" not in each)
+        given = [each.get("resources", {}) for each in pod.containers]
+        if any("ephemeral-storage" in each.get("limits", {}) for each in given):
+            continue  # theirs, which is what is asked for too
+        asked = [each.get("requests", {}).get("ephemeral-storage", "0") for each in given]
+        if sum(map(amount, asked)) < wanted:
+            yield f"{pod.name}: its volumes may take more of the disk than it asks for"
+
+
 def pods_are_restricted(found: Rendered) -> Iterator[str]:
     """The pod security standard "restricted", and nothing of the machine or of Kubernetes' API."""
     kinds = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
@@ -91,6 +104,9 @@ def probes_fit(found: Rendered) -> Iterator[str]:
                 asked = container.get(name, {}).get("httpGet", {})
                 if (asked.get("path"), asked.get("port")) != (path, port):
                     yield f"{where}: {name} doesn't ask {path} at {port}"
+            for name in ("startupProbe", "livenessProbe") if of_ray else ():
+                if container.get(name, {}).get("terminationGracePeriodSeconds", 600) > TO_END:
+                    yield f"{where}: a Ray that doesn't answer is asked to leave for long"
             if (seconds := _patience(container.get("livenessProbe", {}))) < 60:
                 yield f"{where}: is ended after {seconds} s of silence"
 
@@ -158,6 +174,7 @@ def the_head_leaves_a_machine_that_is_gone(found: Rendered) -> Iterator[str]:
 
 POLICIES: Final[tuple[Policy, ...]] = (
     every_container_has_requests_and_limits,
+    disk_is_asked_for,
     pods_are_restricted,
     probes_fit,
     pods_go_in_good_order,

@@ -219,29 +219,52 @@ def _port(url: str) -> int:
     return parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
+SITE: Final = (".svc", ".local", ".localdomain", ".internal", ".lan", ".home.arpa")
+
+
+def _is_private(url: str) -> bool:
+    """By its name, as far as a name tells it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith(SITE)
+
+
+def _sources(found: Rendered) -> Iterator[tuple[str, str]]:
+    """Where models are looked for, by the operator's configuration: what, and its URL."""
+    models = operator_values(found.objects).get("models", {})
+    sources = models.get("sources", ["mirror", "hub", "web"])
+    if "hub" in sources:
+        yield "the hub", models.get("hub", {}).get("endpoint", "https://huggingface.co")
+    if "web" in sources:
+        for port in models.get("web", {}).get("ports", [80, 443]):
+            yield f"links at {port}", f"http://any.example:{port}"
+    if "mirror" in sources and models.get("mirror", {}).get("url"):
+        yield "the mirror", models["mirror"].get("endpoint", "https://s3.amazonaws.com")
+    if "proxy" in models:
+        yield "the proxy", models["proxy"]
+
+
 def what_the_configuration_names_can_be_reached(found: Rendered) -> Iterator[str]:
-    """Names have no addresses here, so: at least its port is open, to somewhere."""
+    """What is public, by a rule for public addresses; what is private, by a rule of the values,
+    whose peers nobody knows here, and by no other."""
     policy = _policy(found, "workers")
     if policy is None:
         return
-    models = operator_values(found.objects).get("models", {})
-    sources = models.get("sources", ["mirror", "hub", "web"])
-    wanted: dict[str, int] = {}
-    if "hub" in sources:
-        wanted["the hub"] = _port(models.get("hub", {}).get("endpoint", "https://huggingface.co"))
-    if "web" in sources:
-        ports = models.get("web", {}).get("ports", [80, 443])
-        wanted |= {f"links at {port}": port for port in ports}
-    if "mirror" in sources and models.get("mirror", {}).get("url"):
-        wanted["the mirror"] = _port(models["mirror"].get("endpoint", "https://s3.amazonaws.com"))
-    if "proxy" in models:
-        wanted["the proxy"] = _port(models["proxy"])
-    for what, port in wanted.items():
-        if port not in _all_ports(policy):
-            yield f"NetworkPolicy of the workers: {what} can't be reached at {port}"
-    more = _public_ports(policy) - set(wanted.values())
-    for port in sorted(more - set(found.values["networkPolicy"]["workers"]["publicPorts"])):
-        yield f"NetworkPolicy of the workers: {port} is open and nothing is there"
+    given = found.values["networkPolicy"]["workers"]
+    public = _public_ports(policy)
+    wanted = set(given["publicPorts"]) if given["public"] else set()
+    for what, url in _sources(found):
+        within = _is_private(url) or not given["public"]
+        if _port(url) not in (_all_ports(policy) if within else public):
+            yield f"NetworkPolicy of the workers: {what} can't be reached at {_port(url)}"
+        if not within:
+            wanted.add(_port(url))
+    for port in sorted(public - wanted):
+        yield f"NetworkPolicy of the workers: {port} is open to everyone and nothing is there"
+    for port in sorted(wanted - public):
+        yield f"NetworkPolicy of the workers: {port} isn't open"
 
 
 def the_head_reaches_what_the_values_name(found: Rendered) -> Iterator[str]:
@@ -260,7 +283,8 @@ def the_head_reaches_what_the_values_name(found: Rendered) -> Iterator[str]:
             for rule in (_policy(found, name) or {"egress": ()})["egress"]
             for port in rule.get("ports", ())
         }
-        if not {(53, "UDP"), (53, "TCP")} <= ports:
+        asked = found.values["networkPolicy"]["dnsPorts"]
+        if not {(port, kind) for port in asked for kind in ("UDP", "TCP")} <= ports:
             yield f"NetworkPolicy of the {name}: no name is resolved"
 
 

@@ -102,6 +102,8 @@ def budgets_are_numbers(found: Rendered) -> Iterator[str]:
             yield f"{name_of(each)}: no whole number in minAvailable"
             continue
         group = spec["selector"]["matchLabels"]["ray.io/group"]
+        if spec.get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield f"{name_of(each)}: a pod that isn't ready keeps its machine"
         if spec.get("minAvailable", 0) > least.get(group, 1):
             yield f"{name_of(each)}: more than there are"
 
