@@ -44,7 +44,7 @@ def test_the_head_is_started_without_processors() -> None:
     assert words == [
         *("ray", "start", "--head", "--block", "--dashboard-agent-listen-port=52365"),
         *("--dashboard-host=127.0.0.1", "--memory=6442450944", "--metrics-export-port=8080"),
-        *("--num-cpus=0", "--object-store-memory=268435456"),
+        *("--no-redirect-output", "--num-cpus=0", "--object-store-memory=268435456"),
     ]
 
 
@@ -53,7 +53,7 @@ def test_a_worker_offers_its_cards_and_looks_for_the_head_by_name() -> None:
     assert words == [
         *("ray", "start", f"--address={HEAD}:6379", "--block"),
         *("--dashboard-agent-listen-port=52365", "--memory=17179869184"),
-        *("--metrics-export-port=8080", "--num-cpus=2", "--num-gpus=1"),
+        *("--metrics-export-port=8080", "--no-redirect-output", "--num-cpus=2", "--num-gpus=1"),
         "--object-store-memory=268435456",
     ]
 
