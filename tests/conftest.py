@@ -11,7 +11,7 @@ more than one test. All others go wherever there is time.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import pytest
 from hypothesis import settings
@@ -23,19 +23,23 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 OPERATOR = "running_operator"
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+# First: xdist reads the groups in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: Sequence[pytest.Item]) -> None:
+    costly = {
+        each.baseid
+        for found in session._fixturemanager._arg2fixturedefs.values()
+        for each in found
+        if each.scope != "function"
+    }
     for item in items:
-        group = _shared(item)
+        group = _shared(item, costly)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
-def _shared(item: pytest.Item) -> str | None:
+def _shared(item: pytest.Item, costly: Container[str]) -> str | None:
     """The name of what it shares with other tests; None for one that stands alone."""
-    if not isinstance(item, pytest.Function):
-        return None
-    found = item._fixtureinfo.name2fixturedefs
-    if OPERATOR in found:
+    if OPERATOR in getattr(item, "fixturenames", ()):
         return OPERATOR
-    ours = (each for defs in found.values() for each in defs if each.baseid.startswith("tests"))
-    return item.path.stem if any(each.scope != "function" for each in ours) else None
+    return item.path.stem if item.nodeid.partition("::")[0] in costly else None
