@@ -292,7 +292,8 @@ class Coordinator:
             gpus=tuple((gpu, pool.report(gpu.gpu_id)) for gpu in cards),
             stores=world.stores.reports(),
         )
-        return describe(sight if self._term is None else self._term.add_to(sight))
+        term = self._term
+        return describe(sight if term is None or not term.holds else term.add_to(sight))
 
 
 def _earnings(journal: SqlJournal, first: int, last: int, step: Step) -> Earnings:

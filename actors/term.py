@@ -56,6 +56,7 @@ class Term:
         self._world = world
         self._ledger = ledger
         self._network = network
+        self._held_until = world.clock() + world.lease_seconds
         self._end = asyncio.Event()
         self._broken: BaseException | None = None
         self._safeguards = Safeguards(
@@ -219,12 +220,19 @@ class Term:
 
     # --- loops -----------------------------------------------------------------------------------
 
+    @property
+    def holds(self) -> bool:
+        """Whether the lease is still ours, by this machine's clock; one that was frozen, or can't
+        renew it, says so before it comes to end the term. No write depends on it."""
+        return self._world.clock() < self._held_until
+
     async def _renew(self) -> None:
         world, ledger = self._world, self._ledger
         while True:
             await asyncio.sleep(world.lease_seconds / 3)
             now = Timestamp(world.clock())
             ledger.lease = world.journal.renew(ledger.lease, now, world.lease_seconds)
+            self._held_until = now + world.lease_seconds
 
     async def _listen(self) -> None:
         while True:

@@ -109,7 +109,7 @@ def _write(place: Path, data: bytes) -> None:
 def _make_folder() -> Path:
     """Only ours: mode 0700."""
     where = _MEMORY if os.access(_MEMORY, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="crynux-", dir=where))
+    return Path(tempfile.mkdtemp(prefix=f"crynux-{os.getpid()}-", dir=where))
 
 
 def main() -> int:
