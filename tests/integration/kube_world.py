@@ -408,17 +408,14 @@ class KubeWorld(TaskWorld):
         self.gate.open()
 
     def explain(self) -> str:
-        """The end of what each container said, and the coordinator."""
-        files = [*self.logs.glob("*.log")]
-        for pod in (self._base / "t").glob("*/ray/session_latest/logs"):
-            files += [each for each in pod.glob("worker-*.out") if "epoch" in each.read_text()]
+        """The tasks' stories, and the end of what each container said."""
         lines = []
         for commitment in self.sent:
             lines.append(f"story of {commitment}")
             lines += [
                 f"  {at:.2f} {str(event)[:300]}" for event, at in self.journal.story(commitment)
             ]
-        for file in sorted(files, key=lambda each: each.stat().st_mtime):
+        for file in sorted(self.logs.glob("*.log"), key=lambda each: each.stat().st_mtime):
             lines.append(f"{file}, its end")
             lines += [f"  {line[:400]}" for line in file.read_text().splitlines()[-25:]]
         return "\n".join(lines)
