@@ -93,8 +93,9 @@ def main() -> None:
             progress(f"{accounts} accounts, {what}: {found.rate:.2f}/s")
             if not tasks:
                 idle[accounts] = found
-    for method, count in sorted(idle[64].methods.items()):
-        figures[f"idle_64_{method}"] = round(count / asked.seconds, 3)
+            kind = f"{'busy' if tasks else 'idle'}_{accounts}"
+            for method, count in sorted(found.methods.items()):
+                figures[f"{kind}_{method}"] = round(count / found.burden.seconds, 3)
     figures["ratio_64_to_1"] = round(idle[64].rate / idle[1].rate, 4)
     for foreign in (0, 5, 50):
         found = case(64, False, foreign) if foreign else idle[64]
