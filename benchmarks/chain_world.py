@@ -89,6 +89,9 @@ class Cards:
     def gpus(self) -> tuple[Gpu, ...]:
         return self._gpus
 
+    def unknown(self) -> tuple[Gpu, ...]:
+        return ()
+
     def report(self, gpu: GpuId) -> None:
         return None
 
