@@ -593,7 +593,7 @@ def test_slots_that_were_measured_last_over_restarts(tmp_path: Path) -> None:
         world.see(account, NodeStatus.AVAILABLE, balance=20)
     world.turn()
     for number in range(FEW):
-        paid(world, number, ALICE, compute=10.0, network=9.0)
+        paid(world, number, ALICE, compute=10.0, network=3.0)
     for _ in range(3):
         assert world.turn() == []
         assert [each.slots for each in world.keeper.view.classes] == [2]

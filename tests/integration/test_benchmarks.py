@@ -1,0 +1,20 @@
+"""What the benchmarks are made of, in little: they are run by hand, and a change elsewhere that
+breaks them would not be seen until then."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.chain_world import chain_room, specs
+from devnet.models import SD15
+
+pytestmark = pytest.mark.timeout(600)
+
+
+async def test_a_coordinator_with_stand_in_cards_has_its_tasks_paid() -> None:
+    async with chain_room(2, 0.5, cards=1) as room:
+        await room.until_joined()
+        await room.send(specs(3, SD15[0]))
+        assert len(room.cards.busy) == 3
+        assert room.calls["eth_getLogs"] > 0
+        assert len(room.fetches) == 3
