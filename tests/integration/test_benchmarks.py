@@ -12,9 +12,9 @@ pytestmark = pytest.mark.timeout(600)
 
 
 async def test_a_coordinator_with_stand_in_cards_has_its_tasks_paid() -> None:
-    async with chain_room(2, 0.5, cards=1) as room:
+    async with chain_room(2, 0.5) as room:
         await room.until_joined()
         await room.send(specs(3, SD15[0]))
         assert len(room.cards.busy) == 3
         assert room.calls["eth_getLogs"] > 0
-        assert len(room.fetches) == 3
+        assert len(room.fetches) >= 3, "each is asked for until the relay has it"
