@@ -17,7 +17,7 @@ FROM ${BASE} AS build
 ARG VARIANT=head
 ARG PYTHON=3.11.18
 # A mirror of yours instead, where the internet isn't.
-ARG INDEX=https://pypi.org/simple
+ARG INDEX=
 ARG PYTHON_MIRROR=https://github.com/astral-sh/python-build-standalone/releases/download
 ENV UV_DEFAULT_INDEX=${INDEX} \
     UV_PYTHON_INSTALL_MIRROR=${PYTHON_MIRROR} \

@@ -345,10 +345,6 @@ def mined_from(connection: Connection, account: Address, nonce: int) -> tuple[Ou
     return tuple(sorted(found, key=lambda row: row.order))
 
 
-def count_mined(connection: Connection, account: Address, prefix: str) -> int:
-    return _count(connection, account, prefix, IN_THE_CHAIN)
-
-
 def next_key(connection: Connection, account: Address, prefix: str) -> str:
     """Of those that the account does one after the other: the one that is on its way, else the
     first that was given up, else a new one."""
@@ -358,17 +354,10 @@ def next_key(connection: Connection, account: Address, prefix: str) -> str:
     )
     found = connection.execute(left.order_by(table.c.seq)).all()
     if not found:
-        return f"{prefix}{_count(connection, account, prefix, frozenset(RowState))}"
+        whole = _of_prefix(select(func.count()).select_from(table), account, prefix)
+        return f"{prefix}{connection.execute(whole).scalar_one()}"
     open_ones = (each.key for each in found if RowState(each.state) not in REFUSED)
     return str(next(open_ones, found[0].key))
-
-
-def _count(
-    connection: Connection, account: Address, prefix: str, states: frozenset[RowState]
-) -> int:
-    query = _of_prefix(select(func.count()).select_from(table), account, prefix)
-    states_here = table.c.state.in_([state.value for state in states])
-    return int(connection.execute(query.where(states_here)).scalar_one())
 
 
 def _of_prefix(query: Select[Any], account: Address, prefix: str) -> Select[Any]:

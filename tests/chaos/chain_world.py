@@ -12,14 +12,13 @@ from typing import Any
 from eth_utils.address import to_checksum_address
 from eth_utils.crypto import keccak
 
-from cluster.chain import outbox_rows
 from cluster.chain.contract import commitment_bytes
 from cluster.chain.endpoints import Endpoints
 from cluster.chain.fees import FeeSettings, first
 from cluster.chain.network import ChainNetwork, Contracts, NetworkSettings
 from cluster.chain.outbox import Outbox
 from cluster.chain.outbox_ports import OutboxSettings
-from cluster.chain.outbox_rows import RowState
+from cluster.chain.outbox_rows import IN_THE_CHAIN, RowState
 from cluster.chain.rpc import Rpc, http_transport
 from cluster.core.errors import NetworkUnavailable
 from cluster.core.types import (
@@ -181,9 +180,8 @@ class World:
         """So many payments, one after the other."""
         prefix = f"account:{self.treasury}:fund:{FRIEND}:"
         while True:
-            with self.journal.read() as connection:
-                paid = outbox_rows.count_mined(connection, self.treasury, prefix)
-            if paid < PAYMENTS:
+            states = [RowState(state) for _, key, state, _ in self.rows() if key.startswith(prefix)]
+            if sum(state in IN_THE_CHAIN for state in states) < PAYMENTS:
                 await network.transfer(self.treasury, FRIEND, PAYMENT, "fund")
             await asyncio.sleep(0.3)
 
