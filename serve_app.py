@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
+from actors.precedence import ONLOOKERS, give_way
 from cluster import logs
 from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
@@ -137,6 +138,7 @@ class Edge:
 
     def __init__(self, settings: EdgeSettings) -> None:
         settings.said.setup()
+        give_way(ONLOOKERS)
         self._source = CoordinatorSource(settings.namespace)
         self._access = settings.access()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -46,6 +47,9 @@ from cluster.status import Status
 from cluster.steering import ORDERS
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
 
+THREADS_GIVE_WAY_SECONDS = 0.001
+"""For how long a thread of ours that renders or reads may keep the interpreter from the loop; it is
+Python's to ask it, and it does after 5 ms unless it is told."""
 NAME = "coordinator"
 """The actor's name in its Ray namespace."""
 REFUSED = "refused: "
@@ -320,6 +324,7 @@ class CoordinatorActor(Coordinator):
     what is an argument, Ray keeps."""
 
     async def __init__(self, assemble: Callable[[], World]) -> None:  # type: ignore[misc]
+        sys.setswitchinterval(THREADS_GIVE_WAY_SECONDS)
         holder = ray.get_runtime_context().get_actor_id()
         try:
             world = assemble()

@@ -24,6 +24,7 @@ from typing import Protocol
 import ray
 import structlog
 
+from actors.precedence import CARDS, give_way
 from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
@@ -318,4 +319,5 @@ class InferenceActor(InferenceWorker):
     async def __init__(  # type: ignore[misc]
         self, make_engine: Callable[[], Engine], release: str
     ) -> None:
+        give_way(CARDS)
         InferenceWorker.__init__(self, make_engine, release)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import ray
 import structlog
 
+from actors.precedence import STORES, give_way
 from cluster.core.errors import Cancelled, ClusterError
 from cluster.models.disk import Progress
 from cluster.models.keeper import Keeper, Wanted
@@ -287,4 +288,5 @@ class StoreActor(StoreWorker):
     async def __init__(  # type: ignore[misc]
         self, make_keeper: Callable[[], Keeper], release: str, configured: tuple[str, ...]
     ) -> None:
+        give_way(STORES)
         StoreWorker.__init__(self, make_keeper, release, configured)

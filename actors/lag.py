@@ -6,7 +6,7 @@ import asyncio
 
 from cluster.metrics import Metrics
 
-LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.05
 
 
 async def watch(metrics: Metrics) -> None:

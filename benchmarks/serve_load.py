@@ -1,9 +1,9 @@
-"""What watching costs: 25 scrapers and 25 page viewers for 30 s while tasks run, and 30 s without.
+"""What watching costs: 25 scrapers and 25 page viewers for a minute, and a minute without; tasks run.
 
-A whole operator on a devnet, as `crynux-cluster up` starts it, with tasks that never end. Each
-scraper asks for /metrics once a second, each viewer follows /v1/events. The two states take turns
-every ten seconds, so that a slow moment of the machine falls on both, and what one leaves is waited
-for before the next begins. The coordinator's own loop says how late it is
+A whole operator on a devnet, as `crynux-cluster up` starts it, with tasks that never end. Who
+watches is a process of its own (`benchmarks.watchers`). The two states take turns every ten
+seconds, so that a slow moment of the machine falls on both, and what one leaves is waited for
+before the next begins. The coordinator's own loop says how late it is
 (crynux_loop_lag_seconds): it is asked itself, because the API keeps an answer for a moment. How
 long it takes to make one anew is measured between the turns (`metrics_ms`); of 256 cards see
 `benchmarks.metrics_render`.
@@ -20,13 +20,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.report import arguments, progress, publish
+from benchmarks.watchers import Watched, watching
 from cluster import config, ray_token
 from cluster.core.types import GigaBytes, TaskType
 from cluster.status import Status
@@ -38,41 +39,13 @@ from devnet.network import MODELS, Devnet, SimulatedCards
 from devnet.tasks import TaskSpec
 
 RUN = Path(".devnet/serve-load")
-SCRAPERS, VIEWERS = 25, 25
-TURN_SECONDS, TURNS = 10.0, 3
+TURN_SECONDS, TURNS = 10.0, 6
 SETTLE_SECONDS = 5.0
 """Between the two states: an answer that was kept for those who watched is gone by then."""
-SCRAPE_SECONDS = 1.0
 Ask = Callable[[], bytes]
 """The coordinator's metrics, from itself."""
 READY_SECONDS = 300.0
 CARDS = (SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),)
-
-
-@dataclass
-class Watched:
-    """What those who watch have met: seconds of each answer, and failures."""
-
-    scrapes: list[float] = field(default_factory=list)
-    events: int = 0
-    failed: int = 0
-
-    async def scrape(self, http: httpx.AsyncClient, url: str) -> None:
-        while True:
-            began = time.monotonic()
-            try:
-                answer = await http.get(f"{url}/metrics")
-                self.failed += not answer.is_success
-                self.scrapes.append(time.monotonic() - began)
-            except httpx.HTTPError:
-                self.failed += 1
-            await asyncio.sleep(max(0.0, SCRAPE_SECONDS - (time.monotonic() - began)))
-
-    async def view(self, http: httpx.AsyncClient, url: str) -> None:
-        async with http.stream("GET", f"{url}/v1/events") as answer:
-            async for line in answer.aiter_lines():
-                self.events += line.startswith(("event: status", "event: changed"))
-                self.failed += line.startswith("event: away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +70,6 @@ class Lag:
     def since(self, before: Lag) -> float:
         """Seconds, as a mean."""
         return (self.seconds - before.seconds) / max(self.looks - before.looks, 1.0)
-
-
-@contextlib.asynccontextmanager
-async def watching(watched: Watched, url: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=60, limits=limits) as http:
-        tasks = [asyncio.create_task(watched.scrape(http, url)) for _ in range(SCRAPERS)]
-        tasks += [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def spec(number: int) -> TaskSpec:

@@ -315,7 +315,7 @@ class Metrics:
         faults = ["none", *(fault.value for fault in Fault)]
         self._lag = Histogram(
             "crynux_loop_lag_seconds",
-            "How late the coordinator's loop is, looked at four times a second.",
+            "How late the coordinator's loop is, looked at twenty times a second.",
             registry=self.registry,
             buckets=_LAGS,
         )

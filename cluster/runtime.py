@@ -36,6 +36,7 @@ from actors.canary import CanarySettings
 from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.fleet import FleetSettings
 from actors.pool import RayGpuPool, simulated_resource
+from actors.precedence import RAY_SETTINGS
 from actors.safeguards import SafeguardSettings
 from actors.stores import RayStores
 from actors.world import LiveSettings, RunningNetwork, World
@@ -447,6 +448,7 @@ def connect(config: Config) -> bool:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
+            "_system_config": RAY_SETTINGS,
             "resources": {
                 simulated_resource(gpu_class): count
                 for gpu_class, count in simulated_classes(config).items()

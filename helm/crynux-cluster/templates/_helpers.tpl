@@ -91,7 +91,7 @@ imagePullSecrets:
 
 {{- /* The token is a file for the supervisor; KubeRay gives it to Ray's own containers. Ray isn't to wait for its
 actors to go: they never do by themselves, and crynux-cluster leave has emptied the machine. Of what Ray itself logs,
-only what is wrong stands among the operator's lines. What `env` of the values sets, it sets. */ -}}
+only what is wrong stands among the operator's lines. Its processes yield by actors/precedence.py, not all alike. What `env` of the values sets, it sets. */ -}}
 {{- define "crynux-cluster.env" -}}
 {{- $env := dict
   "HOME" "/tmp"
@@ -101,6 +101,7 @@ only what is wrong stands among the operator's lines. What `env` of the values s
   "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" "0"
   "RAY_BACKEND_LOG_LEVEL" "warning"
   "RAY_LOGGER_LEVEL" "warning"
+  "RAY_worker_niceness" "0"
   "PROMETHEUS_DISABLE_CREATED_SERIES" "true"
 -}}
 {{- range . }}{{ $_ := set $env .name .value }}{{ end -}}

@@ -1,0 +1,100 @@
+"""Those who watch an operator, for `benchmarks.serve_load`: scrapers and viewers of its page.
+
+    python -m benchmarks.watchers URL
+
+Each scraper asks for /metrics once a second, each viewer follows /v1/events, until standard input
+ends; then prints what they met as one JSON object. They stand for other machines, so they are a
+process of their own, which takes what the operator leaves of this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+
+import httpx
+
+SCRAPERS, VIEWERS = 25, 25
+SCRAPE_SECONDS = 1.0
+NICE = 19
+
+
+@dataclass
+class Watched:
+    """What those who watch have met: seconds of each answer, and failures."""
+
+    scrapes: list[float] = field(default_factory=list)
+    events: int = 0
+    failed: int = 0
+
+    def add(self, other: Watched) -> None:
+        self.scrapes += other.scrapes
+        self.events += other.events
+        self.failed += other.failed
+
+    async def scrape(self, http: httpx.AsyncClient, url: str) -> None:
+        while True:
+            began = time.monotonic()
+            try:
+                answer = await http.get(f"{url}/metrics")
+                self.failed += not answer.is_success
+                self.scrapes.append(time.monotonic() - began)
+            except httpx.HTTPError:
+                self.failed += 1
+            await asyncio.sleep(max(0.0, SCRAPE_SECONDS - (time.monotonic() - began)))
+
+    async def view(self, http: httpx.AsyncClient, url: str) -> None:
+        try:
+            async with http.stream("GET", f"{url}/v1/events") as answer:
+                self.failed += not answer.is_success
+                async for line in answer.aiter_lines():
+                    self.events += line.startswith(("event: status", "event: changed"))
+                    self.failed += line.startswith("event: away")
+        except httpx.HTTPError:
+            self.failed += 1
+
+
+@contextlib.asynccontextmanager
+async def watching(watched: Watched, url: str) -> AsyncIterator[None]:
+    """They watch while this is open; what they met is then added to `watched`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.watchers", url),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield
+    finally:
+        out, _ = await process.communicate(b"")
+    if process.returncode:
+        raise SystemExit(f"error: those who watch ended with {process.returncode}")
+    watched.add(Watched(**json.loads(out)))
+
+
+async def watch(url: str) -> Watched:
+    """Until standard input ends."""
+    watched = Watched()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as http:
+        tasks = [asyncio.create_task(watched.scrape(http, url)) for _ in range(SCRAPERS)]
+        tasks += [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
+        await asyncio.to_thread(sys.stdin.read)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return watched
+
+
+def main() -> None:
+    os.nice(NICE)
+    print(json.dumps(asdict(asyncio.run(watch(sys.argv[1])))))
+
+
+if __name__ == "__main__":
+    main()
