@@ -1,4 +1,4 @@
-"""What watching costs: 25 scrapers and 25 page viewers for a minute, and a minute without; tasks run.
+"""What watching costs while tasks run: a minute of 25 scrapers and 25 page viewers against none.
 
 A whole operator on a devnet, as `crynux-cluster up` starts it, with tasks that never end. Who
 watches is a process of its own (`benchmarks.watchers`). The two states take turns every ten

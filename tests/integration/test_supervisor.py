@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import yaml
 
 import serve_app
+from actors import precedence
 from cluster import runtime
 from cluster.releases import release
 from tests.integration.operator_world import PATIENCE, TEST_SECONDS, OperatorWorld, answer_of
@@ -47,6 +50,24 @@ async def test_a_killed_coordinator_is_brought_back(operator: OperatorWorld) -> 
     finally:
         ray.kill(operator.coordinator(), no_restart=True)
         operator.start_coordinator()
+
+
+def test_the_coordinator_goes_before_all_that_is_begun_beside_it(
+    operator: OperatorWorld,
+) -> None:
+    """Where Ray is begun by us, as it is here: by itself it has all of them yield alike."""
+    found: dict[str, set[int]] = {}
+    for process in psutil.Process().children(recursive=True):
+        title = " ".join(process.cmdline())
+        actor = re.match(r"ray::(\w+)", title)
+        if actor is not None:
+            # Each thread has a niceness of its own.
+            threads = {os.getpriority(os.PRIO_PROCESS, each.id) for each in process.threads()}
+            found.setdefault(actor[1], set()).update(threads)
+    assert found["CoordinatorActor"] == {0}
+    assert found["InferenceActor"] == {precedence.CARDS}
+    assert found["StoreActor"] == {precedence.STORES}
+    assert found["ServeReplica"] == {precedence.ONLOOKERS}
 
 
 JOIN = """
