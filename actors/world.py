@@ -59,7 +59,7 @@ def _nothing_to_reload() -> tuple[LiveSettings, tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Everything around the coordinator; `cluster.runtime.assemble` makes it."""
+    """Everything around the coordinator; `cluster.assembly.assemble` makes it."""
 
     version: str
     config_digest: str

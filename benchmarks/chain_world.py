@@ -25,8 +25,8 @@ from actors.coordinator import Coordinator
 from actors.pool import RayGpuPool
 from actors.stores import RayStores
 from actors.world import RunningNetwork, World
+from cluster import assembly
 from cluster import config as configuration
-from cluster import runtime
 from cluster.chain.rpc import Rpc
 from cluster.chain.task_contract import TaskContract
 from cluster.core.ports import Computed, Lease, Order
@@ -216,13 +216,13 @@ async def chain_room(
             url = config.network.rpc_url.replace("http", "ws", 1)
             network = config.network.model_copy(update={"ws_url": url})
             config = config.model_copy(update={"network": network})
-        world: World = runtime.assemble(config)
+        world: World = assembly.assemble(config)
         calls: Counter[str] = Counter()
         identity = Identity.load(devnet.directory / "seed")
         looks: list[tuple[float, str]] = []
         fetches: list[tuple[float, str]] = []
         opened = functools.partial(
-            runtime.open_network,
+            assembly.open_network,
             config,
             identity,
             world.journal,

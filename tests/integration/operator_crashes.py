@@ -20,7 +20,7 @@ from typing import Any
 
 from actors.pool import EngineFactory, RayGpuPool
 from actors.world import World
-from cluster import engines, logs, runtime
+from cluster import assembly, engines, logs
 from cluster.artifacts import FolderArtifacts
 from cluster.chain.outbox import Outbox
 from cluster.chain.outbox_rows import OutboxRow, RowState, Signed
@@ -186,11 +186,11 @@ CONFIG = "operator-behind-the-proxy.yaml"
 
 
 def assemble(config: Config, folder: Path) -> World:
-    """`cluster.runtime.assemble` with the parts above, and a log of its own in `folder`."""
-    world = runtime.assemble(config)
+    """`cluster.assembly.assemble` with the parts above, and a log of its own in `folder`."""
+    world = assembly.assemble(config)
     log = (folder / "coordinator.log").open("a", buffering=1)
     logs.setup(config.logs.level, "console", log)
-    identity = runtime.unlock(config)
+    identity = assembly.unlock(config)
     fuse = Fuse(folder)
     journal = CrashingJournal(config.journal.url, fuse)
     gate = Gate(folder)
@@ -202,7 +202,7 @@ def assemble(config: Config, folder: Path) -> World:
         artifacts=CrashingArtifacts(config.artifacts.path, fuse),
         pool=CrashingPool(fuse, gate, make_engine, release(config)),
         open_network=functools.partial(
-            runtime.open_network,
+            assembly.open_network,
             config,
             identity,
             journal,
@@ -210,5 +210,5 @@ def assemble(config: Config, folder: Path) -> World:
             called=world.metrics.rpc_called,
             told=world.metrics,
         ),
-        reload=runtime.Reloading(folder / CONFIG, config, world.accounts).again,
+        reload=assembly.Reloading(folder / CONFIG, config, world.accounts).again,
     )

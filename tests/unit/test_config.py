@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.assembly import fleet_settings
 from cluster.config import Config, digest, load
 from cluster.config.models import HubConfig, ModelsConfig
 from cluster.core.errors import ConfigError
@@ -12,7 +13,6 @@ from cluster.core.lifecycle import Policy
 from cluster.core.types import GigaBytes, GpuClass
 from cluster.models.refusals import Refused
 from cluster.models.urls import check
-from cluster.runtime import fleet_settings
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "0x5FbDB2315678afecb367f032d93F642f64180aa3"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cluster import doctor, keystore
+from cluster.assembly import owner
 from cluster.chain.rpc import Rpc
 from cluster.checks import Check, Level, fail, ok, warn, worst
 from cluster.config import WEI_PER_CNX, Config
@@ -27,7 +28,6 @@ from cluster.doctor_journal import check_journal
 from cluster.doctor_money import Account, balances, beyond, check_money, needs, wanted
 from cluster.identity import Identity
 from cluster.journal import HOST, STANDING, Assignment, SqlJournal
-from cluster.runtime import owner
 from tests.unit.test_identity import FIRST, PHRASE
 from tests.unit.test_runtime import OTHER_PHRASE
 

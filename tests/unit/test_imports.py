@@ -50,7 +50,7 @@ def layer(module: str) -> tuple[int, str]:
     """Where a module stands; an arrow points to a lower number or stays within the same layer."""
     if within(module, "cluster.core"):
         return 0, "core"
-    if within(module, "cluster.runtime"):
+    if within(module, "cluster.runtime", "cluster.assembly"):
         return 3, "runtime"
     if within(module, "cluster.cli"):
         return 4, "cli"
@@ -110,8 +110,10 @@ def _wrong(found: Import) -> str | None:
             return "the core imports the standard library only"
         if top in IMPURE:
             return "the core is pure"
-    if within(target, *RAY) and not within(source, "actors", "serve_app", "cluster.runtime"):
-        return "ray is for actors, serve_app and cluster.runtime"
+    if within(target, *RAY) and not within(
+        source, "actors", "serve_app", "cluster.runtime", "cluster.assembly"
+    ):
+        return "ray is for actors, serve_app, cluster.runtime and cluster.assembly"
     if within(target, *HEAVY) and not within(source, "cluster.inference", *MAKE_MODELS):
         return "models are for cluster.inference and the modules that make tiny ones"
     if within(target, "devnet") and not within(source, "devnet"):

@@ -13,7 +13,7 @@ import pytest
 import ray
 from structlog.testing import capture_logs
 
-from cluster import keystore, runtime
+from cluster import assembly, keystore, runtime
 from cluster.config import Config, digest, load
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
@@ -104,15 +104,15 @@ def test_another_identitys_journal_is_one_line(
 ) -> None:
     monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
     mine = config(tmp_path)
-    world = runtime.assemble(mine)
+    world = assembly.assemble(mine)
     lease = world.journal.acquire("me", Timestamp(0), 1.0)
     assert lease is not None
     assignment = Assignment(1, world.accounts[1], GpuClass("Card", GigaBytes(8)))
     world.journal.assign(lease, assignment)
-    runtime.assemble(mine)
+    assembly.assemble(mine)
     (tmp_path / "seed").write_text(OTHER_PHRASE)
     with pytest.raises(ConfigError, match=r"journal\.url: this journal was begun with"):
-        runtime.assemble(mine)
+        assembly.assemble(mine)
 
 
 # --- the key is the coordinator's -----------------------------------------------------------------
@@ -154,10 +154,10 @@ def test_a_password_in_the_environment_is_handed_over_and_nothing_inherits_it(
     assert keystore.PASSWORD not in os.environ
     assert given is not None
     given.offer()
-    world = runtime.assemble(mine, given.folder)
+    world = assembly.assemble(mine, given.folder)
     assert world.treasury == Identity.from_phrase(PHRASE).address(0)
     with pytest.raises(ConfigError, match="password"):
-        runtime.assemble(mine, given.folder)
+        assembly.assemble(mine, given.folder)
 
 
 def test_what_needs_no_password_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,17 +185,17 @@ def test_earnings_that_would_go_round_in_a_circle_are_refused(
     config(tmp_path)
     file = tmp_path / "c.yaml"
     file.write_text(SECRETIVE)
-    world = runtime.assemble_from(file, Digests.of(load(file)))
+    world = assembly.assemble_from(file, Digests.of(load(file)))
     own = f'fleet: {{beneficiary: "{world.accounts[2]}"}}\n'
     file.write_text(SECRETIVE + own)
     with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
         world.reload()
     with pytest.raises(ConfigError, match=r"fleet\.beneficiary: .* is node account 2"):
-        runtime.assemble(load(file))
+        assembly.assemble(load(file))
     # The treasury may have them, to pay the stakes of others.
     file.write_text(SECRETIVE + f'fleet: {{beneficiary: "{world.treasury}"}}\n')
     assert world.reload()[0].fleet.policy.beneficiary == world.treasury
-    assert runtime.assemble(load(file)).fleet.policy.beneficiary == world.treasury
+    assert assembly.assemble(load(file)).fleet.policy.beneficiary == world.treasury
 
 
 @pytest.mark.parametrize("raised", [ConfigError("wrong chain"), ChainError("it doesn't answer")])
@@ -285,7 +285,7 @@ def test_a_coordinator_that_finds_its_file_edited_is_still_the_one_that_was_aske
     asked = Digests.of(load(file))
     file.write_text(SECRETIVE + "lease: {ttl_seconds: 7}\n")
     with capture_logs() as logs:
-        world = runtime.assemble_from(file, asked)
+        world = assembly.assemble_from(file, asked)
     assert (world.config_digest, world.lease_seconds) == (asked.whole, 7.0)
     assert [entry["event"] for entry in logs] == ["configuration_edited"]
     # What computes isn't ended for it.
@@ -336,7 +336,7 @@ def test_accounts_that_were_ever_assigned_are_tended_beyond_the_configurations(
     """Else they would go on taking tasks that nobody answers, with their stakes."""
     monkeypatch.setattr("cluster.logs.setup", lambda *_: None)
     mine = config(tmp_path)
-    before = runtime.assemble(mine)
+    before = assembly.assemble(mine)
     assert before.fleet.most_accounts == len(before.accounts) == 8
     lease = before.journal.acquire("me", Timestamp(0), 1.0)
     assert lease is not None
@@ -344,7 +344,7 @@ def test_accounts_that_were_ever_assigned_are_tended_beyond_the_configurations(
         assignment = Assignment(index, before.accounts[index], GpuClass("Card", GigaBytes(8)))
         before.journal.assign(lease, assignment)
     fewer = mine.identity.model_copy(update={"accounts": 3})
-    after = runtime.assemble(mine.model_copy(update={"identity": fewer}))
+    after = assembly.assemble(mine.model_copy(update={"identity": fewer}))
     assert after.accounts == {index: before.accounts[index] for index in (1, 2, 3, 7)}
     assert after.fleet.most_accounts == 3
 
@@ -355,7 +355,7 @@ async def test_a_chain_that_hangs_keeps_no_term_from_beginning_before_its_lease_
     async def hang(*_: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(runtime, "check_contracts", hang)
+    monkeypatch.setattr(assembly, "check_contracts", hang)
     mine = config(tmp_path)
     mine = mine.model_copy(update={"lease": mine.lease.model_copy(update={"ttl_seconds": 0.02})})
     identity: Any = SimpleNamespace(address=lambda _: ADDRESS, public_key=lambda _: b"")
@@ -363,6 +363,6 @@ async def test_a_chain_that_hangs_keeps_no_term_from_beginning_before_its_lease_
     lease = journal.acquire("me", Timestamp(0.0), 10.0)
     assert lease is not None
     async with asyncio.timeout(60):
-        async with runtime.open_network(mine, identity, journal, lambda: lease) as network:
+        async with assembly.open_network(mine, identity, journal, lambda: lease) as network:
             assert network.endpoints()[0].problem == ""
     journal.close()

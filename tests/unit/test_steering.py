@@ -16,7 +16,7 @@ from actors import fleet as fleet_module
 from actors import term as term_module
 from actors.inference import Health, Report
 from actors.readers import AGAIN_SECONDS, MOST_REMEMBERED, Readers
-from cluster import runtime
+from cluster import assembly
 from cluster.config import load
 from cluster.core.errors import ConfigError, DeviceFault, DeviceFaultKind, LeaseLost
 from cluster.core.types import GpuState, RayNodeId, Timestamp
@@ -197,7 +197,7 @@ def reloading(tmp_path: Path, **sections: Mapping[str, object]) -> tuple[Path, A
     file = tmp_path / "operator.yaml"
     said = yaml.safe_load(MINIMAL)
     file.write_text(yaml.safe_dump(said))
-    again = runtime.Reloading(file, load(file), {1: ALICE}).again
+    again = assembly.Reloading(file, load(file), {1: ALICE}).again
     file.write_text(yaml.safe_dump({**said, **sections}))
     return file, again
 
