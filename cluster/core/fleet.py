@@ -204,6 +204,8 @@ class _Draft:
     lacks: dict[str, None] = field(default_factory=dict)
     limits: dict[str, None] = field(default_factory=dict)
     refused: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    short: list[GpuClass] = field(default_factory=list)
+    """For each account that lacks only its stake's money, its class."""
 
     def may(self, account: NodeAccount, verb: str) -> bool:
         """Not where it was refused a short while ago; that is noted."""
@@ -223,10 +225,14 @@ class _Draft:
             which = ", ".join(map(str, indexes))
             yield f"{verb} of account{'s' * (len(indexes) > 1)} {which} is refused: {reason}"
 
-    def affords_stake(self) -> bool:
+    def has_budget(self) -> bool:
         budget = self.policy.stake_budget
-        if budget is None or self.committed + self.policy.stake <= budget:
+        return budget is None or self.committed + self.policy.stake <= budget
+
+    def affords_stake(self) -> bool:
+        if self.has_budget():
             return True
+        budget = self.policy.stake_budget
         self.limits[f"the stake budget is spent: {self.committed} of {budget} wei"] = None
         return False
 
@@ -315,6 +321,7 @@ def plan(
             _pause(draft, members, serving - wanted.most)
         elif serving + coming < wanted.least:
             _wake(draft, members, gpu_class, wanted.least - serving - coming)
+    _free_stakes(draft, targets, staying)
     for account in ordered:
         if account.index in draft.actions or account.facts is None or account.left_alone:
             continue
@@ -334,9 +341,7 @@ def _assign(
         found = _on_chain(account)
         if found is not None and found != account.assigned and not account.doubtful:
             draft.actions[account.index] = Assign(account.index, account.address, found)
-    held = Counter(
-        each for a in accounts if not (a.barred or a.held) and (each := belongs(a)) is not None
-    )
+    held = _held(accounts)
     lacking = [
         gpu_class
         for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name))
@@ -344,16 +349,70 @@ def _assign(
     ]
     fit = [a for a in accounts if _free(a) and not a.barred and a.index not in draft.actions]
     spare = [a for a in fit if belongs(a) is None]
-    surplus = {each: held[each] - targets.get(each, Target(0, 0)).most for each in held}
+    surplus = _surplus(targets, held)
+    leaving = _leaving(accounts, surplus)
     for gpu_class in lacking:
         if spare:
             account = spare.pop(0)
             draft.actions[account.index] = Assign(account.index, account.address, gpu_class)
             continue
+        if leaving:
+            leaving -= 1
+            continue
         mover = _mover(fit, surplus, draft)
         if mover is None:
             draft.limits[f"{gpu_class.name} lacks an account: raise identity.accounts"] = None
             continue
+        _move(draft, mover, gpu_class)
+
+
+def _held(accounts: Iterable[NodeAccount]) -> Counter[GpuClass]:
+    return Counter(
+        each for a in accounts if not (a.barred or a.held) and (each := belongs(a)) is not None
+    )
+
+
+def _surplus(
+    targets: Mapping[GpuClass, Target], held: Mapping[GpuClass, int]
+) -> dict[GpuClass, int]:
+    return {each: held[each] - targets.get(each, Target(0, 0)).most for each in held}
+
+
+def _leaving(accounts: Iterable[NodeAccount], surplus: Mapping[GpuClass, int]) -> int:
+    """How many are on their way out of a class that has too many: nobody else leaves for what they
+    leave for."""
+    return sum(
+        (each := belongs(a)) is not None
+        and surplus.get(each, 0) > 0
+        and not (a.barred or a.left_alone)
+        and (
+            _status(a) is NodeStatus.PENDING_QUIT or (a.moving and _status(a) is NodeStatus.PAUSED)
+        )
+        for a in accounts
+    )
+
+
+def _free_stakes(
+    draft: _Draft, targets: Mapping[GpuClass, Target], accounts: Sequence[NodeAccount]
+) -> None:
+    """Where neither the budget nor the treasury has another stake, one comes from an account that a
+    class has too many: it leaves, and takes its money along."""
+    if not draft.short:
+        return
+    need = draft.policy.stake + draft.policy.gas_reserve
+    surplus = _surplus(targets, _held(accounts))
+    owning = [
+        a
+        for a in accounts
+        if _free(a)
+        and not a.barred
+        and (_status(a) is not NodeStatus.QUIT or (_balance(a) >= need and draft.has_budget()))
+    ]
+    quits = sum(isinstance(each, Quit) for each in draft.actions.values())
+    for gpu_class in draft.short[_leaving(accounts, surplus) + quits :]:
+        mover = _mover(owning, surplus, draft)
+        if mover is None:
+            return
         _move(draft, mover, gpu_class)
 
 
@@ -414,6 +473,7 @@ def _wake(draft: _Draft, members: Sequence[NodeAccount], gpu_class: GpuClass, co
     rich = [account for account in out if _balance(account) >= need]
     for account in draft.some(rich, "join", count):
         if not draft.affords_stake():
+            draft.short += [gpu_class] * count
             return
         draft.actions[account.index] = Join(account.address, gpu_class)
         draft.committed += draft.policy.stake
@@ -423,7 +483,7 @@ def _wake(draft: _Draft, members: Sequence[NodeAccount], gpu_class: GpuClass, co
     tried = [account for account in members if _is_refused(account, draft.now)]
     if tried:
         poor = [a for a in poor if a in tried and draft.may(a, "join")]
-    _fund(draft, draft.some(poor, "fund", count))
+    _fund(draft, draft.some(poor, "fund", count), gpu_class)
 
 
 def _is_refused(account: NodeAccount, now: Timestamp) -> bool:
@@ -432,11 +492,13 @@ def _is_refused(account: NodeAccount, now: Timestamp) -> bool:
     return out and "join" in account.refused and not (account.barred or account.left_alone)
 
 
-def _fund(draft: _Draft, accounts: Iterable[NodeAccount]) -> None:
+def _fund(draft: _Draft, accounts: Sequence[NodeAccount], gpu_class: GpuClass) -> None:
     policy = draft.policy
-    for account in accounts:
+    for done, account in enumerate(accounts):
         lack = policy.stake + policy.gas_target - _balance(account)
         if not draft.affords_stake() or not draft.pays(lack, f"fund account {account.index}"):
+            if draft.treasury is not None:
+                draft.short += [gpu_class] * (len(accounts) - done)
             return
         draft.actions[account.index] = Fund(account.address, Wei(lack))
         draft.committed += policy.stake

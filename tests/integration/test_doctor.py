@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster import config
+from cluster.doctor import check_relay
 from devnet.network import Devnet
 
 OTHER = "0x5FbDB2315678afecb367f032d93F642f64180aa3"
@@ -28,11 +32,11 @@ def devnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devnet]:
 
 def examined(devnet: Devnet, **changes: dict[str, Any]) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code and checks by name, with so much of the configuration changed."""
-    config = yaml.safe_load(devnet.config_file.read_text())
+    changed = yaml.safe_load(devnet.config_file.read_text())
     for section, values in changes.items():
-        config[section] = {**config.get(section, {}), **values}
+        changed[section] = {**changed.get(section, {}), **values}
     file = devnet.directory / "examined.yaml"
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(changed))
     command = [sys.executable, "-m", "cluster.cli", "doctor", "--json", "--config", str(file)]
     done = subprocess.run(  # noqa: S603 - our own command
         command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
@@ -82,6 +86,14 @@ def test_what_is_wrong_fails_with_its_mending(
     assert found[name]["level"] == "fail"
     assert said in found[name]["found"]
     assert found[name]["mend"]
+
+
+@pytest.mark.parametrize(("off", "level"), [(-70, "fail"), (-50, "ok"), (50, "ok"), (70, "fail")])
+def test_a_clock_that_the_relay_would_refuse_fails(devnet: Devnet, off: int, level: str) -> None:
+    settings = config.load(devnet.config_file)
+    found = asyncio.run(check_relay(settings, lambda: time.time() + off))
+    assert found.level.value == level
+    assert bool(found.mend) == (level == "fail")
 
 
 def test_a_wrong_contract_is_named(devnet: Devnet) -> None:

@@ -343,6 +343,47 @@ def test_a_class_that_lacks_an_account_gets_one_of_a_class_that_has_too_many() -
     assert planned({SMALL: Target(0, 1), BIG: 1}, paused) == ()
 
 
+def test_no_more_leave_their_class_than_another_lacks_while_one_is_on_its_way() -> None:
+    paused = [account(n, NodeStatus.PAUSED, SMALL, SMALL, GAS) for n in (1, 2, 3)]
+    wanted = {BIG: 1, SMALL: 0}
+    assert planned(wanted, *paused) == (Quit(Address("0x1")),)
+    leaving = replace(paused[0], moving=True)
+    assert planned(wanted, leaving, *paused[1:]) == ()
+    pending = account(1, NodeStatus.PENDING_QUIT, SMALL, SMALL, GAS)
+    assert planned(wanted, pending, *paused[1:]) == ()
+    assert planned({BIG: 2, SMALL: 0}, leaving, *paused[1:]) == (Quit(Address("0x2")),)
+    out = account(1, NodeStatus.QUIT, SMALL)
+    assert planned(wanted, out, *paused[1:]) == (assign(1, BIG),)
+
+
+@pytest.mark.parametrize("treasury", [100, 10_000])
+@pytest.mark.parametrize("budget", [None, Wei(2 * STAKE)])
+def test_stakes_that_lie_idle_go_to_a_class_that_can_get_no_others(
+    budget: Wei | None, treasury: int
+) -> None:
+    idle = [account(n, NodeStatus.PAUSED, SMALL, SMALL, GAS) for n in (1, 2)]
+    empty = [account(n, balance=0) for n in (3, 4)]
+    chain = Chain({each.address: each for each in (*idle, *empty)}, treasury)
+    policy = replace(POLICY, stake_budget=budget)
+    for wanted, rests in ((BIG, SMALL), (SMALL, BIG), (BIG, SMALL)):
+        settle(chain, {wanted: Target(2, 2), rests: Target(0, 0)}, policy)
+        assert (chain.serve(wanted), chain.serve(rests)) == (2, 0)
+
+
+def test_no_more_give_up_their_stakes_than_are_wanted() -> None:
+    idle = [account(n, NodeStatus.PAUSED, SMALL, SMALL, GAS) for n in (1, 2)]
+    lacking = account(3, assigned=BIG)
+    policy = replace(POLICY, stake_budget=Wei(2 * STAKE))
+    wanted = {BIG: 1, SMALL: 0}
+    assert planned(wanted, *idle, lacking, policy=policy) == (Quit(Address("0x1")),)
+    leaving = replace(idle[0], moving=True)
+    assert planned(wanted, leaving, idle[1], lacking, policy=policy) == ()
+    poor = replace(lacking, facts=account(3, balance=0).facts)
+    assert planned(wanted, *idle, poor, treasury=None) == ()  # it may have enough
+    kept = {BIG: 1, SMALL: Target(0, 2)}
+    assert planned(kept, *idle, lacking, policy=policy) == ()
+
+
 def test_gas_comes_also_to_what_is_on_its_way_and_may_wait_for_it() -> None:
     """A pause that the account can't pay for would else be on its way for ever."""
     low = serving(1, BIG, balance=0, moving=True)
