@@ -23,6 +23,7 @@ import serve_app
 from actors.pool import simulated_resource
 from cluster import runtime
 from cluster.config import Config, load
+from cluster.core.types import GpuClass
 from cluster.journal import SqlJournal
 from devnet.hub import Hub
 from devnet.models import SD15, SD15_LORA, make_models
@@ -160,8 +161,8 @@ def _stop(world: OperatorWorld) -> None:
 
 
 @contextlib.contextmanager
-def late_node() -> Iterator[tuple[str, Callable[[], None]]]:
-    """A Ray node with one `LATE_CARD` that joins our cluster: its id, and what makes it vanish."""
+def late_node(gpu_class: GpuClass = LATE_CARD) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A Ray node with one such card that joins our cluster: its id, and what makes it vanish."""
     from ray._private import worker
     from ray.cluster_utils import Cluster
 
@@ -173,7 +174,7 @@ def late_node() -> Iterator[tuple[str, Callable[[], None]]]:
         wait=False,
         num_cpus=1,
         node_ip_address="127.0.0.1",
-        resources={simulated_resource(LATE_CARD): 1},
+        resources={simulated_resource(gpu_class): 1},
     )
 
     def vanish() -> None:
