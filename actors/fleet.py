@@ -26,20 +26,16 @@ from cluster import journal_gas
 from cluster.core import capacity, standing
 from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
-from cluster.core.fleet import (
+from cluster.core.fleet import FleetPolicy, NodeAccount, Plan, belongs, plan
+from cluster.core.fleet_actions import (
     Assign,
     BringHome,
     FleetAction,
-    FleetPolicy,
     Fund,
     Join,
-    NodeAccount,
-    Plan,
     Quit,
     Sweep,
     TopUp,
-    belongs,
-    plan,
     words,
 )
 from cluster.core.ports import Movement, Network

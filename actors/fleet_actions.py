@@ -11,7 +11,7 @@ from actors.ledger import Ledger
 from actors.standing import Standings
 from actors.stores import RayStores, of_class
 from actors.treasury import Treasury
-from cluster.core.fleet import (
+from cluster.core.fleet_actions import (
     Assign,
     BringHome,
     FleetAction,

@@ -12,21 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.core.capacity import Target
-from cluster.core.fleet import (
+from cluster.core.fleet import FleetPolicy, NodeAccount, Plan, plan
+from cluster.core.fleet_actions import (
     Assign,
     FleetAction,
-    FleetPolicy,
     Fund,
     Join,
-    NodeAccount,
     Pause,
-    Plan,
     Quit,
     Resume,
     Sweep,
     TopUp,
     UpdateVersion,
-    plan,
 )
 from cluster.core.ports import Refusal
 from cluster.core.types import (

@@ -11,7 +11,7 @@ import pytest
 
 from actors.fleet import FleetSettings
 from cluster.cli import main
-from cluster.core.fleet import BringHome, Join, Pause, Quit, TopUp
+from cluster.core.fleet_actions import BringHome, Join, Pause, Quit, TopUp
 from cluster.core.types import Address, NodeStatus, Wei
 from cluster.journal import Assignment
 from cluster.steering import ClearAccount, Done, RetireAccount
