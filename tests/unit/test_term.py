@@ -71,7 +71,8 @@ from tests.unit.test_overview import IDLE
 
 LIMIT = 60.0
 STRANGER = "0x" + "77" * 20
-LEASE_SECONDS = 0.3
+LEASE_SECONDS = 20.0
+"""Longer than a machine that others use stands still."""
 FIRST = AttemptId("a1")
 ALICES_WAKEUP = Wakeup(ALICE, "TaskStarted")
 
@@ -129,6 +130,11 @@ class Office:
             clock=self.clock,
             new_attempt_id=lambda: AttemptId(f"a{next(ids)}"),
         )
+        self.coordinator = Coordinator(self.world, self.name)
+
+    def lease_for(self, seconds: float) -> None:
+        """For a test that waits for its renewal or its end; before anything is begun."""
+        self.world = replace(self.world, lease_seconds=seconds)
         self.coordinator = Coordinator(self.world, self.name)
 
     @contextlib.asynccontextmanager
@@ -232,6 +238,7 @@ async def test_stopping_pauses_quits_and_cancels_nothing(office: Office) -> None
 
 
 async def test_the_lease_is_renewed_for_as_long_as_it_acts(office: Office) -> None:
+    office.lease_for(0.3)
     async with serving(office):
         epoch = await office.acting()
         for _ in range(3):
@@ -316,6 +323,7 @@ async def test_a_card_that_never_came_up_is_in_the_status_and_in_the_metrics(
 async def test_a_lost_lease_ends_the_term_until_the_lease_is_free(
     office: Office, logs: list[Any]
 ) -> None:
+    office.lease_for(0.3)
     office.network.add(facts_of())
     async with serving(office):
         epoch = await office.acting()
@@ -491,6 +499,7 @@ async def test_stopping_while_the_network_is_being_opened(office: Office) -> Non
 async def test_a_journal_that_fails_for_a_while_ends_nothing(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    office.lease_for(0.3)
     acquire = office.journal.acquire
     failures: list[Exception] = [OSError("the database is away")]
 
@@ -546,6 +555,7 @@ async def test_who_lost_the_lease_to_its_own_successor_waits(
     office: Office, logs: list[Any]
 ) -> None:
     """Ray may restart an actor whose frozen process comes to life again: the same actor, twice."""
+    office.lease_for(0.3)
     async with serving(office):
         epoch = await office.acting()
         twin = office.journal.acquire("me", Timestamp(office.clock()), 1000.0)
