@@ -159,6 +159,6 @@ def build(config: Config) -> serve.Application:
             **without_password(always=config.ray.address is not None),
         },
         health_check_timeout_s=10,
-        logging_config={"enable_access_log": False},
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(serve.ingress()(Edge))
     return deployment.bind(EdgeSettings.of(config))

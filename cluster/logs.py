@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
 
 REDACTED = "[redacted]"
+READ_BY_A_PERSON = "CRYNUX_LOGS_READ_BY_A_PERSON"
+"""In the environment of a process whose lines another one shows on a terminal."""
 
 _HANDLER = "crynux-cluster"
 _SECRET_NAME = re.compile(
@@ -43,7 +46,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _WORDS = re.compile(r"\b[a-z]{3,8}(?:\s+[a-z]{3,8}){11,}\b")
 _NOISY = (
     "httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "web3", "asyncio", "filelock",
-    "huggingface_hub", "boto3", "botocore", "s3transfer",
+    "huggingface_hub", "boto3", "botocore", "s3transfer", "ray.serve",
 )  # fmt: skip
 """Of some every request is a line, with the token in its query."""
 
@@ -119,7 +122,8 @@ def setup(level: Level = "info", format: Format = "auto", stream: TextIO | None 
     `auto` is text on a terminal and JSON elsewhere.
     """
     stream = stream if stream is not None else sys.stderr
-    as_json = format == "json" or (format == "auto" and not stream.isatty())
+    read = stream.isatty() or READ_BY_A_PERSON in os.environ
+    as_json = format == "json" or (format == "auto" and not read)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

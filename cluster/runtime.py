@@ -27,7 +27,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.pool import simulated_resource
 from actors.precedence import RAY_SETTINGS
-from cluster import logs
+from cluster import logs, ray_logs
 from cluster.api.guard import is_loopback, read_token
 from cluster.assembly import assemble_from, key_file_of, open_endpoints
 from cluster.chain.starting import check_contracts
@@ -311,8 +311,11 @@ class Supervisor:
         if healthy and self._served == self._release:
             return
         where = self._config.serve
+        text = ray_logs.is_text(self._config.logs.format, sys.stderr.isatty())
         serve.start(
-            proxy_location="HeadOnly", http_options={"host": where.host, "port": where.port}
+            proxy_location="HeadOnly",
+            http_options={"host": where.host, "port": where.port},
+            logging_config={"log_level": "WARNING", "encoding": "TEXT" if text else "JSON"},
         )
         serve.run(self._build_api(self._config), name=APPLICATION, route_prefix="/")
         self._served = self._release

@@ -56,6 +56,8 @@ HOPES, SOON_SECONDS = 4, 0.3
 """How often, and after how long, a head that was announced and isn't there is looked for again."""
 UNREACHED_SECONDS = 10.0
 """After so long without the logs the chain counts as not reached."""
+AGAIN_SECONDS = 60.0
+"""A chain that stays away is logged so often."""
 READ_BACK = 1_000
 """Blocks before those that weren't handled when a term began: endpoints leave logs out."""
 _ANSWERABLE = frozenset({TaskStatus.STARTED, TaskStatus.PARAMETERS_UPLOADED})
@@ -438,6 +440,7 @@ class ChainNetwork:
 
     async def watch(self) -> NoReturn:
         hoped = 0
+        told: float | None = None
         while True:
             pause, before = self._settings.poll, self._number()
             try:
@@ -448,7 +451,13 @@ class ChainNetwork:
             except NetworkUnavailable as error:
                 since = self._monotonic() if self._failing is None else self._failing[0]
                 self._failing = since, str(error)
-                _log.warning("watcher_waits", reason=str(error))
+                if told is None or self._passed(told) >= AGAIN_SECONDS:
+                    told = self._monotonic()
+                    _log.warning("watcher_waits", reason=str(error))
+            else:
+                if told is not None:
+                    _log.info("watcher_goes_on", block=self._number())
+                told = None
             if self._number() != before:
                 hoped = 0
             elif hoped:

@@ -6,6 +6,7 @@ configured is wrong, and the line says how to mend it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,11 +76,16 @@ def up(config_file: Path) -> int:
     It makes sure that the coordinator and the HTTP API run with this version and configuration,
     watches them and repairs. Stopping it (Ctrl-C) never pauses, quits or unstakes an account.
     """
-    import serve_app
     from cluster import config as configuration
+    from cluster import ray_logs
+
+    found = configuration.load(config_file)
+    ray_logs.settle(found.logs.format, sys.stderr.isatty(), os.environ)
+
+    import serve_app
     from cluster import runtime
 
-    return runtime.up(configuration.load(config_file), config_file, serve_app.build)
+    return runtime.up(found, config_file, serve_app.build)
 
 
 for _group in (

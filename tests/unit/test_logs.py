@@ -46,6 +46,18 @@ def test_one_json_line_per_event_with_the_bound_ids() -> None:
     assert line["timestamp"].endswith("Z")
 
 
+def test_what_another_process_shows_on_a_terminal_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(logs.READ_BY_A_PERSON, "1")
+    by_itself, told = io.StringIO(), io.StringIO()
+    logs.setup("info", "auto", by_itself)
+    logs.get("coordinator").info("score_submitted", task=KEY)
+    logs.setup("info", "json", told)
+    logs.get("coordinator").info("score_submitted", task=KEY)
+    assert not by_itself.getvalue().startswith("{")
+    assert f"task={KEY}" in by_itself.getvalue()
+    assert [line["event"] for line in lines(told)] == ["score_submitted"]
+
+
 def test_setting_up_again_replaces_and_libraries_take_the_same_form() -> None:
     first, second = io.StringIO(), io.StringIO()
     logs.setup("info", "json", first)

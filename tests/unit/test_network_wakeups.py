@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from cluster.chain import network as module
 from cluster.chain.heads import Heads
 from cluster.chain.network import (
+    AGAIN_SECONDS,
     UNREACHED_SECONDS,
     ChainNetwork,
     Contracts,
@@ -153,25 +155,43 @@ async def test_what_befell_an_account_is_known_once_all_until_then_was_handled(r
 
 async def test_an_outage_shows_once_it_has_lasted_and_ends_at_once(rig: Rig) -> None:
     chain = rig.chain.__class__.__call__
-    away = True
+    away, failures = True, 0
+
+    def events(logs: Sequence[Mapping[str, object]]) -> list[object]:
+        return [each["event"] for each in logs if str(each["event"]).startswith("watcher_")]
+
+    async def failed(times: int) -> None:
+        until = failures + times
+        while failures < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
     async def transport(method: str, params: Sequence[object]) -> Mapping[str, object]:
+        nonlocal failures
         if away:
+            failures += 1
             raise ChainError("no endpoint answers")
         return await chain(rig.chain, method, params)
 
     rig.network._watcher._rpc = Rpc(transport)
-    async with asyncio.timeout(60):
-        watching = asyncio.create_task(rig.network.watch())
-        while rig.network._failing is None:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-        assert rig.network.trouble() is None, "one that passes is none"
-        rig.now += UNREACHED_SECONDS + 1
-        assert rig.network.trouble() == "no endpoint answers"
-        away = False
-        while rig.network.trouble() is not None:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-        watching.cancel()
+    with capture_logs() as logs:
+        async with asyncio.timeout(60):
+            watching = asyncio.create_task(rig.network.watch())
+            while rig.network._failing is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            assert rig.network.trouble() is None, "one that passes is none"
+            rig.now += UNREACHED_SECONDS + 1
+            assert rig.network.trouble() == "no endpoint answers"
+            await failed(20)
+            assert events(logs) == ["watcher_waits"], "not a line for each time it is asked"
+            rig.now += AGAIN_SECONDS
+            await failed(20)
+            assert events(logs) == ["watcher_waits", "watcher_waits"]
+            away = False
+            while rig.network.trouble() is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            while events(logs)[-1] != "watcher_goes_on":  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
 

@@ -117,7 +117,12 @@ class FakeServe:
         found = {} if self.state is None else {APPLICATION: SimpleNamespace(status=self.state)}
         return SimpleNamespace(applications=found)
 
-    def start(self, proxy_location: str, http_options: dict[str, Any]) -> None:
+    def start(
+        self, proxy_location: str, http_options: dict[str, Any], logging_config: dict[str, Any]
+    ) -> None:
+        # Of what Serve itself logs, only what is wrong stands among the operator's lines.
+        assert logging_config["log_level"] == "WARNING"
+        assert logging_config["encoding"] in {"TEXT", "JSON"}
         assert proxy_location == "HeadOnly"
         self._options = http_options
 
