@@ -97,6 +97,14 @@ class TaskReport:
         right = self.actual_end in self.expected_end and self.reported is self.expected_report
         return right and not self.problem
 
+    @property
+    def verdict(self) -> str:
+        if self.actual_end not in self.expected_end:
+            return f"NOT {sorted(self.expected_end)}"
+        if self.reported is not self.expected_report:
+            return f"an error was {'' if self.reported else 'not '}reported, which was NOT expected"
+        return "NOT as expected" if self.problem else "as expected"
+
 
 @dataclass(slots=True)
 class _Group:

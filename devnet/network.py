@@ -318,8 +318,7 @@ def send(file: Path, directory: Path) -> int:
     reports = asyncio.run(application(state, out).run(specs, on_change))
     print()
     for report in reports:
-        verdict = "as expected" if report.as_expected else f"NOT {sorted(report.expected_end)}"
-        print(f"{report.name:20} {report.actual_end} ({verdict}) {report.problem}")
+        print(f"{report.name:20} {report.actual_end} ({report.verdict}) {report.problem}")
         for saved in report.files:
             print(f"{'':20} {saved}")
     return 0 if all(report.as_expected for report in reports) else 1
