@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.environment import without_password
-from actors.precedence import ONLOOKERS, give_way
+from actors.precedence import ONLOOKERS, give_way, serve_gives_way
 from cluster import logs
 from cluster.api.app import create_api
 from cluster.api.guard import Access, is_loopback, read_token
@@ -141,6 +141,10 @@ class Edge:
         give_way(ONLOOKERS)
         self._source = CoordinatorSource(settings.namespace)
         self._access = settings.access()
+
+    def check_health(self) -> None:
+        """Serve calls it every ten seconds."""
+        serve_gives_way()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._source, access=self._access)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.watchers URL
 
-Each scraper asks for /metrics once a second, each viewer follows /v1/events, until standard input
-ends; then prints what they met as one JSON object. They stand for other machines, so they are a
-process of their own, which takes what the operator leaves of this one.
+Each scraper asks for /metrics once a second, at a moment of its own, as Prometheus does it; each
+viewer follows /v1/events. Once standard input ends, prints what they met as one JSON object. They
+stand for other machines, so they are a process of their own, which takes what the operator leaves
+of this one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Watched:
         self.events += other.events
         self.failed += other.failed
 
-    async def scrape(self, http: httpx.AsyncClient, url: str) -> None:
+    async def scrape(self, http: httpx.AsyncClient, url: str, after: float) -> None:
+        await asyncio.sleep(after)
         while True:
             began = time.monotonic()
             try:
@@ -82,7 +84,8 @@ async def watch(url: str) -> Watched:
     watched = Watched()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=60, limits=limits) as http:
-        tasks = [asyncio.create_task(watched.scrape(http, url)) for _ in range(SCRAPERS)]
+        moments = [SCRAPE_SECONDS * each / SCRAPERS for each in range(SCRAPERS)]
+        tasks = [asyncio.create_task(watched.scrape(http, url, each)) for each in moments]
         tasks += [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
         await asyncio.to_thread(sys.stdin.read)
         for task in tasks:

@@ -52,22 +52,36 @@ async def test_a_killed_coordinator_is_brought_back(operator: OperatorWorld) -> 
         operator.start_coordinator()
 
 
-def test_the_coordinator_goes_before_all_that_is_begun_beside_it(
+async def test_the_coordinator_goes_before_all_that_is_begun_beside_it(
     operator: OperatorWorld,
 ) -> None:
     """Where Ray is begun by us, as it is here: by itself it has all of them yield alike."""
-    found: dict[str, set[int]] = {}
+
+    async def look() -> dict[str, set[tuple[int, int]]] | None:
+        return await asyncio.to_thread(_yielding)
+
+    found = await operator.until(look, "Serve's own are found and held back")
+    assert found["CoordinatorActor"] == {(0, os.SCHED_OTHER)}
+    assert found["InferenceActor"] == {(precedence.CARDS, os.SCHED_BATCH)}
+    assert found["StoreActor"] == {(precedence.STORES, os.SCHED_BATCH)}
+    assert found["ServeReplica"] == {(precedence.ONLOOKERS, os.SCHED_BATCH)}
+
+
+def _yielding() -> dict[str, set[tuple[int, int]]] | None:
+    """Niceness and policy of the actors' threads, each of which has its own; None while Serve's
+    aren't held back yet: that is done after a while."""
+    found: dict[str, set[tuple[int, int]]] = {}
     for process in psutil.Process().children(recursive=True):
         title = " ".join(process.cmdline())
         actor = re.match(r"ray::(\w+)", title)
         if actor is not None:
-            # Each thread has a niceness of its own.
-            threads = {os.getpriority(os.PRIO_PROCESS, each.id) for each in process.threads()}
+            threads = {
+                (os.getpriority(os.PRIO_PROCESS, each.id), os.sched_getscheduler(each.id))
+                for each in process.threads()
+            }
             found.setdefault(actor[1], set()).update(threads)
-    assert found["CoordinatorActor"] == {0}
-    assert found["InferenceActor"] == {precedence.CARDS}
-    assert found["StoreActor"] == {precedence.STORES}
-    assert found["ServeReplica"] == {precedence.ONLOOKERS}
+    held = {(precedence.ONLOOKERS, os.SCHED_BATCH)}
+    return found if found["ProxyActor"] == found["ServeController"] == held else None
 
 
 JOIN = """
