@@ -144,7 +144,7 @@ class Term:
                 loops = [
                     self._renew(),
                     self._network.run(),
-                    lag.watch(world.metrics),
+                    lag.watch(world.metrics.lagged),
                     self._listen(),
                     world.pool.run(POOL_SECONDS),
                     self._fleet.run(),
