@@ -1,14 +1,19 @@
-"""What processes hold: their memory and environments, to be searched for what must not be there."""
+"""What processes hold, files and the API's answers: to be searched for what must not be there."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 from eth_account.hdaccount import seed_from_mnemonic
 from eth_account.hdaccount.deterministic import HDPath
+
+ANSWERS = ("/metrics", "/v1/status", "/readyz")
+ANSWER_SECONDS = 60.0
 
 
 def secrets(phrase: str, accounts: int) -> dict[str, bytes]:
@@ -44,3 +49,34 @@ def environment(process: psutil.Process) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process.pid}/environ").read_bytes()
     return b""
+
+
+def in_files(wanted: dict[str, bytes], *folders: Path) -> dict[Path, list[str]]:
+    """What of it lies in which file of the folders and of those in them; links aren't followed."""
+    found = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            # What runs goes on: a file may vanish before it is read.
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_symlink() or not path.is_file():
+                    continue
+                data = path.read_bytes()
+                if names := [name for name, secret in wanted.items() if secret in data]:
+                    found[path] = names
+    return found
+
+
+def in_answers(wanted: dict[str, bytes], url: str) -> list[str]:
+    """What of it the API says, and where: each answer must be whole, the coordinator's words in it.
+
+    What takes tasks is ready; one that is asked while its machine is busy may be late to say so.
+    """
+    found = []
+    for path in ANSWERS:
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not (answer := httpx.get(f"{url}{path}", timeout=ANSWER_SECONDS)).is_success:
+            assert time.monotonic() < deadline, f"{path}: {answer.status_code} {answer.text[:300]}"
+            time.sleep(0.5)
+        assert answer.content, path
+        found += [f"{name} at {path}" for name, each in wanted.items() if each in answer.content]
+    return found

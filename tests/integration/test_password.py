@@ -1,11 +1,14 @@
 """`crynux-cluster up` with a keystore: who has its password and its key, and what a wrong one does.
 
 The processes are searched while they run, the supervisor among them: only the coordinator may have
-either. The terminal is a pseudo-terminal, and the process that holds it is not the operator's.
+either. After a task the files are searched too, the API's answers, and what the terminal was shown:
+nothing may have either. The terminal is a pseudo-terminal, and the process that holds it is not the
+operator's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -22,12 +25,16 @@ import pytest
 import yaml
 
 from cluster import keystore
+from cluster.config import load
+from cluster.core.record import Closed, Outcome
 from cluster.identity import TREASURY, Identity
+from cluster.journal import SqlJournal
 from cluster.status import Status
+from devnet.application import TaskReport
 from devnet.network import Devnet, SimulatedCards
 from tests.integration.operator_start import MODELS
-from tests.integration.operator_world import PATIENCE, TEST_SECONDS
-from tests.integration.process_memory import environment, memory, secrets
+from tests.integration.operator_world import PATIENCE, TEST_SECONDS, task
+from tests.integration.process_memory import environment, in_answers, in_files, memory, secrets
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 WORD = "unmistakable-pass-word-9431"
@@ -181,6 +188,40 @@ def search(supervisor: psutil.Process, wanted: dict[str, bytes]) -> list[str]:
     return found
 
 
+def session(supervisor: psutil.Process) -> Path:
+    """Where the Ray that it began keeps its logs and what it is told."""
+    option = "--session_dir="
+    (found,) = {
+        Path(word.removeprefix(option))
+        for each in supervisor.children(recursive=True)
+        if each.name() == "raylet"
+        for word in each.cmdline()
+        if word.startswith(option)
+    }
+    return found
+
+
+def work(devnet: Devnet) -> None:
+    """One task is done, its answer fetched, and the fee paid."""
+
+    async def run() -> list[TaskReport]:
+        async with asyncio.timeout(PATIENCE):
+            return await devnet.application(devnet.directory / "images").run([task("secret")])
+
+    (report,) = asyncio.run(run())
+    assert report.as_expected, f"{report.actual_end} {report.problem}"
+    with contextlib.closing(SqlJournal(load(devnet.config_file).journal.url)) as journal:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            events = [event for event, _ in journal.story(report.commitment)]
+            if events and isinstance(events[-1], Closed):
+                break
+            assert time.monotonic() < deadline, f"the operator never closed it: {events}"
+            time.sleep(0.2)
+    assert events[-1] == Closed(Outcome.SUCCESS, events[-1].payment)
+    assert events[-1].payment > 0
+
+
 def test_a_typed_password_reaches_the_coordinator_and_nobody_else(
     devnet: Devnet, config: Path, phrase: str, terminals: list[Terminal]
 ) -> None:
@@ -190,9 +231,19 @@ def test_a_typed_password_reaches_the_coordinator_and_nobody_else(
     terminal.until(lambda: "Password of" in terminal.text, "it asks")
     terminal.type(WORD)
     terminal.until(lambda: serves(devnet), "it serves")
+    work(devnet)
     supervisor = terminal.supervisor
-    assert search(supervisor, wanted) == []
     (halves,) = MEMORY.glob(f"crynux-{supervisor.pid}-*")
+
+    def nobody_else() -> None:
+        assert search(supervisor, wanted) == []
+        # The devnet's own file has the phrase, and the search finds it.
+        places = (devnet.directory, session(supervisor), halves)
+        assert in_files(wanted, *places) == {devnet.directory / "seed": ["the phrase"]}
+        assert in_answers(wanted, devnet.operator_url) == []
+        assert [name for name, each in wanted.items() if each in terminal.said] == []
+
+    nobody_else()
     before = status(devnet)
     assert before is not None
     # One that crashes is begun anew, and nobody is asked again.
@@ -200,10 +251,10 @@ def test_a_typed_password_reaches_the_coordinator_and_nobody_else(
     coordinator(supervisor).kill()
     terminal.until(lambda: serves(devnet, before.epoch or 0), "it serves again")
     assert terminal.text.count("Password of") == asked
-    assert search(supervisor, wanted) == []
+    nobody_else()
     os.kill(supervisor.pid, signal.SIGINT)
     assert terminal.ended() == 0, terminal.text[-3000:]
-    assert WORD not in terminal.text
+    assert [name for name, each in wanted.items() if each in terminal.said] == []
     assert not halves.exists()
 
 
