@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,17 +53,20 @@ def environment(process: psutil.Process) -> bytes:
 
 
 def in_files(wanted: dict[str, bytes], *folders: Path) -> dict[Path, list[str]]:
-    """What of it lies in which file of the folders and of those in them; links aren't followed."""
+    """What of it lies in which file of the folders and of those in them; links aren't followed.
+
+    What writes there goes on: a file or a folder may vanish before it is read.
+    """
     found = {}
     for folder in folders:
-        for path in folder.rglob("*"):
-            # What runs goes on: a file may vanish before it is read.
+        assert folder.is_dir(), folder
+        for path in (Path(top, name) for top, _, names in os.walk(folder) for name in names):
             with contextlib.suppress(FileNotFoundError):
                 if path.is_symlink() or not path.is_file():
                     continue
                 data = path.read_bytes()
-                if names := [name for name, secret in wanted.items() if secret in data]:
-                    found[path] = names
+                if held := [name for name, secret in wanted.items() if secret in data]:
+                    found[path] = held
     return found
 
 
