@@ -16,6 +16,7 @@ from cluster.core.capacity import NO_LIMIT, Cards, Target
 from cluster.core.fleet import NodeAccount, belongs
 from cluster.core.fleet_actions import FleetAction, Fund, Join, Resume
 from cluster.core.types import Gpu, GpuClass, NodeStatus
+from cluster.core.wording import counted
 
 _RESTING = frozenset({NodeStatus.QUIT, NodeStatus.PAUSED})
 _GOING = frozenset({NodeStatus.PENDING_PAUSE, NodeStatus.PENDING_QUIT})
@@ -96,7 +97,9 @@ class Draining:
             serving = [each for each in accounts if belongs(each) == gpu_class and _serves(each)]
             beyond = len(serving) - self._allowed.get(gpu_class, 0)
             if beyond > 0:
-                yield f"{beyond} accounts of {gpu_class.name} serve more than its other cards can"
+                serve = "serves" if beyond == 1 else "serve"
+                who = counted(beyond, "account")
+                yield f"{who} of {gpu_class.name} {serve} more than its other cards can"
                 yield from _left_alone(serving)
 
 
@@ -104,7 +107,8 @@ def _not_resting(accounts: Sequence[NodeAccount]) -> Iterable[str]:
     waited_for = [each for each in accounts if not at_rest(each)]
     held = [each for each in waited_for if each.held]
     if len(waited_for) > len(held):
-        yield f"{len(waited_for) - len(held)} accounts are not paused yet"
+        count = len(waited_for) - len(held)
+        yield f"{counted(count, 'account')} {'is' if count == 1 else 'are'} not paused yet"
     yield from _left_alone(held)
 
 

@@ -223,6 +223,18 @@ class Reconciler:
         """Why the relay isn't reached."""
         return self._relay.error(self._clock())
 
+    async def ask_relay(self) -> None:
+        """Whether it is there, where no task has shown that for a while."""
+        if not self._relay.is_quiet(self._clock()):
+            return
+        failed: RelayError | None = None
+        try:
+            await self._network.ask_relay()
+        except RelayError as error:
+            failed = error
+            self._log.warning("relay_away", error=str(error))
+        self._relay.asked(failed, self._clock())
+
     def _note_relay(self, task: Commitment, action: Action, error: ClusterError | None) -> None:
         """Remember how the relay's last call went."""
         if not isinstance(action, FetchParameters | UploadResult):

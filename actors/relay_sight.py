@@ -1,4 +1,5 @@
-"""Whether the relay is reached, from what became of the calls for tasks."""
+"""Whether the relay is reached, from what became of the calls for tasks, and of one that is made
+when no task has called for a while."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from cluster.core.errors import ClusterError, RelayBroken, RelayError, RelayRefu
 from cluster.core.types import Commitment
 
 FORGET_SECONDS = 300.0
-"""After so long without a call nobody knows any more: a quiet network is no outage."""
+"""After so long without a call nobody knows any more."""
+QUIET_SECONDS = 60.0
+"""After so long without a call the relay is asked whether it is there: the next task needs it."""
 ALONE = 1
 
 
@@ -17,10 +20,22 @@ class RelaySight:
     def __init__(self) -> None:
         self._failed: dict[Commitment, str] = {}
         self._away = ""
-        self._at = float("-inf")
+        self._at = self._called_at = float("-inf")
+
+    def is_quiet(self, now: float) -> bool:
+        return now - self._called_at >= QUIET_SECONDS
+
+    def asked(self, error: RelayError | None, now: float) -> None:
+        """What came of asking whether it is there. That says nothing of what it makes of tasks."""
+        self._called_at = now
+        there = error is None or isinstance(error, RelayRefused)
+        self._away = "" if there else str(error)
+        if not there:
+            self._at = now
 
     def heard(self, task: Commitment, error: ClusterError | None, now: float) -> None:
         """What came of a call for a task."""
+        self._called_at = now
         if not isinstance(error, RelayError) or isinstance(error, RelayRefused):
             self._failed.clear()
             self._away = ""
@@ -33,7 +48,7 @@ class RelaySight:
 
     def error(self, now: float) -> str | None:
         """Why it isn't reached; None where it is, or where that isn't known."""
-        if not self._failed or self._is_old(now):
+        if self._is_old(now):
             return None
         if self._away:
             return self._away

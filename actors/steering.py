@@ -26,6 +26,7 @@ from cluster.core.types import (
     ModelId,
     Timestamp,
 )
+from cluster.core.wording import counted
 from cluster.journal_history import Audited
 from cluster.logs import Level
 from cluster.models.refs import of_model_id
@@ -45,11 +46,14 @@ from cluster.steering import (
     SetLogLevel,
 )
 
+NO_STORE = "no machine has a model store: none fetches models (models.sources)"
 NOT_ACTING = Done(kind="refused", text="the coordinator is not acting now; try again")
 
 
 class Stores(Protocol):
-    def want(self, gpus: tuple[Gpu, ...], models: tuple[ModelId, ...]) -> None: ...
+    def want(self, gpus: tuple[Gpu, ...], models: tuple[ModelId, ...]) -> int:
+        """By how many machines."""
+        ...
 
     async def drop(self, model: str) -> Mapping[str, str]:
         """What came of it on each machine, in a word or some."""
@@ -277,9 +281,11 @@ class Steering:
         gpus = self._gpus()
         if not gpus:
             return Done(kind="refused", text="no machine with cards is there")
-        self._stores.want(gpus, (ModelId(model),))
-        machines = len({gpu.ray_node for gpu in gpus})
-        return Done(text=f"{model} is fetched by {machines} machines, behind what tasks need")
+        machines = self._stores.want(gpus, (ModelId(model),))
+        if not machines:
+            return Done(kind="refused", text=NO_STORE)
+        who = counted(machines, "machine")
+        return Done(text=f"{model} is fetched by {who}, behind what tasks need")
 
     async def _drop(self, model: str) -> Done:
         try:
@@ -287,7 +293,7 @@ class Steering:
         except ClusterError as error:
             return Done(kind="refused", text=f"{model}: {error}")
         if not found:
-            return Done(kind="refused", text="no model store is there")
+            return Done(kind="refused", text=NO_STORE)
         words = [f"{node[:8]}: {word}" for node, word in sorted(found.items())]
         text = f"{model}: {'; '.join(words)}"
         return Done(kind="done" if "dropped" in found.values() else "refused", text=text)

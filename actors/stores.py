@@ -126,12 +126,13 @@ class RayStores:
             member.counted = (report.pid, now)
         return told
 
-    def want(self, gpus: Iterable[Gpu], models: Sequence[ModelId]) -> None:
-        """Have the machines of these cards fetch them, behind what tasks need."""
-        for node in {gpu.ray_node for gpu in gpus}:
-            member = self._members.get(node)
-            if member is not None:
-                member.actor.want.remote(tuple(models))
+    def want(self, gpus: Iterable[Gpu], models: Sequence[ModelId]) -> int:
+        """Have the machines of these cards fetch them, behind what tasks need; how many do."""
+        members = [self._members.get(node) for node in {gpu.ray_node for gpu in gpus}]
+        asked = [member for member in members if member is not None]
+        for member in asked:
+            member.actor.want.remote(tuple(models))
+        return len(asked)
 
     async def drop(self, model: str) -> Mapping[str, str]:
         """Have every machine remove it; what came of that on each. Raises `ModelUnavailable` or

@@ -47,6 +47,8 @@ FIRST_LOOKS = 8
 """Of how many accounts at one time, as a term begins."""
 POOL_SECONDS = 1.0
 STORES_SECONDS = 3.0
+RELAY_SECONDS = 10.0
+"""So often it is seen whether the relay is to be asked if it is there."""
 
 
 class Term:
@@ -149,6 +151,7 @@ class Term:
                     world.pool.run(POOL_SECONDS),
                     self._fleet.run(),
                     self._tend_stores(),
+                    self._watch_relay(),
                     self._safeguards.run(),
                     self._evidence.run(),
                     self._sweep(),
@@ -233,6 +236,11 @@ class Term:
             now = Timestamp(world.clock())
             ledger.lease = world.journal.renew(ledger.lease, now, world.lease_seconds)
             self._held_until = now + world.lease_seconds
+
+    async def _watch_relay(self) -> None:
+        while True:
+            await self._reconciler.ask_relay()
+            await asyncio.sleep(RELAY_SECONDS)
 
     async def _listen(self) -> None:
         while True:

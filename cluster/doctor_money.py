@@ -16,6 +16,7 @@ from cluster.checks import Check, fail, ok, warn
 from cluster.config import WEI_PER_CNX, Config
 from cluster.core.errors import ChainError
 from cluster.core.types import Address, GigaBytes, GpuClass, NodeStatus, Wei
+from cluster.core.wording import counted
 from cluster.identity import TREASURY, Identity
 
 LOOKED_AT = 64
@@ -99,7 +100,9 @@ def balances(
     needed = [each + config.fleet.gas_reserve if each else 0 for each in needed]
     words = f"the treasury {treasury} has {_cnx(has)} CNX"
     if not needed or has >= needed[-1]:
-        return ok("balances", f"{words}; {most} accounts may need {_cnx(sum(asked))} more")
+        return ok(
+            "balances", f"{words}; {counted(most, 'account')} may need {_cnx(sum(asked))} more"
+        )
     some = sum(each <= has for each in needed)
     return warn(
         "balances",

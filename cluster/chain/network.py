@@ -11,6 +11,7 @@ from typing import NoReturn, Protocol
 import structlog
 
 from cluster.chain.chainline import Pulse
+from cluster.chain.clock import ChainClock
 from cluster.chain.endpoints import Endpoints, EndpointView
 from cluster.chain.heads import Heads
 from cluster.chain.node_contract import NodeContract, Version
@@ -66,6 +67,8 @@ _log = structlog.get_logger(__name__)
 
 
 class Relay(Protocol):
+    async def now(self) -> float: ...
+
     async def fetch_parameters(self, account: Address, task: Commitment) -> str: ...
 
     async def upload_result(
@@ -106,38 +109,6 @@ class Contracts:
                 )
             if isinstance(answer, BaseException):
                 raise answer
-
-
-class ChainClock:
-    """The chain's time: what the next block will most likely say, by which it judges deadlines.
-
-    A block's own timestamp is too old for that on a chain that makes blocks only when there is
-    something to put in them. So the wall clock carries it on, corrected by how far the two are
-    apart; that shows only where a block was made between two looks, and then only as a range:
-
-        look (wall w0) ──── block (chain t) ──── look (wall w1)    wall − chain in [w0 − t, w1 − t]
-
-    Until a block is seen to be made, the wall clock is believed. Being early costs a simulation
-    that reverts, being late a few seconds.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[int, Timestamp] | None = None
-        self._ahead = 0.0
-
-    def observe(self, block: Block, wall: Timestamp) -> Timestamp:
-        """The network's `now` at a look at `wall` that found `block`."""
-        if self._last is not None and block.number > self._last[0]:
-            least, most = self._last[1] - block.timestamp, wall - block.timestamp
-            self._ahead = min(max(self._ahead, least), most)
-        if self._last is None or block.number >= self._last[0]:
-            self._last = (block.number, wall)
-        return Timestamp(max(block.timestamp, wall - self._ahead))
-
-    def now(self, wall: Timestamp) -> Timestamp:
-        """The network's time at `wall`, by what was observed last."""
-        newest = 0.0 if self._last is None else self._last[1]
-        return Timestamp(max(newest, wall - self._ahead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +346,10 @@ class ChainNetwork:
     def endpoints(self) -> tuple[EndpointView, ...]:
         """How each RPC endpoint does now."""
         return () if self._endpoints is None else self._endpoints.views()
+
+    async def ask_relay(self) -> None:
+        """See whether it is there. Raises `RelayError`."""
+        await self._relay.now()
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, in words."""

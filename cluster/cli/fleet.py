@@ -12,6 +12,7 @@ import click
 
 from cluster.cli.options import config_option, typed
 from cluster.core.errors import ClusterError
+from cluster.core.wording import counted
 from cluster.status import DrainStatus, FleetStatus, Status
 
 POLL_SECONDS = 1.0
@@ -150,8 +151,8 @@ def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values
 
 def _lines(found: FleetStatus) -> list[str]:
     lines = [
-        f"{each.name} ({each.vram} GB): {each.least} accounts wanted, {each.slots} for each card"
-        + (", stopped" if each.stopped else "")
+        f"{each.name} ({each.vram} GB): {counted(each.least, 'account')} wanted, "
+        f"{each.slots} for each card" + (", stopped" if each.stopped else "")
         for each in found.classes
     ]
     lines += [f"  to do: {each}" for each in found.plan]

@@ -120,6 +120,10 @@ class Network(Protocol):
         """Hand the files over, in index order. Raises `ResultRefused`; done already is success."""
         ...
 
+    async def ask_relay(self) -> None:
+        """See whether the relay is there. Raises `RelayError`."""
+        ...
+
     async def join(
         self, account: Address, gpu_class: GpuClass, stake: Wei, models: Sequence[ModelId]
     ) -> None:

@@ -21,6 +21,11 @@ def brief(text: str, most: int = MOST_SAID) -> str:
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 card", "2 cards"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def named(error: BaseException) -> str:
     """An error of any kind: what it is called and what it says."""
     said = brief(str(error))

@@ -82,6 +82,9 @@ class DevSigner:
 
 
 class NoRelay:
+    async def now(self) -> float:
+        raise NotImplementedError
+
     async def fetch_parameters(self, account: Address, task: Commitment) -> str:
         raise NotImplementedError
 

@@ -170,6 +170,9 @@ class FakeNetwork(Faulty):
     def trouble(self) -> str | None:
         return self.unreached
 
+    async def ask_relay(self) -> None:
+        await self.arrive("ask_relay")
+
     def add(self, facts: TaskFacts, parameters: str | None = GOOD) -> None:
         self.tasks[facts.commitment] = facts
         if parameters is not None:

@@ -158,7 +158,7 @@ def test_it_isnt_done_while_more_accounts_serve_than_the_other_cards_can(two: Si
     two.drain("node", "b")
     assert not two.status.done, "the accounts haven't been looked at since"
     two.turn()
-    assert two.status.left == (f"1 accounts of {KIND.name} serve more than its other cards can",)
+    assert two.status.left == (f"1 account of {KIND.name} serves more than its other cards can",)
     two.moving(BOB)
     assert not two.status.done
     two.moving()
@@ -185,7 +185,7 @@ def test_after_a_restart_in_the_midst_of_it_its_not_done_either(two: Site) -> No
     two.begin()
     two.house.pool.cards.pop()
     two.turn()
-    assert two.status.left == (f"1 accounts of {KIND.name} serve more than its other cards can",)
+    assert two.status.left == (f"1 account of {KIND.name} serves more than its other cards can",)
     assert not two.status.done
 
 
@@ -317,7 +317,7 @@ def test_it_isnt_done_while_something_is_on_its_way_for_an_account(
     two.drain()
     two.moving(BOB)
     two.turn()
-    assert two.status.left == ("1 accounts are not paused yet",)
+    assert two.status.left == ("1 account is not paused yet",)
     # It came to be in a block that the last look is older than.
     two.network.moving = {BOB: Movement(block=101)}
     two.turn()

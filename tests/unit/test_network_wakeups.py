@@ -47,6 +47,9 @@ KICK = Wakeup(OURS, KICKED_OUT, moment=51)
 
 
 class NoRelay:
+    async def now(self) -> float:
+        raise AssertionError
+
     async def fetch_parameters(self, account: Address, task: Commitment) -> str:
         raise AssertionError
 

@@ -18,6 +18,7 @@ from cluster.core.errors import (
     LeaseLost,
     NetworkUnavailable,
     ParametersUnreadable,
+    RelayError,
     RelayRefused,
     ResultRefused,
 )
@@ -582,6 +583,25 @@ async def test_a_relay_that_refuses_one_task_is_reached_and_is_counted_so(house:
     assert b'crynux_relay_calls_total{call="parameters",result="refused"} 1.0' in (
         house.metrics.render()
     )
+
+
+async def test_a_relay_that_is_gone_is_noticed_while_nobody_needs_it(house: House) -> None:
+    house.network.faults["ask_relay"] = [RelayError("relay: ConnectError")]
+    await house.reconciler.ask_relay()
+    assert house.reconciler.relay_error == "relay: ConnectError"
+    await house.reconciler.ask_relay()
+    assert len(house.network.called("ask_relay")) == 1, "it was asked a moment ago"
+    house.clock.now += 60
+    await house.reconciler.ask_relay()
+    assert house.reconciler.relay_error is None
+
+
+async def test_a_relay_that_serves_a_task_is_not_asked(house: House) -> None:
+    house.network.add(facts_of())
+    await house.turns(2)
+    assert house.network.called("fetch_parameters")
+    await house.reconciler.ask_relay()
+    assert not house.network.called("ask_relay")
 
 
 async def test_a_slow_action_of_one_task_leaves_no_stale_look_at_another(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_drain_waits_for_accounts_beyond_the_configurations_too(tmp_path: Path
     site.see(ALICE, NodeStatus.PAUSED)
     site.drain()
     assert site.turn() == [("pause", BOB)]
-    assert site.status.left == ("1 accounts are not paused yet",)
+    assert site.status.left == ("1 account is not paused yet",)
 
 
 # --- as it is typed -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.chain.network import ChainClock
+from cluster.chain.clock import ChainClock
 from cluster.chain.rpc import LAST_TIMESTAMP, Block, Rpc
 from cluster.chain.task_contract import task_facts
 from cluster.core.errors import ChainError

@@ -16,6 +16,7 @@ from actors import fleet as fleet_module
 from actors import term as term_module
 from actors.inference import Health, Report
 from actors.readers import AGAIN_SECONDS, MOST_REMEMBERED, Readers
+from actors.stores import RayStores
 from cluster import assembly
 from cluster.config import load
 from cluster.core.errors import ConfigError, DeviceFault, DeviceFaultKind, LeaseLost
@@ -115,6 +116,17 @@ def test_after_a_while_it_is_told_again_and_not_everything_is_remembered() -> No
     assert readers.is_news("me", "bundle", "0xaa", Timestamp(AGAIN_SECONDS + 2))
 
 
+@pytest.mark.parametrize(("machines", "words"), [(1, "1 machine,"), (2, "2 machines,")])
+async def test_a_model_is_preloaded_where_there_are_stores(
+    office: Office, monkeypatch: pytest.MonkeyPatch, machines: int, words: str
+) -> None:
+    monkeypatch.setattr(RayStores, "want", lambda *_: machines)
+    async with serving(office):
+        await office.acting()
+        done = await told(office, PreloadModel(model="base:a/b"))
+    assert (done.kind, words in done.text) == ("done", True), done
+
+
 async def test_everything_that_is_asked_is_written_down(office: Office) -> None:
     async with serving(office):
         await office.acting()
@@ -128,9 +140,9 @@ async def test_everything_that_is_asked_is_written_down(office: Office) -> None:
             (ClearAccount(account="0x" + "77" * 20), "unknown", "none of the node accounts"),
             (ClearAccount(account=ALICE.lower()), "nothing", f"nothing stops {ALICE}"),
             (PreloadModel(model="nonsense"), "unknown", "expected kind:name"),
-            (PreloadModel(model="base:a/b"), "done", "is fetched by 1 machines"),
+            (PreloadModel(model="base:a/b"), "refused", "no machine has a model store"),
             (DropModel(model="nonsense"), "refused", "nonsense"),
-            (DropModel(model="base:a/b"), "refused", "no model store is there"),
+            (DropModel(model="base:a/b"), "refused", "no machine has a model store"),
             (ApplyFleet(), "done", "the plan is carried out"),
             (ReloadConfig(), "refused", "came from no file"),
             (SetLogLevel(level="debug"), "done", "logs from debug on"),

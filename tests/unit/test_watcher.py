@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.chain.abi import NODE_ABI, TASK_ABI
-from cluster.chain.network import ChainClock
+from cluster.chain.clock import ChainClock
 from cluster.chain.rpc import Block, Rpc
 from cluster.chain.watcher import Holders, Watcher, WatcherSettings
 from cluster.core.errors import ChainError, ConfigError
