@@ -29,7 +29,7 @@ from cluster.core.errors import (
     TaskInvalid,
     TaskUnsupported,
 )
-from cluster.core.matching import Card, Want, place
+from cluster.core.matching import Card, Want, expected_free, place
 from cluster.core.ports import Artifacts, Computed, GpuPool, Order
 from cluster.core.prefetching import hints
 from cluster.core.record import (
@@ -123,9 +123,12 @@ class _Running:
     attempt: AttemptId
     work: Work
     pipeline: str
-    free_at: Timestamp
+    due: Timestamp
     deadline: Timestamp | None
     want: Want
+
+    def free_at(self, now: Timestamp) -> Timestamp:
+        return expected_free(self.due, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ class Dispatcher:
             for task, (want, _, _) in self._wants.items()
         ]
         found += [
-            (running.task, max(0.0, running.free_at - now), running.deadline)
+            (running.task, running.free_at(now) - now, running.deadline)
             for running in self._running.values()
         ]
         return [
@@ -254,9 +257,9 @@ class Dispatcher:
         follower = asyncio.get_running_loop().create_task(self._follow(gpu, order))
         self._followers.add(follower)
         follower.add_done_callback(self._surface)
-        free_at = Timestamp(now + want.compute_seconds)
+        due = Timestamp(now + want.compute_seconds)
         self._running[gpu] = _Running(
-            want.task, order.attempt_id, work, want.pipeline, free_at, want.deadline, want
+            want.task, order.attempt_id, work, want.pipeline, due, want.deadline, want
         )
 
     def movable(
@@ -373,7 +376,7 @@ class Dispatcher:
         running = self._running.get(gpu.gpu_id)
         if running is not None:
             busy = replace(gpu, state=GpuState.BUSY) if gpu.state is GpuState.READY else gpu
-            return Card(busy, running.free_at, gpu.warm | {running.pipeline})
+            return Card(busy, running.free_at(now), gpu.warm | {running.pipeline})
         if gpu.state is GpuState.READY and (gpu.gpu_id in held or not self._guard.free(gpu)):
             gpu = replace(gpu, state=GpuState.BUSY)
         if gpu.state is GpuState.BUSY:

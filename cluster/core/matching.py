@@ -76,6 +76,12 @@ class Placement:
     gpu_id: GpuId
 
 
+def expected_free(due: Timestamp, now: Timestamp) -> Timestamp:
+    """When a card is free that was to be at `due`: what is late will be late by as much again. So
+    nobody waits for one that is stuck while another is free, however cold."""
+    return Timestamp(now + abs(due - now))
+
+
 def fits(requirement: Requirement, gpu_class: GpuClass) -> bool:
     """Whether the network would give such a task to such a card (protocol.md section 2)."""
     if requirement.required_gpu:

@@ -317,6 +317,25 @@ def test_a_card_busy_with_something_unknown_is_soon_expected_back(tmp_path: Path
     assert card.free_at == NOW + UNKNOWN_BUSY_SECONDS
 
 
+async def test_a_card_that_is_stuck_is_not_waited_for_while_a_cold_one_is_free(
+    tmp_path: Path,
+) -> None:
+    """What it computes was to take a second; from nowhere a card is ready in a minute."""
+    house = House(tmp_path, (gpu_of(CARD), gpu_of(CARD_2)))
+    house.open(TASK, *READY_EVENTS)
+    house.open(OTHER, *READY_EVENTS)
+    ask(house)
+    for late, waits in ((1.0, True), (59.0, True), (61.0, False)):
+        now = Timestamp(NOW + 1.0 + late)
+        house.dispatcher.want(want_of(OTHER), order_of(OTHER), NO_WORK)
+        house.dispatcher.dispatch(now)
+        assert (house.dispatcher.waiting() == (OTHER,)) is waits, late
+        of_task = [each.seconds for each in house.dispatcher.outstanding(now) if each.task == TASK]
+        assert of_task == [late], "it is expected to take as long again"
+    await house.calm()
+    assert house.story(OTHER)[-1] == AttemptStarted(SECOND, CARD_2)
+
+
 async def test_what_was_forgotten_is_not_started(house: House) -> None:
     house.dispatcher.want(want_of(), order_of(), NO_WORK)
     house.dispatcher.forget(TASK)
