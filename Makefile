@@ -53,7 +53,7 @@ programs: $(STAMP)
 	@$(BIN)/python -m tests.redis_tools
 
 integration: setup programs chart-tools  ## integration tests: a real EVM, Ray, Serve, HTTP servers, diffusers
-	@$(BIN)/python -m pytest tests/integration tests/chaos -q -n $(AT_ONCE) --dist loadgroup
+	@$(BIN)/python -m pytest tests/integration tests/chaos -q -n $(AT_ONCE) --dist loadgroup --durations=25
 
 docs: $(STAMP)  ## write what is made by code: docs/lifecycle.md, Grafana's dashboards, the chart's schema
 	@$(BIN)/python docs/generate.py

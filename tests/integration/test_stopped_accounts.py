@@ -1,0 +1,157 @@
+"""What stops an account until its operator has seen to it, with a whole operator on a real chain: a
+slash, and somebody else who uses its key.
+
+Others count the operator's slashes (test_serve), so this comes after them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from web3 import Web3
+
+from cluster.core.record import Closed, Outcome, ResultStored, Seen
+from cluster.status import Status
+from devnet.compile import load as contract
+from tests.integration.contracts_world import STAKE
+from tests.integration.operator_world import ACCOUNTS, TEST_SECONDS, OperatorWorld, task
+from tests.integration.process_memory import secrets
+from tests.integration.test_operator_fleet import cli, restart
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+GROUP = frozenset({"EndGroupSuccess", "EndGroupRefund", "EndInvalidated"})
+
+
+async def test_a_slashed_account_stays_out_until_it_is_cleared(operator: OperatorWorld) -> None:
+    await operator.until_serving()
+    status = await operator.until_status(lambda each: each, "it answers")
+    odd = status.gpus[0].gpu_id
+    classes = {a.address: a.gpu_class for a in status.accounts if a.status == "available"}
+    assert len(classes) >= 3
+
+    # One of the group on each card.
+    operator.gate.close()
+    operator.oddity.of(odd)
+    try:
+        sent = operator.send(task("odd", seed=91, group=True, expected_end=GROUP))
+
+        def all_compute(status: Status) -> bool:
+            busy = [gpu for gpu in status.gpus if gpu.task is not None and (gpu.step or 0) > 0]
+            return len(busy) == 3
+
+        await operator.until_status(all_compute, "each card computes one of the three")
+        operator.gate.open()
+        reports = await sent.ended()
+    finally:
+        operator.gate.open()
+        operator.oddity.end()
+    ends = {report.actual_end: report for report in reports}
+    assert set(ends) == GROUP
+    lost = ends["EndInvalidated"]
+
+    # Its stake is gone, its story and what it computed are kept, and it is told.
+    events = await operator.closed(lost.commitment)
+    assert events[-1] == Closed(Outcome.INVALIDATED, events[-1].payment)  # type: ignore[union-attr]
+    assert operator.gpus_of(events) == [odd]
+    assert any(isinstance(event, ResultStored) for event in events)
+
+    (account,) = (each.account for each in events if isinstance(each, Seen))
+    kind = classes[account]
+    assert kind is not None
+
+    def stopped(status: Status) -> bool:
+        """Its class rests: whoever else is of it has paused."""
+        (there,) = (each for each in status.fleet.classes if each.name == kind.name)
+        states = {each.address: each.status for each in status.accounts if each.address in classes}
+        out = states.pop(account) == "quit"
+        mates = {state for address, state in states.items() if classes[address] == kind}
+        return there.stopped and out and mates <= {"paused"}
+
+    await operator.until_status(stopped, "the account is out, and its class rests")
+    status = await operator.until_status(lambda each: each, "it answers")
+    assert status.totals.slashed == 1
+    assert any(f"account {account} was slashed" in problem for problem in status.problems)
+    (evidence,) = (each for each in status.problems if lost.commitment in each)
+    assert "what it computed is in" in evidence
+    assert not status.missing, "the other class serves"
+    story = (await operator.get(f"/v1/tasks/{lost.commitment}")).json()
+    assert story["outcome"] == "EndInvalidated"
+    assert [each["gpu"] for each in story["attempts"]] == [odd]
+
+    async def counted() -> bool:
+        return "\ncrynux_slashes_total 1.0" in (await operator.get("/metrics")).text
+
+    await operator.until(counted, "the metrics count it")
+
+    # Neither applying the plan nor a new coordinator brings it back.
+    code, out, error = await cli(operator, "fleet", "apply")
+    assert code == 0, error
+    code, out, error = await cli(operator, "fleet", "plan")
+    assert code == 0, error
+    assert f"{kind.name} ({kind.vram} GB): " in out
+    assert ", stopped" in out
+    await restart(operator)
+    await operator.until_status(stopped, "it is as it was")
+
+    code, out, error = await cli(operator, "fleet", "clear", account)
+    assert code == 0, error
+    assert f"{account} is cleared" in out
+    await operator.until_serving()
+
+    def well(status: Status) -> bool:
+        there = next(each for each in status.accounts if each.address == account)
+        return not status.problems and int(there.stake) >= STAKE
+
+    await operator.until_status(well, "it serves again, with a new stake")
+    (report,) = await operator.send(task("after-it", seed=92)).ended()
+    await operator.assert_paid_once(report)
+
+
+async def test_an_account_that_somebody_else_robs_is_held(operator: OperatorWorld) -> None:
+    await operator.until_serving()
+    status = await operator.until_status(lambda each: each, "it answers")
+    ours = next(each for each in status.accounts if each.status == "available")
+    assert operator.config.identity.seed_file is not None
+    phrase = operator.config.identity.seed_file.read_text().strip()
+    key = Account.from_key(secrets(phrase, ACCOUNTS)[f"key {ours.index}"])
+    assert key.address == ours.address
+    await asyncio.to_thread(rob, operator, key)
+
+    def held(status: Status) -> bool:
+        there = next(each for each in status.accounts if each.address == ours.address)
+        told = [each for each in status.problems if ours.address in each]
+        return there.status == "quit" and bool(told)
+
+    await operator.until_status(held, "it is told, and left alone")
+    await restart(operator)
+    await operator.until_status(held, "it is as it was")
+    code, out, error = await cli(operator, "fleet", "apply")
+    assert code == 0, error
+    assert await operator.until_status(held, "no plan touches it")
+
+    code, out, error = await cli(operator, "fleet", "clear", ours.address)
+    assert code == 0, error
+    await operator.until_serving()
+    await operator.until_status(lambda status: not status.problems, "nothing is wrong any more")
+    (report,) = await operator.send(task("after-that", seed=93)).ended()
+    await operator.assert_paid_once(report)
+
+
+def rob(operator: OperatorWorld, key: LocalAccount) -> None:
+    """As whoever has the key may do it, past the operator: pause, quit, and take the stake."""
+    eth = operator.web3.eth
+    place = Web3.to_checksum_address(operator.devnet.deployment.node)
+    functions = eth.contract(place, abi=contract("Node").abi).functions
+    thief = Web3.to_checksum_address("0x" + "e1" * 20)
+    for call in (functions.pause(), functions.quit(), None):
+        nonce = eth.get_transaction_count(key.address, "pending")
+        wish: Any = {"from": key.address, "nonce": nonce}
+        plain = wish | {"to": thief, "value": STAKE, "gas": 21_000, "gasPrice": eth.gas_price}
+        built: Any = plain if call is None else call.build_transaction(wish)
+        signed = key.sign_transaction(built | {"chainId": eth.chain_id})
+        receipt = eth.wait_for_transaction_receipt(eth.send_raw_transaction(signed.raw_transaction))
+        assert receipt["status"] == 1
