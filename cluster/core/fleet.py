@@ -16,6 +16,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from cluster.core.capacity import Target
 from cluster.core.fleet_actions import (
@@ -293,18 +294,29 @@ def _surplus(
     return {each: held[each] - targets.get(each, Target(0, 0)).most for each in held}
 
 
-def _leaving(accounts: Iterable[NodeAccount], surplus: Mapping[GpuClass, int]) -> int:
-    """How many are on their way out of a class that has too many: nobody else leaves for what they
-    leave for."""
-    return sum(
-        (each := belongs(a)) is not None
-        and surplus.get(each, 0) > 0
-        and not (a.barred or a.left_alone)
-        and (
-            _status(a) is NodeStatus.PENDING_QUIT or (a.moving and _status(a) is NodeStatus.PAUSED)
-        )
-        for a in accounts
-    )
+def _leaving(
+    accounts: Iterable[NodeAccount],
+    surplus: dict[GpuClass, int],
+    actions: Mapping[int, FleetAction] = MappingProxyType({}),
+) -> int:
+    """How many are on their way out of a class that has too many, or are told to go by `actions`:
+    nobody else leaves for what they leave for. `surplus` is without them afterwards."""
+    count = 0
+    for account in accounts:
+        gpu_class, action = belongs(account), actions.get(account.index)
+        if gpu_class is None or account.barred or account.left_alone:
+            continue
+        told = isinstance(action, Quit)
+        away = isinstance(action, Assign) and action.gpu_class != gpu_class
+        if told or away or (surplus.get(gpu_class, 0) > 0 and _goes(account)):
+            surplus[gpu_class] = surplus.get(gpu_class, 0) - 1
+            count += not away
+    return count
+
+
+def _goes(account: NodeAccount) -> bool:
+    paused = _status(account) is NodeStatus.PAUSED
+    return _status(account) is NodeStatus.PENDING_QUIT or (account.moving and paused)
 
 
 def _free_stakes(
@@ -323,8 +335,7 @@ def _free_stakes(
         and not a.barred
         and (_status(a) is not NodeStatus.QUIT or (_balance(a) >= need and draft.has_budget()))
     ]
-    quits = sum(isinstance(each, Quit) for each in draft.actions.values())
-    for gpu_class in draft.short[_leaving(accounts, surplus) + quits :]:
+    for gpu_class in draft.short[_leaving(accounts, surplus, draft.actions) :]:
         mover = _mover(owning, surplus, draft)
         if mover is None:
             return

@@ -381,6 +381,21 @@ def test_no_more_give_up_their_stakes_than_are_wanted() -> None:
     assert planned(kept, *idle, lacking, policy=policy) == ()
 
 
+def test_a_class_gives_up_no_more_than_it_has_too_many() -> None:
+    """One for a class that nobody is left for; the money of another would be the second."""
+    asleep = [
+        account(n, NodeStatus.PAUSED, SMALL, SMALL, GAS, refused=refused("resume")) for n in (1, 2)
+    ]
+    poor = [account(n, assigned=BIG, balance=0) for n in (3, 4)]
+    wanted: dict[GpuClass, int | Target] = {BIG: 3, SMALL: 1}
+    assert planned(wanted, *asleep, *poor, treasury=0) == (Quit(Address("0x1")),)
+    leaving = replace(asleep[0], moving=True)
+    assert planned(wanted, leaving, asleep[1], *poor, treasury=0) == ()
+    assert planned(wanted | {SMALL: 0}, leaving, asleep[1], *poor, treasury=0) == (
+        Quit(Address("0x2")),
+    )
+
+
 def test_gas_comes_also_to_what_is_on_its_way_and_may_wait_for_it() -> None:
     """A pause that the account can't pay for would else be on its way for ever."""
     low = serving(1, BIG, balance=0, moving=True)
