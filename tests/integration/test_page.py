@@ -152,6 +152,21 @@ def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
         page.close()
 
 
+def test_an_account_that_no_card_needs_is_spare_and_nothing_to_see_to(browser: Browser) -> None:
+    first, *_ = busy_status().accounts
+    spare = first.model_copy(
+        update={"index": 2, "status": "quit", "gpu_class": None, "current_task": None}
+    )
+    status = busy_status().model_copy(update={"accounts": (first, spare)})
+    with serving(SaidSource(status)) as url:
+        page = browser.new_page()
+        page.goto(url)
+        rows = page.locator("#accounts tbody tr")
+        expect(rows.nth(1)).to_contain_text("spare")
+        expect(rows.nth(1).locator(".state")).to_have_count(0)
+        expect(page.locator("#glance")).to_contain_text("1 of 1")
+
+
 def test_of_many_accounts_those_that_dont_serve_are_seen(browser: Browser) -> None:
     first = busy_status().accounts[1]
     accounts = tuple(

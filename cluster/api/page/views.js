@@ -39,6 +39,8 @@ function showDue(status, openStory, has) {
 
 const isOpen = (task) => task.outcome === null;
 const serves = (account) => ["available", "busy"].includes(account.status);
+/** It is for no class: no card needs it. */
+const isSpare = (account) => account.status === "quit" && !account.gpu_class;
 
 function showAlerts(status) {
   // What is missing says the headline.
@@ -57,7 +59,7 @@ function showGlance(status) {
   by("glance").replaceChildren(...pairs([
     ["GPUs that serve", `${serving.length} of ${status.gpus.length}`],
     ["computing now", `${busy}`],
-    ["accounts that serve", `${joined} of ${status.accounts.length}`],
+    ["accounts that serve", `${joined} of ${status.accounts.filter((each) => !isSpare(each)).length}`],
     ["tasks open", `${status.tasks.filter(isOpen).length}`],
     ["tasks closed", closed.toLocaleString()],
     ["paid in all", `${money(status.totals.paid_wei)} CNX`],
@@ -150,10 +152,11 @@ function showAccounts(status, openStory) {
   by("accounts-fold").hidden = status.accounts.length <= MANY;
   by("accounts-count").textContent = status.accounts.length;
   const folded = status.accounts.length > MANY && !by("accounts-all").checked;
-  const shown = folded ? status.accounts.filter((each) => !serves(each)) : status.accounts;
+  const shown = folded ? status.accounts.filter((each) => !serves(each) && !isSpare(each)) : status.accounts;
   fill("accounts", shown.map((each) => [
     { number: `${each.index}` }, make("span", { class: "mono address", title: each.address }, each.address),
-    state(ACCOUNT_KIND[each.status] ?? "warn", each.status.replaceAll("_", " ")),
+    isSpare(each) ? make("span", { class: "note" }, "spare")
+      : state(ACCOUNT_KIND[each.status] ?? "warn", each.status.replaceAll("_", " ")),
     each.gpu_class ? `${each.gpu_class.name} ${each.gpu_class.vram} GB` : "",
     { number: money(each.stake, 0) }, { number: money(each.balance) }, { number: `${each.qos}` },
     each.current_task ? link(each.current_task, openStory, each.address) : "",
