@@ -142,9 +142,9 @@ class Edge:
         self._source = CoordinatorSource(settings.namespace)
         self._access = settings.access()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve calls it every ten seconds."""
-        serve_gives_way()
+        await asyncio.to_thread(serve_gives_way)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._source, access=self._access)

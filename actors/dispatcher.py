@@ -198,7 +198,7 @@ class Dispatcher:
             for task, (want, _, _) in self._wants.items()
         ]
         found += [
-            (running.task, running.free_at(now) - now, running.deadline)
+            (running.task, max(0.0, running.due - now), running.deadline)
             for running in self._running.values()
         ]
         return [
@@ -238,7 +238,8 @@ class Dispatcher:
                 gpu=placement.gpu_id,
                 attempt=attempt,
             )
-            self.follow(placement.gpu_id, replace(order, attempt_id=attempt), want, work, now)
+            ready = Timestamp(now + placement.start_seconds)
+            self.follow(placement.gpu_id, replace(order, attempt_id=attempt), want, work, ready)
         self._read_ahead(now)
 
     def _read_ahead(self, now: Timestamp) -> None:

@@ -24,6 +24,8 @@ STORES: Final = 15
 ONLOOKERS: Final = 19
 SERVE: Final = ("ray::ProxyActor", "ray::ServeController")
 """Serve's own, through which those who look on come in."""
+_OURS_TO_SET: Final = frozenset({RAY_SETTINGS["worker_niceness"], ONLOOKERS})
+"""Where Ray has none yield, and where we were there before: a thread may have been missed."""
 
 
 def give_way(niceness: int) -> None:
@@ -35,16 +37,17 @@ def serve_gives_way() -> None:
     """Serve's own processes beside this one, which can't be told to, yield to all where Ray has
     none yield. To be done again now and then: Serve replaces them."""
     for process in _siblings(SERVE):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpriority(os.PRIO_PROCESS, process) == RAY_SETTINGS["worker_niceness"]:
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.getpriority(os.PRIO_PROCESS, process) in _OURS_TO_SET:
                 _hold_back(process, ONLOOKERS)
 
 
 def _hold_back(process: int, niceness: int) -> None:
-    """On Linux each thread has a niceness of its own, and hands it to those that it begins."""
+    """As far as the machine lets us. On Linux each thread has a niceness of its own, and hands it
+    to those that it begins."""
     for thread in Path(f"/proc/{process}/task").iterdir():
         number = int(thread.name)
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(OSError):  # it has just ended, or a sandbox forbids it
             if os.getpriority(os.PRIO_PROCESS, number) < niceness:
                 os.setpriority(os.PRIO_PROCESS, number, niceness)
             if os.sched_getscheduler(number) == os.SCHED_OTHER:
@@ -56,8 +59,9 @@ def _siblings(titles: Iterable[str]) -> Iterable[int]:
     wanted = tuple(title.encode() for title in titles)
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(wanted):
-                # After the name, which may hold anything, come its state and its parent.
-                after = (folder / "stat").read_text().rpartition(")")[2]
-                if int(after.split()[1]) == os.getppid():
-                    yield int(folder.name)
+            # After the name, which may hold anything, come its state and its parent.
+            after = (folder / "stat").read_text(errors="replace").rpartition(")")[2]
+            ours = int(after.split()[1]) == os.getppid()
+            # Of a process that is stuck it may not be read: of our own alone it is asked.
+            if ours and (folder / "cmdline").read_bytes().startswith(wanted):
+                yield int(folder.name)

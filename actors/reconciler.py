@@ -7,6 +7,7 @@ the retries (`_pauses`) is the only thing remembered, and losing it costs nothin
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,8 @@ from cluster.core.types import (
 from cluster.inference import parameters as task_parameters
 from cluster.metrics import Metrics, RelayCall, RelayResult
 
+RELAY_SECONDS = 15.0
+"""After so long without an answer the relay is away."""
 POLL_SECONDS = 0.5
 """How soon the relay is asked again for parameters that aren't there yet."""
 _NOTICED = frozenset({Stage.ANSWERED, Stage.WANTED})
@@ -227,13 +230,23 @@ class Reconciler:
         """Whether it is there, where no task has shown that for a while."""
         if not self._relay.is_quiet(self._clock()):
             return
-        failed: RelayError | None = None
+        calls, failed = self._relay.calls, ""
         try:
-            await self._network.ask_relay()
-        except RelayError as error:
-            failed = error
-            self._log.warning("relay_away", error=str(error))
-        self._relay.asked(failed, self._clock())
+            async with asyncio.timeout(RELAY_SECONDS):
+                await self._network.ask_relay()
+        except RelayRefused:
+            pass
+        except TimeoutError:
+            failed = f"relay: no answer in {RELAY_SECONDS:.0f} s"
+        except NetworkUnavailable as error:
+            failed = str(error)
+        except Exception:  # noqa: BLE001 - no task's turn, and no task stops for it
+            failed = "relay: it can't be asked; the log says why"
+            self._log.exception("relay_not_asked")
+        if calls == self._relay.calls:  # no task has called meanwhile
+            self._relay.asked(failed, self._clock())
+            if failed:
+                self._log.warning("relay_away", error=failed)
 
     def _note_relay(self, task: Commitment, action: Action, error: ClusterError | None) -> None:
         """Remember how the relay's last call went."""

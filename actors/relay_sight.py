@@ -10,6 +10,8 @@ FORGET_SECONDS = 300.0
 """After so long without a call nobody knows any more."""
 QUIET_SECONDS = 60.0
 """After so long without a call the relay is asked whether it is there: the next task needs it."""
+AWAY_SECONDS = 10.0
+"""The same where it is away."""
 ALONE = 1
 
 
@@ -21,21 +23,23 @@ class RelaySight:
         self._failed: dict[Commitment, str] = {}
         self._away = ""
         self._at = self._called_at = float("-inf")
+        self.calls = 0
 
     def is_quiet(self, now: float) -> bool:
-        return now - self._called_at >= QUIET_SECONDS
+        quiet = AWAY_SECONDS if self._away else QUIET_SECONDS
+        return not 0.0 <= now - self._called_at < quiet
 
-    def asked(self, error: RelayError | None, now: float) -> None:
-        """What came of asking whether it is there. That says nothing of what it makes of tasks."""
-        self._called_at = now
-        there = error is None or isinstance(error, RelayRefused)
-        self._away = "" if there else str(error)
-        if not there:
+    def asked(self, away: str, now: float) -> None:
+        """What came of asking whether it is there: why not, or nothing. That says nothing of what
+        it makes of tasks."""
+        self._called(now)
+        self._away = away
+        if away:
             self._at = now
 
     def heard(self, task: Commitment, error: ClusterError | None, now: float) -> None:
         """What came of a call for a task."""
-        self._called_at = now
+        self._called(now)
         if not isinstance(error, RelayError) or isinstance(error, RelayRefused):
             self._failed.clear()
             self._away = ""
@@ -53,6 +57,10 @@ class RelaySight:
         if self._away:
             return self._away
         return next(reversed(self._failed.values())) if len(self._failed) > ALONE else None
+
+    def _called(self, now: float) -> None:
+        self._called_at = now
+        self.calls += 1
 
     def _is_old(self, now: float) -> bool:
         return now - self._at >= FORGET_SECONDS

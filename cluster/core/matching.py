@@ -74,6 +74,8 @@ class Costs:
 class Placement:
     task: Commitment
     gpu_id: GpuId
+    start_seconds: float = field(default=0.0, compare=False)
+    """Until it computes there, as `Costs` has it."""
 
 
 def expected_free(due: Timestamp, now: Timestamp) -> Timestamp:
@@ -276,10 +278,10 @@ def place(
             continue
         shelves.take(start)
         if not start.waits:
-            placements.append(Placement(want.task, start.card.gpu.gpu_id))
+            placements.append(Placement(want.task, start.card.gpu.gpu_id, start.cost))
     for want in late:
         start = shelves.best_free(want)
         if start is not None:
             shelves.take(start)
-            placements.append(Placement(want.task, start.card.gpu.gpu_id))
+            placements.append(Placement(want.task, start.card.gpu.gpu_id, start.cost))
     return tuple(placements)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
@@ -72,16 +73,17 @@ def _yielding() -> dict[str, set[tuple[int, int]]] | None:
     aren't held back yet: that is done after a while."""
     found: dict[str, set[tuple[int, int]]] = {}
     for process in psutil.Process().children(recursive=True):
-        title = " ".join(process.cmdline())
-        actor = re.match(r"ray::(\w+)", title)
-        if actor is not None:
-            threads = {
-                (os.getpriority(os.PRIO_PROCESS, each.id), os.sched_getscheduler(each.id))
-                for each in process.threads()
-            }
-            found.setdefault(actor[1], set()).update(threads)
+        with contextlib.suppress(psutil.Error, ProcessLookupError):  # it has just ended
+            title = " ".join(process.cmdline())
+            actor = re.match(r"ray::(\w+)", title)
+            if actor is not None:
+                threads = {
+                    (os.getpriority(os.PRIO_PROCESS, each.id), os.sched_getscheduler(each.id))
+                    for each in process.threads()
+                }
+                found.setdefault(actor[1], set()).update(threads)
     held = {(precedence.ONLOOKERS, os.SCHED_BATCH)}
-    return found if found["ProxyActor"] == found["ServeController"] == held else None
+    return found if found.get("ProxyActor") == found.get("ServeController") == held else None
 
 
 JOIN = """

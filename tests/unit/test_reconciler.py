@@ -596,6 +596,35 @@ async def test_a_relay_that_is_gone_is_noticed_while_nobody_needs_it(house: Hous
     assert house.reconciler.relay_error is None
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (RelayRefused("relay: now refused"), None),
+        (NetworkUnavailable("no way there"), "no way there"),
+        (RuntimeError("a bug"), "relay: it can't be asked; the log says why"),
+    ],
+)
+async def test_whatever_comes_of_asking_ends_no_term(
+    house: House, fault: Exception, words: str | None
+) -> None:
+    house.network.faults["ask_relay"] = [fault]
+    await house.reconciler.ask_relay()
+    assert house.reconciler.relay_error == words
+
+
+async def test_what_a_task_has_shown_meanwhile_counts_more(house: House) -> None:
+    house.network.add(facts_of())
+    house.network.faults["ask_relay"] = [RelayError("relay: ReadTimeout")]
+    house.network.gates["ask_relay"] = asyncio.Event()
+    asking = asyncio.create_task(house.reconciler.ask_relay())
+    await asyncio.sleep(0)
+    await house.turns(2)
+    assert house.network.called("fetch_parameters")
+    house.network.gates["ask_relay"].set()
+    await asking
+    assert house.reconciler.relay_error is None
+
+
 async def test_a_relay_that_serves_a_task_is_not_asked(house: House) -> None:
     house.network.add(facts_of())
     await house.turns(2)
