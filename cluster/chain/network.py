@@ -45,6 +45,7 @@ from cluster.core.types import (
 from cluster.journal import SqlJournal
 
 BELIEVED_SECONDS = 60.0
+"""How long a head is held on to that the endpoint no longer reaches."""
 HEAD_SECONDS = 3.0
 """No head is taken for the newest for longer."""
 LIVE_SECONDS = 15.0
@@ -62,7 +63,6 @@ AGAIN_SECONDS = 60.0
 READ_BACK = 1_000
 """Blocks before those that weren't handled when a term began: endpoints leave logs out."""
 _ANSWERABLE = frozenset({TaskStatus.STARTED, TaskStatus.PARAMETERS_UPLOADED})
-"""How long a head is held on to that the endpoint no longer reaches."""
 _log = structlog.get_logger(__name__)
 
 
