@@ -50,6 +50,7 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
+from cluster.core.wording import times
 from cluster.journal import Assignment
 from cluster.status import ClassStatus, FleetStatus
 
@@ -223,7 +224,7 @@ class FleetKeeper:
         ]
         now = self._now()
         lines += [
-            f"account {account} was kicked out {len(each.kicks)} times; it joins again in "
+            f"account {account} was kicked out {times(len(each.kicks))}; it joins again in "
             f"{each.rejoin_at - now:.0f} s"
             for account, each in self.standings.kicked_out().items()
         ]

@@ -1,7 +1,7 @@
 """Which of our processes goes first where several want the same processor.
 
 The coordinator has deadlines and needs little; a card's process would take every processor that it
-finds; who looks on can wait. Ray would have all of them yield alike, to everything else on the
+finds; who looks on can wait for the coordinator. Ray would have all of them yield alike, to everything else on the
 machine (its `worker_niceness` is 15), so it is told not to (`RAY_SETTINGS`), and those that yield
 say so themselves. In a Ray that others began without that, all is as Ray has it.
 
@@ -20,8 +20,10 @@ from typing import Final
 RAY_SETTINGS: Final = {"worker_niceness": 0}
 """The chart has it as an environment variable, `RAY_worker_niceness`."""
 CARDS: Final = 10
+ONLOOKERS: Final = 10
+"""No lower than the cards: they ask for little, and cards that compute on the processor would have
+them wait for a quarter of a second."""
 STORES: Final = 15
-ONLOOKERS: Final = 19
 SERVE: Final = ("ray::ProxyActor", "ray::ServeController")
 """Serve's own, through which those who look on come in."""
 _OURS_TO_SET: Final = frozenset({RAY_SETTINGS["worker_niceness"], ONLOOKERS})

@@ -1,4 +1,4 @@
-"""What watching costs while tasks run: 30 s of 25 scrapers and 25 page viewers against none.
+"""What watching costs while tasks run: a minute of 25 scrapers and 25 page viewers against none.
 
 A whole operator on a devnet, as `crynux-cluster up` starts it, with tasks that never end. Who
 watches is a process of its own (`benchmarks.watchers`). The two states take turns every ten
@@ -39,7 +39,7 @@ from devnet.network import MODELS, Devnet, SimulatedCards
 from devnet.tasks import TaskSpec
 
 RUN = Path(".devnet/serve-load")
-TURN_SECONDS, TURNS = 10.0, 3
+TURN_SECONDS, TURNS = 10.0, 6
 SETTLE_SECONDS = 5.0
 """Between the two states: an answer that was kept for those who watched is gone by then."""
 Ask = Callable[[], bytes]

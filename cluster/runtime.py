@@ -32,7 +32,7 @@ from cluster.api.guard import is_loopback, read_token
 from cluster.assembly import assemble_from, key_file_of, open_endpoints
 from cluster.chain.starting import check_contracts
 from cluster.config import Config
-from cluster.core.errors import ChainError, ConfigError
+from cluster.core.errors import ChainError, ClusterError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass
 from cluster.handover import Handover
 from cluster.keystore import PASSWORD
@@ -160,7 +160,10 @@ async def _check_chain(config: Config) -> None:
 
 
 def connect(config: Config) -> bool:
-    """Join the configured Ray cluster, or start one here; True when it was started here."""
+    """Join the configured Ray cluster, or start one here; True when it was started here.
+
+    Raises `ConfigError` where there can't be one, `ClusterError` where it doesn't come up in time.
+    """
     address = config.ray.address
     own = address is None
     options: dict[str, Any] = {
@@ -188,6 +191,12 @@ def connect(config: Config) -> bool:
         # Not there, not an address, or of another version of Ray or Python.
         where = "can't start one here" if own else f"can't join the one at {address}"
         raise ConfigError(f"ray.address: no Ray cluster: {where}: {error}") from error
+    except Exception as error:
+        # Ray raises nothing narrower when a part of it isn't up after the half minute it gives it.
+        raise ClusterError(
+            f"Ray didn't start: {error} Is this machine too busy, or short of memory? Start again; "
+            "its logs are below /tmp/ray/session_latest/logs"
+        ) from error
     return own
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from cluster.core.wording import times
+
 FAILURES_TO_OPEN: Final = 3
 REFUSALS_TO_OPEN: Final = 5
 """In a row, of what another endpoint has answered."""
@@ -151,7 +153,7 @@ def problem(endpoint: Endpoint, now: float) -> str:
         return endpoint.wrong
     if endpoint.is_open and (endpoint.open_until > now or endpoint.probing):
         why = f": {endpoint.why}" if endpoint.why else ""
-        return f"failed {max(endpoint.failures, endpoint.refusals)} times{why}"
+        return f"failed {times(max(endpoint.failures, endpoint.refusals))}{why}"
     if endpoint.patience_until > now:
         return f"asked to wait {endpoint.patience_until - now:.0f} s"
     return f"{endpoint.behind} blocks behind" if lags(endpoint, now) else ""

@@ -26,6 +26,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def times(count: int) -> str:
+    """ "once", "2 times"."""
+    return "once" if count == 1 else f"{count} times"
+
+
 def named(error: BaseException) -> str:
     """An error of any kind: what it is called and what it says."""
     said = brief(str(error))

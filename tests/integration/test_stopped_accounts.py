@@ -1,5 +1,5 @@
-"""What stops an account until its operator has seen to it, with a whole operator on a real chain: a
-slash, and somebody else who uses its key.
+"""What stops an account, with a whole operator on a real chain: a slash and somebody else who uses its
+key, until its operator has seen to it; tasks that ran out, for a while.
 
 Others count the operator's slashes (test_serve), so this comes after them.
 """
@@ -7,6 +7,7 @@ Others count the operator's slashes (test_serve), so this comes after them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -16,16 +17,20 @@ from web3 import Web3
 
 from actors.fleet import FLEET_SECONDS
 from cluster.core.record import Closed, Outcome, ResultStored, Seen
+from cluster.core.standing import FIRST_REJOIN_SECONDS
 from cluster.status import Status
 from devnet.compile import load as contract
 from tests.integration.contracts_world import STAKE
 from tests.integration.operator_start import BLOCK_SECONDS
-from tests.integration.operator_world import ACCOUNTS, TEST_SECONDS, OperatorWorld, task
+from tests.integration.operator_world import ACCOUNTS, CARDS, TEST_SECONDS, OperatorWorld, task
 from tests.integration.process_memory import secrets
 from tests.integration.test_operator_fleet import cli, restart
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 GROUP = frozenset({"EndGroupSuccess", "EndGroupRefund", "EndInvalidated"})
+ABORTED = frozenset({"EndAborted"})
+LONE = CARDS[1]
+"""Of this class there is one card."""
 
 
 async def test_a_slashed_account_stays_out_until_it_is_cleared(operator: OperatorWorld) -> None:
@@ -148,6 +153,86 @@ async def test_an_account_that_somebody_else_robs_is_held(operator: OperatorWorl
     await operator.assert_paid_once(report)
 
 
+async def test_a_kicked_account_waits_and_joins_again(operator: OperatorWorld) -> None:
+    await operator.until_serving()
+    before = await operator.until_status(lambda each: each, "it answers")
+    (ours,) = (
+        each
+        for each in before.accounts
+        if each.gpu_class is not None
+        and each.gpu_class.vram == LONE.vram
+        and each.status == "available"
+    )
+    # Nobody is to take its place meanwhile.
+    spares = [each.address for each in before.accounts if each.status == "quit"]
+    for spare in spares:
+        code, _, error = await cli(operator, "fleet", "quit", spare)
+        assert code == 0, error
+
+    # Its tasks run out, one after the other, until the network has enough of it.
+    begun = operator.web3.eth.block_number
+    tried = 0
+    while not kicks(operator, ours.address, begun):
+        tried += 1
+        assert tried <= 3
+        never = task(
+            f"never-{tried}",
+            min_vram=int(LONE.vram),
+            upload=False,
+            timeout=10,
+            expected_end=ABORTED,
+        )
+        (report,) = await operator.send(never).ended()
+        assert report.actual_end == "EndAborted"
+
+    # It is out, with its stake; that is told and counted, once, and lasts over a restart.
+    waits = f"account {ours.address} was kicked out once; it joins again in "
+
+    def waiting(status: Status) -> bool:
+        there = next(each for each in status.accounts if each.address == ours.address)
+        told = [each for each in status.problems if each.startswith(waits)]
+        return there.status == "quit" and int(there.balance) >= STAKE and len(told) == 1
+
+    await operator.until_status(waiting, "it is out, and waits")
+    metrics = (await operator.get("/metrics")).text
+    assert "\ncrynux_kick_outs_total 1.0" in metrics
+    await restart(operator)
+    await operator.until_status(waiting, "it waits still")
+
+    # Then it joins again by itself, not before its time, and takes tasks.
+    await operator.until_serving()
+    await operator.until_status(lambda status: not status.problems, "nothing is wrong any more")
+    (kick,) = kicks(operator, ours.address, begun)
+    joined = joins(operator, ours.address, kick)
+    moment = {block: operator.web3.eth.get_block(block)["timestamp"] for block in (kick, *joined)}
+    assert [moment[block] - moment[kick] >= FIRST_REJOIN_SECONDS - 1 for block in joined] == [True]
+    for spare in spares:
+        code, _, error = await cli(operator, "fleet", "clear", spare)
+        assert code == 0, error
+    (report,) = await operator.send(task("after-all", seed=94, min_vram=int(LONE.vram))).ended()
+    await operator.assert_paid_once(report)
+
+
+def kicks(operator: OperatorWorld, account: str, since: int) -> list[int]:
+    """The blocks after that one in which the network threw the account out."""
+    events = _registry(operator).events.NodeKickedOut.get_logs(from_block=since + 1)
+    return [each["blockNumber"] for each in events if each["args"]["nodeAddress"] == account]
+
+
+def joins(operator: OperatorWorld, account: str, since: int) -> list[int]:
+    """The blocks after that one in which the account came to have a stake."""
+    staked = _registry(operator).functions.getStakedAmount(Web3.to_checksum_address(account))
+    blocks = range(since, operator.web3.eth.block_number + 1)
+    stakes = [staked.call(block_identifier=block) for block in blocks]
+    pairs = itertools.pairwise(stakes)
+    return [block for block, (old, new) in zip(blocks[1:], pairs, strict=True) if new > old]
+
+
+def _registry(operator: OperatorWorld) -> Any:
+    place = Web3.to_checksum_address(operator.devnet.deployment.node)
+    return operator.web3.eth.contract(place, abi=contract("Node").abi)
+
+
 async def plans_pass(operator: OperatorWorld) -> None:
     """A coordinator acts, and the fleet has been planned some times since."""
     await operator.until_status(lambda status: status.acting, "a coordinator acts")
@@ -160,9 +245,7 @@ async def plans_pass(operator: OperatorWorld) -> None:
 
 def rob(operator: OperatorWorld, key: LocalAccount) -> None:
     """As whoever has the key may do it, past the operator: pause, quit, and take the stake."""
-    eth = operator.web3.eth
-    place = Web3.to_checksum_address(operator.devnet.deployment.node)
-    functions = eth.contract(place, abi=contract("Node").abi).functions
+    eth, functions = operator.web3.eth, _registry(operator).functions
     thief = Web3.to_checksum_address("0x" + "e1" * 20)
     for call in (functions.pause(), functions.quit(), None):
         nonce = eth.get_transaction_count(key.address, "pending")

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from cluster import assembly, keystore, runtime
 from cluster.config import Config, digest, load
-from cluster.core.errors import ChainError, ConfigError
+from cluster.core.errors import ChainError, ClusterError, ConfigError
 from cluster.core.types import GigaBytes, GpuClass, Timestamp
 from cluster.identity import Identity
 from cluster.journal import Assignment, SqlJournal
@@ -328,6 +328,18 @@ def test_a_ray_cluster_that_cannot_be_had_is_one_line(
     monkeypatch.setattr("cluster.runtime.ray.init", init)
     with pytest.raises(ConfigError, match=r"^ray\.address: .*: another version of Ray$"):
         runtime.connect(config(tmp_path, address=address))
+
+
+def test_a_ray_that_does_not_come_up_in_time_is_one_line_and_not_the_operators_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_options: object) -> None:
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002  # as Ray does
+
+    monkeypatch.setattr("cluster.runtime.ray.init", init)
+    with pytest.raises(ClusterError, match=r"timed out during startup\. .*Start again") as caught:
+        runtime.connect(config(tmp_path))
+    assert not isinstance(caught.value, ConfigError)
 
 
 def test_accounts_that_were_ever_assigned_are_tended_beyond_the_configurations(
