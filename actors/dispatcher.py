@@ -16,6 +16,7 @@ from typing import Protocol
 import structlog
 
 from actors.ledger import Ledger
+from actors.pace import Pace
 from cluster.core.draining import movable
 from cluster.core.errors import (
     AttemptLost,
@@ -55,9 +56,6 @@ from cluster.core.wording import brief
 from cluster.logs import scrub
 from cluster.metrics import Metrics
 
-FIRST_PACE = {"sd": 1e-7, "llm": 0.02}
-"""Compute seconds for a pixel-step and for a token, until some were measured."""
-PACE_WEIGHT = 0.3
 UNKNOWN_BUSY_SECONDS = 5.0
 """How long a card is expected to stay busy with something that isn't ours to know."""
 MOST_READ = 4_000
@@ -160,7 +158,7 @@ class Dispatcher:
         self._guard = guard
         self._artifacts = artifacts
         self._metrics = metrics
-        self._pace: dict[tuple[str, str], float] = {}
+        self._pace = Pace(ledger)
         self._new_attempt_id = new_attempt_id
         self._settled = settled
         self._failed = failed
@@ -173,13 +171,8 @@ class Dispatcher:
         self._log = structlog.get_logger("dispatch")
 
     def seconds_for(self, work: Work, pipeline: str = "") -> float:
-        """How long so much work takes with a set of models, as measured of late; before they were
-        measured, as the kind's others took."""
-        return work.amount * self._pace_of(work.kind, pipeline)
-
-    def _pace_of(self, kind: str, pipeline: str) -> float:
-        of_all = self._pace.get((kind, ""), FIRST_PACE[kind])
-        return self._pace.get((kind, pipeline), of_all)
+        """How long so much work takes with a set of models, as far as was measured."""
+        return self._pace.seconds_for(work, pipeline)
 
     def want(self, want: Want, order: Order, work: Work) -> None:
         """The task may be started with `order` (whose attempt id is filled in on placement)."""
@@ -343,12 +336,8 @@ class Dispatcher:
 
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)
-        if running is None or running.work.amount <= 0:
-            return
-        kind, amount = running.work.kind, running.work.amount
-        for pipeline in ("", running.pipeline):
-            pace = self._pace_of(kind, pipeline)
-            self._pace[kind, pipeline] = pace + PACE_WEIGHT * (seconds / amount - pace)
+        if running is not None:
+            self._pace.learn(running.work, running.pipeline, seconds)
 
     async def _keep(self, order: Order, computed: Computed) -> Event:
         files = await self._artifacts.put(order.task, computed.files)

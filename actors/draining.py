@@ -52,7 +52,7 @@ class Draining:
             self._serving.clear()
         self._leaving = Counter(self._taken)
         self._taken.clear()
-        return draining.without(cards, self._leaving)
+        return cards.without(self._leaving)
 
     def target(
         self, gpu_class: GpuClass, found: Target, serving: int, kept: int, slots: int | None

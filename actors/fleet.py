@@ -140,6 +140,9 @@ class FleetKeeper:
         that is an old story."""
         if standing.is_told(self.standings.of(account), moment):
             return False
+        # First of all: a crash right after it, and the event is told again; the other way round
+        # the account would be joined again.
+        self._ledger.mark_slashed(account)
         index = next((i for i, each in self._accounts.items() if each == account), None)
         if gpu_class is not None and index is not None and account not in self._classes():
             # What is stopped is found by it, for as long as the operator hasn't cleared it.
@@ -211,15 +214,20 @@ class FleetKeeper:
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, one line each."""
-        lines = [f"account {account}: {why}" for account, why in self.standings.held().items()]
+        lines = [
+            f"account {account}: {why} Nothing is done for it; see to it, then crynux-cluster "
+            f"fleet clear {account}"
+            for account, why in self.standings.held().items()
+        ]
         lines += [
-            f"{gpu_class.name} is stopped, one of its accounts was slashed: find out why, then "
-            "crynux-cluster fleet clear"
-            for gpu_class in sorted_(self._stopped())
+            f"{gpu_class.name} is stopped, {account} of it was slashed: find out why, then "
+            f"crynux-cluster fleet clear {account}"
+            for account, gpu_class in self._stopping()
         ]
         lines += [
             f"account {account}: it isn't as it should be, and not all that the network did to it "
-            "could be read; nothing is done for it"
+            "could be read; nothing is done for it until an endpoint of the chain says more, or "
+            f"crynux-cluster fleet clear {account}"
             for account in self.standings.unclear()
         ]
         now = self._now()
@@ -251,7 +259,7 @@ class FleetKeeper:
                 await self._actions.carry_out(action, self._settings.policy.stake)
             except NetworkUnavailable as error:
                 self._log.warning("fleet_action_failed", action=words(action), error=str(error))
-        if self._apply_until and not found.actions and not self.view.moving:
+        if self._apply_until and not found.actions and not self.view.moving + self.view.unread:
             self._apply(0.0)
         self.draining.ended_turn(begun)
 
@@ -288,6 +296,7 @@ class FleetKeeper:
             treasury=None if had is None else str(had),
             plan=tuple(map(words, found.actions)),
             moving=sum(each.moving for each in accounts),
+            unread=sum(each.facts is None for each in accounts),
             lacks=found.lacks,
             limits=found.limits,
             held=tuple(self.standings.held()),
@@ -314,9 +323,15 @@ class FleetKeeper:
     def _stopped(self) -> frozenset[GpuClass]:
         """Classes that serve nothing until the operator has cleared their slashed accounts: what
         computed wrongly may do so again."""
+        return frozenset(gpu_class for _, gpu_class in self._stopping())
+
+    def _stopping(self) -> list[tuple[Address, GpuClass]]:
+        """By which account which class is stopped."""
+        if not self._ledger.slashed:
+            return []
         classes = self._classes()
         slashed = self._ledger.slashed & set(self._accounts.values())
-        return frozenset(classes[account] for account in slashed if account in classes)
+        return [(account, classes[account]) for account in sorted(slashed) if account in classes]
 
     def _node_accounts(self) -> list[NodeAccount]:
         assigned = {each.index: each.gpu_class for each in self._ledger.assigned()}

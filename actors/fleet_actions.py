@@ -129,7 +129,9 @@ class FleetActions:
         if not why:
             self._waiting.pop(gpu_class, None)
             return True
-        there = self._waiting.setdefault(gpu_class, _Waiting(now, now, ""))
+        there = self._waiting.get(gpu_class)
+        if there is None or now - there.last >= STILL_SECONDS:
+            there = self._waiting[gpu_class] = _Waiting(now, now, "")
         if why != there.why:
             self._log.info("join_waits", gpu_class=gpu_class.name, why=why)
         there.last, there.why = now, why

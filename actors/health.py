@@ -60,6 +60,11 @@ class CardHealth:
         with self._ledger.journal.read() as connection:
             return rows.is_known(connection, card)
 
+    def was_blamed(self, card: CardUuid, reason: str) -> bool:
+        """Whether its last quarantine was for this, be it cleared or not."""
+        with self._ledger.journal.read() as connection:
+            return rows.last_reason(connection, card) == reason
+
     def quarantine(self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str) -> None:
         """No task goes to these cards until an operator clears them."""
         new = self._new(cards, gpu_class, reason)
@@ -146,7 +151,8 @@ class CardHealth:
     def alerts(self) -> tuple[str, ...]:
         """What an operator should know, in words."""
         quarantines = [
-            f"card {each.uuid} ({each.gpu_class.name}) is in quarantine: {each.reason}"
+            f"card {each.uuid} ({each.gpu_class.name}) is in quarantine: {each.reason}; see to it, "
+            f"then crynux-cluster gpus clear {each.uuid}"
             for each in self._quarantines.values()
         ]
         disputes = [

@@ -93,7 +93,8 @@ def describe(sight: Sight) -> Status:
     newest = max(sight.views.values(), key=lambda view: view.moment, default=None)
     errors = [error for error in (sight.chain_error, sight.relay_error) if error is not None]
     slashed = [
-        f"account {account} was slashed; it is not joined again by itself"
+        f"account {account} was slashed; it is not joined again by itself: find out why, then "
+        f"crynux-cluster fleet clear {account}"
         for account in sorted(sight.slashed)
     ]
     broken = [

@@ -1,9 +1,10 @@
 """Which of our processes goes first where several want the same processor.
 
 The coordinator has deadlines and needs little; a card's process would take every processor that it
-finds; who looks on can wait for the coordinator. Ray would have all of them yield alike, to everything else on the
-machine (its `worker_niceness` is 15), so it is told not to (`RAY_SETTINGS`), and those that yield
-say so themselves. In a Ray that others began without that, all is as Ray has it.
+finds; who looks on can wait for the coordinator. Ray would have all of them yield alike, to
+everything else on the machine (its `worker_niceness` is 15), so it is told not to (`RAY_SETTINGS`),
+and those that yield say so themselves. In a Ray that others began without that, all is as Ray has
+it.
 
 Niceness alone only says who gets how much: who wakes still takes the processor from who has it. As
 a batch process (SCHED_BATCH) it waits until that one has done its turn.

@@ -13,7 +13,8 @@ from actors.holds import Holds
 from actors.ledger import Ledger
 from actors.verifier import Verifier
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, CardUuid, Gpu, GpuId, Timestamp
+from cluster.core.record import Outcome
+from cluster.core.types import AttemptId, CardUuid, Commitment, Gpu, GpuId, Timestamp
 from cluster.metrics import Metrics
 
 
@@ -42,7 +43,9 @@ class Safeguards:
         new_attempt_id: Callable[[], AttemptId],
         changed: Callable[[], None],
     ) -> None:
+        self._ledger = ledger
         self._pool = pool
+        self._blamed: set[Commitment] = set()
         self._holds = Holds()
         self._health = CardHealth(ledger, clock, pool.quarantine)
         self._canaries = Canaries(
@@ -82,7 +85,31 @@ class Safeguards:
 
     def wake(self) -> None:
         """The cards have changed."""
+        self.blame()
         self._canaries.wake()
+
+    def blame(self) -> None:
+        """A card whose result cost an account its stake computes for nobody until an operator has
+        cleared it, or the account."""
+        lost = [
+            record
+            for record in self._ledger.closed
+            if record.outcome is Outcome.INVALIDATED
+            and record.account in self._ledger.slashed
+            and record.commitment not in self._blamed
+        ]
+        for record in lost:
+            reason = f"its result of task {record.commitment} cost {record.account} its stake"
+            computed = {
+                each.gpu_id
+                for each in record.attempts
+                if record.result is not None and each.attempt_id == record.result.attempt_id
+            }
+            for gpu in self._pool.gpus():
+                if gpu.gpu_id in computed and gpu.uuid:
+                    self._blamed.add(record.commitment)
+                    if not self._health.was_blamed(gpu.uuid, reason):
+                        self._health.quarantine({gpu.uuid}, gpu.gpu_class, reason)
 
     def alerts(self) -> tuple[str, ...]:
         return (*self._health.alerts(), *self._canaries.alerts())

@@ -255,6 +255,9 @@ class Steering:
         account = self._account(name)
         if account is None:
             return _no_account(name)
+        if self._fleet.standings.of(account).held:
+            text = f"{account} is held: see why, and crynux-cluster fleet clear {account} first"
+            return Done(kind="refused", text=text)
         if not self._fleet.retire(account):
             return Done(kind="nothing", text=f"{account} is retired already")
         after = "finishes what it has, quits, and what it owns goes back to the treasury"
@@ -264,12 +267,13 @@ class Steering:
         account = self._account(name)
         if account is None:
             return _no_account(name)
-        cleared = self._fleet.clear(account)
-        if self._fleet.is_beyond(account):
-            text = f"{account} is beyond identity.accounts, and leaves for that: raise it"
-            return Done(kind="refused", text=text)
+        cleared, beyond = self._fleet.clear(account), self._fleet.is_beyond(account)
+        leaves = f"{account} is beyond identity.accounts, and leaves for that: raise it"
         if cleared == "free":
-            return Done(kind="nothing", text=f"nothing stops {account}")
+            text = leaves if beyond else f"nothing stops {account}"
+            return Done(kind="refused" if beyond else "nothing", text=text)
+        if beyond:
+            return Done(text=f"{account} is cleared; but {leaves}")
         after = "it is joined again when its class has a card for it"
         return Done(text=f"{account} is cleared; {after}")
 

@@ -172,6 +172,7 @@ class Term:
 
     def _closed(self, record: TaskRecord) -> None:
         self._fleet.closed(record)
+        self._safeguards.blame()
         self._world.traces.closed(record)
 
     def reconfigure(self, fresh: LiveSettings) -> None:
@@ -328,11 +329,9 @@ class Term:
 
     def _slashed(self, account: Address, gpu_class: GpuClass | None, moment: int) -> None:
         """The account lost its stake: its task's record may never show it, so it is marked."""
-        if account not in self._ledger.slashed:
-            if not self._fleet.slashed(account, gpu_class, moment):
-                return
+        known = account in self._ledger.slashed
+        if self._fleet.slashed(account, gpu_class, moment) and not known:
             self._log.error("slashed", account=account)
-        self._ledger.mark_slashed(account)
 
     async def _sweep(self) -> None:
         """Have every account looked at in turn: so every event is optional."""

@@ -207,6 +207,8 @@ class FleetStatus(View):
     """What is to be done next, a line each."""
     moving: int = 0
     """Accounts for which something is on its way."""
+    unread: int = 0
+    """Accounts of which it isn't known how they are."""
     lacks: tuple[str, ...] = ()
     """What stands in the way and is the operator's to mend."""
     limits: tuple[str, ...] = ()

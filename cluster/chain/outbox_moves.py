@@ -93,7 +93,7 @@ class Moves:
         self._lacking.pop(key, None)
         self._looked.pop(key, None)
         self._alerts.clear(key)
-        for kind in ("spent", "refused"):
+        for kind in ("spent", "refused", "poor"):
             self._since.pop((key, kind), None)
 
     # --- moving ----------------------------------------------------------------------------------
@@ -113,7 +113,8 @@ class Moves:
             await self._confirm(row)
 
     async def _sign(self, row: OutboxRow) -> Signed | None:
-        """Simulate, price and sign; None when the simulation reverts, and the row is refused."""
+        """Simulate, price and sign; None when the row is refused: the simulation reverts, or what
+        it is to pay isn't there, and stays away."""
         intent, settings = row.intent, self._settings
         call = Call(intent.recipient, intent.data, intent.account, intent.value)
         simulated, estimated, market, count, balance = await asyncio.gather(
@@ -129,7 +130,12 @@ class Moves:
                 self._resolve(replace(row, state=RowState.REFUSED, reason=error.reason))
                 return None
         if _sure(balance) < intent.value:
-            # Endpoints only refuse to simulate it then.
+            # Endpoints only refuse to simulate it then. The money that was there when it was wanted
+            # doesn't come back by itself; who wanted it looks again.
+            if intent.task is None and self._lasts(row, "poor") >= settings.refused_after:
+                why = f"{_sure(balance)} wei are there, and it pays {intent.value}"
+                self._resolve(replace(row, state=RowState.REFUSED, reason=why))
+                return None
             self._lack(intent, intent.value, _sure(balance))
         _sure(simulated)
         gas = _sure(estimated) * settings.gas_percent // 100

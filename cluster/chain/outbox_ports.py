@@ -50,7 +50,8 @@ class OutboxSettings:
     looks at what is stuck. `depth`: blocks on top of its own that make it final. `displaced_after`:
     a transaction whose nonce is spent, and that the chain doesn't have, is given up only so long
     after that was first seen, and a missing nonce is closed: an endpoint of many machines may lag
-    behind itself. `refused_after`: what no endpoint takes for so long is an alert. `simulate_at`:
+    behind itself. `refused_after`: what no endpoint takes for so long is an alert, and what
+    an account can't pay for so long is given up. `simulate_at`:
     "pending", because a latest block that is old judges deadlines by an old clock.
     """
 

@@ -13,10 +13,11 @@ import click
 from cluster.cli.options import config_option, typed
 from cluster.core.errors import ClusterError
 from cluster.core.wording import counted
-from cluster.status import DrainStatus, FleetStatus, Status
+from cluster.status import ClassStatus, DrainStatus, FleetStatus, Status
 
 POLL_SECONDS = 1.0
 _NOTHING = "nothing to do: the accounts are as they should be"
+_NOTHING_MORE = "nothing more can be done as it is: crynux-cluster status says why"
 
 
 @click.group(short_help="See and steer the node accounts.")
@@ -150,16 +151,33 @@ def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values
 
 
 def _lines(found: FleetStatus) -> list[str]:
-    lines = [
-        f"{each.name} ({each.vram} GB): {counted(each.least, 'account')} wanted, "
-        f"{each.slots} for each card" + (", stopped" if each.stopped else "")
-        for each in found.classes
-    ]
+    lines = list(map(_class_line, found.classes))
     lines += [f"  to do: {each}" for each in found.plan]
     lines += [f"  lacking: {each}" for each in found.lacks]
-    lines += [f"  limit: {each}" for each in found.limits]
     lines += [f"  leaves, or has left, for good: {each}" for each in found.retired]
-    return lines if found.plan else [*lines, _NOTHING]
+    lines += _obstacles(found)
+    return lines if found.plan else [*lines, _last_words(found)]
+
+
+def _class_line(found: ClassStatus) -> str:
+    line = (
+        f"{found.name} ({found.vram} GB): {counted(found.least, 'account')} wanted, "
+        f"{found.slots} for each card"
+    )
+    return f"{line}, stopped" if found.stopped else line
+
+
+def _obstacles(found: FleetStatus) -> list[str]:
+    lines = [f"  limit: {each}" for each in found.limits]
+    lines += [f"  held: {each}" for each in found.held]
+    if found.unread:
+        lines.append(f"  not read from the chain yet: {counted(found.unread, 'account')}")
+    return lines
+
+
+def _last_words(found: FleetStatus) -> str:
+    stopped = any(each.stopped for each in found.classes)
+    return _NOTHING_MORE if found.lacks or _obstacles(found) or stopped else _NOTHING
 
 
 def _follow(look: Callable[[], FleetStatus], sleep: Callable[[float], None] = time.sleep) -> None:
@@ -178,9 +196,14 @@ def _follow(look: Callable[[], FleetStatus], sleep: Callable[[float], None] = ti
         shown = found.plan
         if found.lacks:
             raise ClusterError("; ".join(found.lacks))
-        quiet = 0 if found.plan or found.moving else quiet + 1
+        quiet = 0 if found.plan or found.moving or found.unread else quiet + 1
         sleep(POLL_SECONDS)
-    click.echo(_NOTHING)
+    for line in (
+        *(_class_line(each) for each in found.classes if each.stopped),
+        *_obstacles(found),
+    ):
+        click.echo(line)
+    click.echo(_last_words(found))
 
 
 def _wait_drained(

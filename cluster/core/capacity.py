@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -37,31 +37,46 @@ NONE: Final = Target(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """Cards of each class: `here` now, and `kept` for those that left a short while ago."""
+    """Cards of each class: how many are `here` now, and since when those are `gone` that may come
+    back; the one that went last first."""
 
     here: Mapping[GpuClass, int] = field(default_factory=dict)
-    kept: Mapping[GpuClass, int] = field(default_factory=dict)
-    fewer_since: Mapping[GpuClass, Timestamp] = field(default_factory=dict)
+    gone: Mapping[GpuClass, tuple[Timestamp, ...]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> Mapping[GpuClass, int]:
+        """How many may be reckoned with."""
+        found = {each: self.here.get(each, 0) + len(self.gone.get(each, ())) for each in self._all}
+        return {each: count for each, count in found.items() if count}
+
+    @property
+    def _all(self) -> Set[GpuClass]:
+        return self.here.keys() | self.gone.keys()
+
+    def without(self, taken: Mapping[GpuClass, int]) -> Cards:
+        """With so many of them taken out: they aren't waited for."""
+        here = {each: max(0, count - taken.get(each, 0)) for each, count in self.here.items()}
+        gone = {
+            each: since[max(0, taken.get(each, 0) - self.here.get(each, 0)) :]
+            for each, since in self.gone.items()
+        }
+        return Cards(here, gone)
 
 
 def counted(
     cards: Cards, here: Mapping[GpuClass, int], now: Timestamp, patience: float, settled: bool
 ) -> Cards:
-    """`cards` after a count. What has left is `kept` for `patience` seconds; where `settled` is
-    False (the cluster isn't known yet), for good."""
-    kept: dict[GpuClass, int] = {}
-    since: dict[GpuClass, Timestamp] = {}
-    for gpu_class in {*here, *cards.kept}:
-        count, before = here.get(gpu_class, 0), cards.kept.get(gpu_class, 0)
-        if count >= before:
-            kept[gpu_class] = count
-            continue
-        since[gpu_class] = cards.fewer_since.get(gpu_class, now)
-        over = settled and now - since[gpu_class] >= patience
-        kept[gpu_class] = count if over else before
-        if over:
-            del since[gpu_class]
-    return Cards(dict(here), {each: n for each, n in kept.items() if n}, since)
+    """`cards` after a count. What has left is waited for `patience` seconds; where `settled` is
+    False (the cluster isn't known yet), for good. Where some leave as others come back, only what
+    is missing all the time is given up."""
+    gone: dict[GpuClass, tuple[Timestamp, ...]] = {}
+    for gpu_class in {*here, *cards.here, *cards.gone}:
+        fewer = cards.here.get(gpu_class, 0) - here.get(gpu_class, 0)
+        since = (now,) * max(0, fewer) + cards.gone.get(gpu_class, ())[max(0, -fewer) :]
+        waited_for = tuple(at for at in since if not settled or now - at < patience)
+        if waited_for:
+            gone[gpu_class] = waited_for
+    return Cards(dict(here), gone)
 
 
 # --- slots ----------------------------------------------------------------------------------------

@@ -8,21 +8,13 @@ ended well where it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 
-from cluster.core.capacity import Cards
 from cluster.core.matching import Card, Costs, Want, fits
-from cluster.core.types import Commitment, GpuClass, GpuState, Timestamp
+from cluster.core.types import Commitment, GpuState, Timestamp
 
 _USABLE = frozenset({GpuState.READY, GpuState.BUSY})
 _COSTS = Costs()
-
-
-def without(cards: Cards, drained: Mapping[GpuClass, int]) -> Cards:
-    """`cards` with so many of them taken out, so that they aren't `kept`."""
-    kept = {each: count - drained.get(each, 0) for each, count in cards.kept.items()}
-    return replace(cards, kept={each: count for each, count in kept.items() if count > 0})
 
 
 def still_serving(

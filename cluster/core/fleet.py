@@ -145,6 +145,15 @@ class _Draft:
         budget = self.policy.stake_budget
         return budget is None or self.committed + self.policy.stake <= budget
 
+    def check_budget(self) -> None:
+        budget = self.policy.stake_budget
+        if budget is not None and self.committed > budget:
+            over = self.committed - budget
+            self.limits[
+                f"the stakes are {over} wei above the stake budget of {budget}: nobody joins, and "
+                "crynux-cluster fleet quit ADDRESS has one leave"
+            ] = None
+
     def affords_stake(self) -> bool:
         if self.has_budget():
             return True
@@ -186,7 +195,8 @@ def _serves(account: NodeAccount) -> bool:
     if account.facts is None:
         return account.assigned is not None
     place = place_of(account.facts.status)
-    return place is Place.SERVING or (account.moving and place is Place.OUT and not account.barred)
+    comes = account.moving and place is Place.OUT
+    return place is Place.SERVING or (comes and not account.barred and not account.held)
 
 
 def _comes(account: NodeAccount) -> bool:
@@ -226,6 +236,7 @@ def plan(
     ordered = sorted(accounts, key=lambda account: account.index)
     committed = sum(_staked(account, policy) for account in ordered)
     draft = _Draft(policy, treasury, committed, now)
+    draft.check_budget()
     staying = [account for account in ordered if not account.retired]
     _assign(draft, targets, staying)
     for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):
@@ -441,7 +452,9 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
         lack = max(lack, policy.gas_target + account.lacks)
     # Also while something of its own is on its way: that may be waiting for just this.
     if lack and not account.paying:
-        if account.gas_gone > policy.most_gas_gone:
+        # What it has yet isn't gone.
+        has = balance if joined else max(0, balance - policy.stake)
+        if account.gas_gone - has > policy.most_gas_gone:
             draft.lacks[
                 f"account {account.index} was sent {account.gas_gone} wei more for gas in a day "
                 "than it spent, and has none: does somebody else use its key? It gets no more today"
@@ -480,10 +493,12 @@ def _send_home(draft: _Draft, account: NodeAccount) -> None:
     a while isn't worth the gas."""
     status, spare = _status(account), _balance(account) - draft.policy.gas_reserve
     if status in {NodeStatus.AVAILABLE, NodeStatus.BUSY}:
-        draft.actions[account.index] = Pause(account.address)
+        if draft.may(account, "pause"):
+            draft.actions[account.index] = Pause(account.address)
     elif status is NodeStatus.PAUSED:
-        draft.actions[account.index] = Quit(account.address)
-    elif status is NodeStatus.QUIT and spare >= draft.policy.gas_low:
+        if draft.may(account, "quit"):
+            draft.actions[account.index] = Quit(account.address)
+    elif status is NodeStatus.QUIT and spare >= draft.policy.gas_low and draft.may(account, "home"):
         draft.actions[account.index] = BringHome(account.address, Wei(spare))
 
 

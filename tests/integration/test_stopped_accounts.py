@@ -1,5 +1,5 @@
-"""What stops an account, with a whole operator on a real chain: a slash and somebody else who uses its
-key, until its operator has seen to it; tasks that ran out, for a while.
+"""What stops an account, with a whole operator on a real chain: a slash and somebody else who uses
+its key, until its operator has seen to it; tasks that ran out, for a while.
 
 Others count the operator's slashes (test_serve), so this comes after them.
 """
@@ -18,6 +18,7 @@ from web3 import Web3
 from actors.fleet import FLEET_SECONDS
 from cluster.core.record import Closed, Outcome, ResultStored, Seen
 from cluster.core.standing import FIRST_REJOIN_SECONDS
+from cluster.core.types import GpuState
 from cluster.status import Status
 from devnet.compile import load as contract
 from tests.integration.contracts_world import STAKE
@@ -36,6 +37,7 @@ LONE = CARDS[1]
 async def test_a_slashed_account_stays_out_until_it_is_cleared(operator: OperatorWorld) -> None:
     await operator.until_serving()
     before = await operator.until_status(lambda each: each, "it answers")
+    cards = {each.gpu_id: each.uuid for each in before.gpus}
     odd = before.gpus[0].gpu_id
     classes = {a.address: a.gpu_class for a in before.accounts if a.status == "available"}
     assert len(classes) >= 3
@@ -82,8 +84,13 @@ async def test_a_slashed_account_stays_out_until_it_is_cleared(operator: Operato
     status = await operator.until_status(lambda each: each, "it answers")
     assert status.totals.slashed == before.totals.slashed + 1
     assert any(f"account {account} was slashed" in problem for problem in status.problems)
-    (evidence,) = (each for each in status.problems if lost.commitment in each)
-    assert "what it computed is in" in evidence
+    told = {each for each in status.problems if lost.commitment in each}
+    assert [each for each in told if "what it computed is in" in each]
+    (blamed,) = (each for each in told if "is in quarantine" in each)
+    assert blamed.endswith(f"crynux-cluster gpus clear {cards[odd]}")
+    states = {each.gpu_id: each.state for each in status.gpus}
+    assert states.pop(odd) is GpuState.QUARANTINED, "it computes for no other account either"
+    assert GpuState.QUARANTINED not in states.values()
     assert not status.missing, "the other class serves"
     story = (await operator.get(f"/v1/tasks/{lost.commitment}")).json()
     assert story["outcome"] == "EndInvalidated"
@@ -109,6 +116,8 @@ async def test_a_slashed_account_stays_out_until_it_is_cleared(operator: Operato
     code, out, error = await cli(operator, "fleet", "clear", account)
     assert code == 0, error
     assert f"{account} is cleared" in out
+    code, out, error = await cli(operator, "gpus", "clear", cards[odd])
+    assert code == 0, error
     await operator.until_serving()
 
     def well(status: Status) -> bool:

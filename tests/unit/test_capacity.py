@@ -46,7 +46,7 @@ def test_a_card_that_is_gone_for_a_short_while_is_kept() -> None:
     cards = count(cards, {BIG: 1}, 10)
     assert (cards.here[BIG], cards.kept[BIG]) == (1, 3)
     back = count(cards, {BIG: 3}, 20)
-    assert (back.kept[BIG], back.fewer_since) == (3, {})
+    assert (back.kept[BIG], back.gone) == (3, {})
     cards = count(cards, {BIG: 1}, 10 + PATIENCE)
     assert cards.kept[BIG] == 1
     assert count(count(cards, {}, 200), {}, 200 + PATIENCE).kept == {}
@@ -57,8 +57,20 @@ def test_one_that_is_gone_again_is_waited_for_again() -> None:
     assert count(count(cards, {BIG: 1}, 200), {BIG: 1}, 300).kept[BIG] == 2
 
 
+def test_of_cards_that_leave_in_turn_only_what_is_missing_all_the_time_is_given_up() -> None:
+    """As machines do when they are begun anew in turn: each is away for a while, and before the
+    last is back the next is gone."""
+    cards, kept = count(Cards(), {BIG: 8}, 0), []
+    for at in range(10, 1000, 10):
+        away = 2 if at % 60 == 0 else 1
+        cards = count(cards, {BIG: 8 - away}, at)
+        kept.append(cards.kept[BIG])
+    assert set(kept) == {8, 7}
+    assert kept == sorted(kept, reverse=True)
+
+
 def test_as_long_as_the_cluster_isnt_known_nothing_is_given_up() -> None:
-    cards = Cards({}, {BIG: 2}, {})
+    cards = Cards({BIG: 2})
     for at in (0.0, 1000.0):
         cards = count(cards, {}, at, settled=False)
         assert cards.kept == {BIG: 2}
@@ -266,7 +278,7 @@ def test_a_card_that_cannot_keep_up_settles_on_as_many_accounts_as_it_can(
     assert late < 2 * accounts
 
 
-CARDS = Cards({BIG: 1}, {BIG: 2, SMALL: 1})
+CARDS = Cards({BIG: 1}, {BIG: (Timestamp(0),), SMALL: (Timestamp(0),)})
 
 
 def test_a_target_is_what_is_here_to_what_may_come_back() -> None:

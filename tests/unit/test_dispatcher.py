@@ -351,7 +351,10 @@ async def test_the_pace_is_learnt(house: House) -> None:
     house.pool.outcomes = [DONE]  # one second
     ask(house, work=SOME_WORK)
     await house.calm()
-    assert before < house.dispatcher.seconds_for(SOME_WORK) < 1.0
+    learnt = house.dispatcher.seconds_for(SOME_WORK)
+    assert before < learnt < 1.0
+    house.begin_term()
+    assert house.dispatcher.seconds_for(SOME_WORK) == learnt, "the next coordinator knows it"
 
 
 async def test_work_of_no_size_teaches_nothing(house: House) -> None:

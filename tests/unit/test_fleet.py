@@ -251,15 +251,59 @@ def test_gas_is_topped_up_of_who_is_joined() -> None:
 
 def test_an_account_that_is_emptied_again_and_again_gets_no_more_gas() -> None:
     """A thief of its key takes less at a time than is called a robbery."""
-    for gone, sends in ((0, True), (2 * GAS, True), (2 * GAS + 1, False)):
+    for beyond, sends in ((-2 * GAS, True), (0, True), (1, False)):
         for balance, lacks in ((0, 0), (LOW, 1)):
-            emptied = serving(1, BIG, gas_gone=Wei(gone), balance=balance, lacks=Wei(lacks))
+            # What it has yet isn't gone.
+            gone = Wei(2 * GAS + balance + beyond)
+            emptied = serving(1, BIG, gas_gone=gone, balance=balance, lacks=Wei(lacks))
             found = whole({BIG: 1}, emptied)
             assert any(isinstance(each, TopUp) for each in found.actions) is sends
             told = any("does somebody else use its key?" in line for line in found.lacks)
             assert told is not sends
     # One that has gas is nobody's business.
     assert whole({BIG: 1}, serving(1, BIG, gas_gone=Wei(9 * GAS))).lacks == ()
+
+
+def test_the_stake_that_one_who_is_out_has_yet_is_no_gas() -> None:
+    """It waits for its join's gas, and what it was sent for gas before is gone."""
+    more: dict[str, Any] = {"lacks": Wei(1), "gas_gone": Wei(2 * GAS + 1)}
+    joining = account(1, assigned=BIG, balance=STAKE, moving=True, **more)
+    (line,) = whole({BIG: 1}, joining).lacks
+    assert "does somebody else use its key?" in line
+
+
+def test_a_robbed_account_that_was_to_join_is_replaced(policy: FleetPolicy = POLICY) -> None:
+    """Its join waits for money that won't come: it counts as nobody, but its stake counts, which
+    may yet be taken."""
+    robbed = account(1, assigned=BIG, balance=0, moving=True, held=True, lacks=Wei(STAKE))
+    other = account(2, assigned=BIG, balance=STAKE + GAS)
+    assert planned({BIG: 1}, robbed, other) == (Join(other.address, BIG),)
+    one = replace(policy, stake_budget=Wei(STAKE))
+    found = whole({BIG: 1}, robbed, other, policy=one)
+    assert found.actions == ()
+    assert found.limits == (f"the stake budget is spent: {STAKE} of {STAKE} wei",)
+
+
+def test_stakes_above_a_budget_that_was_lowered_are_told() -> None:
+    lowered = replace(POLICY, stake_budget=Wei(STAKE))
+    both = (serving(1, BIG), serving(2, BIG))
+    found = whole({BIG: 2}, *both, policy=lowered)
+    assert found.actions == ()
+    (line,) = found.limits
+    assert f"{STAKE} wei above the stake budget of {STAKE}" in line
+    assert whole({BIG: 2}, *both, policy=replace(lowered, stake_budget=Wei(2 * STAKE))).limits == ()
+
+
+def test_one_that_leaves_for_good_and_may_not_is_told() -> None:
+    for found, verb in (
+        (serving(1, BIG), "pause"),
+        (account(1, NodeStatus.PAUSED, BIG, BIG, GAS), "quit"),
+    ):
+        refused = {verb: Refusal(verb, "not now", Timestamp(NOW + 1))}
+        leaver = replace(found, retired=True, refused=refused)
+        whole_plan = whole({BIG: 0}, leaver)
+        assert whole_plan.actions == ()
+        assert whole_plan.lacks == (f"{verb} of account 1 is refused: not now",)
 
 
 def test_earnings_beyond_the_threshold_go_to_the_beneficiary() -> None:

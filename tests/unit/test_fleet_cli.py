@@ -57,6 +57,33 @@ def test_applying_waits_for_a_coordinator_that_begins_anew(
     assert capsys.readouterr().out.splitlines() == ["join a", away, module._NOTHING]
 
 
+def test_applying_ends_with_what_is_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = ClassStatus(name="Old", vram=4, slots=1, least=0, stopped=True)
+    limited = FleetStatus(limits=("the stake budget is spent",), held=("0xa",), classes=(stopped,))
+    module._follow(pops(*[FleetStatus(unread=1)] * 3, *[limited] * 3), lambda _: None)
+    assert capsys.readouterr().out.splitlines() == [
+        "Old (4 GB): 0 accounts wanted, 1 for each card, stopped",
+        "  limit: the stake budget is spent",
+        "  held: 0xa",
+        module._NOTHING_MORE,
+    ]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        FleetStatus(lacks=("money",)),
+        FleetStatus(limits=("budget",)),
+        FleetStatus(held=("0xa",)),
+        FleetStatus(unread=1),
+        FleetStatus(classes=(ClassStatus(name="Old", vram=4, slots=1, least=0, stopped=True),)),
+    ],
+)
+def test_nothing_is_said_to_be_well_that_is_not(found: FleetStatus) -> None:
+    assert module._lines(found)[-1] == module._NOTHING_MORE
+    assert module._NOTHING not in module._lines(found)
+
+
 def test_applying_ends_when_the_operator_has_to_do_something() -> None:
     with pytest.raises(ClusterError, match="the treasury has 5 wei"):
         module._follow(lambda: FleetStatus(lacks=("the treasury has 5 wei",)), lambda _: None)

@@ -143,6 +143,45 @@ async def test_one_problem_hides_no_other(world: World) -> None:
     assert any("has 10 wei" in line for line in lines)
 
 
+async def test_what_is_to_be_paid_and_stays_away_is_given_up(world: World) -> None:
+    """An account that was robbed before it joined: whoever wanted it looks again."""
+    world.chain.balance = 10
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join", Wei(400))
+    with pytest.raises(ChainError, match="top it up"):
+        await world.outbox.pump()
+    world.now += world.settings.refused_after - 1
+    with pytest.raises(ChainError, match="top it up"):
+        await world.outbox.pump()
+    assert world.outbox.movements()[ALICE].is_open
+    world.now += 2
+    await world.outbox.pump()
+    there = world.outbox.movements()[ALICE]
+    assert not there.is_open
+    assert there.lacks == 0
+    (refusal,) = there.refused
+    assert refusal.reason == "10 wei are there, and it pays 400"
+    assert world.outbox.alerts() == ()
+    assert world.chain.pool == {}
+    # It is there again in time: nothing was forgotten of that.
+    world.chain.balance = 10**18
+    world.now += 1000
+    world.outbox.ensure_verb(ALICE, "join", CONTRACT, b"join", Wei(400))
+    await world.settle()
+    assert world.chain.counts[ALICE] == 1
+
+
+async def test_a_tasks_answer_is_never_given_up_for_money(world: World) -> None:
+    world.chain.balance = 0
+    world.outbox.ensure(score())
+    for _ in range(3):
+        with pytest.raises(ChainError, match="top it up"):
+            await world.outbox.pump()
+        world.now += world.settings.refused_after
+    world.chain.balance = 10**18
+    await world.settle()
+    assert world.chain.counts[ALICE] == 1
+
+
 async def test_too_little_for_what_is_to_be_paid_is_an_alert_too(world: World) -> None:
     """Endpoints don't simulate what can't be paid: they refuse it."""
     world.chain.balance = 10

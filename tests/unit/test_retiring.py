@@ -226,3 +226,14 @@ def test_it_is_asked_for_by_the_accounts_address(
     assert capsys.readouterr().out == "it leaves\n"
     assert run("3") == 2
     assert len(asked) == 1
+
+
+def test_clearing_one_beyond_the_configurations_says_what_was_done(tmp_path: Path) -> None:
+    site = beyond(tmp_path)
+    refused = order(site, ClearAccount(account=BOB))
+    assert (refused.kind, "raise it" in refused.text) == ("refused", True)
+    site.keeper.slashed(BOB, KIND)
+    done = order(site, ClearAccount(account=BOB))
+    assert done.kind == "done"
+    assert "is cleared; but" in done.text
+    assert site.house.ledger.slashed == set()

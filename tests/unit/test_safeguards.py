@@ -29,7 +29,15 @@ from cluster.core.errors import (
 )
 from cluster.core.matching import Want
 from cluster.core.ports import Computed, Order
-from cluster.core.record import AttemptFailed, Fault, ParametersFetched, ResultStored
+from cluster.core.record import (
+    AttemptFailed,
+    AttemptStarted,
+    Closed,
+    Fault,
+    Outcome,
+    ParametersFetched,
+    ResultStored,
+)
 from cluster.core.types import (
     AttemptId,
     CardUuid,
@@ -40,10 +48,11 @@ from cluster.core.types import (
     Requirement,
     Score,
     Timestamp,
+    Wei,
     Work,
 )
 from cluster.inference import canary
-from tests.unit.actor_fakes import KIND, START, TASK, House, gpu_of, until
+from tests.unit.actor_fakes import ALICE, KIND, START, TASK, House, gpu_of, until
 
 X, Y = Score(b"x" * 8), Score(b"y" * 8)
 A, B, C = GpuId("node-0"), GpuId("node-1"), GpuId("node-2")
@@ -532,3 +541,35 @@ async def test_a_result_of_a_card_that_came_into_quarantine_meanwhile_is_none(
     assert isinstance(last, AttemptFailed)
     assert last.fault is Fault.DEVICE
     assert not any(isinstance(event, ResultStored) for event in house.story())
+
+
+# --- a result that cost a stake -------------------------------------------------------------------
+
+
+async def test_the_card_whose_result_cost_a_stake_computes_for_nobody(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A, B, settings=SafeguardSettings(CanarySettings(0.0)))
+    house.open(TASK, ParametersFetched("{}"))
+    await house.want()
+    (attempt,) = house.pool.attempts
+    house.pool.finish(attempt, Computed(X, (("0.png", b"x"),), 1.0))
+    await house.calm()
+    (started,) = (each for each in house.story() if isinstance(each, AttemptStarted))
+    house.ledger.append(TASK, Closed(Outcome.INVALIDATED, Wei(0)))
+    # The card is away just then, and another coordinator finds it.
+    cards, house.pool.cards = house.pool.cards, []
+    house.safeguards.blame()
+    assert house.safeguards.alerts() == ()
+    house.begin_term()
+    house.pool.cards = cards
+    house.safeguards.wake()
+    assert house.pool.quarantined == {uuid_of(started.gpu_id)}
+    (line,) = house.safeguards.alerts()
+    assert f"its result of task {TASK} cost {ALICE} its stake" in line
+    assert line.endswith(f"crynux-cluster gpus clear {uuid_of(started.gpu_id)}")
+    # An operator has seen to the card, though not to the account yet.
+    assert house.safeguards.clear(started.gpu_id) == "cleared"
+    house.safeguards.wake()
+    house.begin_term()
+    house.safeguards.wake()
+    assert house.safeguards.alerts() == ()
+    assert house.pool.quarantined == frozenset()
