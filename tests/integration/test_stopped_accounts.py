@@ -224,8 +224,9 @@ async def test_a_kicked_account_waits_and_joins_again(operator: OperatorWorld) -
 
 def kicks(operator: OperatorWorld, account: str, since: int) -> list[int]:
     """The blocks after that one in which the network threw the account out."""
-    events = _registry(operator).events.NodeKickedOut.get_logs(from_block=since + 1)
-    return [each["blockNumber"] for each in events if each["args"]["nodeAddress"] == account]
+    events = _registry(operator).events.NodeKickedOut.get_logs(from_block=since)
+    found = [each["blockNumber"] for each in events if each["args"]["nodeAddress"] == account]
+    return [block for block in found if block > since]
 
 
 def joins(operator: OperatorWorld, account: str, since: int) -> list[int]:
