@@ -41,7 +41,7 @@ from cluster.core.types import (
     Timestamp,
 )
 from cluster.inference import canary
-from cluster.inference.canary import Due, Question, Verdict
+from cluster.inference.canary import Candidate, Due, Question, Verdict
 from cluster.metrics import CanaryResult, Metrics
 
 LOOK_SECONDS = 1.0
@@ -72,10 +72,13 @@ class Cards(GpuPool, Protocol):
 @dataclass(frozen=True, slots=True)
 class CanarySettings:
     """`interval`: seconds between scheduled canaries, 0 for none at all. `model`: a base key, None
-    for the smallest on disk."""
+    for the smallest on disk, the operator's own before what came with tasks."""
 
     interval: float = 3600.0
     model: str | None = None
+
+
+_Mark = tuple[CardUuid, str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,11 @@ class _Subject:
     gpu: Gpu
     question: Question
     incarnation: str
+    own_model: bool
 
     @property
-    def mark(self) -> tuple[CardUuid, str, str]:
-        return self.gpu.uuid, self.incarnation, self.question.model
+    def mark(self) -> _Mark:
+        return self.gpu.uuid, self.incarnation, self.question.model, self.question.contents
 
 
 @dataclass(slots=True)
@@ -126,8 +130,8 @@ class Canaries:
         self._idle = idle
         self._waiting = waiting
         self._changed = changed
-        self._models: dict[tuple[GpuClass, str], str | None] = {}
-        self._unable: set[tuple[CardUuid, str, str]] = set()
+        self._models: dict[tuple[GpuClass, str], Candidate | None] = {}
+        self._unable: set[_Mark] = set()
         self._missing: set[tuple[CardUuid, str | None]] = set()
         self._troubles: dict[CardUuid, _Trouble] = {}
         self._scheduled = 0
@@ -190,46 +194,58 @@ class Canaries:
 
     def _due(self, subject: _Subject) -> Due | None:
         question, card = subject.question, subject.gpu.uuid
-        return canary.due(
-            self._health.answer(question, card),
+        answer = self._health.answer(question, card)
+        why = canary.due(
+            answer,
             subject.incarnation,
             card in self._health.again(question),
             Timestamp(self._clock()),
             self.settings.interval,
         )
+        if answer is None and self._health.has_answered(card, subject.incarnation):
+            # A new question, and no new doubt: it works on until there is time for it.
+            return Due.SCHEDULE
+        return why
 
     def _subject(self, gpu: Gpu) -> _Subject | None:
         """None for a card that can't be asked, or is to be left alone."""
         report = self._pool.report(gpu.gpu_id)
         if self.settings.interval <= 0 or report is None or not (gpu.uuid and report.incarnation):
             return None
-        model = self.settings.model or self._model_for(gpu, report)
-        if model is None or model not in gpu.on_disk:
+        found = self._model_for(gpu, report)
+        if found is None or found.model not in gpu.on_disk:
+            model = None if found is None else found.model
             if (gpu.uuid, model) not in self._missing:
                 self._missing.add((gpu.uuid, model))
                 self._log.warning("no_model_for_a_canary", gpu=gpu.gpu_id, model=model)
             return None
-        question = Question(gpu.gpu_class, report.software, model)
-        return _Subject(gpu, question, report.incarnation)
+        question = Question(gpu.gpu_class, report.software, found.model, found.contents)
+        return _Subject(gpu, question, report.incarnation, found.own)
 
-    def _model_for(self, gpu: Gpu, report: Report) -> str | None:
-        """What most cards of the class have as their smallest model, if this one has it too: only
-        answers to the same question can be compared."""
+    def _model_for(self, gpu: Gpu, report: Report) -> Candidate | None:
+        """The configured one; else what most cards of the class have as their first choice, if this
+        one has it too: only answers to the same question can be compared."""
+        configured = self.settings.model
+        if configured is not None:
+            there = (each for each in report.candidates if each.model == configured)
+            return next(there, Candidate(configured))
         kind = (gpu.gpu_class, report.software)
         if kind not in self._models:
             self._models[kind] = self._most_have(*kind)
         common = self._models[kind]
-        return common if common in gpu.on_disk else report.smallest
+        if common in report.candidates:
+            return common
+        return report.candidates[0] if report.candidates else None
 
-    def _most_have(self, gpu_class: GpuClass, software: str) -> str | None:
-        votes: Counter[str] = Counter()
+    def _most_have(self, gpu_class: GpuClass, software: str) -> Candidate | None:
+        votes: Counter[Candidate] = Counter()
         for gpu in self._pool.gpus():
             report = self._pool.report(gpu.gpu_id)
             if gpu.gpu_class != gpu_class or report is None or report.software != software:
                 continue
-            if report.smallest is not None:
-                votes[report.smallest] += 1
-        return min(votes, key=lambda model: (-votes[model], model), default=None)
+            votes.update(report.candidates[:1])
+        names = {each: (each.model, each.contents) for each in votes}
+        return min(votes, key=lambda each: (not each.own, -votes[each], names[each]), default=None)
 
     # --- asking ----------------------------------------------------------------------------------
 
@@ -241,7 +257,9 @@ class Canaries:
         except (ModelUnavailable, TaskUnsupported, TaskInvalid) as error:
             self._cannot(subject, error)
         except DeviceFault as error:
-            if error.kind is DeviceFaultKind.OUT_OF_MEMORY:
+            strange = error.kind is DeviceFaultKind.BAD_RESULT and not subject.own_model
+            if strange or error.kind is DeviceFaultKind.OUT_OF_MEMORY:
+                # A model that came with a task may be made so that no card has a result.
                 self._cannot(subject, error)
             else:
                 self._failed(subject, str(error))

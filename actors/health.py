@@ -91,6 +91,13 @@ class CardHealth:
     def answer(self, question: Question, card: CardUuid) -> Answer | None:
         return self._book(question).answers.get(card)
 
+    def has_answered(self, card: CardUuid, incarnation: str) -> bool:
+        """Whether this process of the card has answered any question since it was last in doubt."""
+        return any(
+            answer is not None and answer.incarnation == incarnation
+            for answer in (book.answers.get(card) for book in self._books.values())
+        )
+
     def again(self, question: Question) -> frozenset[CardUuid]:
         """The cards whose answers are in dispute and that are to be asked once more."""
         return self._book(question).again

@@ -59,8 +59,8 @@ class Engine(Protocol):
     @property
     def uuid(self) -> CardUuid: ...
 
-    def smallest(self) -> str | None:
-        """The base key of the smallest base model on its machine."""
+    def candidates(self) -> tuple[canary.Candidate, ...]:
+        """Base models on its machine that a canary can be computed with, the best one first."""
         ...
 
     def run(
@@ -98,7 +98,7 @@ class Report:
     """What the actor answers to a ping; `gpu_class` is None, `uuid` empty until the engine is up.
 
     `incarnation` is another one for each process; `software` is what results depend on there, and
-    `smallest` a base key on that machine's disk (`cluster.inference.canary`).
+    `candidates` are base models on that machine's disk (`cluster.inference.canary`).
     """
 
     release: str
@@ -119,7 +119,7 @@ class Report:
     uuid: CardUuid = CardUuid("")
     incarnation: str = ""
     software: str = ""
-    smallest: str | None = None
+    candidates: tuple[canary.Candidate, ...] = ()
     busy_seconds: float = 0.0
     """Spent on attempts by this process, the one that runs included."""
     usage: CardUse = CardUse()  # noqa: RUF009 - frozen
@@ -295,7 +295,7 @@ class InferenceWorker:
             uuid=CardUuid("") if engine is None else engine.uuid,
             incarnation=self._incarnation,
             software=self._software,
-            smallest=None if engine is None else engine.smallest(),
+            candidates=() if engine is None else engine.candidates(),
             busy_seconds=self._busy_seconds
             + (self._clock() - attempt.began_at if attempt and running else 0.0),
             usage=CardUse() if engine is None else engine.usage(),

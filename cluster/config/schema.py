@@ -123,11 +123,11 @@ class ArtifactsConfig(Section):
 
 class GpuConfig(Section):
     """For each card. `host_memory_gb`: GiB for models that wait in host memory. A task that makes
-    no step for `stall_seconds` is ended with its process, and tried on another card; to load its
-    models is one step, so it must be longer than that takes."""
+    no step for `stall_seconds`, and reads no model on, is ended with its process and tried on
+    another card: less than the network gives a task, more than one network takes to load."""
 
     host_memory_gb: float = Field(default=8.0, ge=0, allow_inf_nan=False)
-    stall_seconds: float = Field(default=300.0, ge=1, allow_inf_nan=False)
+    stall_seconds: float = Field(default=120.0, ge=1, allow_inf_nan=False)
 
 
 class ServeConfig(Section):

@@ -39,18 +39,31 @@ _PACKAGES: Final = ("torch", "diffusers", "transformers", "compel", "xformers", 
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A base model on a machine's disk that a canary can be computed with: its base key,
+    `name[+variant]`, and a digest of what lies there under that name. `own`: the operator has put
+    it there, or has it pinned, so that no task's author has chosen it."""
+
+    model: str
+    contents: str = ""
+    own: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
-    """What an expected answer belongs to. `model` is a base key, `name[+variant]`."""
+    """What an expected answer belongs to. `model` is a base key, `contents` a digest of what it is:
+    a model that its owner replaces under the same name is another question."""
 
     gpu_class: GpuClass
     software: str
     model: str
+    contents: str = ""
 
     @property
     def key(self) -> str:
         """The question's identity in the journal."""
         kind = self.gpu_class
-        return f"{REVISION}|{kind.name}|{kind.vram}|{self.model}|{self.software}"
+        return f"{REVISION}|{kind.name}|{kind.vram}|{self.model}|{self.contents}|{self.software}"
 
 
 @dataclass(frozen=True, slots=True)

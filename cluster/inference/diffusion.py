@@ -36,6 +36,8 @@ SCHEDULERS: Final[dict[str, Any]] = {
     "LCMScheduler": LCMScheduler,
 }
 PNG_COMPRESSION: Final = 4
+_FEW: Final = (1, 4, 8, 8)
+"""The shape of latents on which a scheduler is tried."""
 
 Pixels = npt.NDArray[np.uint8]
 OnStep = Callable[[int, int], None]
@@ -123,20 +125,34 @@ def _refiner_call(
 def make_scheduler(own_config: Mapping[str, Any], params: SDParameters) -> Any:
     """The task's scheduler on the model's own settings.
 
-    What the arguments' types don't tell (`beta_schedule: "x"`), the installed scheduler does; other
-    nodes may have a newer one, so its refusal isn't the task's fault.
+    What the arguments' types don't tell (`beta_schedule: "x"`), the installed scheduler does, which
+    goes all its steps on a few numbers first. Other nodes may have a newer one, so its refusal
+    isn't the task's fault, and it certainly isn't the card's.
     """
     chosen = params.scheduler
     args = chosen.args.model_dump(exclude_none=True) if chosen.args is not None else {}
+    kind = SCHEDULERS[chosen.method]
     try:
-        scheduler = SCHEDULERS[chosen.method].from_config(own_config, **args)
-        scheduler.set_timesteps(params.task_config.steps)
-    except (ValueError, NotImplementedError, TypeError, IndexError, ZeroDivisionError) as error:
+        _go_all_steps(kind.from_config(own_config, **args), params.task_config.steps)
+    except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise TaskUnsupported(
             f"scheduler: {chosen.method} refuses its arguments: {line}"
         ) from error
-    return SCHEDULERS[chosen.method].from_config(own_config, **args)
+    return kind.from_config(own_config, **args)
+
+
+def _go_all_steps(scheduler: Any, steps: int) -> None:
+    """Raises whatever it raises, and `ArithmeticError` for numbers that aren't finite."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    scheduler.set_timesteps(steps)
+    sample = torch.randn(_FEW, generator=generator) * float(scheduler.init_noise_sigma)
+    for timestep in scheduler.timesteps:
+        noise = torch.randn(_FEW, generator=generator)
+        scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(noise, timestep, sample, generator=generator).prev_sample
+        if not bool(torch.isfinite(sample).all()):
+            raise ArithmeticError(f"not finite after step {int(timestep)}")
 
 
 class _Steps:

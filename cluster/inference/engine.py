@@ -19,8 +19,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -32,12 +33,15 @@ from cluster.core.errors import (
     DeadlinePassed,
     DeviceFault,
     DeviceFaultKind,
+    ModelUnavailable,
+    ModelUnavailableKind,
 )
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
 from cluster.inference import language, lora, parts, prompts, textual_inversion
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
+from cluster.inference.finite import first_broken
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import Parameters, SDParameters, parse
 from cluster.inference.parts import PartSource
@@ -140,7 +144,8 @@ class Engine:
         )
 
     def run(self, order: Order, cancelled: Callable[[], bool], on_step: OnStep) -> Computed:
-        """Compute one order; blocks. `on_step` gets (steps done, steps in all), after each step.
+        """Compute one order; blocks. `on_step` gets (steps done, steps in all), after each step,
+        and (0, 0) between the pieces of what is read before the first.
 
         Raises `TaskInvalid`, `TaskUnsupported`, `DeviceFault`, `ModelUnavailable`, `Cancelled` or
         `DeadlinePassed`, and nothing else.
@@ -212,15 +217,21 @@ class Engine:
         def check() -> None:
             _check_wanted(order.deadline, cancelled, self._clock)
 
+        def look() -> None:
+            """Between the files that are read: it goes on, as long as it is wanted."""
+            on_step(0, 0)
+            check()
+
         def progress(step: int, steps: int) -> None:
             self._note(step=step, steps=steps)
             on_step(step, steps)
             check()
 
         def compute() -> tuple[Files, Score]:
-            if isinstance(params, LLMParameters):
-                return self._text(params, check, progress)
-            return self._images(params, check, progress)
+            with parts.looking(look):
+                if isinstance(params, LLMParameters):
+                    return self._text(params, check, progress)
+                return self._images(params, check, progress)
 
         try:
             made = compute()
@@ -248,7 +259,22 @@ class Engine:
     def _images(self, params: SDParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
         check()
         prompts.check(params)
-        recipe = self._recipe(params)
+        recipe = self._remember(recipe_for(params, self.store))
+        try:
+            return self._images_of(recipe, params, check, progress)
+        except DeviceFault as fault:
+            if fault.kind is not DeviceFaultKind.BAD_RESULT:
+                raise
+            # Of such weights any card makes nothing.
+            broken = first_broken(recipe.weights(), check)
+            if broken is None:
+                raise
+            line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"
+            raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line) from fault
+
+    def _images_of(
+        self, recipe: Recipe, params: SDParameters, check: Check, progress: OnStep
+    ) -> tuple[Files, Score]:
         modules = self._bring(recipe.parts)
         self._note(step=0, steps=0)
         check()
@@ -263,8 +289,10 @@ class Engine:
                 pipeline = assemble(recipe, modules, self._shelf)
                 with ExitStack() as adapters:
                     if recipe.lora is not None and params.lora is not None:
-                        weight = params.lora.weight / 100
-                        adapters.enter_context(lora.attached(pipeline.base, recipe.lora, weight))
+                        weight, certain = params.lora.weight / 100, _is_certain(params, recipe.lora)
+                        adapters.enter_context(
+                            lora.attached(pipeline.base, recipe.lora, weight, certain)
+                        )
                     if recipe.inversion is not None:
                         adapters.enter_context(
                             textual_inversion.attached(pipeline.base, recipe.inversion)
@@ -287,15 +315,6 @@ class Engine:
             tier = Tier.HOST
         self._loaded = (monotonic(), tier)
         return modules
-
-    def _recipe(self, params: SDParameters) -> Recipe:
-        recipe = recipe_for(params, self.store)
-        if recipe.lora is not None and params.lora is not None:
-            # What a link leads to may be another file for every node that asks its host.
-            shared = not ModelRef("lora", params.lora.model).is_url
-            named = bool(params.lora.weight_file_name) or recipe.lora.name == LORA_FILE
-            lora.check_family(recipe.lora, recipe.base_width, certain=shared and named)
-        return self._remember(recipe)
 
     def _remember(self, recipe: AnyRecipe) -> AnyRecipe:
         self._recipes[recipe.key] = recipe
@@ -330,18 +349,30 @@ class Engine:
             return
         near = self._pool.where()
         recipes = self._recipes.values()
+        on_disk = self._state.on_disk
+        with suppress(OSError):  # something is being moved there; it is looked at again
+            on_disk = self.store.on_disk()
         self._state = EngineState(
             warm=frozenset(r.key for r in recipes if r.part_keys() <= near.device),
             in_host_memory=frozenset(
                 r.base_key for r in recipes if r.base_part_keys() <= near.device | near.host
             ),
-            on_disk=self.store.on_disk(),
+            on_disk=on_disk,
         )
+
+
+def _is_certain(params: SDParameters, file: Path) -> bool:
+    """Whether every node takes this file for the task's LoRA."""
+    if params.lora is None:
+        return False
+    # What a link leads to may be another file for every node that asks its host.
+    shared = not ModelRef("lora", params.lora.model).is_url
+    return shared and (bool(params.lora.weight_file_name) or file.name == LORA_FILE)
 
 
 def make_deterministic(threads: int | None) -> None:
     """This process's torch computes the same bits every time. Call before CUDA is first used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # the network's, whatever it was
     if threads is not None:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)

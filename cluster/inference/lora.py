@@ -3,10 +3,11 @@
 A LoRA is injected as layers beside the base's own, whose weights are never touched; taking it off
 puts the base's own modules back, so the base's later results are the same bits as before.
 
-Whether a LoRA can fit at all is read from its header before torch sees the file: the weights that
+Whether a LoRA that can't be attached is the task's fault is read from its header: the weights that
 read the text (cross-attention keys and values) are as wide as the text embeddings of the family
-they were trained on, 768 for SD 1.5 and 2048 for SDXL. Where every one of them has another width
-than the base, no software can combine the two, and that alone is the task's fault.
+they were trained on, 768 for SD 1.5 and 2048 for SDXL. Where all of those that belong to this
+base's own layers have another width than these, no software can combine the two. What a LoRA holds
+for layers that the base hasn't says nothing: the libraries pass over it.
 """
 
 from __future__ import annotations
@@ -26,46 +27,58 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskInva
 
 MAX_HEADER: Final = 32 * 2**20
 ADAPTER: Final = "task"
+_UNLOADABLE: Final = (ValueError, KeyError, TypeError, OSError, SafetensorError, RuntimeError)
 
 _READS_TEXT: Final = re.compile(
-    r"attn2[._](?:processor[._])?to_[kv]"
+    r"(?P<layer>.*attn2[._])(?:processor[._])?(?P<part>to_[kv])"
     r"(?:[._]lora[._]down|\.lora_A(?:\.\w+)?|\.lora_linear_layer\.down)\.weight"
 )
+_PREFIXES: Final = ("unet.", "lora_unet_")
 
 
-def text_widths(file: Path) -> frozenset[int]:
-    """Widths of the text embeddings that the LoRA's cross-attention reads; empty if it has none.
+def misfit(file: Path, unet: torch.nn.Module) -> str:
+    """Why the LoRA can't belong to this UNet, in words; empty where it may, or it can't be told.
 
     Knows the kohya (`lora_unet_…_attn2_to_k.lora_down`), diffusers (`….attn2.to_k.lora.down`, also
     with `processor`) and PEFT (`….attn2.to_k.lora_A`) names. Raises `ModelUnavailable`.
     """
-    widths: set[int] = set()
-    for name, shape in _shapes(file):
-        if _READS_TEXT.search(name) and len(shape) >= 2:
-            widths.add(shape[1])
-    return frozenset(widths)
+    own = {
+        name.replace(".", "_"): width
+        for name, module in unet.named_modules()
+        if isinstance(width := getattr(module, "in_features", None), int)
+    }
+    found = {
+        (shape[1], own[layer])
+        for name, shape in _shapes(file)
+        if len(shape) >= 2 and (layer := _layer_of(name)) in own
+    }
+    if not found or any(theirs == ours for theirs, ours in found):
+        return ""
+    theirs, ours = min(found)
+    return f"made for text embeddings {theirs} wide, the base model's are {ours}"
 
 
-def check_family(file: Path, base_width: object, certain: bool) -> None:
-    """Raises `TaskInvalid` when the LoRA can't belong to a base of that `cross_attention_dim`.
-
-    `certain`: the file is the one that every node takes. Where it is only the one that lies here,
-    others may have taken another one of the same model, so the error is `ModelUnavailable`.
-    """
-    widths = text_widths(file)
-    if isinstance(base_width, int) and widths and base_width not in widths:
-        line = f"made for text embeddings {min(widths)} wide, the base model's are {base_width}"
-        if certain:
-            raise TaskInvalid(f"lora: {line}")
-        raise ModelUnavailable(ModelUnavailableKind.REFUSED, f"{file.name}, not named: {line}")
+def _layer_of(name: str) -> str:
+    """The layer that reads the text and that the weights are for, as the UNet names it, with
+    underscores; empty for weights of another kind."""
+    match = _READS_TEXT.fullmatch(name)
+    if match is None:
+        return ""
+    layer = f"{match['layer']}{match['part']}"
+    for prefix in _PREFIXES:
+        layer = layer.removeprefix(prefix)
+    return layer.replace(".", "_")
 
 
 @contextmanager
-def attached(pipe: Any, file: Path, weight: float) -> Iterator[None]:
+def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[None]:
     """The LoRA on the pipeline for as long as the context lasts.
 
-    Raises `ModelUnavailable` when the file isn't a LoRA that can be loaded. After that, or any
-    error, the pipeline's parts must be thrown away unless `is_bare` says that nothing stayed.
+    Raises `TaskInvalid` when it can't be attached because it belongs to another family, and
+    `ModelUnavailable` for any other file that isn't a LoRA that can be loaded. `certain`: the file
+    is the one that every node takes; where it is only the one that lies here, others may have taken
+    another one of the same model. After that, or any error, the pipeline's parts must be thrown
+    away unless `is_bare` says that nothing stayed.
     """
     try:
         try:
@@ -77,7 +90,15 @@ def attached(pipe: Any, file: Path, weight: float) -> Iterator[None]:
                 use_safetensors=True,
             )
             pipe.set_adapters([ADAPTER], [weight])
-        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        except _UNLOADABLE as error:
+            # Not its subclasses, which are the card's.
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                raise
+            if line := misfit(file, pipe.unet):
+                if certain:
+                    raise TaskInvalid(f"lora: {line}") from error
+                line = f"{file.name}, not named: {line}"
+                raise ModelUnavailable(ModelUnavailableKind.REFUSED, line) from error
             raise _damaged(
                 f"{file.name} can't be loaded as a LoRA: {type(error).__name__}"
             ) from error

@@ -3,9 +3,10 @@ hosts."""
 
 from __future__ import annotations
 
-import sys
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -13,9 +14,11 @@ from cluster.core.errors import ModelUnavailable
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, TaskType, Tier
 from cluster.inference import devices
+from cluster.inference.canary import Candidate
 from cluster.inference.needs import refs_of
 from cluster.inference.nvml import NoDriver, Vitals
 from cluster.inference.parameters import parse
+from cluster.models.disk import Manifest
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef
 from cluster.models.store import read_index
@@ -23,6 +26,9 @@ from cluster.models.store import read_index
 if TYPE_CHECKING:  # it takes torch with it
     from cluster.inference.engine import Engine, EngineState
 
+MOST_CANDIDATES: Final = 16
+_END: Final = 64 * 2**10
+_DIGITS: Final = 16
 _MAKES_IMAGES: Final = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
 
 
@@ -36,7 +42,7 @@ class MountedEngine:
     keeper: Keeper
     preload: Sequence[str] = ()
     simulated: bool = False
-    _sizes: dict[str, int | None] = field(default_factory=dict)
+    _seen: dict[str, _Seen] = field(default_factory=dict)
     _preloaded: set[str] = field(default_factory=set)
     _hits: int = 0
 
@@ -102,23 +108,72 @@ class MountedEngine:
         here = self.keeper.store.on_disk()
         return tuple(n for n in self.preload if n in here and n not in self._preloaded)
 
-    def smallest(self) -> str | None:
-        """The base key of the smallest model on this machine that makes images by itself."""
-        sizes = {key: self._size(key) for key in self.keeper.store.on_disk()}
-        fit = [(size, key) for key, size in sizes.items() if size is not None]
-        return min(fit)[1] if fit else None
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Models on this machine that make images by themselves: those that the operator has put
+        here or pinned first, and of these the smallest."""
+        seen = {key: self._looked_at(key) for key in self.keeper.store.on_disk()}
+        self._seen = {key: each for key, each in seen.items() if each is not None}
+        fit = [
+            (not found.own, each.size, found.model, found)
+            for each in self._seen.values()
+            if (found := each.found) is not None
+        ]
+        return tuple(each[-1] for each in sorted(fit, key=lambda each: each[:-1])[:MOST_CANDIDATES])
 
-    def _size(self, key: str) -> int | None:
-        """Bytes of weights in the model's folder, looked at once; None for one of another kind."""
-        if key not in self._sizes:
-            name, _, variant = key.partition("+")
-            try:
-                folder = self.keeper.store.find(ModelRef("base", name, variant))
-                size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-                fits = read_index(folder).pipeline in _MAKES_IMAGES
-            except ModelUnavailable:
-                size, fits = 0, False
-            except OSError:  # something is being moved there: look again another time
-                return sys.maxsize
-            self._sizes[key] = size if fits else None
-        return self._sizes[key]
+    def _looked_at(self, key: str) -> _Seen | None:
+        """What lies there, looked into again when it was replaced; None while it is being moved."""
+        name, _, variant = key.partition("+")
+        ref, before = ModelRef("base", name, variant), self._seen.get(key)
+        try:
+            if before is not None and _stamp(before.folder) == before.stamp:
+                return before
+            folder = self.keeper.store.find(ref)
+            stamp = _stamp(folder)
+            if read_index(folder).pipeline not in _MAKES_IMAGES:
+                return _Seen(folder, stamp)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+            fetched = folder == self.keeper.disk.model(ref.key)
+            manifest = self.keeper.disk.manifest(ref.key) if fetched else None
+            own = manifest is None or ref in self.keeper.pinned
+            contents = _contents(folder, files) if manifest is None else _listed(manifest)
+        except (ModelUnavailable, OSError):
+            return None
+        return _Seen(folder, stamp, size, Candidate(key, contents, own))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A base model's folder as it was looked into; `found` is None for one of another kind."""
+
+    folder: Path
+    stamp: tuple[int, ...]
+    size: int = 0
+    found: Candidate | None = None
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Another one when the folder was replaced, or its index written anew."""
+    index = folder / "model_index.json"
+    found = [folder.stat(), *([index.stat()] if index.is_file() else ())]
+    return tuple(number for stat in found for number in (stat.st_ino, stat.st_mtime_ns))
+
+
+def _listed(manifest: Manifest) -> str:
+    """A digest of what was fetched."""
+    lines = sorted(f"{file.path} {file.sha256}" for file in manifest.files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
+
+
+def _contents(folder: Path, files: Sequence[Path]) -> str:
+    """A digest of a folder's files: their sizes, beginnings and ends, which differ where weights
+    were trained anew."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_END))
+            stream.seek(max(0, size - _END))
+            digest.update(stream.read(_END))
+    return digest.hexdigest()[:_DIGITS]

@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NewType
@@ -30,6 +32,8 @@ from transformers.utils import logging as transformers_logging
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 
 PartKey = NewType("PartKey", str)
+PIECE: Final = 32 * 2**20
+"""Bytes that are read between two looks at whether it is still wanted."""
 
 LANGUAGE_MODEL: Final = "AutoModelForCausalLM"
 SETTINGS: Final = "generation_config.json"
@@ -128,13 +132,31 @@ _digests: dict[tuple[str, int, int, int], bytes] = {}
 """By path and what `stat` says of a file: a changed file is read anew."""
 
 
+_look: ContextVar[Callable[[], None]] = ContextVar("look", default=lambda: None)
+
+
+@contextmanager
+def looking(look: Callable[[], None]) -> Iterator[None]:
+    """While this is open, `look` is called in this thread between the pieces of what is read to
+    make keys, and before and after each part that is loaded; it may raise."""
+    token = _look.set(look)
+    try:
+        yield
+    finally:
+        _look.reset(token)
+
+
 def digest_of(file: Path) -> bytes:
     """The sha256 of a file's contents, read once for as long as the file stays as it is."""
     stat = file.stat()
     seen = (os.fspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
     if seen not in _digests:
-        with file.open("rb") as stream:
-            _digests[seen] = hashlib.file_digest(stream, "sha256").digest()
+        digest = hashlib.sha256()
+        with file.open("rb", buffering=0) as stream:
+            while piece := stream.read(PIECE):
+                digest.update(piece)
+                _look.get()()
+        _digests[seen] = digest.digest()
     return _digests[seen]
 
 
@@ -149,6 +171,7 @@ def load(part: PartSource, device: torch.device) -> torch.nn.Module:
     while they load.
     """
     quiet()
+    _look.get()()
     module: torch.nn.Module
     with reading(part.folder):
         module, report = CLASSES[part.class_name].from_pretrained(
@@ -167,6 +190,7 @@ def load(part: PartSource, device: torch.device) -> torch.nn.Module:
             ModelUnavailableKind.DAMAGED,
             f"{part.folder.parent.name}/{part.folder.name} lacks some of its weights",
         )
+    _look.get()()
     return module.eval().requires_grad_(False)
 
 

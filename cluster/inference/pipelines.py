@@ -81,7 +81,7 @@ class FittingsShelf:
         return self._kept(sorted(texts), lambda: load_tokenizer(folder))
 
     def _kept(self, files: Iterable[Path], read: Callable[[], Any]) -> Any:
-        key = b"".join(digest_of(file) for file in files)
+        key = b"".join(file.name.encode() + b"\0" + digest_of(file) for file in files)
         if key not in self._shelf:
             self._shelf[key] = read()
         self._shelf.move_to_end(key)
@@ -195,7 +195,8 @@ def _refiner(
         tokenizer=None,
         tokenizer_2=parts["tokenizer_2"],
         unet=modules[REFINER_UNET],
-        scheduler=fittings.scheduler,
+        # One of its own: some write into their settings as they are used.
+        scheduler=type(fittings.scheduler).from_config(fittings.scheduler.config),
         requires_aesthetics_score=fittings.flags.get("requires_aesthetics_score", False),
         force_zeros_for_empty_prompt=fittings.flags.get("force_zeros_for_empty_prompt", True),
         add_watermarker=False,

@@ -5,8 +5,9 @@
                       └──── sent away ─────┘
 
 Parts are immutable, so as long as there is room the host keeps its copy of a part that moves on to
-the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. A
-quantized part is made on the device and is lost when it leaves. Both tiers are bounded, and lose
+the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. What
+is larger than that room goes to the device without a copy, and is lost when it leaves. A quantized
+part is made on the device and is lost when it leaves. Both tiers are bounded, and lose
 what is worth least (`cluster.core.eviction`). How much a part takes on the device and how long
 it takes to bring back are measured as it moves.
 
@@ -16,6 +17,7 @@ One thread uses a pool; any thread may look at `where`.
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -29,9 +31,12 @@ from cluster.inference.parts import Loader, PartKey, PartSource, bytes_of, tenso
 FIRST_LOAD_RATE: Final = 1e9
 """Bytes a second, for what has not been loaded yet."""
 FIRST_MOVE_RATE: Final = 1e10
+RUNS: Final = 64
+"""Of which the largest need for memory is remembered: one huge task doesn't count for ever."""
 
 
-Forms = tuple[tuple[torch.dtype, torch.Size], ...]
+Forms = tuple[tuple[torch.Tensor, torch.dtype, torch.Size], ...]
+"""Which tensors a module is made of, and as what; a move changes their data only."""
 
 
 class Budget(Protocol):
@@ -109,11 +114,12 @@ class Pool:
         return {role: self._parts[source.key].module for role, source in sources.items()}
 
     def changed(self, sources: Mapping[str, PartSource]) -> frozenset[PartKey]:
-        """Which of these are no longer of the types and sizes that they were loaded in."""
+        """Which of these are no longer made of the tensors that they were loaded with, or these no
+        longer of their types and sizes."""
         return frozenset(
             key
             for key in {source.key for source in sources.values()}
-            if (part := self._parts.get(key)) is not None and _forms(part.module) != part.forms
+            if (part := self._parts.get(key)) is not None and not _same(part)
         )
 
     def discard(self, keys: Collection[PartKey]) -> None:
@@ -125,7 +131,7 @@ class Pool:
 
     def clear(self) -> None:
         """Send everything away from the device, in order to begin with all of its memory."""
-        for part in self._parts.values():
+        for part in list(self._parts.values()):
             self._leave_device(part, frozenset())
         self._forget_homeless()
         self._look()
@@ -141,6 +147,7 @@ class Pool:
             self.counts.returns += 1
         if not part.on_device:
             self._move(part, wanted)
+        self._parts[source.key] = part
 
     def _load(self, source: PartSource, wanted: Collection[PartKey]) -> _Part:
         stays = source.bits is not None
@@ -150,24 +157,28 @@ class Pool:
             self._make_host_room(source.size, wanted)
         before, began = _allocated(self.device), self.clock()
         module = self.load(source)
-        host = None if stays else [_own_copy(tensor, self.device) for tensor in tensors(module)]
-        if host is not None:
-            _point(module, host)
-        part = _Part(source, module, host, _forms(module), on_device=stays)
+        part = _Part(source, module, None, _forms(module), on_device=stays)
+        part.device_bytes = bytes_of(module)
+        part.host_bytes = _host_size(module, self.device)
+        if not stays and self._make_host_room(part.host_bytes, wanted):
+            part.host = [_own_copy(tensor, self.device) for tensor in tensors(module)]
+            _point(module, part.host)
         part.load_seconds = self.clock() - began
-        part.host_bytes = part.device_bytes = bytes_of(module)
         if stays and self.device.type == "cuda":
             part.device_bytes = _allocated(self.device) - before
         self.counts.loads += 1
         self.counts.load_seconds += part.load_seconds
-        self._parts[source.key] = part
+        if not _homeless(part):
+            self._parts[source.key] = part
         return part
 
     def _move(self, part: _Part, wanted: Collection[PartKey]) -> None:
         self._make_device_room(part.device_bytes, wanted)
-        assert part.host is not None, "a part that isn't on the device is in host memory"  # noqa: S101
         before, began = _allocated(self.device), self.clock()
-        _point(part.module, [copy.to(self.device, non_blocking=True) for copy in part.host])
+        if part.host is None:  # just read, and not to be kept: it may be a view into the file
+            _point(part.module, [_moved(each, self.device) for each in tensors(part.module)])
+        else:
+            _point(part.module, [copy.to(self.device, non_blocking=True) for copy in part.host])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             part.device_bytes = _allocated(self.device) - before
@@ -202,16 +213,21 @@ class Pool:
     def _make_host_room(self, size: int, wanted: Collection[PartKey]) -> bool:
         """Whether `size` more bytes fit now. Copies of what is on the device leave for free, and so
         first; what waits there alone is lost with its copy."""
+        if size > self.host_bytes:
+            return False  # nobody leaves for what never fits
         residents = [
             Resident(key, part.host_bytes, _from_disk(part), self._popularity.of(key), kept)
             for key, part in self._parts.items()
             if part.host is not None
             for kept in [not part.on_device and (key in wanted or key in self.kept)]
         ]
-        for key in victims(residents, size, self.host_bytes):
+        leaving = victims(residents, size, self.host_bytes)
+        for key in leaving:
             self._parts[key].host = None
             self.counts.left_host += 1
         self._forget_homeless()
+        if leaving and self.device.type == "cuda":
+            torch.accelerator.empty_host_cache()  # else it stays pinned for what may come
         return self._host_used() + size <= self.host_bytes
 
     def _forget_homeless(self) -> None:
@@ -257,8 +273,29 @@ def _own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return data.pin_memory() if device.type == "cuda" and data.numel() else data.clone()
 
 
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    data = tensor.detach()
+    return data.to(device) if device.type == "cuda" else data.clone()
+
+
+def _host_size(module: torch.nn.Module, device: torch.device) -> int:
+    """Bytes that copies of its tensors take: of pinned memory torch takes powers of two."""
+    if device.type != "cuda":
+        return bytes_of(module)
+    sizes = (tensor.nbytes for tensor in tensors(module))
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+
 def _forms(module: torch.nn.Module) -> Forms:
-    return tuple((tensor.dtype, tensor.shape) for tensor in tensors(module))
+    return tuple((tensor, tensor.dtype, tensor.shape) for tensor in tensors(module))
+
+
+def _same(part: _Part) -> bool:
+    now = _forms(part.module)
+    return len(now) == len(part.forms) and all(
+        old is new and (dtype, shape) == (was_dtype, was_shape)
+        for (old, was_dtype, was_shape), (new, dtype, shape) in zip(part.forms, now, strict=True)
+    )
 
 
 def _allocated(device: torch.device) -> int:
@@ -278,18 +315,18 @@ def fixed(limit: int) -> Budget:
 
 class MeasuredBudget:
     """What the card has left for parts, as measured: all of it but what others take, and but the
-    most that computing has needed so far (before that is known, a quarter of the card)."""
+    most that computing has needed of late (before that is known, a quarter of the card)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._workspace: int | None = None
+        self._peaks: deque[int] = deque(maxlen=RUNS)
 
     def computed(self, peak: int) -> None:
         """`peak`: the most bytes that a run needed besides the parts."""
-        self._workspace = max(self._workspace or 0, peak)
+        self._peaks.append(peak)
 
     def __call__(self) -> int:
         free, total = torch.cuda.mem_get_info(self._device)
         ours = torch.cuda.memory_reserved(self._device)
-        workspace = total // 4 if self._workspace is None else int(self._workspace * 1.1)
+        workspace = int(max(self._peaks) * 1.1) if self._peaks else total // 4
         return free + ours - workspace

@@ -9,6 +9,8 @@ versions may read it, so it is `TaskUnsupported` and neither reported nor held a
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pyparsing
@@ -16,12 +18,18 @@ import torch
 from compel import Compel, ReturnedEmbeddingsType  # type: ignore[import-untyped]
 from compel.prompt_parser import PromptParser  # type: ignore[import-untyped]
 
-from cluster.core.errors import TaskUnsupported
+from cluster.core.errors import DeviceFault, DeviceFaultKind, TaskUnsupported
 from cluster.inference.parameters import SDParameters
 
 pyparsing.ParserElement.enable_packrat()
 
 MAX_DEPTH = 32
+MOST_READINGS: Final = 1024
+"""How often the text encoder may read 75 tokens for one prompt: it reads all of it once more for
+each fragment of a weight below 1."""
+MOST_WEIGHT: Final = 1000.0
+"""Beyond it 16-bit numbers overflow: what isn't finite then is the prompt's doing."""
+_CHUNK: Final = 75
 _UNREADABLE = (
     PromptParser.ParsingException,
     pyparsing.ParseBaseException,
@@ -37,21 +45,23 @@ _UNREADABLE = (
 def conditions(pipe: Any, params: SDParameters) -> dict[str, Any]:
     """The base call's prompt arguments: embeddings of both prompts, padded to one length.
 
-    Raises `TaskUnsupported` for a prompt that Compel can't read.
+    Raises `TaskUnsupported` for a prompt that Compel can't read, `DeviceFault` where a prompt that
+    it can read becomes no numbers.
     """
     tokenizer_2 = getattr(pipe, "tokenizer_2", None)
     if tokenizer_2 is None:
-        return _named(_read(_reader(pipe.tokenizer, pipe.text_encoder), params), None)
+        return _named(params, _read(_reader(pipe.tokenizer, pipe.text_encoder), params), None)
     first = _read(_reader(pipe.tokenizer, pipe.text_encoder, _XL), params)
     second, pooled = _read(_reader(tokenizer_2, pipe.text_encoder_2, _XL, pooled=True), params)
     if first.shape[1] != second.shape[1]:
         raise TaskUnsupported("prompt: the two text encoders read it as of different lengths")
-    return _named(torch.cat([first, second], dim=-1), pooled)
+    return _named(params, torch.cat([first, second], dim=-1), pooled)
 
 
 def refiner_conditions(pipe: Any, params: SDParameters) -> dict[str, Any]:
     """The refiner call's prompt arguments: it has the second text encoder only."""
-    return _named(*_read(_reader(pipe.tokenizer_2, pipe.text_encoder_2, _XL, pooled=True), params))
+    reader = _reader(pipe.tokenizer_2, pipe.text_encoder_2, _XL, pooled=True)
+    return _named(params, *_read(reader, params))
 
 
 _PLAIN: Final = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
@@ -86,10 +96,16 @@ def _read(reader: Any, params: SDParameters) -> Any:
     return reader([params.prompt, params.negative_prompt])
 
 
-def _named(embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, Any]:
+def _named(
+    params: SDParameters, embeds: torch.Tensor, pooled: torch.Tensor | None
+) -> dict[str, Any]:
     for tensor in (embeds, pooled):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise TaskUnsupported("prompt: weights beyond what numbers hold")
+            if any(
+                _heaviest(each) > MOST_WEIGHT for each in (params.prompt, params.negative_prompt)
+            ):
+                raise TaskUnsupported("prompt: weights beyond what numbers hold")
+            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "a prompt read as no finite numbers")
     found: dict[str, Any] = {
         "prompt_embeds": embeds[0:1],
         "negative_prompt_embeds": embeds[1:2],
@@ -124,6 +140,29 @@ def _check(prompt: str) -> None:
     if _depth(prompt) > MAX_DEPTH:
         raise TaskUnsupported(f"prompt: brackets nested deeper than {MAX_DEPTH}")
     try:
-        _parsed(prompt)
+        parsed = _parsed(prompt)
     except _UNREADABLE as error:
         raise TaskUnsupported(f"prompt: can't be parsed ({type(error).__name__})") from None
+    if not math.isfinite(_heaviest(prompt)):
+        raise TaskUnsupported("prompt: weights beyond what numbers hold")
+    lighter = sum(weight < 1 for weight in _weights(parsed))
+    # A token is a character at least.
+    if lighter * math.ceil(len(prompt) / _CHUNK) > MOST_READINGS:
+        raise TaskUnsupported(f"prompt: {lighter} fragments of a weight below 1 in so long a one")
+
+
+def _heaviest(prompt: str) -> float:
+    return max((abs(weight) for weight in _weights(_parsed(prompt))), default=1.0)
+
+
+def _weights(parsed: Any) -> Iterator[float]:
+    """All weights in what Compel has read: of fragments, and of the prompts that are blended."""
+    weight = getattr(parsed, "weight", None)
+    if isinstance(weight, int | float):
+        yield float(weight)
+    for listed in ("weights", "prompts", "children", "original", "edited"):
+        for each in getattr(parsed, listed, None) or ():
+            if isinstance(each, int | float):
+                yield float(each)
+            else:
+                yield from _weights(each)

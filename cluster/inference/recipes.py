@@ -32,10 +32,7 @@ REFINER_UNET: Final = "refiner"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One task's models. `parts` are by role; `refiner` is the refiner's own UNet.
-
-    `base_width` is how wide the text embeddings are that the base's UNet reads.
-    """
+    """One task's models. `parts` are by role; `refiner` is the refiner's own UNet."""
 
     key: str
     base_key: str
@@ -45,7 +42,6 @@ class Recipe:
     parts: Mapping[str, PartSource]
     lora: Path | None
     inversion: Path | None
-    base_width: object
 
     @property
     def is_xl(self) -> bool:
@@ -53,6 +49,12 @@ class Recipe:
 
     def part_keys(self) -> frozenset[PartKey]:
         return frozenset(part.key for part in self.parts.values())
+
+    def weights(self) -> tuple[Path, ...]:
+        """All its files of weights that are safetensors."""
+        parts = (file for part in self.parts.values() for file in part.files)
+        added = (file for file in (self.lora, self.inversion) if file is not None)
+        return tuple(file for file in (*added, *parts) if file.suffix == ".safetensors")
 
     def base_part_keys(self) -> frozenset[PartKey]:
         """Those that every task on this base needs."""
@@ -118,7 +120,6 @@ def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
         parts,
         None if lora is None else store.lora_file(lora.model, lora.weight_file_name),
         store.inversion_file(params.textual_inversion) if params.textual_inversion else None,
-        width,
     )
 
 

@@ -62,8 +62,8 @@ class GatedEngine:
     def uuid(self) -> CardUuid:
         return self.engine.uuid
 
-    def smallest(self) -> str | None:
-        return self.engine.smallest()
+    def candidates(self) -> tuple[canary.Candidate, ...]:
+        return self.engine.candidates()
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]

@@ -16,6 +16,7 @@ from actors.inference import Engine, EngineState
 from actors.pool import EngineFactory
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, Score
+from cluster.inference import canary
 from cluster.inference.nvml import Vitals
 
 
@@ -56,8 +57,8 @@ class OddEngine:
     def uuid(self) -> CardUuid:
         return self.engine.uuid
 
-    def smallest(self) -> str | None:
-        return self.engine.smallest()
+    def candidates(self) -> tuple[canary.Candidate, ...]:
+        return self.engine.candidates()
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]

@@ -24,7 +24,9 @@ from cluster.inference.canary import (
     next_answer,
 )
 from cluster.inference.mounted import MountedEngine
+from cluster.models.disk import MANIFEST, Manifest, Stored, manifest_text
 from cluster.models.keeper import Keeper
+from cluster.models.refs import ModelRef
 from cluster.models.store import ModelStore
 
 if TYPE_CHECKING:
@@ -263,7 +265,36 @@ def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> No
     plant(tmp_path, "acme/refiner", 5, REFINER)
     plant(tmp_path, "acme/chat", 3, None)
     engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
-    assert engine.smallest() == "acme/small"
+    first, second = engine.candidates()
+    assert (first.model, second.model) == ("acme/small", "acme/large")
+    assert first.own
+    assert second.own
+    assert engine.candidates() == (first, second)
+    # Another model under the same name is another candidate.
+    shutil.rmtree(tmp_path / "acme" / "small")
+    plant(tmp_path, "acme/small", 10, XL)
+    (tmp_path / "acme" / "small" / "unet" / "weights.safetensors").write_bytes(b"x" * 10)
+    changed = engine.candidates()[0]
+    assert (changed.model, changed.contents != first.contents) == ("acme/small", True)
     for name in ("large", "small"):
         shutil.rmtree(tmp_path / "acme" / name)
-    assert engine.smallest() is None
+    assert engine.candidates() == ()
+
+
+def test_a_model_that_came_with_a_task_is_the_last_choice(tmp_path: Path) -> None:
+    """However small it is: whoever sends tasks must not choose what cards are judged by."""
+    plant(tmp_path, "acme/large", 30)
+    keeper = Keeper(ModelStore(tmp_path))
+    refs = [ModelRef("base", name) for name in ("acme/tiny", "acme/pinned")]
+    for ref, size in zip(refs, (5, 8), strict=True):
+        plant(keeper.disk.model(ref.key).parent, ref.key, size)
+        folder = keeper.disk.model(ref.key)
+        at = (folder / "unet" / "weights.safetensors").stat().st_mtime_ns
+        stored = Stored("unet/weights.safetensors", size, "0" * 64, at)
+        manifest = Manifest(ref, "hub", "c0ffee", (stored,), 0.0, 0.0)
+        (folder / MANIFEST).write_text(manifest_text(manifest))
+    engine = MountedEngine(
+        cast("Engine", None), A, Keeper(ModelStore(tmp_path), pinned=frozenset({refs[1]}))
+    )
+    found = [(each.model, each.own) for each in engine.candidates()]
+    assert found == [("acme/pinned", True), ("acme/large", True), ("acme/tiny", False)]

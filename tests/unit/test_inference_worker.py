@@ -65,8 +65,8 @@ class FakeEngine:
         self.tended += 1
         return self.chores.pop(0)
 
-    def smallest(self) -> str | None:
-        return "acme/tiny"
+    def candidates(self) -> tuple[canary.Candidate, ...]:
+        return (canary.Candidate("acme/tiny"),)
 
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
@@ -154,7 +154,7 @@ async def test_says_what_canaries_are_judged_by(engine: FakeEngine) -> None:
     await first.start(Order(A, canary.TASK, 0, "{}", None))
     assert await first.result(A) == DONE
     report = await first.report()
-    assert (report.uuid, report.smallest) == ("GPU-1", "acme/tiny")
+    assert (report.uuid, report.candidates) == ("GPU-1", (canary.Candidate("acme/tiny"),))
     assert report.software == canary.software()
     assert report.finished == 0, "a canary is no task"
     assert report.incarnation == (await first.report()).incarnation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ class Shop:
     def __init__(self) -> None:
         self.loaded: list[str] = []
         self.now = 0.0
+        self.sizes: dict[str, int] = {}
+        """How many outputs a part has, if not 16."""
 
     def clock(self) -> float:
         self.now += 1.0
@@ -37,7 +40,7 @@ class Shop:
 
     def load(self, source: PartSource) -> torch.nn.Module:
         self.loaded.append(source.key)
-        module = torch.nn.Linear(16, 16)
+        module = torch.nn.Linear(16, self.sizes.get(source.key, 16))
         for tensor in module.parameters():
             tensor.requires_grad_(False).fill_(float(len(source.key)))
         return module
@@ -101,6 +104,28 @@ def test_without_host_memory_only_the_device_holds_parts(shop: Shop) -> None:
         pool.hold(roles(name))
         assert pool.where().host == frozenset()
         assert pool.where().device == {name}
+
+
+def test_what_is_larger_than_host_memory_goes_past_it_and_drives_nobody_out(shop: Shop) -> None:
+    pool = shop.pool(device=3, host=1)
+    pool.hold(roles("a"))
+    big = part("bb")
+    shop.sizes["bb"] = 64
+    pool.hold({"bb": replace(big, size=5 * SIZE)})
+    assert pool.where().host == {"a"}
+    assert pool.where().device >= {"bb"}
+    assert all(bool((tensor == 2.0).all()) for tensor in pool.hold({"bb": big})["bb"].parameters())
+    pool.clear()
+    assert pool.where().host == {"a"}, "it is lost when it leaves"
+
+
+def test_another_tensor_in_a_parts_place_is_seen(shop: Shop) -> None:
+    pool = shop.pool()
+    module = pool.hold(roles("a"))["a"]
+    assert pool.changed(roles("a")) == frozenset()
+    assert isinstance(module, torch.nn.Linear)
+    module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    assert pool.changed(roles("a")) == {"a"}
 
 
 def test_what_left_the_device_without_a_copy_gets_one(shop: Shop) -> None:

@@ -68,7 +68,12 @@ def card(gpu_id: GpuId) -> Gpu:
     return replace(gpu_of(gpu_id), uuid=uuid_of(gpu_id), on_disk=frozenset({MODEL}))
 
 
-def report_of(gpu_id: GpuId, incarnation: str = "p1", smallest: str | None = MODEL) -> Report:
+def report_of(
+    gpu_id: GpuId,
+    incarnation: str = "p1",
+    smallest: str | None = MODEL,
+    more: tuple[canary.Candidate, ...] = (),
+) -> Report:
     return Report(
         release="1",
         pid=1,
@@ -86,7 +91,7 @@ def report_of(gpu_id: GpuId, incarnation: str = "p1", smallest: str | None = MOD
         uuid=uuid_of(gpu_id),
         incarnation=incarnation,
         software="torch=1",
-        smallest=smallest,
+        candidates=() if smallest is None else (canary.Candidate(smallest), *more),
     )
 
 
@@ -324,11 +329,46 @@ async def test_the_cards_of_a_class_get_the_same_question(tmp_path: Path) -> Non
     house = Ward.of(tmp_path, A, B, C)
     both = frozenset({MODEL, "acme/tinier"})
     house.pool.cards = [replace(card(each), on_disk=both) for each in (A, B, C)]
-    house.pool.reports[C] = report_of(C, smallest="acme/tinier")
+    house.pool.reports[C] = report_of(C, smallest="acme/tinier", more=(canary.Candidate(MODEL),))
     async with house.watched():
         await until(lambda: len(house.asked()) == 3)
         asked = {order.parameters for order in house.asked().values()}
     assert asked == {canary.parameters(MODEL)}
+
+
+async def test_a_model_that_came_with_a_task_can_keep_no_card_from_its_work(tmp_path: Path) -> None:
+    """Its author may have made it so that nobody can compute with it."""
+    blank = DeviceFault(DeviceFaultKind.BAD_RESULT, "an image of one colour")
+    for own, free in ((False, {A}), (True, set())):
+        house = Ward.of(tmp_path / str(own), A)
+        report = house.pool.reports[A]
+        house.pool.reports[A] = replace(report, candidates=(canary.Candidate(MODEL, own=own),))
+        async with house.watched():
+            await house.answer(A, blank)
+            await house.settle()
+            assert house.free() == free
+            assert bool(house.safeguards.alerts()) is own
+
+
+async def test_a_new_question_keeps_no_card_from_its_work_that_has_answered_the_last(
+    tmp_path: Path,
+) -> None:
+    house = Ward.of(tmp_path, A, B)
+    async with house.watched():
+        await house.answer(A, X)
+        await house.answer(B, X)
+        # A's machine has fetched what its owner has put in the model's place.
+        report = house.pool.reports[A]
+        house.pool.reports[A] = replace(report, candidates=(canary.Candidate(MODEL, "another"),))
+        assert house.free() == {A, B}
+        await house.settle()
+        # What it answers to that is compared with nobody's, and once it was in doubt it waits.
+        await house.answer(A, Y)
+        await house.settle()
+        assert house.quarantined() == set()
+        assert house.free() == {A, B}
+        house.safeguards.suspect(A)
+        assert house.free() == {B}
 
 
 async def test_a_card_without_the_common_model_gets_its_own(tmp_path: Path) -> None:

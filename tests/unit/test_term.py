@@ -700,7 +700,8 @@ def ward(office: Office, *cards: GpuId) -> None:
         gpu.gpu_id: Report(
             "1", 1, Health.READY, KIND, "", None, None, 0, 0, 0,
             frozenset(), frozenset(), gpu.on_disk,
-            uuid=gpu.uuid, incarnation="p1", software="torch=1", smallest="acme/tiny",
+            uuid=gpu.uuid, incarnation="p1", software="torch=1",
+            candidates=(canary.Candidate("acme/tiny"),),
         )
         for gpu in office.pool.cards
     }  # fmt: skip

@@ -35,6 +35,7 @@ from cluster.core.types import (
     Work,
 )
 from cluster.core.verification import MARGIN_SECONDS
+from cluster.inference.canary import Candidate
 from tests.unit.actor_fakes import KIND, START, TASK, House, gpu_of, until
 
 X, Y, Z = Score(b"x" * 8), Score(b"y" * 8), Score(b"z" * 8)
@@ -152,7 +153,7 @@ async def test_a_card_that_has_yet_to_prove_itself_isnt_asked(tmp_path: Path) ->
     house.pool.reports[B] = Report(
         "1", 1, Health.READY, KIND, "", None, None, 0, 0, 0,
         frozenset(), frozenset(), frozenset(),
-        uuid=uuid_of(B), incarnation="p1", software="torch=1", smallest="acme/tiny",
+        uuid=uuid_of(B), incarnation="p1", software="torch=1", candidates=(Candidate("acme/tiny"),),
     )  # fmt: skip
     await house.start()
     await house.says(A, X)
