@@ -8,6 +8,7 @@ images are made one after the other, all drawing from one CPU generator, the ref
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -36,6 +37,7 @@ SCHEDULERS: Final[dict[str, Any]] = {
     "LCMScheduler": LCMScheduler,
 }
 PNG_COMPRESSION: Final = 4
+MOST_TRIED: Final = 256
 _FEW: Final = (1, 4, 8, 8)
 """The shape of latents on which a scheduler is tried."""
 
@@ -131,15 +133,25 @@ def make_scheduler(own_config: Mapping[str, Any], params: SDParameters) -> Any:
     """
     chosen = params.scheduler
     args = chosen.args.model_dump(exclude_none=True) if chosen.args is not None else {}
-    kind = SCHEDULERS[chosen.method]
+    kind, steps = SCHEDULERS[chosen.method], params.task_config.steps
     try:
-        _go_all_steps(kind.from_config(own_config, **args), params.task_config.steps)
+        scheduler = kind.from_config(own_config, **args)
+        tried = f"{chosen.method} {steps} {json.dumps(dict(scheduler.config), default=str)}"
+        if tried not in _tried:
+            _go_all_steps(scheduler, steps)
+            _tried.add(tried)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise TaskUnsupported(
             f"scheduler: {chosen.method} refuses its arguments: {line}"
         ) from error
+    while len(_tried) > MOST_TRIED:
+        _tried.pop()
     return kind.from_config(own_config, **args)
+
+
+_tried: set[str] = set()
+"""Schedulers that have gone their steps well, with all their settings: it needn't be seen again."""
 
 
 def _go_all_steps(scheduler: Any, steps: int) -> None:

@@ -129,7 +129,8 @@ async def test_an_account_that_is_told_to_quit_brings_its_stake_home(
     await restart(operator)
     await operator.until_serving()
     status = await operator.until_status(
-        lambda status: status if status.fleet.retired else None, "the fleet has planned"
+        lambda status: status if status.fleet.retired and not status.fleet.unread else None,
+        "the fleet has planned, and has seen every account",
     )
     assert status.fleet.retired == (leaver.address,)
     assert gone(status)
