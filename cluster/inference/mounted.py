@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # it takes torch with it
     from cluster.inference.engine import Engine, EngineState
 
 MOST_CANDIDATES: Final = 16
+AGAIN_SECONDS: Final = 60.0
 _END: Final = 64 * 2**10
 _DIGITS: Final = 16
 _MAKES_IMAGES: Final = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
@@ -111,8 +112,8 @@ class MountedEngine:
     def candidates(self) -> tuple[Candidate, ...]:
         """Models on this machine that make images by themselves: those that the operator has put
         here or pinned first, and of these the smallest."""
-        seen = {key: self._looked_at(key) for key in self.keeper.store.on_disk()}
-        self._seen = {key: each for key, each in seen.items() if each is not None}
+        here = self.keeper.store.on_disk()
+        self._seen = {key: self._looked_at(key, self._seen.get(key)) for key in here}
         fit = [
             (not found.own, each.size, found.model, found)
             for each in self._seen.values()
@@ -120,12 +121,12 @@ class MountedEngine:
         ]
         return tuple(each[-1] for each in sorted(fit, key=lambda each: each[:-1])[:MOST_CANDIDATES])
 
-    def _looked_at(self, key: str) -> _Seen | None:
-        """What lies there, looked into again when it was replaced; None while it is being moved."""
+    def _looked_at(self, key: str, before: _Seen | None) -> _Seen:
+        """What lies there, looked into again when it was replaced."""
         name, _, variant = key.partition("+")
-        ref, before = ModelRef("base", name, variant), self._seen.get(key)
+        ref = ModelRef("base", name, variant)
         try:
-            if before is not None and _stamp(before.folder) == before.stamp:
+            if before is not None and before.stands():
                 return before
             folder = self.keeper.store.find(ref)
             stamp = _stamp(folder)
@@ -137,19 +138,27 @@ class MountedEngine:
             manifest = self.keeper.disk.manifest(ref.key) if fetched else None
             own = manifest is None or ref in self.keeper.pinned
             contents = _contents(folder, files) if manifest is None else _listed(manifest)
-        except (ModelUnavailable, OSError):
-            return None
+        except (ModelUnavailable, OSError):  # no model of that kind, or it is being moved
+            return _Seen(None, (), again_at=monotonic() + AGAIN_SECONDS)
         return _Seen(folder, stamp, size, Candidate(key, contents, own))
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A base model's folder as it was looked into; `found` is None for one of another kind."""
+    """A base model's folder as it was looked into; `found` is None for one of another kind. One that
+    couldn't be looked into has no folder, and is tried again at that time."""
 
-    folder: Path
+    folder: Path | None
     stamp: tuple[int, ...]
     size: int = 0
     found: Candidate | None = None
+    again_at: float = 0.0
+
+    def stands(self) -> bool:
+        """Raises `OSError` where it is gone."""
+        if self.folder is None:
+            return monotonic() < self.again_at
+        return _stamp(self.folder) == self.stamp
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:

@@ -165,7 +165,8 @@ class KubeWorld(TaskWorld):
             "config": {
                 "network": network | {"block_poll_seconds": BLOCK_SECONDS},
                 "models": {"sources": [], "spare_gb": 0.01},
-                "gpu": {"host_memory_gb": 1},
+                # Tasks are held at a gate for longer than a card may stand still.
+                "gpu": {"host_memory_gb": 1, "stall_seconds": 600},
                 "policy": {"retry_backoff": 0.2},
                 "fleet": {"pause_after_seconds": 900},
             },

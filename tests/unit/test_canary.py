@@ -281,6 +281,29 @@ def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> No
     assert engine.candidates() == ()
 
 
+def test_what_is_no_model_for_a_canary_is_not_looked_into_with_every_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, "acme/small", 10)
+    plant(tmp_path, "acme/refiner", 5, REFINER)
+    plant(tmp_path, "acme/broken", 3, None)
+    looks: list[str] = []
+    find = ModelStore.find
+
+    def counted(store: ModelStore, ref: ModelRef) -> Path:
+        looks.append(ref.name)
+        return find(store, ref)
+
+    monkeypatch.setattr(ModelStore, "find", counted)
+    monkeypatch.setattr(
+        ModelStore, "on_disk", lambda _: {"acme/small", "acme/refiner", "acme/broken"}
+    )
+    engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
+    for _ in range(3):
+        assert [each.model for each in engine.candidates()] == ["acme/small"]
+    assert sorted(looks) == ["acme/broken", "acme/refiner", "acme/small"]
+
+
 def test_a_model_that_came_with_a_task_is_the_last_choice(tmp_path: Path) -> None:
     """However small it is: whoever sends tasks must not choose what cards are judged by."""
     plant(tmp_path, "acme/large", 30)
