@@ -145,8 +145,8 @@ class MountedEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A base model's folder as it was looked into; `found` is None for one of another kind. One that
-    couldn't be looked into has no folder, and is tried again at that time."""
+    """A base model's folder as it was looked into; `found` is None for one of another kind. One
+    that couldn't be looked into has no folder, and is tried again at that time."""
 
     folder: Path | None
     stamp: tuple[int, ...]
