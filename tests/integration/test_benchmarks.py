@@ -26,14 +26,3 @@ def test_how_busy_cards_were_is_counted_within_the_window() -> None:
     # Before it, into it, within it, beyond it and after it.
     cards.busy += [(0.0, 9.0), (9.0, 11.0), (12.0, 16.0), (19.0, 30.0), (20.0, 24.0)]
     assert utilisation.share(cards, 10.0, 20.0) == (1.0 + 4.0 + 1.0) / (utilisation.CARDS * 10.0)
-
-
-async def test_slots_are_measured_on_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the benchmark does it, in seconds: the tasks that were paid are counted, and who paid."""
-    for name, value in {"BLOCK": 0.5, "SECONDS": 0.5, "VALIDATION": 0.5, "WINDOW": 10.0}.items():
-        monkeypatch.setattr(utilisation, name, value)
-    monkeypatch.setattr(utilisation, "WARM_UP", {"2": 8.0})
-    found = await utilisation.measure("2")
-    assert found.slots == 2
-    assert 0.0 < found.busy <= 1.0
-    assert found.paid > 0.0
