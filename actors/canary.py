@@ -194,18 +194,14 @@ class Canaries:
 
     def _due(self, subject: _Subject) -> Due | None:
         question, card = subject.question, subject.gpu.uuid
-        answer = self._health.answer(question, card)
-        why = canary.due(
-            answer,
+        return canary.due(
+            self._health.answer(question, card),
             subject.incarnation,
             card in self._health.again(question),
             Timestamp(self._clock()),
             self.settings.interval,
+            self._health.has_answered(card, subject.incarnation),
         )
-        if answer is None and self._health.has_answered(card, subject.incarnation):
-            # A new question, and no new doubt: it works on until there is time for it.
-            return Due.SCHEDULE
-        return why
 
     def _subject(self, gpu: Gpu) -> _Subject | None:
         """None for a card that can't be asked, or is to be left alone."""
@@ -244,8 +240,11 @@ class Canaries:
             if gpu.gpu_class != gpu_class or report is None or report.software != software:
                 continue
             votes.update(report.candidates[:1])
-        names = {each: (each.model, each.contents) for each in votes}
-        return min(votes, key=lambda each: (not each.own, -votes[each], names[each]), default=None)
+
+        def rank(each: Candidate) -> tuple[bool, int, str, str]:
+            return not each.own, -votes[each], each.model, each.contents
+
+        return min(votes, key=rank, default=None)
 
     # --- asking ----------------------------------------------------------------------------------
 

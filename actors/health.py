@@ -60,11 +60,6 @@ class CardHealth:
         with self._ledger.journal.read() as connection:
             return rows.is_known(connection, card)
 
-    def was_blamed(self, card: CardUuid, reason: str) -> bool:
-        """Whether its last quarantine was for this, be it cleared or not."""
-        with self._ledger.journal.read() as connection:
-            return rows.last_reason(connection, card) == reason
-
     def quarantine(self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str) -> None:
         """No task goes to these cards until an operator clears them."""
         new = self._new(cards, gpu_class, reason)

@@ -154,6 +154,8 @@ class InferenceWorker:
         self._busy_seconds = 0.0
         self._vitals, self._vitals_at = Vitals(), float("-inf")
         self._looking: asyncio.Future[None] | None = None
+        self._candidates: tuple[canary.Candidate, ...] = ()
+        self._listing: asyncio.Future[None] | None = None
         self._tending: asyncio.Future[None] | None = None
         self._log = structlog.get_logger("gpu")
         loop = asyncio.get_running_loop()
@@ -163,7 +165,10 @@ class InferenceWorker:
     async def _boot(self, make_engine: Callable[[], Engine]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._engine = await loop.run_in_executor(self._thread, make_engine)
+            engine = await loop.run_in_executor(self._thread, make_engine)
+            # Before it is up: until it is known what to ask a card, it is taken for a good one.
+            self._candidates = await loop.run_in_executor(self._thread, engine.candidates)
+            self._engine = engine
         except ClusterError as error:
             self._problem = brief(str(error)) or type(error).__name__
         except Exception as error:  # noqa: BLE001 - a driver's, a library's: the card is broken
@@ -256,6 +261,15 @@ class InferenceWorker:
             loop = asyncio.get_running_loop()
             self._looking = loop.run_in_executor(None, self._read_vitals, engine)
 
+    def _look_for_candidates(self, engine: Engine) -> None:
+        """In a thread, for the next report: it looks at the disk."""
+        if self._listing is None or self._listing.done():
+            loop = asyncio.get_running_loop()
+            self._listing = loop.run_in_executor(None, self._list_candidates, engine)
+
+    def _list_candidates(self, engine: Engine) -> None:
+        self._candidates = engine.candidates()
+
     def _read_vitals(self, engine: Engine) -> None:
         try:
             self._vitals = engine.vitals()
@@ -271,6 +285,7 @@ class InferenceWorker:
             self._tend(engine)
         if engine is not None:
             self._look_at_card(engine)
+            self._look_for_candidates(engine)
         state = None if engine is None else engine.state()
         if engine is None:
             health = Health.BROKEN if self._problem else Health.STARTING
@@ -295,7 +310,7 @@ class InferenceWorker:
             uuid=CardUuid("") if engine is None else engine.uuid,
             incarnation=self._incarnation,
             software=self._software,
-            candidates=() if engine is None else engine.candidates(),
+            candidates=self._candidates,
             busy_seconds=self._busy_seconds
             + (self._clock() - attempt.began_at if attempt and running else 0.0),
             usage=CardUse() if engine is None else engine.usage(),

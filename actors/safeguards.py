@@ -17,6 +17,9 @@ from cluster.core.record import Outcome
 from cluster.core.types import AttemptId, CardUuid, Commitment, Gpu, GpuId, Timestamp
 from cluster.metrics import Metrics
 
+_BLAMED = "blamed:"
+"""By a task that cost its account the stake, the card that was put in quarantine for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class SafeguardSettings:
@@ -45,7 +48,7 @@ class Safeguards:
     ) -> None:
         self._ledger = ledger
         self._pool = pool
-        self._blamed: set[Commitment] = set()
+        self._blamed = {Commitment(task) for task in ledger.journal.cursors(_BLAMED)}
         self._holds = Holds()
         self._health = CardHealth(ledger, clock, pool.quarantine)
         self._canaries = Canaries(
@@ -94,8 +97,8 @@ class Safeguards:
         lost = [
             record
             for record in self._ledger.closed
-            if record.outcome is Outcome.INVALIDATED
-            and record.account in self._ledger.slashed
+            if record.account in self._ledger.slashed
+            and record.outcome is Outcome.INVALIDATED
             and record.commitment not in self._blamed
         ]
         for record in lost:
@@ -107,9 +110,11 @@ class Safeguards:
             }
             for gpu in self._pool.gpus():
                 if gpu.gpu_id in computed and gpu.uuid:
+                    self._health.quarantine({gpu.uuid}, gpu.gpu_class, reason)
+                    # Once: an operator may clear the card before the account.
+                    key = f"{_BLAMED}{record.commitment}"
+                    self._ledger.journal.set_cursor(self._ledger.lease, key, gpu.uuid)
                     self._blamed.add(record.commitment)
-                    if not self._health.was_blamed(gpu.uuid, reason):
-                        self._health.quarantine({gpu.uuid}, gpu.gpu_class, reason)
 
     def alerts(self) -> tuple[str, ...]:
         return (*self._health.alerts(), *self._canaries.alerts())

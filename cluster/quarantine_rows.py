@@ -94,12 +94,6 @@ def is_known(connection: Connection, uuid: CardUuid) -> bool:
     return connection.execute(query).first() is not None
 
 
-def last_reason(connection: Connection, uuid: CardUuid) -> str | None:
-    """Why the card was last put in quarantine, be it cleared or not; None when it never was."""
-    query = select(quarantines_table.c.reason).where(quarantines_table.c.uuid == uuid)
-    return connection.execute(query).scalar()
-
-
 def begin(connection: Connection, quarantine: Quarantine) -> None:
     """Put a card in quarantine that isn't in one."""
     values = {

@@ -145,21 +145,15 @@ class _Draft:
         budget = self.policy.stake_budget
         return budget is None or self.committed + self.policy.stake <= budget
 
-    def check_budget(self) -> None:
-        budget = self.policy.stake_budget
-        if budget is not None and self.committed > budget:
-            over = self.committed - budget
-            self.limits[
-                f"the stakes are {over} wei above the stake budget of {budget}: nobody joins, and "
-                "crynux-cluster fleet quit ADDRESS has one leave"
-            ] = None
-
     def affords_stake(self) -> bool:
         if self.has_budget():
             return True
-        budget = self.policy.stake_budget
-        self.limits[f"the stake budget is spent: {self.committed} of {budget} wei"] = None
+        self.tell_budget()
         return False
+
+    def tell_budget(self) -> None:
+        spent = f"{self.committed} of {self.policy.stake_budget} wei"
+        self.limits[f"the stake budget is spent, nobody joins: {spent}"] = None
 
     def pays(self, amount: int, purpose: str) -> bool:
         if self.treasury is None:
@@ -236,7 +230,8 @@ def plan(
     ordered = sorted(accounts, key=lambda account: account.index)
     committed = sum(_staked(account, policy) for account in ordered)
     draft = _Draft(policy, treasury, committed, now)
-    draft.check_budget()
+    if policy.stake_budget is not None and committed > policy.stake_budget:
+        draft.tell_budget()  # though nobody may want another stake: it was lowered
     staying = [account for account in ordered if not account.retired]
     _assign(draft, targets, staying)
     for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):

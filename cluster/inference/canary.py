@@ -165,9 +165,17 @@ def doubted(answer: Answer) -> Answer:
 
 
 def due(
-    answer: Answer | None, incarnation: str, again: bool, now: Timestamp, interval: float
+    answer: Answer | None,
+    incarnation: str,
+    again: bool,
+    now: Timestamp,
+    interval: float,
+    proven: bool = False,
 ) -> Due | None:
-    """Why a card is to be asked now; `interval` is in seconds."""
+    """Why a card is to be asked now; `interval` is in seconds. `proven`: its process has answered
+    another question, so that a new one is no new doubt: it works on until there is time for it."""
+    if answer is None and proven:
+        return Due.SCHEDULE
     if answer is None or answer.incarnation != incarnation:
         return Due.START
     if again:

@@ -6,22 +6,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 
 def first_broken(files: Iterable[Path], check: Callable[[], None]) -> Path | None:
-    """The first of the safetensors files that holds something that isn't a finite number, or can't
-    be read; None where all of it is. `check` is called between tensors, and may raise."""
+    """The first of the safetensors files that holds something that isn't a finite number; None
+    where there is none. `check` is called between tensors, and may raise."""
     for file in files:
-        try:
-            with safe_open(file, framework="pt", device="cpu") as weights:
-                for name in weights.keys():  # noqa: SIM118 - it isn't a mapping
-                    check()
-                    tensor = weights.get_tensor(name)
-                    if tensor.is_floating_point() and not _finite(tensor):
-                        return file
-        except (SafetensorError, OSError):
-            return file
+        with safe_open(file, framework="pt", device="cpu") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it isn't a mapping
+                check()
+                tensor = weights.get_tensor(name)
+                if tensor.is_floating_point() and not _finite(tensor):
+                    return file
     return None
 
 

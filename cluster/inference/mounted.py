@@ -3,34 +3,24 @@ hosts."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from cluster.core.errors import ModelUnavailable
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, TaskType, Tier
 from cluster.inference import devices
 from cluster.inference.canary import Candidate
+from cluster.inference.candidates import Candidates
 from cluster.inference.needs import refs_of
 from cluster.inference.nvml import NoDriver, Vitals
 from cluster.inference.parameters import parse
-from cluster.models.disk import Manifest
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef
-from cluster.models.store import read_index
 
 if TYPE_CHECKING:  # it takes torch with it
     from cluster.inference.engine import Engine, EngineState
-
-MOST_CANDIDATES: Final = 16
-AGAIN_SECONDS: Final = 60.0
-_END: Final = 64 * 2**10
-_DIGITS: Final = 16
-_MAKES_IMAGES: Final = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
 
 
 @dataclass(slots=True)
@@ -43,9 +33,12 @@ class MountedEngine:
     keeper: Keeper
     preload: Sequence[str] = ()
     simulated: bool = False
-    _seen: dict[str, _Seen] = field(default_factory=dict)
+    _candidates: Candidates = field(init=False)
     _preloaded: set[str] = field(default_factory=set)
     _hits: int = 0
+
+    def __post_init__(self) -> None:
+        self._candidates = Candidates(self.keeper)
 
     @property
     def gpu_class(self) -> GpuClass:
@@ -110,79 +103,5 @@ class MountedEngine:
         return tuple(n for n in self.preload if n in here and n not in self._preloaded)
 
     def candidates(self) -> tuple[Candidate, ...]:
-        """Models on this machine that make images by themselves: those that the operator has put
-        here or pinned first, and of these the smallest."""
-        here = self.keeper.store.on_disk()
-        self._seen = {key: self._looked_at(key, self._seen.get(key)) for key in here}
-        fit = [
-            (not found.own, each.size, found.model, found)
-            for each in self._seen.values()
-            if (found := each.found) is not None
-        ]
-        return tuple(each[-1] for each in sorted(fit, key=lambda each: each[:-1])[:MOST_CANDIDATES])
-
-    def _looked_at(self, key: str, before: _Seen | None) -> _Seen:
-        """What lies there, looked into again when it was replaced."""
-        name, _, variant = key.partition("+")
-        ref = ModelRef("base", name, variant)
-        try:
-            if before is not None and before.stands():
-                return before
-            folder = self.keeper.store.find(ref)
-            stamp = _stamp(folder)
-            if read_index(folder).pipeline not in _MAKES_IMAGES:
-                return _Seen(folder, stamp)
-            files = sorted(file for file in folder.rglob("*") if file.is_file())
-            size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
-            fetched = folder == self.keeper.disk.model(ref.key)
-            manifest = self.keeper.disk.manifest(ref.key) if fetched else None
-            own = manifest is None or ref in self.keeper.pinned
-            contents = _contents(folder, files) if manifest is None else _listed(manifest)
-        except (ModelUnavailable, OSError):  # no model of that kind, or it is being moved
-            return _Seen(None, (), again_at=monotonic() + AGAIN_SECONDS)
-        return _Seen(folder, stamp, size, Candidate(key, contents, own))
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A base model's folder as it was looked into; `found` is None for one of another kind. One
-    that couldn't be looked into has no folder, and is tried again at that time."""
-
-    folder: Path | None
-    stamp: tuple[int, ...]
-    size: int = 0
-    found: Candidate | None = None
-    again_at: float = 0.0
-
-    def stands(self) -> bool:
-        """Raises `OSError` where it is gone."""
-        if self.folder is None:
-            return monotonic() < self.again_at
-        return _stamp(self.folder) == self.stamp
-
-
-def _stamp(folder: Path) -> tuple[int, ...]:
-    """Another one when the folder was replaced, or its index written anew."""
-    index = folder / "model_index.json"
-    found = [folder.stat(), *([index.stat()] if index.is_file() else ())]
-    return tuple(number for stat in found for number in (stat.st_ino, stat.st_mtime_ns))
-
-
-def _listed(manifest: Manifest) -> str:
-    """A digest of what was fetched."""
-    lines = sorted(f"{file.path} {file.sha256}" for file in manifest.files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
-
-
-def _contents(folder: Path, files: Sequence[Path]) -> str:
-    """A digest of a folder's files: their sizes, beginnings and ends, which differ where weights
-    were trained anew."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_END))
-            stream.seek(max(0, size - _END))
-            digest.update(stream.read(_END))
-    return digest.hexdigest()[:_DIGITS]
+        """Looks at the disk: not for a loop that has others to serve."""
+        return self._candidates.look()

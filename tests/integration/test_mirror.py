@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models.keeper import Keeper, Wanted
@@ -16,6 +15,7 @@ from cluster.models.mirror import Mirror, client
 from cluster.models.refs import ref
 from cluster.models.settings import Limits
 from cluster.models.sources import Absent, Changed, Denied, SourceDown
+from tests.integration.mirror_world import served
 from tests.unit.model_fakes import LORA, Shelf, content_of, keeper, lora_shelf, weights
 
 URL = "s3://models/some/prefix"
@@ -25,11 +25,8 @@ NOBODY = Wanted()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
+    with served() as url:
+        yield url
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 
 from cluster.cli import main
 from cluster.models.mirror import client
 from devnet.hub import Hub
+from tests.integration.mirror_world import served
 from tests.unit.model_fakes import weights
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -22,11 +22,8 @@ LORA = "lora:acme/style"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
+    with served() as url:
+        yield url
 
 
 @pytest.fixture

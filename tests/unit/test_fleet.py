@@ -236,7 +236,8 @@ def test_the_stakes_never_exceed_the_budget() -> None:
     out = [account(index, assigned=BIG) for index in (2, 3, 4)]
     found = whole({BIG: 4}, serving(1, BIG), *out, policy=policy)
     assert found.actions == (join(2, BIG),)
-    assert found.limits == (f"the stake budget is spent: {2 * STAKE} of {2 * STAKE} wei",)
+    spent = f"{2 * STAKE} of {2 * STAKE} wei"
+    assert found.limits == (f"the stake budget is spent, nobody joins: {spent}",)
     # An account that is joining, or that nobody has looked at, has its stake there already.
     for other in (account(2, assigned=BIG, moving=True), account(2, None, BIG)):
         assert planned({BIG: 4}, serving(1, BIG), other, out[1], policy=policy) == ()
@@ -272,16 +273,16 @@ def test_the_stake_that_one_who_is_out_has_yet_is_no_gas() -> None:
     assert "does somebody else use its key?" in line
 
 
-def test_a_robbed_account_that_was_to_join_is_replaced(policy: FleetPolicy = POLICY) -> None:
+def test_a_robbed_account_that_was_to_join_is_replaced() -> None:
     """Its join waits for money that won't come: it counts as nobody, but its stake counts, which
     may yet be taken."""
     robbed = account(1, assigned=BIG, balance=0, moving=True, held=True, lacks=Wei(STAKE))
     other = account(2, assigned=BIG, balance=STAKE + GAS)
     assert planned({BIG: 1}, robbed, other) == (Join(other.address, BIG),)
-    one = replace(policy, stake_budget=Wei(STAKE))
+    one = replace(POLICY, stake_budget=Wei(STAKE))
     found = whole({BIG: 1}, robbed, other, policy=one)
     assert found.actions == ()
-    assert found.limits == (f"the stake budget is spent: {STAKE} of {STAKE} wei",)
+    assert found.limits == (f"the stake budget is spent, nobody joins: {STAKE} of {STAKE} wei",)
 
 
 def test_stakes_above_a_budget_that_was_lowered_are_told() -> None:
@@ -290,7 +291,7 @@ def test_stakes_above_a_budget_that_was_lowered_are_told() -> None:
     found = whole({BIG: 2}, *both, policy=lowered)
     assert found.actions == ()
     (line,) = found.limits
-    assert f"{STAKE} wei above the stake budget of {STAKE}" in line
+    assert line == f"the stake budget is spent, nobody joins: {2 * STAKE} of {STAKE} wei"
     assert whole({BIG: 2}, *both, policy=replace(lowered, stake_budget=Wei(2 * STAKE))).limits == ()
 
 

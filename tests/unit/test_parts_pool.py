@@ -11,7 +11,7 @@ import torch
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.inference.parts import PartKey, PartSource, bytes_of, digest_of, source, weights
-from cluster.inference.pool import Pool, fixed
+from cluster.inference.pool import RUNS, MeasuredBudget, Pool, fixed
 
 SIZE = 4 * (16 * 16 + 16)
 """Bytes of one Linear(16, 16)."""
@@ -305,3 +305,15 @@ def test_two_tables_over_the_same_shards_make_two_parts(tmp_path: Path) -> None:
     before = source(tmp_path, "CLIPTextModel", "float32").key
     table.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
     assert source(tmp_path, "CLIPTextModel", "float32").key != before
+
+
+def test_one_huge_task_is_not_reckoned_with_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20)
+    budget = MeasuredBudget(torch.device("cuda"))
+    assert budget() == 80 - 25, "a quarter of the card, before anything was measured"
+    budget.computed(70)
+    assert budget() == 80 - 77
+    for _ in range(RUNS):
+        budget.computed(10)
+    assert budget() == 80 - 11
