@@ -20,7 +20,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import structlog
@@ -37,7 +37,7 @@ from cluster.chain.reverts import verdict
 from cluster.chain.rpc import Rpc, RpcRefused
 from cluster.core.errors import ChainError, LeaseLost, NetworkUnavailable
 from cluster.core.lifecycle import WriteState
-from cluster.core.ports import Lease, Movement
+from cluster.core.ports import Lease, Movement, Refusal
 from cluster.core.record import Claim
 from cluster.core.types import Address, Commitment, Wei
 from cluster.journal import SqlJournal
@@ -45,6 +45,17 @@ from cluster.journal import SqlJournal
 _log = structlog.get_logger(__name__)
 
 _NO_VALUE = Wei(0)
+_MOST_WRITTEN = 4096
+"""Tasks whose writes are remembered; more than are open at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Accounts' movements, and what beside the stored rows they were made from."""
+
+    lacking: Mapping[str, tuple[Address, Wei]]
+    refused: Mapping[Address, tuple[Refusal, ...]]
+    found: Mapping[Address, Movement]
 
 
 class Outbox(Moves):
@@ -73,8 +84,10 @@ class Outbox(Moves):
         """Accounts that are being moved on now."""
         self._fresh: set[Address] = set()
         """Accounts that have got something to do since that began."""
-        self._moved: Mapping[Address, Movement] | None = None
+        self._moved: _Moved | None = None
         """What accounts' own writes came to, until one of them changes."""
+        self._written: dict[Commitment, Mapping[Claim, WriteState]] = {}
+        """What tasks' writes came to, until one of the task's changes."""
 
     # --- intents
 
@@ -95,7 +108,7 @@ class Outbox(Moves):
                 others = () if intent.task is None else rows.of_task(connection, intent.task)
                 rows.check_sole_answer(intent, others)
                 rows.add(connection, intent, now)
-                self._moved = None
+                self._changed(intent)
                 state = RowState.NEW
             else:
                 row = rows.rearm(row, intent, now, self._patience, refused)
@@ -124,21 +137,36 @@ class Outbox(Moves):
         return self.ensure(Intent(key, account, recipient, data, value))
 
     def writes(self, task: Commitment) -> Mapping[Claim, WriteState]:
-        with self._journal.read() as connection:
-            found = rows.of_task(connection, task)
-        return {
-            row.intent.claim: rows.WRITE_STATES[row.state]
-            for row in found
-            if row.intent.claim is not None
-        }
+        """Asked for each open task at each of its turns, so it is remembered."""
+        found = self._written.get(task)
+        if found is None:
+            with self._journal.read() as connection:
+                stored = rows.of_task(connection, task)
+            found = {
+                row.intent.claim: rows.WRITE_STATES[row.state]
+                for row in stored
+                if row.intent.claim is not None
+            }
+            if len(self._written) >= _MOST_WRITTEN:
+                self._written.clear()
+            self._written[task] = found
+        return found
 
     def movements(self) -> Mapping[Address, Movement]:
+        """Asked at each look at an account, so it is remembered."""
+        refused, moved = self._refusals.by_account(), self._moved
+        if moved is None or moved.refused is not refused or moved.lacking != self._lacking:
+            moved = _Moved(dict(self._lacking), refused, self._movements(refused))
+            self._moved = moved
+        return moved.found
+
+    def _movements(
+        self, refused: Mapping[Address, tuple[Refusal, ...]]
+    ) -> Mapping[Address, Movement]:
         with self._journal.read() as connection:
-            if self._moved is None:
-                self._moved = rows.movements(connection)
-            found = defaultdict(Movement, self._moved)
+            found = defaultdict(Movement, rows.movements(connection))
             owed = rows.owed(connection, self._lacking.keys())
-        for account, refusals in self._refusals.by_account().items():
+        for account, refusals in refused.items():
             found[account] = replace(found[account], refused=refusals)
         for account, amount in owed.items():
             found[account] = replace(found[account], owes=amount)
@@ -266,8 +294,14 @@ class Outbox(Moves):
 
     def _keep(self, connection: Connection, row: OutboxRow) -> None:
         rows.store(connection, row)
-        if row.intent.task is None:
+        self._changed(row.intent)
+
+    def _changed(self, intent: Intent) -> None:
+        """What is remembered of it is no more true."""
+        if intent.task is None:
             self._moved = None
+        else:
+            self._written.pop(intent.task, None)
 
     def _add(self, row: OutboxRow) -> None:
         with self._journal.write(self._lease()) as connection:

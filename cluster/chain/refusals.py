@@ -25,6 +25,7 @@ class Refusals:
     def __init__(self, stored: Iterable[OutboxRow], patience: Patience) -> None:
         self._patience = patience
         self._found = {row.intent.key: _Refused(row, 1) for row in stored}
+        self._by_account: Mapping[Address, tuple[Refusal, ...]] | None = None
 
     def times(self, key: str) -> int:
         return self._found[key].times if key in self._found else 1
@@ -32,6 +33,7 @@ class Refusals:
     def resolved(self, row: OutboxRow) -> None:
         """A write was mined or refused."""
         key = row.intent.key
+        self._by_account = None
         if row.intent.task is None and row.state in REFUSED:
             before = self._found.get(key)
             self._found[key] = _Refused(row, 1 if before is None else before.times + 1)
@@ -39,7 +41,12 @@ class Refusals:
             self._found.pop(key, None)
 
     def by_account(self) -> Mapping[Address, tuple[Refusal, ...]]:
-        """By each account that they are from or to."""
+        """By each account that they are from or to; the same object until there are others."""
+        if self._by_account is None:
+            self._by_account = self._sorted()
+        return self._by_account
+
+    def _sorted(self) -> Mapping[Address, tuple[Refusal, ...]]:
         found: dict[Address, list[Refusal]] = defaultdict(list)
         for each in self._found.values():
             intent = each.row.intent
