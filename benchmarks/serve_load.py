@@ -27,7 +27,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.report import arguments, progress, publish
-from benchmarks.watchers import Watched, watching
+from benchmarks.watchers import Watchers
 from cluster import config, ray_token
 from cluster.core.types import GigaBytes, TaskType
 from cluster.status import Status
@@ -107,7 +107,6 @@ async def ready(running: Operator, http: httpx.AsyncClient) -> None:
 
 
 async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
-    watched = Watched()
     renders: list[float] = []
     without: list[float] = []
     with_: list[float] = []
@@ -115,27 +114,29 @@ async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
         await ready(running, http)
     from actors import client  # Ray reads its environment as it is imported
 
-    with client.asking(config.load(devnet.config_file)) as call:
+    async with Watchers.of(running.url) as watchers:
+        with client.asking(config.load(devnet.config_file)) as call:
 
-        def ask() -> bytes:
-            began = time.monotonic()
-            text: bytes = call("metrics_text")
-            renders.append(time.monotonic() - began)
-            return text
+            def ask() -> bytes:
+                began = time.monotonic()
+                text: bytes = call("metrics_text")
+                renders.append(time.monotonic() - began)
+                return text
 
-        busy = [asyncio.create_task(keep_busy(devnet.application())) for _ in range(2)]
-        await asyncio.sleep(TURN_SECONDS)
-        for turn in range(TURNS):
-            for lags, load in ((without, False), (with_, True)):
-                progress(f"turn {turn + 1} of {TURNS}, {'watched' if load else 'alone'}")
-                await asyncio.sleep(SETTLE_SECONDS)
-                before = await Lag.now(ask)
-                async with watching(watched, running.url) if load else contextlib.nullcontext():
-                    await asyncio.sleep(TURN_SECONDS)
-                lags.append((await Lag.now(ask)).since(before))
-        for task in busy:
-            task.cancel()
-        await asyncio.gather(*busy, return_exceptions=True)
+            busy = [asyncio.create_task(keep_busy(devnet.application())) for _ in range(2)]
+            await asyncio.sleep(TURN_SECONDS)
+            for turn in range(TURNS):
+                for lags, load in ((without, False), (with_, True)):
+                    progress(f"turn {turn + 1} of {TURNS}, {'watched' if load else 'alone'}")
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    before = await Lag.now(ask)
+                    async with watchers.watching() if load else contextlib.nullcontext():
+                        await asyncio.sleep(TURN_SECONDS)
+                    lags.append((await Lag.now(ask)).since(before))
+            for task in busy:
+                task.cancel()
+            await asyncio.gather(*busy, return_exceptions=True)
+    watched = watchers.met
     ordered = sorted(watched.scrapes)
     seconds = TURN_SECONDS * TURNS
     return {

@@ -3,10 +3,11 @@
     python -m benchmarks.watchers URL
 
 Each scraper asks for /metrics once a second, at a moment of its own, as Prometheus does it; each
-viewer follows /v1/events. Once standard input ends, prints what they met as one JSON object. They
-stand for other machines, so they are a process of their own, which takes what the operator leaves
-of this one: SCHED_IDLE, and where Linux shares the processors out among sessions (autogroup), where
-that alone says nothing between one session and another, a session of the last rank.
+viewer follows /v1/events. They watch from a line on standard input until the next one, and then
+print what they met as one JSON object. They stand for other machines, so they are a process of
+their own, which is there before anything is measured, and takes what the operator leaves of this
+one: in a session of its own, because Linux may share the processors out among sessions (autogroup),
+where a process's own rank says nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 
 SCRAPERS, VIEWERS = 25, 25
 SCRAPE_SECONDS = 1.0
+MOST_SAID = 1 << 20
+NICENESS = 10
+"""No lower than of those who look on in the operator: how long an answer takes is measured here."""
 AUTOGROUP = Path("/proc/self/autogroup")
 """sched(7): the niceness of this process's session as a whole."""
 
@@ -66,34 +71,55 @@ class Watched:
             self.failed += 1
 
 
-@contextlib.asynccontextmanager
-async def watching(watched: Watched, url: str) -> AsyncIterator[None]:
-    """They watch while this is open; what they met is then added to `watched`."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.watchers", url),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield
-    finally:
-        out, _ = await process.communicate(b"")
-    if process.returncode:
-        raise SystemExit(f"error: those who watch ended with {process.returncode}")
-    watched.add(Watched(**json.loads(out)))
+class Watchers:
+    """That process, as its parent has it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        # Pipes, as it was begun.
+        self._to = cast(asyncio.StreamWriter, process.stdin)
+        self._from = cast(asyncio.StreamReader, process.stdout)
+        self.met = Watched()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def of(cls, url: str) -> AsyncIterator[Watchers]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.watchers", url),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=MOST_SAID,
+            start_new_session=True,
+        )
+        try:
+            yield cls(process)
+        finally:
+            await process.communicate(b"")  # which closes what it reads
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """They watch while this is open; what they met is then added to `met`."""
+        self._to.write(b"\n")
+        try:
+            yield
+        finally:
+            self._to.write(b"\n")
+            said = await self._from.readline()
+        if not said:
+            raise SystemExit(f"error: those who watch ended with {await self._process.wait()}")
+        self.met.add(Watched(**json.loads(said)))
 
 
 async def watch(url: str) -> Watched:
-    """Until standard input ends."""
+    """Until the next line of standard input, or its end."""
     watched = Watched()
     at_once = aiohttp.TCPConnector(limit=0)
-    patience = aiohttp.ClientTimeout(sock_read=60)
+    patience = aiohttp.ClientTimeout(total=None, sock_read=60)
     async with aiohttp.ClientSession(connector=at_once, timeout=patience) as http:
         moments = [SCRAPE_SECONDS * each / SCRAPERS for each in range(SCRAPERS)]
         tasks = [asyncio.create_task(watched.scrape(http, url, each)) for each in moments]
         tasks += [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
-        await asyncio.to_thread(sys.stdin.read)
+        await asyncio.to_thread(sys.stdin.readline)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -101,10 +127,11 @@ async def watch(url: str) -> Watched:
 
 
 def main() -> None:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):  # a kernel without it
-        AUTOGROUP.write_text("19")
-    print(json.dumps(asdict(asyncio.run(watch(sys.argv[1])))))
+        AUTOGROUP.write_text(str(NICENESS))
+    os.nice(NICENESS)
+    while sys.stdin.readline():
+        print(json.dumps(asdict(asyncio.run(watch(sys.argv[1])))), flush=True)
 
 
 if __name__ == "__main__":

@@ -113,13 +113,20 @@ class Door:
                 traffic.answered(scope.get("route"), message["status"])
             await send(message)
 
+        async def hear() -> Message:
+            try:
+                return await receive()
+            except Exception:  # noqa: BLE001 - Ray Serve's, of several kinds
+                # Under Serve, who leaves may be an error: each closed page would be a traceback.
+                return {"type": "http.disconnect"}
+
         if traffic.inside >= MOST_INSIDE and scope["path"] not in ALWAYS:
             full = JSONResponse({"detail": "too many ask at once"}, 503, headers=_again())
-            await full(scope, receive, answer)
+            await full(scope, hear, answer)
             return
         traffic.inside += 1
         try:
-            await self._app(scope, receive, answer)
+            await self._app(scope, hear, answer)
         except Exception:
             if not began:
                 traffic.answered(scope.get("route"), 500)

@@ -11,7 +11,8 @@ import pytest
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from cluster.api.app import create_api
 from cluster.api.guard import Access
@@ -140,9 +141,43 @@ async def test_a_stream_is_over_also_when_nobody_took_it() -> None:
 
     stream = Stream(nothing(), lambda: over.append("over"), {})
     scope: Scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
-    with pytest.raises(Exception, match=""):
+    with pytest.raises(ClientDisconnect):
         await stream(scope, gone, gone)
     assert over == ["over"]
+
+
+async def test_who_leaves_is_no_error_where_serve_says_so_by_one() -> None:
+    api = create_api(Source(), timeout=60.0, clock=lambda: 0.0)
+    told: list[Message] = []
+    began = asyncio.Event()
+
+    async def send(message: Message) -> None:  # noqa: RUF029
+        told.append(message)
+        began.set()
+
+    async def receive() -> Message:
+        await began.wait()
+        raise RuntimeError("the task was cancelled")
+
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/v1/events",
+        "raw_path": b"/v1/events",
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    await api(scope, receive, send)
+    assert told[0]["status"] == 200
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api), base_url="http://127.0.0.1"
+    ) as http:
+        text = (await http.get("/metrics")).text
+    assert samples(text)["crynux_http_streams", "", ""] == 0
 
 
 def test_no_stream_goes_on_for_ever() -> None:
