@@ -21,9 +21,9 @@ from typing import Final
 RAY_SETTINGS: Final = {"worker_niceness": 0}
 """The chart has it as an environment variable, `RAY_worker_niceness`."""
 CARDS: Final = 10
-ONLOOKERS: Final = 10
-"""No lower than the cards: they ask for little, and cards that compute on the processor would have
-them wait for a quarter of a second."""
+ONLOOKERS: Final = 5
+"""Before the cards: they ask for little, and cards that compute on the processor would have them
+wait for a quarter of a second."""
 STORES: Final = 15
 SERVE: Final = ("ray::ProxyActor", "ray::ServeController")
 """Serve's own, through which those who look on come in."""

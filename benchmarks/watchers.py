@@ -28,8 +28,8 @@ import aiohttp
 SCRAPERS, VIEWERS = 25, 25
 SCRAPE_SECONDS = 1.0
 MOST_SAID = 1 << 20
-NICENESS = 10
-"""No lower than of those who look on in the operator: how long an answer takes is measured here."""
+NICENESS = 5
+"""That of those who look on in the operator: how long an answer takes is measured here."""
 AUTOGROUP = Path("/proc/self/autogroup")
 """sched(7): the niceness of this process's session as a whole."""
 
