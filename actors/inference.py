@@ -268,7 +268,10 @@ class InferenceWorker:
             self._listing = loop.run_in_executor(None, self._list_candidates, engine)
 
     def _list_candidates(self, engine: Engine) -> None:
-        self._candidates = engine.candidates()
+        try:
+            self._candidates = engine.candidates()
+        except Exception as error:  # noqa: BLE001 - nobody waits for it; those of before remain
+            self._log.warning("models_not_listed", problem=named(error))
 
     def _read_vitals(self, engine: Engine) -> None:
         try:

@@ -122,7 +122,9 @@ async def watch(url: str) -> Watched:
         await asyncio.to_thread(sys.stdin.readline)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    # One of them that ended before it was told to.
+    watched.failed += sum(not isinstance(each, asyncio.CancelledError) for each in ended)
     return watched
 
 

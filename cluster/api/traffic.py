@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Final
 
 import prometheus_client
+import structlog
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_log = structlog.get_logger(__name__)
 
 MOST_ONGOING: Final = 512
 MOST_INSIDE: Final = 256
@@ -104,7 +107,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        traffic, began = self._traffic, False
+        traffic, began, gone = self._traffic, False, False
 
         async def answer(message: Message) -> None:
             nonlocal began
@@ -114,11 +117,16 @@ class Door:
             await send(message)
 
         async def hear() -> Message:
-            try:
-                return await receive()
-            except Exception:  # noqa: BLE001 - Ray Serve's, of several kinds
-                # Under Serve, who leaves may be an error: each closed page would be a traceback.
-                return {"type": "http.disconnect"}
+            nonlocal gone
+            if not gone:
+                try:
+                    return await receive()
+                except Exception as error:  # noqa: BLE001 - Ray Serve's, of several kinds
+                    # Under Serve, who leaves may be an error: each closed page would be a
+                    # traceback. It is said once; who asked again would wait for ever.
+                    gone = True
+                    _log.debug("client_gone", error=type(error).__name__)
+            return {"type": "http.disconnect"}
 
         if traffic.inside >= MOST_INSIDE and scope["path"] not in ALWAYS:
             full = JSONResponse({"detail": "too many ask at once"}, 503, headers=_again())

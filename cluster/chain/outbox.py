@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NoReturn
 
 import structlog
@@ -50,9 +51,18 @@ _MOST_WRITTEN = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class _Moved:
-    """Accounts' movements, and what beside the stored rows they were made from."""
+class _Own:
+    """What is stored of accounts' own writes."""
 
+    movements: Mapping[Address, Movement]
+    owing: Mapping[str, tuple[Address, Wei]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """Accounts' movements, and what they were made from."""
+
+    own: _Own
     lacking: Mapping[str, tuple[Address, Wei]]
     refused: Mapping[Address, tuple[Refusal, ...]]
     found: Mapping[Address, Movement]
@@ -84,8 +94,9 @@ class Outbox(Moves):
         """Accounts that are being moved on now."""
         self._fresh: set[Address] = set()
         """Accounts that have got something to do since that began."""
+        self._own: _Own | None = None
+        """Until one of them changes."""
         self._moved: _Moved | None = None
-        """What accounts' own writes came to, until one of them changes."""
         self._written: dict[Commitment, Mapping[Claim, WriteState]] = {}
         """What tasks' writes came to, until one of the task's changes."""
 
@@ -101,6 +112,8 @@ class Outbox(Moves):
         with self._journal.read() as connection:
             row = rows.by_key(connection, intent.key)
         if row is not None and rows.rearm(row, intent, now, self._patience, refused) is row:
+            # It may be there by a commit whose answer was lost.
+            self._changed(intent)
             return row.state
         with self._journal.write(self._lease()) as connection:
             row = rows.by_key(connection, intent.key)
@@ -149,31 +162,35 @@ class Outbox(Moves):
             }
             if len(self._written) >= _MOST_WRITTEN:
                 self._written.clear()
-            self._written[task] = found
+            found = self._written[task] = MappingProxyType(found)
         return found
 
     def movements(self) -> Mapping[Address, Movement]:
         """Asked at each look at an account, so it is remembered."""
-        refused, moved = self._refusals.by_account(), self._moved
-        if moved is None or moved.refused is not refused or moved.lacking != self._lacking:
-            moved = _Moved(dict(self._lacking), refused, self._movements(refused))
+        if self._own is None:
+            with self._journal.read() as connection:
+                self._own = _Own(rows.movements(connection), rows.owing(connection))
+        own, refused, moved = self._own, self._refusals.by_account(), self._moved
+        same = moved is not None and moved.own is own and moved.refused is refused
+        if moved is None or not same or moved.lacking != self._lacking:
+            moved = _Moved(own, dict(self._lacking), refused, self._movements(own, refused))
             self._moved = moved
         return moved.found
 
     def _movements(
-        self, refused: Mapping[Address, tuple[Refusal, ...]]
+        self, own: _Own, refused: Mapping[Address, tuple[Refusal, ...]]
     ) -> Mapping[Address, Movement]:
-        with self._journal.read() as connection:
-            found = defaultdict(Movement, rows.movements(connection))
-            owed = rows.owed(connection, self._lacking.keys())
+        found = defaultdict(Movement, own.movements)
         for account, refusals in refused.items():
             found[account] = replace(found[account], refused=refusals)
-        for account, amount in owed.items():
-            found[account] = replace(found[account], owes=amount)
+        for key, (account, amount) in own.owing.items():
+            if key not in self._lacking:  # what waits for money takes none
+                owes = Wei(found[account].owes + amount)
+                found[account] = replace(found[account], owes=owes)
         for account, amount in self._lacking.values():
             lacks = max(found[account].lacks, amount)
             found[account] = replace(found[account], lacks=lacks)
-        return dict(found)
+        return MappingProxyType(dict(found))
 
     def alerts(self) -> tuple[str, ...]:
         """What an operator has to see to, in words."""
@@ -299,7 +316,7 @@ class Outbox(Moves):
     def _changed(self, intent: Intent) -> None:
         """What is remembered of it is no more true."""
         if intent.task is None:
-            self._moved = None
+            self._own = None
         else:
             self._written.pop(intent.task, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -394,18 +394,13 @@ def movements(connection: Connection) -> Mapping[Address, Movement]:
     return found
 
 
-def owed(connection: Connection, waiting: Collection[str] = ()) -> Mapping[Address, Wei]:
-    """What accounts' own writes that are on their way will take from each, gas aside. Those that
-    are `waiting` for money, by their keys, take none."""
+def owing(connection: Connection) -> Mapping[str, tuple[Address, Wei]]:
+    """By the key of each of accounts' own writes that is on its way, what it will take from whom,
+    gas aside."""
     open_states = [state.value for state in IN_FLIGHT | {RowState.NEW}]
-    query = select(table.c.account, table.c.value).where(table.c.key.not_in(waiting))
-    found: dict[Address, Wei] = {}
-    for row in connection.execute(
-        query.where(table.c.task.is_(None), table.c.state.in_(open_states))
-    ):
-        account = Address(row.account)
-        found[account] = Wei(found.get(account, 0) + int(row.value))
-    return found
+    query = select(table.c.key, table.c.account, table.c.value)
+    found = connection.execute(query.where(table.c.task.is_(None), table.c.state.in_(open_states)))
+    return {row.key: (Address(row.account), Wei(int(row.value))) for row in found}
 
 
 def refused(connection: Connection) -> tuple[OutboxRow, ...]:

@@ -32,9 +32,11 @@ class Refusals:
 
     def resolved(self, row: OutboxRow) -> None:
         """A write was mined or refused."""
+        if row.intent.task is not None:
+            return
         key = row.intent.key
         self._by_account = None
-        if row.intent.task is None and row.state in REFUSED:
+        if row.state in REFUSED:
             before = self._found.get(key)
             self._found[key] = _Refused(row, 1 if before is None else before.times + 1)
         elif row.state is RowState.MINED:

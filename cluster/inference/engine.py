@@ -26,6 +26,7 @@ from time import monotonic
 from typing import Final, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from cluster.core.errors import (
     Cancelled,
@@ -266,7 +267,10 @@ class Engine:
             if fault.kind is not DeviceFaultKind.BAD_RESULT:
                 raise
             # Of such weights any card makes nothing.
-            broken = first_broken(recipe.weights(), check)
+            try:
+                broken = first_broken(recipe.weights(), check)
+            except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
+                raise fault from None
             if broken is None:
                 raise
             line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Connection
 
 from cluster.chain import outbox
+from cluster.chain.outbox_rows import OutboxRow, RowState
 from cluster.chain.rpc import Rpc
 from cluster.core.errors import ChainError
 from cluster.core.lifecycle import WriteState
@@ -101,6 +102,34 @@ async def test_what_is_lacking_and_what_was_refused_show_at_once(world: Counted)
     found = world.outbox.movements()
     assert found[ALICE].lacks == 0
     assert [each.reason for each in found[BOB].refused] == ["no"]
+
+
+async def test_what_a_task_writes_or_an_account_lacks_has_no_account_read_again(
+    world: Counted,
+) -> None:
+    world.outbox.ensure_verb(ALICE, "fund", BOB, b"", Wei(5))
+    world.chain.balance = 1
+    world.outbox.movements()
+    with pytest.raises(ChainError, match="needs"):
+        await world.outbox.pump()
+    before = world.reads
+    assert world.outbox.movements()[ALICE].lacks > 0
+    world.outbox._lacking.clear()
+    assert world.outbox.movements()[ALICE].lacks == 0
+    row = OutboxRow(1, score(), RowState.REVERTED, None, None, Timestamp(world.now), "no")
+    world.outbox._refusals.resolved(row)
+    assert world.outbox.movements()[ALICE].owes == 5
+    assert world.reads == before
+
+
+def test_what_is_there_already_is_not_taken_for_unwritten(world: Counted) -> None:
+    """As after a commit that came to be while its answer was lost."""
+    world.outbox.writes(TASK)
+    remembered = dict(world.outbox._written)
+    world.outbox.ensure(score())
+    world.outbox._written.update(remembered)
+    world.outbox.ensure(score())
+    assert world.outbox.writes(TASK) == {Claim.SCORE: WriteState.OPEN}
 
 
 def test_no_more_tasks_than_so_many_are_remembered(
