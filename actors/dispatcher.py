@@ -9,6 +9,7 @@ after its attempt was given up is dropped.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -327,12 +328,15 @@ class Dispatcher:
         except ClusterError as error:
             if isinstance(error, DeviceFault):
                 self._guard.suspect(gpu)
-            if not isinstance(error, Cancelled | DeadlinePassed):
+            if not isinstance(error, Cancelled):
                 self.broke(gpu, order, error)
             return event_for(order.attempt_id, error)
         except OSError as error:
             # Our own disk: the files couldn't be kept, so there is no result.
-            return AttemptFailed(order.attempt_id, Fault.DEVICE, f"artifacts: {brief(str(error))}")
+            lost = ClusterError(f"artifacts: {brief(str(error))}")
+            lost.trace = "".join(traceback.format_exception(error))
+            self.broke(gpu, order, lost)
+            return AttemptFailed(order.attempt_id, Fault.DEVICE, str(lost))
 
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)

@@ -47,9 +47,12 @@ class Watched:
         self.events += other.events
         self.failed += other.failed
 
-    async def scrape(self, http: aiohttp.ClientSession, url: str, after: float) -> None:
+    async def scrape(
+        self, http: aiohttp.ClientSession, url: str, after: float, over: asyncio.Event
+    ) -> None:
+        """Whatever was asked is waited for: the slowest answers count too."""
         await asyncio.sleep(after)
-        while True:
+        while not over.is_set():
             began = time.monotonic()
             try:
                 async with http.get(f"{url}/metrics") as answer:
@@ -117,12 +120,15 @@ async def watch(url: str) -> Watched:
     patience = aiohttp.ClientTimeout(total=None, sock_read=60)
     async with aiohttp.ClientSession(connector=at_once, timeout=patience) as http:
         moments = [SCRAPE_SECONDS * each / SCRAPERS for each in range(SCRAPERS)]
-        tasks = [asyncio.create_task(watched.scrape(http, url, each)) for each in moments]
-        tasks += [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
+        over = asyncio.Event()
+        scrapers = [asyncio.create_task(watched.scrape(http, url, each, over)) for each in moments]
+        viewers = [asyncio.create_task(watched.view(http, url)) for _ in range(VIEWERS)]
         await asyncio.to_thread(sys.stdin.readline)
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        over.set()
+        for viewer in viewers:
+            viewer.cancel()
+        ended = await asyncio.gather(*viewers, return_exceptions=True)
+        await asyncio.gather(*scrapers)
     # One of them that ended before it was told to.
     watched.failed += sum(not isinstance(each, asyncio.CancelledError) for each in ended)
     return watched

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -161,6 +162,28 @@ async def test_an_error_is_judged_by_its_type(
     assert house.failed == []
     line = f'crynux_attempts_total{{fault="{fault.value}"}} 1.0'
     assert line.encode() in house.metrics.render()
+
+
+async def test_of_every_attempt_that_failed_is_kept_why(house: House) -> None:
+    kept: list[str] = []
+    house.dispatcher.broke = lambda _gpu, _order, error: kept.append(str(error))
+    house.pool.outcomes = [Cancelled("given up")]
+    ask(house)
+    await house.calm()
+    assert kept == [], "it was we who gave it up"
+    house.pool.outcomes = [DeadlinePassed("too slow")]
+    ask(house)
+    await house.calm()
+    assert kept == ["too slow"]
+
+    async def full(*_: object) -> NoReturn:  # noqa: RUF029
+        raise OSError("No space left on device")
+
+    house.artifacts.put = full  # type: ignore[method-assign]
+    house.pool.outcomes = [DONE]
+    ask(house)
+    await house.calm()
+    assert kept == ["too slow", "artifacts: No space left on device"]
 
 
 async def test_only_the_tasks_own_fault_is_found_in_the_task(house: House) -> None:
