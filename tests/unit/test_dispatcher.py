@@ -164,7 +164,9 @@ async def test_an_error_is_judged_by_its_type(
     assert line.encode() in house.metrics.render()
 
 
-async def test_of_every_attempt_that_failed_is_kept_why(house: House) -> None:
+async def test_of_every_attempt_that_failed_is_kept_why(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept: list[str] = []
     house.dispatcher.broke = lambda _gpu, _order, error: kept.append(str(error))
     house.pool.outcomes = [Cancelled("given up")]
@@ -179,7 +181,7 @@ async def test_of_every_attempt_that_failed_is_kept_why(house: House) -> None:
     async def full(*_: object) -> NoReturn:  # noqa: RUF029
         raise OSError("No space left on device")
 
-    house.artifacts.put = full  # type: ignore[method-assign]
+    monkeypatch.setattr(house.artifacts, "put", full)
     house.pool.outcomes = [DONE]
     ask(house)
     await house.calm()
@@ -213,7 +215,7 @@ async def test_files_that_cant_be_kept_are_no_result(house: House, error: Except
         await asyncio.sleep(0)
         raise error
 
-    house.artifacts.put = full  # type: ignore[method-assign]
+    monkeypatch.setattr(house.artifacts, "put", full)
     house.pool.outcomes = [DONE]
     ask(house)
     await house.calm()
