@@ -215,7 +215,7 @@ async def test_files_that_cant_be_kept_are_no_result(house: House, error: Except
         await asyncio.sleep(0)
         raise error
 
-    monkeypatch.setattr(house.artifacts, "put", full)
+    house.artifacts.put = full  # type: ignore[method-assign]
     house.pool.outcomes = [DONE]
     ask(house)
     await house.calm()
