@@ -119,6 +119,50 @@ def test_it_follows_what_happens(browser: Browser) -> None:
         page.close()
 
 
+MARK = "id => getSelection().selectAllChildren(document.querySelector(id))"
+"""As a person does who wants to copy it."""
+
+
+def test_only_the_section_in_which_text_is_marked_is_held_and_not_for_ever(
+    browser: Browser,
+) -> None:
+    source = SaidSource()
+    with serving(source) as url:
+        page = browser.new_page()
+        page.clock.install()
+        page.goto(url)
+        expect(page.locator("#gpus article")).to_have_count(7)
+        page.evaluate(MARK, "#gpus h3")
+        now = busy_status()
+        source.now = now.model_copy(
+            update={
+                "gpus": now.gpus[:2],
+                "tasks": now.tasks[:3],
+                "problems": ("GPU node-2: it is hot",),
+                "totals": now.totals.model_copy(update={"slashed": 1}),
+            }
+        )
+        expect(page.locator("#alert-list li")).to_have_text(["GPU node-2: it is hot"])
+        expect(page.locator("#glance")).to_contain_text("✕ 1")
+        expect(page.locator("#glance")).to_contain_text("of 2")
+        expect(page.locator("#tasks tbody tr")).to_have_count(3)
+        expect(page.locator("#fresh")).to_contain_text("held while text is marked: GPUs")
+        assert page.locator("#gpus article").count() == 7
+        # The headline goes on too.
+        source.now = source.now.model_copy(update={"acting": False})
+        expect(page.locator("#state")).to_contain_text("not serving")
+        assert page.locator("#gpus article").count() == 7
+        page.clock.fast_forward(31_000)
+        expect(page.locator("#gpus article")).to_have_count(2)
+        expect(page.locator("#fresh")).not_to_contain_text("held")
+        page.evaluate(MARK, "#tasks tbody tr")
+        source.now = source.now.model_copy(update={"tasks": now.tasks[:4]})
+        expect(page.locator("#fresh")).to_contain_text("held while text is marked: Tasks")
+        page.evaluate("getSelection().empty()")
+        expect(page.locator("#tasks tbody tr")).to_have_count(4)
+        page.close()
+
+
 def test_two_hundred_cards_are_seen_at_a_glance(browser: Browser) -> None:
     cards = tuple(
         busy_status().gpus[0].model_copy(update={"gpu_id": f"node-{n}", "problem": "x" * (n == 7)})

@@ -7,7 +7,7 @@ import { showStory, storyProblem } from "./story.js";
 import { show, showAudit, showEarnings } from "./views.js";
 
 const TOKEN = "crynux-token", RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60;
-let last = null, heard = 0, stream = null, range = { days: "1", step: "hour" };
+let last = null, heard = 0, stream = null, held = [], range = { days: "1", step: "hour" };
 
 class Refused extends Error {}
 
@@ -73,18 +73,26 @@ function take(event) {
   last = part("event") === "status" ? data : { ...last, ...data };
   const sign = last.drain.everything ? "!" : "✕";
   say(last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`);
-  show(last, openStory, Object.keys(data));
+  draw(Object.keys(data));
+}
+
+function draw(changed) {
+  held = show(last, openStory, changed);
+  sayFresh();
 }
 
 function say(words) {
   if (by("state").textContent !== words) by("state").textContent = words;
 }
 
-setInterval(() => {
+function sayFresh() {
   if (last === null) return;
   const old = (Date.now() - heard) / 1000 > QUIET_SECONDS;
-  by("fresh").textContent = `as of ${clock(last.now)}${old ? " – no news since" : ""}`;
-}, 1000);
+  by("fresh").textContent = `as of ${clock(last.now)}${old ? " – no news since" : ""}`
+    + (held.length ? ` – held while text is marked: ${held.join(", ")}` : "");
+}
+
+setInterval(sayFresh, 1000);
 
 // --- the token -----------------------------------------------------------------------------------
 
@@ -120,8 +128,12 @@ async function openStory(name) {
 }
 
 by("story").addEventListener("close", () => history.replaceState(null, "", location.pathname));
-by("tasks-which").addEventListener("change", () => last && show(last, openStory, ["tasks"]));
-by("accounts-all").addEventListener("change", () => last && show(last, openStory, ["accounts"]));
+for (const [id, field] of [["tasks-which", "tasks"], ["accounts-all", "accounts"]])
+  by(id).addEventListener("change", () => {
+    // Who asks for other rows marks those no more.
+    getSelection().empty();
+    if (last !== null) draw([field]);
+  });
 by("tasks-open").addEventListener("click", () => by("tasks-find").value.trim() && openStory(by("tasks-find").value.trim()));
 by("tasks-find").addEventListener("keydown", (event) => {
   if (event.key === "Enter") by("tasks-open").click();
