@@ -21,6 +21,7 @@ from tests.integration.page_world import (
     busy_status,
     keep_picture,
     serving,
+    wired,
 )
 
 TOKEN = "0123456789abcdef"
@@ -116,6 +117,29 @@ def test_it_follows_what_happens(browser: Browser) -> None:
             "✕ not serving: the chain is not reached: timed out"
         )
         expect(page.locator("#alert-list li")).to_have_text(["GPU node-2: it is hot"])
+        page.close()
+
+
+def test_a_server_that_goes_silent_without_closing_serves_no_more_and_is_asked_again(
+    browser: Browser,
+) -> None:
+    source = SaidSource()
+    with wired(source) as wire:
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda each: asked.append(each.url))
+        page.goto(wire.url)
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        assert sum(url.endswith("/v1/events") for url in asked) == 1
+        wire.fall_silent()
+        expect(page.locator("#state")).to_contain_text("No news since")
+        # It isn't asked each second.
+        page.wait_for_timeout(5_000)
+        assert sum(url.endswith("/v1/events") for url in asked) == 2
+        source.now = busy_status().model_copy(update={"gpus": busy_status().gpus[:2]})
+        wire.speak()
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        expect(page.locator("#gpus article")).to_have_count(2)
         page.close()
 
 

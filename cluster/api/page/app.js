@@ -7,7 +7,7 @@ import { showStory, storyProblem } from "./story.js";
 import { show, showAudit, showEarnings } from "./views.js";
 
 const TOKEN = "crynux-token", RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60;
-let last = null, heard = 0, stream = null, held = [], range = { days: "1", step: "hour" };
+let last = null, heard = 0, alive = 0, stream = null, held = [], range = { days: "1", step: "hour" };
 
 class Refused extends Error {}
 
@@ -33,6 +33,7 @@ async function follow() {
   const mine = stream = new AbortController();
   while (!mine.signal.aborted) {
     try {
+      alive = Date.now();
       const answer = await ask("v1/events", { signal: mine.signal });
       hideToken();
       const began = Date.now();
@@ -43,6 +44,7 @@ async function follow() {
     } catch (error) {
       if (mine.signal.aborted) return;
       if (error instanceof Refused) {
+        stream = null;
         say("a token is needed");
         return wantToken(error.message);
       }
@@ -57,6 +59,8 @@ async function read(reader) {
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
+    // Also a part of an event: on a slow line a large one is long in coming.
+    alive = Date.now();
     text += value;
     for (let end = text.indexOf("\n\n"); end >= 0; end = text.indexOf("\n\n")) {
       take(text.slice(0, end));
@@ -92,7 +96,15 @@ function sayFresh() {
     + (held.length ? ` – held while text is marked: ${held.join(", ")}` : "");
 }
 
-setInterval(sayFresh, 1000);
+/** A connection can be lost without ending: the server has something to say every few seconds. */
+function watch() {
+  sayFresh();
+  if (stream === null || Date.now() - alive <= QUIET_SECONDS * 1000) return;
+  say(`No news ${last === null ? "yet" : `since ${clock(last.now)}`}; connecting again…`);
+  follow();
+}
+
+setInterval(watch, 1000);
 
 // --- the token -----------------------------------------------------------------------------------
 
