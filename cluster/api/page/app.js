@@ -6,8 +6,9 @@ import { plot } from "./plot.js";
 import { showStory, storyProblem } from "./story.js";
 import { show, showAudit, showEarnings } from "./views.js";
 
-const TOKEN = "crynux-token", RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60;
-let last = null, heard = 0, alive = 0, stream = null, held = [], range = { days: "1", step: "hour" };
+const TOKEN = "crynux-token", RELOADED = "crynux-reloaded";
+const RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60, RELOAD_SECONDS = 600;
+let last = null, heard = 0, alive = 0, stream = null, held = [], version = null, range = { days: "1", step: "hour" };
 
 class Refused extends Error {}
 
@@ -75,14 +76,27 @@ function take(event) {
   heard = Date.now();
   if (part("event") === "away") return say(data);
   last = part("event") === "status" ? data : { ...last, ...data };
+  if (isOld()) return location.reload();
   const sign = last.drain.everything ? "!" : "✕";
-  say(last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`);
-  draw(Object.keys(data));
+  const words = last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`;
+  const failed = draw(Object.keys(data));
+  say(failed.length ? `${words} – this page can't show ${failed.join("; ")}` : words);
 }
 
+/** Whether another version answers than this script came with; never twice within a while: two may answer by turns. */
+function isOld() {
+  version ??= last.version;
+  if (version === last.version || Date.now() - Number(sessionStorage.getItem(RELOADED)) < RELOAD_SECONDS * 1000) return false;
+  sessionStorage.setItem(RELOADED, `${Date.now()}`);
+  return true;
+}
+
+/** Returns what couldn't be drawn. */
 function draw(changed) {
-  held = show(last, openStory, changed);
+  const { back, failed } = show(last, openStory, changed);
+  held = back;
   sayFresh();
+  return failed;
 }
 
 function say(words) {

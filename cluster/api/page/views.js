@@ -30,26 +30,34 @@ const PARTS = [
 /** Parts that are older than the status. */
 const due = new Set();
 
-/** Shows what has changed; what has the focus keeps it. Returns the titles of sections that are held back. */
+/** Shows what has changed; what has the focus keeps it. Returns what is held back, and what couldn't be drawn and why. */
 export function show(status, openStory, changed) {
-  const key = document.activeElement?.dataset?.key, back = [];
+  const key = document.activeElement?.dataset?.key, back = [], failed = [];
+  /** A mistake in one part leaves the others. */
+  const drawn = (title, draw) => {
+    try {
+      draw(status, openStory);
+      return true;
+    } catch (error) {
+      console.error(error);
+      failed.push(`${title}: ${error.message}`);
+      return false;
+    }
+  };
   for (const part of PARTS)
     if (part.always?.(status) || part.fields.some((field) => changed.includes(field))) due.add(part);
   by("version").textContent = status.version;
-  showAlerts(status);
-  showGlance(status);
+  drawn("what needs a hand", showAlerts);
+  drawn("the glance", showGlance);
   for (const part of PARTS) {
     const section = by(part.id).closest("section"), marked = isMarked(section);
     if (!due.has(part)) continue;
-    if (marked) {
-      back.push(section.querySelector("h2").textContent);
-      continue;
-    }
-    part.draw(status, openStory);
-    due.delete(part);
+    const title = section.querySelector("h2").textContent;
+    if (marked) back.push(title);
+    else if (drawn(title, part.draw)) due.delete(part);
   }
   if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
-  return back;
+  return { back, failed };
 }
 
 /** Whether a person marks text in it, and hasn't for long: what is shown anew is marked no more. */
