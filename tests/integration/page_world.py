@@ -320,6 +320,60 @@ def serving(source: SaidSource, access: Access = Access()) -> Iterator[str]:  # 
         thread.join(10.0)
 
 
+class Wire:
+    """What lies between a browser and a server: it can go silent without closing."""
+
+    def __init__(self, url: str) -> None:
+        self._port = int(url.rsplit(":", 1)[1].rstrip("/"))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._speaks = threading.Event()
+        self._speaks.set()
+        self._silences = 0
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def fall_silent(self) -> None:
+        """Nothing comes through any more; of what is connected now, never again."""
+        self._silences += 1
+        self._speaks.clear()
+
+    def speak(self) -> None:
+        self._speaks.set()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._listener.accept()
+                there = socket.create_connection(("127.0.0.1", self._port))
+                for ends in ((here, there), (there, here)):
+                    threading.Thread(
+                        target=self._carry, args=(*ends, self._silences), daemon=True
+                    ).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, silences: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                self._speaks.wait()
+                if silences == self._silences:
+                    sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def wired(source: SaidSource) -> Iterator[Wire]:
+    """A wire to the page."""
+    with serving(source) as url:
+        wire = Wire(url)
+        yield wire
+        wire.speak()
+        wire.close()
+
+
 @contextlib.contextmanager
 def browsing() -> Iterator[Browser]:
     path = program("chromium")

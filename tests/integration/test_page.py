@@ -14,6 +14,7 @@ from cluster.core.types import GpuState
 from cluster.status import ChainView
 from tests.integration.page_world import (
     NOW,
+    PATIENCE_SECONDS,
     PICTURES,
     TASK,
     SaidSource,
@@ -21,6 +22,7 @@ from tests.integration.page_world import (
     busy_status,
     keep_picture,
     serving,
+    wired,
 )
 
 TOKEN = "0123456789abcdef"
@@ -116,6 +118,124 @@ def test_it_follows_what_happens(browser: Browser) -> None:
             "✕ not serving: the chain is not reached: timed out"
         )
         expect(page.locator("#alert-list li")).to_have_text(["GPU node-2: it is hot"])
+        page.close()
+
+
+def test_a_server_that_goes_silent_without_closing_serves_no_more_and_is_asked_again(
+    browser: Browser,
+) -> None:
+    source = SaidSource()
+    with wired(source) as wire:
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda each: asked.append(each.url))
+        page.goto(wire.url)
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        assert sum(url.endswith("/v1/events") for url in asked) == 1
+        wire.fall_silent()
+        expect(page.locator("#state")).to_contain_text("No news since")
+        # It isn't asked each second.
+        page.wait_for_timeout(5_000)
+        assert sum(url.endswith("/v1/events") for url in asked) == 2
+        source.now = busy_status().model_copy(update={"gpus": busy_status().gpus[:2]})
+        wire.speak()
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        expect(page.locator("#gpus article")).to_have_count(2)
+        page.close()
+
+
+def test_an_open_page_is_loaded_anew_when_another_version_answers_and_not_again_and_again(
+    browser: Browser,
+) -> None:
+    source = SaidSource()
+    with serving(source, Access(TOKEN)) as url:
+        page = browser.new_page()
+        loads: list[Page] = []
+        page.on("load", lambda each: loads.append(each))  # noqa: PLW0108 - no method of C can listen
+        page.goto(url)
+        page.locator("#secret").fill(TOKEN)
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        page.locator("#tasks tbody tr").first.get_by_role("button").click()
+        expect(page.locator("#story")).to_contain_text(TASK)
+        page.evaluate("window.old = true")
+        with page.expect_event("load", timeout=PATIENCE_SECONDS * 1000):
+            source.now = source.now.model_copy(update={"version": "1.2.4"})
+        expect(page.locator("#version")).to_have_text("1.2.4")
+        expect(page.locator("#state")).to_have_text("✓ serving")
+        assert page.evaluate("window.old") is None
+        assert len(loads) == 2
+        # The token and what was open are still there.
+        assert page.url.endswith(f"#task={TASK}")
+        expect(page.locator("#story")).to_contain_text(TASK)
+        expect(page.locator("#token")).not_to_be_visible()
+        for version in ("1.2.3", "1.2.4"):
+            source.now = source.now.model_copy(update={"version": version})
+            expect(page.locator("#version")).to_have_text(version)
+        assert len(loads) == 2
+        page.close()
+
+
+def test_what_cant_be_drawn_is_no_lost_connection_and_leaves_the_rest(browser: Browser) -> None:
+    source = SaidSource()
+    with serving(source) as url:
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda each: asked.append(each.url))
+        # Only cards are sorted by it.
+        page.add_init_script("String.prototype.localeCompare = () => { throw Error('a bug'); }")
+        page.goto(url)
+        expect(page.locator("#state")).to_have_text("✓ serving – this page can't show GPUs: a bug")
+        expect(page.locator("#tasks tbody tr")).to_have_count(10)
+        expect(page.locator("#accounts tbody tr")).to_have_count(5)
+        for problem in ("one", "two", "three"):
+            source.now = source.now.model_copy(update={"problems": (problem,)})
+            expect(page.locator("#alert-list li")).to_have_text([problem])
+        assert sum(each.endswith("/v1/events") for each in asked) == 1
+        page.close()
+
+
+MARK = "id => getSelection().selectAllChildren(document.querySelector(id))"
+"""As a person does who wants to copy it."""
+
+
+def test_only_the_section_in_which_text_is_marked_is_held_and_not_for_ever(
+    browser: Browser,
+) -> None:
+    source = SaidSource()
+    with serving(source) as url:
+        page = browser.new_page()
+        page.clock.install()
+        page.goto(url)
+        expect(page.locator("#gpus article")).to_have_count(7)
+        page.evaluate(MARK, "#gpus h3")
+        now = busy_status()
+        source.now = now.model_copy(
+            update={
+                "gpus": now.gpus[:2],
+                "tasks": now.tasks[:3],
+                "problems": ("GPU node-2: it is hot",),
+                "totals": now.totals.model_copy(update={"slashed": 1}),
+            }
+        )
+        expect(page.locator("#alert-list li")).to_have_text(["GPU node-2: it is hot"])
+        expect(page.locator("#glance")).to_contain_text("✕ 1")
+        expect(page.locator("#glance")).to_contain_text("of 2")
+        expect(page.locator("#tasks tbody tr")).to_have_count(3)
+        expect(page.locator("#fresh")).to_contain_text("held while text is marked: GPUs")
+        assert page.locator("#gpus article").count() == 7
+        # The headline goes on too.
+        source.now = source.now.model_copy(update={"acting": False})
+        expect(page.locator("#state")).to_contain_text("not serving")
+        assert page.locator("#gpus article").count() == 7
+        page.clock.fast_forward(31_000)
+        expect(page.locator("#gpus article")).to_have_count(2)
+        expect(page.locator("#fresh")).not_to_contain_text("held")
+        page.evaluate(MARK, "#tasks tbody tr")
+        source.now = source.now.model_copy(update={"tasks": now.tasks[:4]})
+        expect(page.locator("#fresh")).to_contain_text("held while text is marked: Tasks")
+        page.evaluate("getSelection().empty()")
+        expect(page.locator("#tasks tbody tr")).to_have_count(4)
         page.close()
 
 

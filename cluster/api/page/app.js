@@ -6,8 +6,9 @@ import { plot } from "./plot.js";
 import { showStory, storyProblem } from "./story.js";
 import { show, showAudit, showEarnings } from "./views.js";
 
-const TOKEN = "crynux-token", RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60;
-let last = null, heard = 0, stream = null, range = { days: "1", step: "hour" };
+const TOKEN = "crynux-token", RELOADED = "crynux-reloaded";
+const RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60, RELOAD_SECONDS = 600;
+let last = null, heard = 0, alive = 0, stream = null, held = [], version = null, range = { days: "1", step: "hour" };
 
 class Refused extends Error {}
 
@@ -33,6 +34,7 @@ async function follow() {
   const mine = stream = new AbortController();
   while (!mine.signal.aborted) {
     try {
+      alive = Date.now();
       const answer = await ask("v1/events", { signal: mine.signal });
       hideToken();
       const began = Date.now();
@@ -43,6 +45,7 @@ async function follow() {
     } catch (error) {
       if (mine.signal.aborted) return;
       if (error instanceof Refused) {
+        stream = null;
         say("a token is needed");
         return wantToken(error.message);
       }
@@ -57,6 +60,8 @@ async function read(reader) {
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
+    // Also a part of an event: on a slow line a large one is long in coming.
+    alive = Date.now();
     text += value;
     for (let end = text.indexOf("\n\n"); end >= 0; end = text.indexOf("\n\n")) {
       take(text.slice(0, end));
@@ -71,20 +76,49 @@ function take(event) {
   heard = Date.now();
   if (part("event") === "away") return say(data);
   last = part("event") === "status" ? data : { ...last, ...data };
+  if (isOld()) return location.reload();
   const sign = last.drain.everything ? "!" : "✕";
-  say(last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`);
-  show(last, openStory, Object.keys(data));
+  const words = last.ready ? "✓ serving" : `${sign} not serving: ${last.missing.join("; ")}`;
+  const failed = draw(Object.keys(data));
+  say(failed.length ? `${words} – this page can't show ${failed.join("; ")}` : words);
+}
+
+/** Whether another version answers than this script came with; never twice within a while: two may answer by turns. */
+function isOld() {
+  version ??= last.version;
+  if (version === last.version || Date.now() - Number(sessionStorage.getItem(RELOADED)) < RELOAD_SECONDS * 1000) return false;
+  sessionStorage.setItem(RELOADED, `${Date.now()}`);
+  return true;
+}
+
+/** Returns what couldn't be drawn. */
+function draw(changed) {
+  const { back, failed } = show(last, openStory, changed);
+  held = back;
+  sayFresh();
+  return failed;
 }
 
 function say(words) {
   if (by("state").textContent !== words) by("state").textContent = words;
 }
 
-setInterval(() => {
+function sayFresh() {
   if (last === null) return;
   const old = (Date.now() - heard) / 1000 > QUIET_SECONDS;
-  by("fresh").textContent = `as of ${clock(last.now)}${old ? " – no news since" : ""}`;
-}, 1000);
+  by("fresh").textContent = `as of ${clock(last.now)}${old ? " – no news since" : ""}`
+    + (held.length ? ` – held while text is marked: ${held.join(", ")}` : "");
+}
+
+/** A connection can be lost without ending: the server has something to say every few seconds. */
+function watch() {
+  sayFresh();
+  if (stream === null || Date.now() - alive <= QUIET_SECONDS * 1000) return;
+  say(`No news ${last === null ? "yet" : `since ${clock(last.now)}`}; connecting again…`);
+  follow();
+}
+
+setInterval(watch, 1000);
 
 // --- the token -----------------------------------------------------------------------------------
 
@@ -120,8 +154,12 @@ async function openStory(name) {
 }
 
 by("story").addEventListener("close", () => history.replaceState(null, "", location.pathname));
-by("tasks-which").addEventListener("change", () => last && show(last, openStory, ["tasks"]));
-by("accounts-all").addEventListener("change", () => last && show(last, openStory, ["accounts"]));
+for (const [id, field] of [["tasks-which", "tasks"], ["accounts-all", "accounts"]])
+  by(id).addEventListener("change", () => {
+    // Who asks for other rows marks those no more.
+    getSelection().empty();
+    if (last !== null) draw([field]);
+  });
 by("tasks-open").addEventListener("click", () => by("tasks-find").value.trim() && openStory(by("tasks-find").value.trim()));
 by("tasks-find").addEventListener("keydown", (event) => {
   if (event.key === "Enter") by("tasks-open").click();

@@ -13,28 +13,62 @@ const MANY = 24;
 /** Cards whose facts a person has opened or closed. */
 const toggled = new Map();
 
-/** Fields of the status that have changed since they were shown. */
+const HELD_SECONDS = 30;
+/** Since when sections aren't shown anew, because text in them is marked. */
+const held = new Map();
+document.addEventListener("selectstart", () => held.clear());
+
+/** What of a section is shown anew when which fields of the status change. */
+const PARTS = [
+  { id: "gpus", fields: ["gpus"], draw: showGpus },
+  // An open task's seconds go on.
+  { id: "tasks", fields: ["tasks"], draw: showTasks, always: (status) => status.tasks.some(isOpen) },
+  { id: "accounts", fields: ["accounts", "fleet"], draw: showAccounts },
+  { id: "endpoints", fields: ["chain", "relay", "stores"], draw: showNetwork },
+];
+
+/** Parts that are older than the status. */
 const due = new Set();
 
-/** Shows what has changed; nothing while a person marks text, and what has the focus keeps it. */
+/** Shows what has changed; what has the focus keeps it. Returns what is held back, and what couldn't be drawn and why. */
 export function show(status, openStory, changed) {
-  changed.forEach((field) => due.add(field));
-  if (getSelection().type === "Range") return;
-  const key = document.activeElement?.dataset?.key;
-  showDue(status, openStory, (...fields) => fields.some((field) => due.has(field)));
-  due.clear();
+  const key = document.activeElement?.dataset?.key, back = [], failed = [];
+  /** A mistake in one part leaves the others. */
+  const drawn = (title, draw) => {
+    try {
+      draw(status, openStory);
+      return true;
+    } catch (error) {
+      console.error(error);
+      failed.push(`${title}: ${error.message}`);
+      return false;
+    }
+  };
+  for (const part of PARTS)
+    if (part.always?.(status) || part.fields.some((field) => changed.includes(field))) due.add(part);
+  by("version").textContent = status.version;
+  drawn("what needs a hand", showAlerts);
+  drawn("the glance", showGlance);
+  for (const part of PARTS) {
+    const section = by(part.id).closest("section"), marked = isMarked(section);
+    if (!due.has(part)) continue;
+    const title = section.querySelector("h2").textContent;
+    if (marked) back.push(title);
+    else if (drawn(title, part.draw)) due.delete(part);
+  }
   if (key) document.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+  return { back, failed };
 }
 
-function showDue(status, openStory, has) {
-  by("version").textContent = status.version;
-  showAlerts(status);
-  showGlance(status);
-  if (has("gpus")) showGpus(status, openStory);
-  // An open task's seconds go on.
-  if (has("tasks") || status.tasks.some(isOpen)) showTasks(status, openStory);
-  if (has("accounts", "fleet")) showAccounts(status, openStory);
-  if (has("chain", "relay", "stores")) showNetwork(status);
+/** Whether a person marks text in it, and hasn't for long: what is shown anew is marked no more. */
+function isMarked(section) {
+  const selection = getSelection();
+  if (selection.isCollapsed || !selection.getRangeAt(0).intersectsNode(section)) {
+    held.delete(section);
+    return false;
+  }
+  if (!held.has(section)) held.set(section, Date.now());
+  return Date.now() - held.get(section) < HELD_SECONDS * 1000;
 }
 
 const isOpen = (task) => task.outcome === null;
@@ -46,6 +80,9 @@ function showAlerts(status) {
   // What is missing says the headline.
   const told = status.problems.filter((text) => !status.missing.some((each) => each.includes(text)));
   by("alerts").hidden = told.length === 0;
+  // They are never held back; as they were, they can be marked.
+  const shown = [...by("alert-list").children].map((each) => each.textContent);
+  if (JSON.stringify(shown) === JSON.stringify(told)) return;
   by("alert-list").replaceChildren(...told.map((text) => make("li", {}, text)));
 }
 
