@@ -36,8 +36,21 @@ FETCHED_BYTES = "fetched_bytes"
 class _Member:
     actor: ActorHandle[Any]
     report: StoreReport | None = None
-    counted: tuple[int, Counter[tuple[str, str]]] = (0, Counter())
-    """What `news` has told, of which process."""
+    counted: tuple[int, Counter[tuple[str, str]]] | None = None
+    """What `news` has told, of which process; None for one that others began and counted before its
+    first report."""
+
+    def is_played_by(self, begun: _Begun) -> None:
+        self.actor = begun.actor
+        if begun.is_new and self.counted is None:
+            self.counted = (0, Counter())
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    actor: ActorHandle[Any]
+    is_new: bool
+    """Else it ran already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +127,18 @@ class RayStores:
         return frozenset(map(ModelId, common))
 
     def news(self) -> Mapping[tuple[str, str], int]:
-        """What the stores' diaries say that wasn't told by this yet: counts by event and label."""
+        """What the stores' diaries say that wasn't told by this yet: counts by event and label.
+
+        Of a process that outlived the coordinator before this one, what it did until its first
+        report is left out: to Prometheus it would all have happened now.
+        """
         told: Counter[tuple[str, str]] = Counter()
         for member in self._members.values():
             if (report := member.report) is None:
                 continue
-            pid, before = member.counted
             now = Counter(report.events)
             now.update({(FETCHED_BYTES, source): n for source, n in report.fetched_bytes.items()})
+            pid, before = (report.pid, now) if member.counted is None else member.counted
             told.update(now - before if pid == report.pid else now)
             member.counted = (report.pid, now)
         return told
@@ -160,8 +177,9 @@ class RayStores:
         for gone in self._silent.keys() - set(nodes):
             del self._silent[gone]
         for new in sorted(set(nodes) - self._members.keys()):
-            if (actor := await self._begun(new)) is not None:
-                self._members[new] = _Member(actor)
+            if (begun := await self._begun(new)) is not None:
+                self._members[new] = _Member(begun.actor)
+                self._members[new].is_played_by(begun)
         await asyncio.gather(*(self._ping(n, member) for n, member in self._members.items()))
 
     async def _ping(self, node: RayNodeId, member: _Member) -> None:
@@ -170,16 +188,17 @@ class RayStores:
                 report: StoreReport = await member.actor.report.remote()
         except (RayError, TimeoutError) as error:
             if isinstance(error, ActorDiedError):
-                if (actor := await self._begun(node)) is None:
+                if (begun := await self._begun(node)) is None:
                     return
-                member.actor = actor
+                member.is_played_by(begun)
             self._note_silence(node, _why(error))
             return
         self._silent.pop(node, None)
         if report.release != self._release:
             self._log.info("store_actor_replaced", node=node, old=report.release)
             await self._end(node, member)
-            member.actor = await self._begun(node) or member.actor
+            if (begun := await self._begun(node)) is not None:
+                member.is_played_by(begun)
             return
         member.report = report
 
@@ -189,7 +208,7 @@ class RayStores:
             self._log.warning("store_silent", node=node, why=why)
         self._silent[node] = _Silence(before.looks + 1, why)
 
-    async def _begun(self, node: RayNodeId) -> ActorHandle[Any] | None:
+    async def _begun(self, node: RayNodeId) -> _Begun | None:
         """None where it can't be now: the next look tries again."""
         try:
             return await asyncio.to_thread(self._actor, node)
@@ -207,9 +226,14 @@ class RayStores:
     def _kill(self, member: _Member) -> None:
         ray.kill(member.actor, no_restart=True)
 
-    def _actor(self, node: RayNodeId) -> ActorHandle[Any]:
+    def _actor(self, node: RayNodeId) -> _Begun:
+        name = f"store:{node[:8]}"
+        try:
+            return _Begun(cast(ActorHandle[Any], ray.get_actor(name)), is_new=False)
+        except ValueError:
+            pass  # there is none
         options: dict[str, Any] = {
-            "name": f"store:{node[:8]}",
+            "name": name,
             "lifetime": "detached",
             "get_if_exists": True,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
@@ -217,12 +241,10 @@ class RayStores:
             **without_password(),
         }
         actor_class = cast(Any, StoreActor)
-        return cast(
-            ActorHandle[Any],
-            actor_class.options(**options).remote(
-                self._make_keeper, self._release, self._configured
-            ),
+        actor = actor_class.options(**options).remote(
+            self._make_keeper, self._release, self._configured
         )
+        return _Begun(cast(ActorHandle[Any], actor), is_new=True)
 
 
 def _why(error: BaseException) -> str:
