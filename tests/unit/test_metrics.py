@@ -205,6 +205,21 @@ def test_an_endpoint_that_never_answered_is_not_the_fastest() -> None:
         assert sample(metrics, "crynux_rpc_endpoint_head_block", endpoint="rpc.example") == head
 
 
+def test_endpoints_that_nobody_asks_any_more_leave_nothing_behind() -> None:
+    metrics = Metrics("1", "d")
+    asked = tuple(
+        EndpointStatus(name=f"{name}.example", problem="silent", seconds=0.2, head=42)
+        for name in ("rpc", "other")
+    )
+    for endpoints in (asked, asked[:1], (), asked):
+        chain = ChainView(reached=True, chain_id=1, endpoints=endpoints)
+        metrics.observe(snapshot().model_copy(update={"chain": chain}))
+        for each in asked:
+            for name in ("fit", "answer_seconds", "head_block"):
+                found = sample(metrics, f"crynux_rpc_endpoint_{name}", endpoint=each.name)
+                assert (found is not None) is (each in endpoints)
+
+
 def test_what_is_paid_before_the_first_look_is_its_class_s() -> None:
     metrics = Metrics("1", "d")
     metrics.belong({ADDRESS: GpuClass(CARD.name, GigaBytes(24))})
