@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -30,6 +30,8 @@ MOST_SILENT = 3
 MOST_WORDS = 200
 FETCHED_BYTES = "fetched_bytes"
 """Stands for an event where bytes are counted."""
+_NOTHING = StoreReport("", 0, frozenset(), {}, (), 0, 0, 0, None, None, {}, {})
+"""Of a store that never answered."""
 
 
 @dataclass(slots=True)
@@ -79,7 +81,16 @@ class RayStores:
         self._log = structlog.get_logger("stores")
 
     def reports(self) -> Mapping[RayNodeId, StoreReport]:
-        """The newest report of each machine."""
+        """The newest report of each machine; one whose store is silent is in trouble, whatever it
+        said before, and if it never said anything."""
+        found = dict(self._answers())
+        for node, silence in self._silent.items():
+            if silence.looks >= MOST_SILENT:
+                trouble = f"it doesn't answer: {silence.why}"
+                found[node] = replace(found.get(node, _NOTHING), trouble=trouble)
+        return found
+
+    def _answers(self) -> Mapping[RayNodeId, StoreReport]:
         return {
             node: member.report
             for node, member in self._members.items()
@@ -95,7 +106,7 @@ class RayStores:
         ]
         troubled = [
             f"machine {node[:8]}: its model store fetches nothing: {report.trouble}"
-            for node, report in sorted(self.reports().items())
+            for node, report in sorted(self._answers().items())
             if report.trouble and node not in self._silent
         ]
         return (*silent, *troubled)
@@ -108,7 +119,7 @@ class RayStores:
         """What is still waited for on a machine of these cards; nothing where they are settled."""
         if self._make_keeper is None:
             return ""
-        reports = self.reports()
+        reports = self._answers()
         for node in sorted({gpu.ray_node for gpu in gpus}):
             if (report := reports.get(node)) is None:
                 return f"machine {node[:8]}: its model store hasn't answered yet"
@@ -120,7 +131,7 @@ class RayStores:
     def here(self, gpus: Iterable[Gpu]) -> frozenset[ModelId]:
         """The models that were configured or wanted and are on each of these cards' machines."""
         nodes = {gpu.ray_node for gpu in gpus}
-        reports = self.reports()
+        reports = self._answers()
         if not nodes or not nodes <= reports.keys():
             return frozenset()
         common = frozenset[str].intersection(*(reports[node].here for node in nodes))

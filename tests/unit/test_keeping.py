@@ -449,6 +449,28 @@ async def test_a_store_that_does_not_answer_is_told_until_it_does() -> None:
     assert made.alerts() == ()
 
 
+@pytest.mark.parametrize("before", [report({A, B}), None], ids=["silent", "never"])
+async def test_a_machine_whose_store_does_not_answer_is_in_trouble(
+    before: StoreReport | None,
+) -> None:
+    made, node = stores(before), RayNodeId("n0")
+    actor = Remote(RayError("away"))
+    made._members[node].actor = cast("ActorHandle[object]", actor)
+    for look in range(MOST_SILENT):
+        assert not any(each.trouble for each in made.reports().values()), look
+        await made.refresh([node])
+    found = made.reports()[node]
+    assert found.trouble == "it doesn't answer: RayError"
+    assert found.models == (0 if before is None else 2)
+    # What it said is still what is known of its disk, and saying nothing is no answer.
+    assert made.here(CARDS[:1]) == (frozenset() if before is None else {ModelId(A), ModelId(B)})
+    assert made.settled(CARDS[:1]) == (before is not None)
+    assert len(made.alerts()) == 1
+    actor.outcome = report({A, B})
+    await made.refresh([node])
+    assert made.reports() == {node: report({A, B})}
+
+
 async def test_a_store_that_cannot_be_begun_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made = stores()
     node = RayNodeId("n0")
@@ -460,8 +482,10 @@ async def test_a_store_that_cannot_be_begun_is_told(monkeypatch: pytest.MonkeyPa
     for _ in range(MOST_SILENT):
         await made.refresh([node])
     assert "machine n0: its model store doesn't answer: it can't be begun" in made.alerts()[0]
+    assert "it can't be begun" in made.reports()[node].trouble
     await made.refresh([])
     assert made.alerts() == ()
+    assert made.reports() == {}
 
 
 @pytest.mark.parametrize("is_new", [True, False])

@@ -507,7 +507,13 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
     fuller = store.model_copy(
         update={"room_bytes": 10, "leftover_bytes": 40, "downloads": (download, unsized)}
     )
-    unknown = store.model_copy(update={"room_bytes": None, "trouble": "can't be written"})
+    unknown = store.model_copy(
+        update={
+            "room_bytes": None,
+            "trouble": "can't be written",
+            "failed": {"base:acme/secret": "no room", "base:acme/secret-2": "401"},
+        }
+    )
     metrics.observe(snapshot().model_copy(update={"stores": (store, fuller, unknown)}))
     for name, value in {
         "models": 9,
@@ -516,7 +522,7 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         "troubled_machines": 1,
         "fullest_ratio": 90 / 100,
         "queued_models": 6,
-        "missing_models": 3,
+        "missing_models": 2,
         "downloads": 4,
         "download_bytes_per_second": 20,
         "download_left_bytes": 24,
