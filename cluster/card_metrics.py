@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from cluster.core.types import GpuState
+from cluster.gauges import put
 from cluster.status import GpuStatus
 
 _CARD = ("gpu_uuid",)
@@ -71,15 +72,12 @@ class CardMetrics:
             self._describe(uuid, gpu)
             for state in GpuState:
                 self._state.labels(uuid, state.value).set(gpu.state is state)
-            if gpu.memory is not None:
-                for use in _USES:
-                    self._memory.labels(uuid, use).set(getattr(gpu.memory, use))
-            if gpu.temperature is not None:
-                self._temperature.labels(uuid).set(gpu.temperature)
-            if gpu.ecc_uncorrected is not None:
-                self._ecc.labels(uuid).set(gpu.ecc_uncorrected)
-            if gpu.canary_at is not None:
-                self._canary.labels(uuid).set(gpu.canary_at)
+            for use in _USES:
+                known = None if gpu.memory is None else float(getattr(gpu.memory, use))
+                put(self._memory, (uuid, use), known)
+            put(self._temperature, (uuid,), gpu.temperature)
+            put(self._ecc, (uuid,), gpu.ecc_uncorrected)
+            put(self._canary, (uuid,), gpu.canary_at)
             self._faults.labels(uuid)
             self._busy.labels(uuid).inc(self._more(uuid, "busy", gpu.busy_seconds))
             self._hits.inc(self._more(uuid, "hits", gpu.store_hits))

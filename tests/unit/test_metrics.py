@@ -324,6 +324,22 @@ def test_a_card_is_described_by_its_uuid_and_leaves_nothing_behind() -> None:
     assert b"GPU-2" in metrics.render()
 
 
+def test_what_nobody_knows_of_a_card_any_more_has_no_sample() -> None:
+    metrics = Metrics("1", "d")
+    names = (
+        "crynux_gpu_memory_bytes",
+        "crynux_gpu_temperature_celsius",
+        "crynux_gpu_ecc_uncorrected_errors",
+        "crynux_gpu_canary_timestamp_seconds",
+    )
+    unknown = dict.fromkeys(("memory", "temperature", "ecc_uncorrected", "canary_at"))
+    for said, known in ((unknown, False), ({}, True), (unknown, False), ({}, True)):
+        metrics.observe(snapshot((card(1, **said),)))
+        found = {name: sample(metrics, name, gpu_uuid="GPU-1") is not None for name in names}
+        assert found == dict.fromkeys(names, known)
+        assert sample(metrics, "crynux_gpu_state", gpu_uuid="GPU-1", state="ready") == 1
+
+
 def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
     metrics = Metrics("1", "d")
     looks = ((10.0, 3), (12.5, 3), (1.0, 2), (4.0, 2))
