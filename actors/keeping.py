@@ -45,8 +45,9 @@ class StoreReport:
 
     `here` are those that were asked for, or configured, and are there; `failed` says why others
     aren't; `room_bytes` may yet come without another leaving (None: nobody knows); `leftover_bytes`
-    are what broken downloads left. `events` counts the store's diary since this process began, by event and by
-    source or rule; `fetched_bytes` by source. `trouble` says why nothing at all is fetched there.
+    are what broken downloads left. `events` counts the store's diary since this process began, by
+    event and by source or rule; `fetched_bytes` by source. `trouble` says why nothing at all is
+    fetched there.
     """
 
     release: str

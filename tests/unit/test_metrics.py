@@ -80,6 +80,8 @@ def test_every_label_set_is_there_from_the_start() -> None:
         assert sample(metrics, "crynux_attempts_total", fault=fault) == 0
     assert sample(metrics, "crynux_slashes_total") == 0
     assert sample(metrics, "crynux_kick_outs_total") == 0
+    for cause in ("canary", "verification", "slash"):
+        assert sample(metrics, "crynux_quarantines_total", by=cause) == 0
     assert sample(metrics, "crynux_results_total", tier="device") == 0
     assert sample(metrics, "crynux_score_slack_seconds_count", type="SD") == 0
     assert sample(metrics, "crynux_chain_events_total", event="reorganised") == 0
