@@ -12,6 +12,7 @@ import structlog
 
 from actors.ledger import Ledger
 from cluster import quarantine_rows as rows
+from cluster.card_metrics import QuarantineCause
 from cluster.core.types import CardUuid, Commitment, GpuClass, Score, Timestamp
 from cluster.inference import canary
 from cluster.inference.canary import SHIPPED, Answer, Judgement, Question, Verdict
@@ -30,7 +31,8 @@ class _Book:
 
 
 class CardHealth:
-    """`changed` hears which cards are in quarantine, at once and whenever that changes.
+    """`changed` hears which cards are in quarantine, at once and whenever that changes; `entered`
+    of each that comes there, why.
 
     Every write raises `LeaseLost` when another coordinator acts.
     """
@@ -40,10 +42,12 @@ class CardHealth:
         ledger: Ledger,
         clock: Callable[[], float],
         changed: Callable[[frozenset[CardUuid]], None],
+        entered: Callable[[QuarantineCause], None],
     ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._changed = changed
+        self._entered = entered
         self._books: dict[Question, _Book] = {}
         self._log = structlog.get_logger("health")
         with ledger.journal.read() as connection:
@@ -60,13 +64,15 @@ class CardHealth:
         with self._ledger.journal.read() as connection:
             return rows.is_known(connection, card)
 
-    def quarantine(self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str) -> None:
+    def quarantine(
+        self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str, by: QuarantineCause
+    ) -> None:
         """No task goes to these cards until an operator clears them."""
         new = self._new(cards, gpu_class, reason)
         with self._ledger.journal.write(self._ledger.lease) as connection:
             for each in new:
                 rows.begin(connection, each)
-        self._enter(new)
+        self._enter(new, by)
 
     def clear(self, card: CardUuid) -> bool:
         """Let the card out; False when it is in no quarantine. It is to be asked anew."""
@@ -117,7 +123,7 @@ class CardHealth:
                 rows.begin(connection, each)
         book.answers[card] = answer
         book.expected = book.expected if judgement.record is None else judgement.record
-        self._enter(new)
+        self._enter(new, "canary")
         self._review(question)
         return judgement
 
@@ -208,8 +214,9 @@ class CardHealth:
             if card not in self._quarantines
         )
 
-    def _enter(self, new: tuple[Quarantine, ...]) -> None:
+    def _enter(self, new: tuple[Quarantine, ...], by: QuarantineCause) -> None:
         for each in new:
+            self._entered(by)
             self._quarantines[each.uuid] = each
             self._log.error(
                 "card_quarantined", card=each.uuid, gpu=each.gpu_class.name, reason=each.reason

@@ -44,9 +44,10 @@ class StoreReport:
     """What a machine's store has and does. Model ids are as the network writes them.
 
     `here` are those that were asked for, or configured, and are there; `failed` says why others
-    aren't; `room_bytes` may yet come without another leaving; `leftover_bytes` are what broken
-    downloads left. `events` counts the store's diary since this process began, by event and by
-    source or rule; `fetched_bytes` by source. `trouble` says why nothing at all is fetched there.
+    aren't; `room_bytes` may yet come without another leaving (None: nobody knows); `leftover_bytes`
+    are what broken downloads left. `events` counts the store's diary since this process began, by
+    event and by source or rule; `fetched_bytes` by source. `trouble` says why nothing at all is
+    fetched there.
     """
 
     release: str
@@ -58,7 +59,7 @@ class StoreReport:
     models: int
     used_bytes: int
     quota_bytes: int | None
-    room_bytes: int
+    room_bytes: int | None
     events: Mapping[tuple[str, str], int]
     fetched_bytes: Mapping[str, int]
     trouble: str = ""

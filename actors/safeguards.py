@@ -50,7 +50,7 @@ class Safeguards:
         self._pool = pool
         self._blamed = {Commitment(task) for task in ledger.journal.cursors(_BLAMED)}
         self._holds = Holds()
-        self._health = CardHealth(ledger, clock, pool.quarantine)
+        self._health = CardHealth(ledger, clock, pool.quarantine, metrics.cards.quarantined)
         self._canaries = Canaries(
             self._health,
             pool,
@@ -110,7 +110,7 @@ class Safeguards:
             }
             for gpu in self._pool.gpus():
                 if gpu.gpu_id in computed and gpu.uuid:
-                    self._health.quarantine({gpu.uuid}, gpu.gpu_class, reason)
+                    self._health.quarantine({gpu.uuid}, gpu.gpu_class, reason, "slash")
                     # Once: an operator may clear the card before the account.
                     key = f"{_BLAMED}{record.commitment}"
                     self._ledger.journal.set_cursor(self._ledger.lease, key, gpu.uuid)

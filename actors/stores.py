@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -30,14 +30,29 @@ MOST_SILENT = 3
 MOST_WORDS = 200
 FETCHED_BYTES = "fetched_bytes"
 """Stands for an event where bytes are counted."""
+_NOTHING = StoreReport("", 0, frozenset(), {}, (), 0, 0, 0, None, None, {}, {})
+"""Of a store that never answered."""
 
 
 @dataclass(slots=True)
 class _Member:
     actor: ActorHandle[Any]
     report: StoreReport | None = None
-    counted: tuple[int, Counter[tuple[str, str]]] = (0, Counter())
-    """What `news` has told, of which process."""
+    counted: tuple[int, Counter[tuple[str, str]]] | None = None
+    """What `news` has told, of which process; None for one that others began and counted before its
+    first report."""
+
+    def is_played_by(self, begun: _Begun) -> None:
+        self.actor = begun.actor
+        if begun.is_new and self.counted is None:
+            self.counted = (0, Counter())
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    actor: ActorHandle[Any]
+    is_new: bool
+    """Else it ran already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +81,16 @@ class RayStores:
         self._log = structlog.get_logger("stores")
 
     def reports(self) -> Mapping[RayNodeId, StoreReport]:
-        """The newest report of each machine."""
+        """The newest report of each machine; one whose store is silent is in trouble, whatever it
+        said before, and if it never said anything."""
+        found = dict(self._answers())
+        for node, silence in self._silent.items():
+            if silence.looks >= MOST_SILENT:
+                trouble = f"it doesn't answer: {silence.why}"
+                found[node] = replace(found.get(node, _NOTHING), trouble=trouble)
+        return found
+
+    def _answers(self) -> Mapping[RayNodeId, StoreReport]:
         return {
             node: member.report
             for node, member in self._members.items()
@@ -82,7 +106,7 @@ class RayStores:
         ]
         troubled = [
             f"machine {node[:8]}: its model store fetches nothing: {report.trouble}"
-            for node, report in sorted(self.reports().items())
+            for node, report in sorted(self._answers().items())
             if report.trouble and node not in self._silent
         ]
         return (*silent, *troubled)
@@ -95,7 +119,7 @@ class RayStores:
         """What is still waited for on a machine of these cards; nothing where they are settled."""
         if self._make_keeper is None:
             return ""
-        reports = self.reports()
+        reports = self._answers()
         for node in sorted({gpu.ray_node for gpu in gpus}):
             if (report := reports.get(node)) is None:
                 return f"machine {node[:8]}: its model store hasn't answered yet"
@@ -107,21 +131,25 @@ class RayStores:
     def here(self, gpus: Iterable[Gpu]) -> frozenset[ModelId]:
         """The models that were configured or wanted and are on each of these cards' machines."""
         nodes = {gpu.ray_node for gpu in gpus}
-        reports = self.reports()
+        reports = self._answers()
         if not nodes or not nodes <= reports.keys():
             return frozenset()
         common = frozenset[str].intersection(*(reports[node].here for node in nodes))
         return frozenset(map(ModelId, common))
 
     def news(self) -> Mapping[tuple[str, str], int]:
-        """What the stores' diaries say that wasn't told by this yet: counts by event and label."""
+        """What the stores' diaries say that wasn't told by this yet: counts by event and label.
+
+        Of a process that outlived the coordinator before this one, what it did until its first
+        report is left out: to Prometheus it would all have happened now.
+        """
         told: Counter[tuple[str, str]] = Counter()
         for member in self._members.values():
             if (report := member.report) is None:
                 continue
-            pid, before = member.counted
             now = Counter(report.events)
             now.update({(FETCHED_BYTES, source): n for source, n in report.fetched_bytes.items()})
+            pid, before = (report.pid, now) if member.counted is None else member.counted
             told.update(now - before if pid == report.pid else now)
             member.counted = (report.pid, now)
         return told
@@ -160,8 +188,9 @@ class RayStores:
         for gone in self._silent.keys() - set(nodes):
             del self._silent[gone]
         for new in sorted(set(nodes) - self._members.keys()):
-            if (actor := await self._begun(new)) is not None:
-                self._members[new] = _Member(actor)
+            if (begun := await self._begun(new)) is not None:
+                self._members[new] = _Member(begun.actor)
+                self._members[new].is_played_by(begun)
         await asyncio.gather(*(self._ping(n, member) for n, member in self._members.items()))
 
     async def _ping(self, node: RayNodeId, member: _Member) -> None:
@@ -170,16 +199,17 @@ class RayStores:
                 report: StoreReport = await member.actor.report.remote()
         except (RayError, TimeoutError) as error:
             if isinstance(error, ActorDiedError):
-                if (actor := await self._begun(node)) is None:
+                if (begun := await self._begun(node)) is None:
                     return
-                member.actor = actor
+                member.is_played_by(begun)
             self._note_silence(node, _why(error))
             return
         self._silent.pop(node, None)
         if report.release != self._release:
             self._log.info("store_actor_replaced", node=node, old=report.release)
             await self._end(node, member)
-            member.actor = await self._begun(node) or member.actor
+            if (begun := await self._begun(node)) is not None:
+                member.is_played_by(begun)
             return
         member.report = report
 
@@ -189,7 +219,7 @@ class RayStores:
             self._log.warning("store_silent", node=node, why=why)
         self._silent[node] = _Silence(before.looks + 1, why)
 
-    async def _begun(self, node: RayNodeId) -> ActorHandle[Any] | None:
+    async def _begun(self, node: RayNodeId) -> _Begun | None:
         """None where it can't be now: the next look tries again."""
         try:
             return await asyncio.to_thread(self._actor, node)
@@ -207,9 +237,14 @@ class RayStores:
     def _kill(self, member: _Member) -> None:
         ray.kill(member.actor, no_restart=True)
 
-    def _actor(self, node: RayNodeId) -> ActorHandle[Any]:
+    def _actor(self, node: RayNodeId) -> _Begun:
+        name = f"store:{node[:8]}"
+        try:
+            return _Begun(cast(ActorHandle[Any], ray.get_actor(name)), is_new=False)
+        except ValueError:
+            pass  # there is none
         options: dict[str, Any] = {
-            "name": f"store:{node[:8]}",
+            "name": name,
             "lifetime": "detached",
             "get_if_exists": True,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
@@ -217,12 +252,10 @@ class RayStores:
             **without_password(),
         }
         actor_class = cast(Any, StoreActor)
-        return cast(
-            ActorHandle[Any],
-            actor_class.options(**options).remote(
-                self._make_keeper, self._release, self._configured
-            ),
+        actor = actor_class.options(**options).remote(
+            self._make_keeper, self._release, self._configured
         )
+        return _Begun(cast(ActorHandle[Any], actor), is_new=True)
 
 
 def _why(error: BaseException) -> str:

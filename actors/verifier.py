@@ -146,7 +146,7 @@ class Verifier:
         self._metrics.verified("odd" if ruling.odd else "equal")
         if ruling.odd:
             reason = f"its score of task {order.task} is not what other cards of its class computed"
-            self._health.quarantine(ruling.odd, first.gpu_class, reason)
+            self._health.quarantine(ruling.odd, first.gpu_class, reason, "verification")
         for computed in found.values():
             if computed.score == ruling.score:
                 return computed

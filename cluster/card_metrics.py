@@ -8,11 +8,15 @@ because to Prometheus a counter that begins anew at much has all of that happen 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from cluster.core.types import GpuState
+from cluster.gauges import put
 from cluster.status import GpuStatus
+
+QuarantineCause = Literal["canary", "verification", "slash"]
 
 _CARD = ("gpu_uuid",)
 _INFO = ("gpu_uuid", "gpu", "ray_node", "gpu_name", "vram_gb")
@@ -56,12 +60,24 @@ class CardMetrics:
             "Models that tasks needed and that lay on the machine's disk.",
             registry=registry,
         )
+        self._quarantines = Counter(
+            "crynux_quarantines",
+            "Cards that came into quarantine, by what convicted them.",
+            ("by",),
+            registry=registry,
+        )
+        for cause in get_args(QuarantineCause):
+            self._quarantines.labels(cause)
         self._known: dict[str, tuple[str, ...]] = {}
         self._counted: dict[tuple[str, str], float] = {}
 
     def failed(self, uuid: str) -> None:
         """An attempt failed by the card."""
         self._faults.labels(uuid).inc()
+
+    def quarantined(self, by: QuarantineCause) -> None:
+        """A card came into quarantine."""
+        self._quarantines.labels(by).inc()
 
     def observe(self, gpus: Iterable[GpuStatus]) -> None:
         here = {gpu.uuid: gpu for gpu in gpus if gpu.uuid}
@@ -71,15 +87,12 @@ class CardMetrics:
             self._describe(uuid, gpu)
             for state in GpuState:
                 self._state.labels(uuid, state.value).set(gpu.state is state)
-            if gpu.memory is not None:
-                for use in _USES:
-                    self._memory.labels(uuid, use).set(getattr(gpu.memory, use))
-            if gpu.temperature is not None:
-                self._temperature.labels(uuid).set(gpu.temperature)
-            if gpu.ecc_uncorrected is not None:
-                self._ecc.labels(uuid).set(gpu.ecc_uncorrected)
-            if gpu.canary_at is not None:
-                self._canary.labels(uuid).set(gpu.canary_at)
+            for use in _USES:
+                known = None if gpu.memory is None else float(getattr(gpu.memory, use))
+                put(self._memory, (uuid, use), known)
+            put(self._temperature, (uuid,), gpu.temperature)
+            put(self._ecc, (uuid,), gpu.ecc_uncorrected)
+            put(self._canary, (uuid,), gpu.canary_at)
             self._faults.labels(uuid)
             self._busy.labels(uuid).inc(self._more(uuid, "busy", gpu.busy_seconds))
             self._hits.inc(self._more(uuid, "hits", gpu.store_hits))

@@ -38,6 +38,7 @@ from cluster.gauges import Known, put
 from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
+    EndpointStatus,
     FleetStatus,
     GpuClassView,
     GpuStatus,
@@ -99,6 +100,7 @@ class Metrics:
         self._network = network
         self._classes: set[Kind] = set()
         self._class_by_account: Mapping[str, Kind] = {}
+        self._endpoint_names: frozenset[str] = frozenset()
         self._closed: dict[Commitment, Outcome] = {}
         """The last tasks that were counted: a reorganisation has some close again."""
         self._make_task_metrics()
@@ -206,10 +208,7 @@ class Metrics:
         if not status.acting:
             self._turn.put(None)
         self._problems.set(len(status.problems))
-        for each in status.chain.endpoints:
-            self._endpoint_up.labels(each.name).set(not each.problem)
-            put(self._endpoint_seconds, (each.name,), each.seconds)
-            put(self._endpoint_head, (each.name,), each.head)
+        self._observe_endpoints(status.chain.endpoints)
         self._observe_fleet(status.gpus, status.accounts)
         self._observe_money(status.fleet, status.accounts)
         self.cards.observe(status.gpus)
@@ -227,6 +226,18 @@ class Metrics:
             said = f"{self._network}|{treasury}".lower()
             digest = hashlib.sha256(said.encode()).hexdigest()
             self._identity.labels(digest[:12]).set(1)
+
+    def _observe_endpoints(self, endpoints: Iterable[EndpointStatus]) -> None:
+        """Who doesn't act asks none, so that nothing is known of them."""
+        here = {each.name: each for each in endpoints}
+        for gone in self._endpoint_names - here.keys():
+            for gauge in (self._endpoint_up, self._endpoint_seconds, self._endpoint_head):
+                gauge.remove(gone)
+        self._endpoint_names = frozenset(here)
+        for name, each in here.items():
+            self._endpoint_up.labels(name).set(not each.problem)
+            put(self._endpoint_seconds, (name,), each.seconds)
+            put(self._endpoint_head, (name,), each.head)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:
         cards = Count(((gpu.name, gpu.vram), gpu.state) for gpu in gpus)

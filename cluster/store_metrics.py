@@ -47,14 +47,15 @@ class StoreMetrics:
         )
         self._troubled = gauge(
             "troubled_machines",
-            "Machines whose store can't fetch anything.",
+            "Machines whose store can't fetch anything, or doesn't answer.",
         )
         self._fullest = gauge(
             "fullest_ratio", "What is used of the room of the fullest machine's store, 0 to 1."
         )
         self._queue = gauge("queued_models", "Models that wait to be fetched.")
         self._missing = gauge(
-            "missing_models", "Models configured or asked for that couldn't be had."
+            "missing_models",
+            "Models configured or asked for that couldn't be had on some machine, each once.",
         )
         self._downloads = gauge("downloads", "Downloads that run now.")
         self._rate = gauge("download_bytes_per_second", "Rate of the downloads that run now.")
@@ -85,7 +86,7 @@ class StoreMetrics:
         self._troubled.set(sum(bool(store.trouble) for store in stores))
         self._fullest.set(max(map(_fullness, stores), default=0))
         self._queue.set(sum(store.queued for store in stores))
-        self._missing.set(sum(len(store.failed) for store in stores))
+        self._missing.set(len({model for store in stores for model in store.failed}))
         self._downloads.set(len(downloads))
         self._rate.set(sum(each.bytes_per_second for each in downloads))
         self._left.set(sum(max(each.total_bytes - each.done_bytes, 0) for each in downloads))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -66,7 +67,10 @@ class Endpoints:
         is the time of day."""
         self._sends: list[Transport] = [transport.send for transport in transports]
         self._closes = [transport.close for transport in transports]
-        self._states = [Endpoint(each.name, each.priority) for each in transports]
+        names = _told_apart([each.name for each in transports])
+        self._states = [
+            Endpoint(name, each.priority) for name, each in zip(names, transports, strict=True)
+        ]
         self._buckets = [Bucket(rate if each.rate is None else each.rate) for each in transports]
         self._sending: set[asyncio.Task[Mapping[str, Any]]] = set()
         """Writes on their way to endpoints that nobody waits for."""
@@ -434,3 +438,13 @@ def _quantity(value: object) -> int | None:
         return int(value, 16) if isinstance(value, str) and len(value) <= 66 else None
     except ValueError:
         return None
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The second of one host is `host#2`: a URL's path, in which they differ, may hold a key."""
+    counts: Counter[str] = Counter()
+    told: list[str] = []
+    for name in names:
+        counts[name] += 1
+        told.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+    return told

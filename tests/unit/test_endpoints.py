@@ -443,3 +443,8 @@ def test_a_bucket_never_gives_more_than_its_rate(rate: float, gaps: list[float])
         bucket, pause = bucket.take(now)
         now += pause
         assert calls <= max(rate, 1.0) + rate * now + 1e-6
+
+
+def test_endpoints_of_one_host_are_told_apart() -> None:
+    rig = Rig([Node("a"), Node("b"), Node("a"), Node("a")])
+    assert [view.name for view in rig.endpoints.views()] == ["a", "b", "a#2", "a#3"]

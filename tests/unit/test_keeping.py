@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from actors.keeping import LOST_SECONDS, MOST_LOST, TURN_SECONDS, StoreReport, StoreWorker
-from actors.stores import FETCHED_BYTES, MOST_SILENT, RayStores, _Member
+from actors.stores import FETCHED_BYTES, MOST_SILENT, RayStores, _Begun, _Member
 from cluster.core.types import Gpu, GpuId, GpuState, ModelId, RayNodeId
 from cluster.models import diary
 from cluster.models.assembly import open_keeper
@@ -425,7 +425,8 @@ async def test_a_store_that_cannot_be_replaced_ends_nobodys_run(
     await made.refresh([node])
     assert made.reports() == {}
     fresh = Remote(report({A}))
-    monkeypatch.setattr(made, "_actor", lambda _: fresh)
+    begun = _Begun(cast("ActorHandle[object]", fresh), is_new=True)
+    monkeypatch.setattr(made, "_actor", lambda _: begun)
     await made.refresh([node])
     await made.refresh([node])
     assert made.here(CARDS[:1]) == {ModelId(A)}
@@ -448,6 +449,28 @@ async def test_a_store_that_does_not_answer_is_told_until_it_does() -> None:
     assert made.alerts() == ()
 
 
+@pytest.mark.parametrize("before", [report({A, B}), None], ids=["silent", "never"])
+async def test_a_machine_whose_store_does_not_answer_is_in_trouble(
+    before: StoreReport | None,
+) -> None:
+    made, node = stores(before), RayNodeId("n0")
+    actor = Remote(RayError("away"))
+    made._members[node].actor = cast("ActorHandle[object]", actor)
+    for look in range(MOST_SILENT):
+        assert not any(each.trouble for each in made.reports().values()), look
+        await made.refresh([node])
+    found = made.reports()[node]
+    assert found.trouble == "it doesn't answer: RayError"
+    assert found.models == (0 if before is None else 2)
+    # What it said is still what is known of its disk, and saying nothing is no answer.
+    assert made.here(CARDS[:1]) == (frozenset() if before is None else {ModelId(A), ModelId(B)})
+    assert made.settled(CARDS[:1]) == (before is not None)
+    assert len(made.alerts()) == 1
+    actor.outcome = report({A, B})
+    await made.refresh([node])
+    assert made.reports() == {node: report({A, B})}
+
+
 async def test_a_store_that_cannot_be_begun_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made = stores()
     node = RayNodeId("n0")
@@ -459,15 +482,49 @@ async def test_a_store_that_cannot_be_begun_is_told(monkeypatch: pytest.MonkeyPa
     for _ in range(MOST_SILENT):
         await made.refresh([node])
     assert "machine n0: its model store doesn't answer: it can't be begun" in made.alerts()[0]
+    assert "it can't be begun" in made.reports()[node].trouble
     await made.refresh([])
     assert made.alerts() == ()
+    assert made.reports() == {}
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+async def test_only_what_a_store_does_under_this_coordinator_is_news(
+    monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    made = stores()
+    events = {("fetched", "hub"): 2, ("refused", "size"): 1}
+    actor = Remote(report({A}, events=events, fetched=10))
+    begun = _Begun(cast("ActorHandle[object]", actor), is_new)
+    monkeypatch.setattr(made, "_actor", lambda _: begun)
+    await made.refresh([RayNodeId("n0")])
+    assert made.news() == (events | {(FETCHED_BYTES, "hub"): 10} if is_new else {})
+    actor.outcome = report({A}, events=events | {("fetched", "hub"): 3}, fetched=15)
+    await made.refresh([RayNodeId("n0")])
+    assert made.news() == {("fetched", "hub"): 1, (FETCHED_BYTES, "hub"): 5}
+
+
+@pytest.mark.parametrize(
+    "outcome", [ActorDiedError(), replace(report({A}), release="older")], ids=["dead", "old"]
+)
+async def test_all_that_a_store_does_that_was_begun_anew_is_news(
+    monkeypatch: pytest.MonkeyPatch, outcome: StoreReport | Exception
+) -> None:
+    made, node = stores(None), RayNodeId("n0")
+    made._members[node] = _Member(cast("ActorHandle[object]", Remote(outcome)))
+    fresh = Remote(report({A}, pid=2, events={("fetched", "hub"): 1}, fetched=4))
+    begun = _Begun(cast("ActorHandle[object]", fresh), is_new=True)
+    monkeypatch.setattr(made, "_actor", lambda _: begun)
+    monkeypatch.setattr(made, "_kill", lambda _: None)
+    await made.refresh([node])
+    assert made.news() == {}
+    await made.refresh([node])
+    assert made.news() == {("fetched", "hub"): 1, (FETCHED_BYTES, "hub"): 4}
 
 
 def test_news_are_told_once_over_restarts() -> None:
     made = stores(report({A}, events={("fetched", "hub"): 2, ("refused", "size"): 1}, fetched=10))
-    first = {("fetched", "hub"): 2, ("refused", "size"): 1, (FETCHED_BYTES, "hub"): 10}
-    assert made.news() == first
-    assert made.news() == {}
+    assert made.news() == {}  # it ran before this coordinator did
     member = made._members[RayNodeId("n0")]
     member.report = report({A}, events={("fetched", "hub"): 5}, fetched=30)
     assert made.news() == {("fetched", "hub"): 3, (FETCHED_BYTES, "hub"): 20}

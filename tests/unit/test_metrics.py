@@ -80,6 +80,8 @@ def test_every_label_set_is_there_from_the_start() -> None:
         assert sample(metrics, "crynux_attempts_total", fault=fault) == 0
     assert sample(metrics, "crynux_slashes_total") == 0
     assert sample(metrics, "crynux_kick_outs_total") == 0
+    for cause in ("canary", "verification", "slash"):
+        assert sample(metrics, "crynux_quarantines_total", by=cause) == 0
     assert sample(metrics, "crynux_results_total", tier="device") == 0
     assert sample(metrics, "crynux_score_slack_seconds_count", type="SD") == 0
     assert sample(metrics, "crynux_chain_events_total", event="reorganised") == 0
@@ -205,6 +207,21 @@ def test_an_endpoint_that_never_answered_is_not_the_fastest() -> None:
         assert sample(metrics, "crynux_rpc_endpoint_head_block", endpoint="rpc.example") == head
 
 
+def test_endpoints_that_nobody_asks_any_more_leave_nothing_behind() -> None:
+    metrics = Metrics("1", "d")
+    asked = tuple(
+        EndpointStatus(name=f"{name}.example", problem="silent", seconds=0.2, head=42)
+        for name in ("rpc", "other")
+    )
+    for endpoints in (asked, asked[:1], (), asked):
+        chain = ChainView(reached=True, chain_id=1, endpoints=endpoints)
+        metrics.observe(snapshot().model_copy(update={"chain": chain}))
+        for each in asked:
+            for name in ("fit", "answer_seconds", "head_block"):
+                found = sample(metrics, f"crynux_rpc_endpoint_{name}", endpoint=each.name)
+                assert (found is not None) is (each in endpoints)
+
+
 def test_what_is_paid_before_the_first_look_is_its_class_s() -> None:
     metrics = Metrics("1", "d")
     metrics.belong({ADDRESS: GpuClass(CARD.name, GigaBytes(24))})
@@ -307,6 +324,22 @@ def test_a_card_is_described_by_its_uuid_and_leaves_nothing_behind() -> None:
     metrics.observe(snapshot((card(2),)))
     assert b"GPU-1" not in metrics.render()
     assert b"GPU-2" in metrics.render()
+
+
+def test_what_nobody_knows_of_a_card_any_more_has_no_sample() -> None:
+    metrics = Metrics("1", "d")
+    names = (
+        "crynux_gpu_memory_bytes",
+        "crynux_gpu_temperature_celsius",
+        "crynux_gpu_ecc_uncorrected_errors",
+        "crynux_gpu_canary_timestamp_seconds",
+    )
+    unknown = dict.fromkeys(("memory", "temperature", "ecc_uncorrected", "canary_at"))
+    for said, known in ((unknown, False), ({}, True), (unknown, False), ({}, True)):
+        metrics.observe(snapshot((card(1, **said),)))
+        found = {name: sample(metrics, name, gpu_uuid="GPU-1") is not None for name in names}
+        assert found == dict.fromkeys(names, known)
+        assert sample(metrics, "crynux_gpu_state", gpu_uuid="GPU-1", state="ready") == 1
 
 
 def test_what_a_cards_process_counts_goes_on_over_its_end() -> None:
@@ -492,7 +525,13 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
     fuller = store.model_copy(
         update={"room_bytes": 10, "leftover_bytes": 40, "downloads": (download, unsized)}
     )
-    unknown = store.model_copy(update={"room_bytes": None, "trouble": "can't be written"})
+    unknown = store.model_copy(
+        update={
+            "room_bytes": None,
+            "trouble": "can't be written",
+            "failed": {"base:acme/secret": "no room", "base:acme/secret-2": "401"},
+        }
+    )
     metrics.observe(snapshot().model_copy(update={"stores": (store, fuller, unknown)}))
     for name, value in {
         "models": 9,
@@ -501,7 +540,7 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
         "troubled_machines": 1,
         "fullest_ratio": 90 / 100,
         "queued_models": 6,
-        "missing_models": 3,
+        "missing_models": 2,
         "downloads": 4,
         "download_bytes_per_second": 20,
         "download_left_bytes": 24,

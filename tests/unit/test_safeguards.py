@@ -401,6 +401,7 @@ async def test_who_differs_from_the_record_gets_nothing_until_he_is_cleared(
         assert house.states() == {A: GpuState.READY, B: GpuState.QUARANTINED}
         (alert,) = house.safeguards.alerts()
         assert f"card {uuid_of(B)} (Card+docker) is in quarantine" in alert
+        assert b'crynux_quarantines_total{by="canary"} 1.0' in house.metrics.render()
     # It outlives the coordinator, and the card's process.
     house.begin_term()
     house.pool.reports[B] = report_of(B, "p3")
@@ -433,7 +434,7 @@ async def test_a_cleared_card_that_still_differs_goes_back(tmp_path: Path) -> No
 def test_clearing_is_idempotent_and_knows_cards_by_either_name(tmp_path: Path) -> None:
     house = Ward.of(tmp_path, A, B)
     gone = CardUuid("GPU-gone")
-    house.safeguards._health.quarantine([uuid_of(A), gone], KIND, "a reason")
+    house.safeguards._health.quarantine([uuid_of(A), gone], KIND, "a reason", "canary")
     assert house.quarantined() == {uuid_of(A), gone}
     assert house.safeguards.clear(str(A)) == "cleared"
     assert house.safeguards.clear(str(A)) == "free"
@@ -573,7 +574,7 @@ async def test_a_result_of_a_card_that_came_into_quarantine_meanwhile_is_none(
     house = Ward.of(tmp_path, A, settings=SafeguardSettings(CanarySettings(0.0)))
     house.open(TASK, ParametersFetched("{}"))
     await house.want()
-    house.safeguards._health.quarantine([uuid_of(A)], KIND, "a reason")
+    house.safeguards._health.quarantine([uuid_of(A)], KIND, "a reason", "canary")
     (attempt,) = house.pool.attempts
     house.pool.finish(attempt, Computed(X, (("0.png", b"x"),), 1.0))
     await house.calm()
@@ -604,6 +605,7 @@ async def test_the_card_whose_result_cost_a_stake_computes_for_nobody(tmp_path: 
     house.safeguards.wake()
     assert house.pool.quarantined == {uuid_of(started.gpu_id)}
     (line,) = house.safeguards.alerts()
+    assert b'crynux_quarantines_total{by="slash"} 1.0' in house.metrics.render()
     assert f"its result of task {TASK} cost {ALICE} its stake" in line
     assert line.endswith(f"crynux-cluster gpus clear {uuid_of(started.gpu_id)}")
     # An operator has seen to the card, though not to the account yet.

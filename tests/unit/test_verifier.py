@@ -212,6 +212,7 @@ async def test_a_pair_in_dispute_never_gets_its_score_through_alone(tmp_path: Pa
     await house.says(C, X)
     assert house.stored() == X
     assert house.pool.quarantined == {uuid_of(B)}
+    assert b'crynux_quarantines_total{by="verification"} 1.0' in house.metrics.render()
 
 
 async def test_once_one_of_them_is_in_quarantine_the_other_is_believed(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ async def test_once_one_of_them_is_in_quarantine_the_other_is_believed(tmp_path:
     await house.start()
     await house.says(A, X)
     await house.says(B, Y)
-    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary")
+    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary", "canary")
     await house.start(avoid=frozenset({A}))
     await house.says(B, Y)
     assert house.stored() == Y
@@ -230,7 +231,7 @@ async def test_what_a_card_in_quarantine_said_before_agrees_with_nobody(tmp_path
     await house.start()
     await house.says(A, X)
     await house.says(B, Y)
-    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary")
+    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary", "canary")
     house.pool.cards.append(card(C))
     await house.start(avoid=frozenset({A, C}))
     await house.says(B, X)

@@ -191,6 +191,10 @@ TASKS = Section(
                     hourly("result", "crynux_verifications_total"),
                     "verification {{result}}",
                 ),
+                Query(
+                    hourly("by", "crynux_quarantines_total"),
+                    "quarantined by {{by}}",
+                ),
             ],
             "What showed that cards compute rightly, or not.",
             unit=PER_HOUR,
