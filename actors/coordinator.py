@@ -22,6 +22,7 @@ from functools import cached_property
 
 import ray
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
@@ -32,6 +33,7 @@ from actors.world import World
 from cluster import journal_history
 from cluster.api.shared import Shared
 from cluster.chain import outbox_rows
+from cluster.chain.outbox_rows import RowState
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
 from cluster.core.ports import Lease
 from cluster.core.types import (
@@ -78,6 +80,8 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
+        self._outbox_unread = False
+        """Whether that was told of since it was read last."""
         self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
         """Answers by what was asked, those asked for last at the end."""
         self._readers = Readers()
@@ -180,9 +184,21 @@ class Coordinator:
     def _render(self, status: Status) -> bytes:
         metrics = self._world.metrics
         metrics.observe(status)
-        with self._world.journal.read() as connection:
-            metrics.outbox(outbox_rows.states(connection))
+        metrics.outbox(self._outbox_states())
         return metrics.render()
+
+    def _outbox_states(self) -> Mapping[RowState, int] | None:
+        """None while the journal can't be read: that nobody acts is wanted all the more then."""
+        try:
+            with self._world.journal.read() as connection:
+                found = outbox_rows.states(connection)
+        except SQLAlchemyError as error:
+            if not self._outbox_unread:
+                self._log.warning("outbox_unread", error=type(error).__name__)
+            self._outbox_unread = True
+            return None
+        self._outbox_unread = False
+        return found
 
     async def perform(self, order: Mapping[str, object], who: str) -> dict[str, object]:
         """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""

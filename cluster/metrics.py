@@ -180,8 +180,11 @@ class Metrics:
         """The coordinator's loop is alive; `now` is unix time."""
         self._turn.put(now)
 
-    def outbox(self, rows: Mapping[RowState, int]) -> None:
-        """How many writes to the network stand in each state."""
+    def outbox(self, rows: Mapping[RowState, int] | None) -> None:
+        """How many writes to the network stand in each state; None where nobody knows."""
+        if rows is None:
+            self._outbox.clear()
+            return
         for state in RowState:
             self._outbox.labels(state.value).set(rows.get(state, 0))
 

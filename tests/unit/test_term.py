@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from actors import coordinator as module
@@ -24,6 +25,7 @@ from actors.inference import Health, Report
 from actors.pool import UNKNOWN, RayGpuPool
 from actors.stores import RayStores
 from actors.world import RunningNetwork, World
+from cluster.chain import outbox_rows
 from cluster.core import standing
 from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
@@ -315,6 +317,29 @@ async def test_a_card_that_never_came_up_is_in_the_status_and_in_the_metrics(
         text = (await office.coordinator.metrics_text()).decode()
     line = 'crynux_gpus{gpu_name="unknown",state="unreachable",vram_gb="0"} 1.0'
     assert line in text.splitlines()
+
+
+async def test_metrics_are_given_while_the_journal_is_away(
+    office: Office, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    def away(_: Connection) -> None:
+        raise OperationalError("SELECT", {}, OSError("no route"))
+
+    async def scraped() -> list[str]:
+        return (await office.coordinator.metrics_text()).decode().splitlines()
+
+    row = 'crynux_outbox_rows{state="sent"} 0.0'
+    async with serving(office):
+        await office.acting()
+        assert row in await scraped()
+        with monkeypatch.context() as broken:
+            broken.setattr(outbox_rows, "states", away)
+            for _ in range(2):
+                text = await scraped()
+                assert "crynux_lease_held 1.0" in text
+                assert not [line for line in text if line.startswith("crynux_outbox_rows")]
+        assert row in await scraped()
+    assert named(logs, "outbox_unread") == 1
 
 
 # --- losing it ------------------------------------------------------------------------------------
