@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
+from actors.patience import Patience
 from actors.readers import Readers
 from actors.steering import NOT_ACTING
 from actors.term import Term
@@ -100,6 +101,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Serve one term of office after the other until `stop`."""
+        patience = Patience(BETWEEN_TERMS_SECONDS)
         try:
             while not self._stopping.is_set():
                 lease = self._acquire()
@@ -107,8 +109,9 @@ class Coordinator:
                     await self._pause(self._world.lease_seconds / 3)
                     continue
                 self._log.info("acting", epoch=lease.epoch)
-                await self._serve(lease)
-                await self._pause(BETWEEN_TERMS_SECONDS)
+                began = self._world.clock()
+                broke = await self._serve(lease)
+                await self._pause(patience.after(broke, self._world.clock() - began))
         finally:
             self._ended.set()
             self._lookups.close()
@@ -131,8 +134,9 @@ class Coordinator:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
 
-    async def _serve(self, lease: Lease) -> None:
-        world = self._world
+    async def _serve(self, lease: Lease) -> bool:
+        """A term; whether it broke."""
+        world, broken = self._world, False
         try:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
@@ -150,10 +154,13 @@ class Coordinator:
             self._holder = f"{self._holder}'"
         except* Exception as broke:  # noqa: BLE001 - the top of a supervised loop
             # A term that broke is begun again from the journal.
+            broken = True
             self._broke = _leaf(broke)
+            world.metrics.term_broke()
             self._log.exception("term_broke", epoch=lease.epoch)
         finally:
             self._term = None
+        return broken
 
     def _leave_out_strangers(self, ledger: Ledger) -> None:
         """Tasks of accounts that this configuration doesn't tend stay as they are."""

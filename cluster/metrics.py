@@ -155,6 +155,10 @@ class Metrics:
     def slashed(self) -> None:
         self._slashes.inc()
 
+    def term_broke(self) -> None:
+        """A term of office ended of what it shouldn't, and the next begins in the same process."""
+        self._terms_broken.inc()
+
     def kicked_out(self) -> None:
         self._kick_outs.inc()
 
@@ -452,6 +456,9 @@ class Metrics:
         self._problems = self._gauge("problems", "Problems that the status names now.")
         self._lease_held = self._gauge("lease_held", "1 when this coordinator may act.")
         self._lease_epoch = self._gauge("lease_epoch", "Epoch of the lease held, or 0.")
+        self._terms_broken = self._counter(
+            "terms_broken", "Terms of office that ended of what they shouldn't."
+        )
         self._turn = self._known(
             "coordinator_last_turn_timestamp_seconds", "Unix time when the loop last went round."
         )

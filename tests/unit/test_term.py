@@ -434,8 +434,8 @@ async def test_the_next_term_begins_with_the_same_records(office: Office, logs: 
     assert office.kinds().count("Seen") == 1
 
 
-async def test_a_network_that_cant_be_opened_is_tried_again(
-    office: Office, logs: list[Any]
+async def test_a_network_that_cant_be_opened_is_tried_again_and_later_each_time(
+    office: Office, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
 ) -> None:
     failures = [OSError("no address"), NetworkUnavailable("no chain")]
 
@@ -445,9 +445,19 @@ async def test_a_network_that_cant_be_opened_is_tried_again(
             raise failures.pop()
 
     office.opening = opening
+    pauses: list[float] = []
+    pause = office.coordinator._pause
+
+    async def paused(seconds: float) -> None:
+        pauses.append(seconds)
+        await pause(seconds)
+
+    monkeypatch.setattr(office.coordinator, "_pause", paused)
     async with serving(office):
         await office.acting()
     assert named(logs, "term_broke") == 2
+    assert pauses == [0.01, 0.02]
+    assert sample(office.world.metrics, "crynux_terms_broken_total") == 2
 
 
 async def test_why_no_term_can_begin_is_said(office: Office) -> None:
