@@ -238,6 +238,7 @@ async def test_a_blocks_own_time_stays_where_no_block_comes_and_the_networks_goe
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def gives(answer: object, *_: object) -> object:
+        await asyncio.sleep(0)
         return answer
 
     info = NodeInfo(NodeStatus.AVAILABLE, KIND, (2, 5, 0), frozenset())
