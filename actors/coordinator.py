@@ -22,9 +22,11 @@ from functools import cached_property
 
 import ray
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
+from actors.patience import Patience
 from actors.readers import Readers
 from actors.steering import NOT_ACTING
 from actors.term import Term
@@ -32,6 +34,7 @@ from actors.world import World
 from cluster import journal_history
 from cluster.api.shared import Shared
 from cluster.chain import outbox_rows
+from cluster.chain.outbox_rows import RowState
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
 from cluster.core.ports import Lease
 from cluster.core.types import (
@@ -78,6 +81,8 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
         self._rendering = asyncio.Lock()
+        self._outbox_unread = False
+        """Whether that was told of since it was read last."""
         self._earned: dict[tuple[int, Step], Shared[dict[str, object]]] = {}
         """Answers by what was asked, those asked for last at the end."""
         self._readers = Readers()
@@ -96,6 +101,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Serve one term of office after the other until `stop`."""
+        patience = Patience(BETWEEN_TERMS_SECONDS)
         try:
             while not self._stopping.is_set():
                 lease = self._acquire()
@@ -103,8 +109,9 @@ class Coordinator:
                     await self._pause(self._world.lease_seconds / 3)
                     continue
                 self._log.info("acting", epoch=lease.epoch)
-                await self._serve(lease)
-                await self._pause(BETWEEN_TERMS_SECONDS)
+                began = self._world.clock()
+                broke = await self._serve(lease)
+                await self._pause(patience.after(broke, self._world.clock() - began))
         finally:
             self._ended.set()
             self._lookups.close()
@@ -127,8 +134,9 @@ class Coordinator:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
 
-    async def _serve(self, lease: Lease) -> None:
-        world = self._world
+    async def _serve(self, lease: Lease) -> bool:
+        """A term; whether it broke."""
+        world, broken = self._world, False
         try:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
@@ -146,10 +154,13 @@ class Coordinator:
             self._holder = f"{self._holder}'"
         except* Exception as broke:  # noqa: BLE001 - the top of a supervised loop
             # A term that broke is begun again from the journal.
+            broken = True
             self._broke = _leaf(broke)
+            world.metrics.term_broke()
             self._log.exception("term_broke", epoch=lease.epoch)
         finally:
             self._term = None
+        return broken
 
     def _leave_out_strangers(self, ledger: Ledger) -> None:
         """Tasks of accounts that this configuration doesn't tend stay as they are."""
@@ -180,9 +191,21 @@ class Coordinator:
     def _render(self, status: Status) -> bytes:
         metrics = self._world.metrics
         metrics.observe(status)
-        with self._world.journal.read() as connection:
-            metrics.outbox(outbox_rows.states(connection))
+        metrics.outbox(self._outbox_states())
         return metrics.render()
+
+    def _outbox_states(self) -> Mapping[RowState, int] | None:
+        """None while the journal can't be read: that nobody acts is wanted all the more then."""
+        try:
+            with self._world.journal.read() as connection:
+                found = outbox_rows.states(connection)
+        except SQLAlchemyError as error:
+            if not self._outbox_unread:
+                self._log.warning("outbox_unread", error=type(error).__name__)
+            self._outbox_unread = True
+            return None
+        self._outbox_unread = False
+        return found
 
     async def perform(self, order: Mapping[str, object], who: str) -> dict[str, object]:
         """Have an operator's order carried out: `cluster.steering.Done` as plain JSON values."""

@@ -114,7 +114,7 @@ def describe(sight: Sight) -> Status:
             reached=newest is not None and sight.chain_error is None,
             chain_id=sight.chain_id,
             block=None if newest is None else newest.moment,
-            block_timestamp=None if newest is None else newest.now,
+            block_timestamp=None if newest is None else newest.moment_at,
             error=sight.chain_error,
             endpoints=tuple(
                 EndpointStatus(

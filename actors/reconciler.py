@@ -238,6 +238,8 @@ class Reconciler:
             pass
         except TimeoutError:
             failed = f"relay: no answer in {RELAY_SECONDS:.0f} s"
+            # Who calls waits for longer, and counts nothing that is cut off.
+            self._metrics.relay_called("now", "unreachable")
         except NetworkUnavailable as error:
             failed = str(error)
         except Exception:  # noqa: BLE001 - no task's turn, and no task stops for it

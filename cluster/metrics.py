@@ -157,6 +157,10 @@ class Metrics:
     def slashed(self) -> None:
         self._slashes.inc()
 
+    def term_broke(self) -> None:
+        """A term of office ended of what it shouldn't, and the next begins in the same process."""
+        self._terms_broken.inc()
+
     def kicked_out(self) -> None:
         self._kick_outs.inc()
 
@@ -182,8 +186,11 @@ class Metrics:
         """The coordinator's loop is alive; `now` is unix time."""
         self._turn.put(now)
 
-    def outbox(self, rows: Mapping[RowState, int]) -> None:
-        """How many writes to the network stand in each state."""
+    def outbox(self, rows: Mapping[RowState, int] | None) -> None:
+        """How many writes to the network stand in each state; None where nobody knows."""
+        if rows is None:
+            self._outbox.clear()
+            return
         for state in RowState:
             self._outbox.labels(state.value).set(rows.get(state, 0))
 
@@ -460,6 +467,9 @@ class Metrics:
         self._problems = self._gauge("problems", "Problems that the status names now.")
         self._lease_held = self._gauge("lease_held", "1 when this coordinator may act.")
         self._lease_epoch = self._gauge("lease_epoch", "Epoch of the lease held, or 0.")
+        self._terms_broken = self._counter(
+            "terms_broken", "Terms of office that ended of what they shouldn't."
+        )
         self._turn = self._known(
             "coordinator_last_turn_timestamp_seconds", "Unix time when the loop last went round."
         )

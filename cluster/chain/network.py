@@ -239,7 +239,7 @@ class ChainNetwork:
             info.models,
             info.version != self._version,
         )
-        view = AccountView(at, now, facts_of_account, tasks)
+        view = AccountView(at, now, facts_of_account, tasks, block.timestamp)
         if block.hash:
             self._looked[account] = _Looked(block.hash, frozenset(known), view)
         return view

@@ -181,13 +181,16 @@ class AccountView:
     """One look at an account and its tasks, all of it read at the same moment of the network.
 
     `moment` is a block number on chain; a later look never has a smaller one.
-    `now` is the network's clock at that moment, by which deadlines are judged.
+    `now` is the network's clock at that moment, by which deadlines are judged: it goes on where
+    nothing new comes. `moment_at` is when the moment itself began, by the network; on chain what
+    the block says of itself. None where that isn't known.
     """
 
     moment: int
     now: Timestamp
     account: AccountFacts
     tasks: tuple[TaskFacts, ...]
+    moment_at: Timestamp | None = None
 
 
 @dataclass(frozen=True, slots=True)

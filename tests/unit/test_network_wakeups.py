@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,11 @@ from cluster.chain.network import (
     NetworkSettings,
     _Looked,
 )
+from cluster.chain.node_contract import NodeContract, NodeInfo
 from cluster.chain.outbox import Outbox
+from cluster.chain.qos_contract import QosContract
 from cluster.chain.rpc import Rpc
+from cluster.chain.task_contract import TaskContract
 from cluster.chain.wakeups import DROPPED, Wakeups
 from cluster.chain.watcher import CURSOR, REORGANISED
 from cluster.core.errors import ChainError, NetworkUnavailable
@@ -228,6 +232,30 @@ async def test_a_chain_that_stands_still_is_an_alert_and_then_an_outage(rig: Rig
         assert rig.network.alerts() == ()
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_blocks_own_time_stays_where_no_block_comes_and_the_networks_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gives(answer: object, *_: object) -> object:
+        await asyncio.sleep(0)
+        return answer
+
+    info = NodeInfo(NodeStatus.AVAILABLE, KIND, (2, 5, 0), frozenset())
+    for of, name, answer in (
+        (NodeContract, "info", info),
+        (NodeContract, "stake", Wei(1)),
+        (Rpc, "balance", Wei(1)),
+        (QosContract, "score", 1),
+        (TaskContract, "current_task", None),
+    ):
+        monkeypatch.setattr(of, name, partial(gives, answer))
+    rig.network._clock = lambda: Timestamp(rig.now)
+    seen: list[tuple[float | None, float]] = []
+    for rig.now in (10.0, 400.0):
+        view = await rig.network.look(OURS, ())
+        seen.append((view.moment_at, view.now))
+    assert seen == [(1.0, 10.0), (1.0, 400.0)]
 
 
 def test_a_slow_chain_and_one_that_rests_stand_still_for_longer(rig: Rig) -> None:

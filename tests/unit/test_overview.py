@@ -74,7 +74,9 @@ IDLE = replace(BUSY, attempt=None, task=None, step=0, steps=0)
 
 def view_of(address: Address, moment: int, task: Commitment | None) -> AccountView:
     facts = AccountFacts(address, NodeStatus.BUSY, KIND, Wei(HUGE), Wei(HUGE + 1), 27, task)
-    return AccountView(moment, Timestamp(START + moment), facts, ())
+    at = Timestamp(START + moment)
+    # Time goes on, also where no block comes.
+    return AccountView(moment, Timestamp(at + 400.0), facts, (), at)
 
 
 def sight_of(house: House) -> Sight:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors import reconciler as reconciler_module
 from actors.reconciler import FIRST_PAUSE, LONGEST_PAUSE, POLL_SECONDS
 from cluster.core.errors import (
     ClusterError,
@@ -610,6 +611,18 @@ async def test_whatever_comes_of_asking_ends_no_term(
     house.network.faults["ask_relay"] = [fault]
     await house.reconciler.ask_relay()
     assert house.reconciler.relay_error == words
+
+
+async def test_a_relay_that_swallows_what_it_is_asked_is_counted_while_nobody_needs_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciler_module, "RELAY_SECONDS", 0.01)
+    house.network.gates["ask_relay"] = asyncio.Event()
+    await house.reconciler.ask_relay()
+    assert house.reconciler.relay_error == "relay: no answer in 0 s"
+    assert b'crynux_relay_calls_total{call="now",result="unreachable"} 1.0' in (
+        house.metrics.render()
+    )
 
 
 async def test_what_a_task_has_shown_meanwhile_counts_more(house: House) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from actors import coordinator as module
@@ -24,6 +25,7 @@ from actors.inference import Health, Report
 from actors.pool import UNKNOWN, RayGpuPool
 from actors.stores import RayStores
 from actors.world import RunningNetwork, World
+from cluster.chain import outbox_rows
 from cluster.core import standing
 from cluster.core.errors import ConfigError, LeaseLost, NetworkUnavailable
 from cluster.core.fleet import FleetPolicy
@@ -317,6 +319,29 @@ async def test_a_card_that_never_came_up_is_in_the_status_and_in_the_metrics(
     assert line in text.splitlines()
 
 
+async def test_metrics_are_given_while_the_journal_is_away(
+    office: Office, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    def away(_: Connection) -> None:
+        raise OperationalError("SELECT", {}, OSError("no route"))
+
+    async def scraped() -> list[str]:
+        return (await office.coordinator.metrics_text()).decode().splitlines()
+
+    row = 'crynux_outbox_rows{state="sent"} 0.0'
+    async with serving(office):
+        await office.acting()
+        assert row in await scraped()
+        with monkeypatch.context() as broken:
+            broken.setattr(outbox_rows, "states", away)
+            for _ in range(2):
+                text = await scraped()
+                assert "crynux_lease_held 1.0" in text
+                assert not [line for line in text if line.startswith("crynux_outbox_rows")]
+        assert row in await scraped()
+    assert named(logs, "outbox_unread") == 1
+
+
 # --- losing it ------------------------------------------------------------------------------------
 
 
@@ -409,8 +434,8 @@ async def test_the_next_term_begins_with_the_same_records(office: Office, logs: 
     assert office.kinds().count("Seen") == 1
 
 
-async def test_a_network_that_cant_be_opened_is_tried_again(
-    office: Office, logs: list[Any]
+async def test_a_network_that_cant_be_opened_is_tried_again_and_later_each_time(
+    office: Office, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
 ) -> None:
     failures = [OSError("no address"), NetworkUnavailable("no chain")]
 
@@ -420,9 +445,19 @@ async def test_a_network_that_cant_be_opened_is_tried_again(
             raise failures.pop()
 
     office.opening = opening
+    pauses: list[float] = []
+    pause = office.coordinator._pause
+
+    async def paused(seconds: float) -> None:
+        pauses.append(seconds)
+        await pause(seconds)
+
+    monkeypatch.setattr(office.coordinator, "_pause", paused)
     async with serving(office):
         await office.acting()
     assert named(logs, "term_broke") == 2
+    assert pauses == [0.01, 0.02]
+    assert sample(office.world.metrics, "crynux_terms_broken_total") == 2
 
 
 async def test_why_no_term_can_begin_is_said(office: Office) -> None:
