@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cluster.cli.options import config_option, typed
-from cluster.core.errors import ClusterError
+from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.wording import counted
 from cluster.status import ClassStatus, DrainStatus, FleetStatus, Status
 
@@ -113,13 +113,11 @@ def drain(
     from actors import client
     from cluster import config, steering
 
-    if gpu is not None and node is not None:
-        raise click.UsageError("--gpu and --node: name one of them")
-    if now and gpu is None and node is None:
+    what, name = _aim(gpu, node)
+    if now and what == "everything":
         raise click.UsageError("--now is for --gpu or --node")
     settings = config.load(config_file)
-    what = "card" if gpu else "node" if node else "everything"
-    order = typed(steering.Drain, what=what, name=gpu or node or "", now=now)
+    order = typed(steering.Drain, what=what, name=name, now=now)
     client.perform(settings, order)
     if not wait:
         return 0
@@ -136,11 +134,23 @@ def resume(config_file: Path, gpu: str | None, node: str | None) -> None:
     from actors import client
     from cluster import config, steering
 
+    what, name = _aim(gpu, node)
+    order = typed(steering.EndDrain, what=what, name=name)
+    click.echo(client.perform(config.load(config_file), order))
+
+
+def _aim(gpu: str | None, node: str | None) -> tuple[str, str]:
+    """What is meant, and its name."""
     if gpu is not None and node is not None:
         raise click.UsageError("--gpu and --node: name one of them")
-    what = "card" if gpu else "node" if node else "everything"
-    order = typed(steering.EndDrain, what=what, name=gpu or node or "")
-    click.echo(client.perform(config.load(config_file), order))
+    for option, what, name in (("--gpu", "card", gpu), ("--node", "node", node)):
+        if name is None:
+            continue
+        if not name.strip():
+            # As of a variable that isn't set: it must not fall on everything.
+            raise ConfigError(f"{option} is empty: name a {what}, or leave {option} out for all")
+        return what, name
+    return "everything", ""
 
 
 def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values

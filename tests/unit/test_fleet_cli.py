@@ -131,11 +131,22 @@ def test_waiting_for_a_drain(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("drain", "--gpu", "a", "--node", "b"), "name one of them"),
         (("drain", "--now"), "--now is for --gpu or --node"),
+        (("drain", "--gpu", ""), "--gpu is empty: name a card"),
+        (("drain", "--now", "--node", ""), "--node is empty: name a node"),
+        (("drain", "--gpu", " "), "--gpu is empty"),
+        (("drain", "--gpu", "", "--node", "b"), "name one of them"),
+        (("resume", "--gpu", ""), "--gpu is empty: name a card"),
+        (("resume", "--node", ""), "--node is empty: name a node"),
     ],
 )
 def test_what_cant_be_meant_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    said: str,
 ) -> None:
+    monkeypatch.setattr(client, "perform", lambda *_: pytest.fail("it was sent"))
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(SystemExit) as ended:
