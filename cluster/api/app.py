@@ -47,6 +47,8 @@ KEPT_SECONDS = 1.0
 SCRAPED_SECONDS = 5.0
 """Prometheus asks every 15 s, unless it is told to ask more often."""
 MOST_DAYS = 400.0
+MOST_BODY = 65_536
+"""Bytes of a request. A body is read before it is known who sends it."""
 
 Answer = TypeVar("Answer")
 PagePart = Literal["app.js", "dom.js", "plot.js", "story.js", "views.js", "style.css"]
@@ -85,6 +87,8 @@ _CLOSED |= _says(429, "Too often; `Retry-After` says when again.")
 _AWAY = _says(503, "The coordinator can't be asked now.")
 _UNKNOWN = _says(404, "No such task is known.")
 _READ = _CLOSED | _AWAY
+_TOO_LONG = _says(413, f"It has more than {MOST_BODY} bytes.")
+_TOO_LONG[413]["content"] = {"text/plain": {"schema": {"type": "string"}}}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _AS_A_FILE = {
@@ -112,6 +116,7 @@ def create_api(
         summary="A GPU cluster that serves the Crynux network.",
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
+        max_body_size=MOST_BODY,
     )
     guard, traffic = Guard(access, clock), Traffic()
     api.add_middleware(Door, traffic=traffic)
@@ -247,7 +252,8 @@ def _add_tasks(
         responses=_READ
         | _says(400, "It isn't JSON.")
         | _says(404, "What it names isn't known.", Done)
-        | _says(409, "It can't be done now.", Done),
+        | _says(409, "It can't be done now.", Done)
+        | _TOO_LONG,
         dependencies=acting,
     )
     async def act(

@@ -17,6 +17,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from starlette.exceptions import HTTPException as TooMuch
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -121,6 +122,8 @@ class Door:
             if not gone:
                 try:
                     return await receive()
+                except TooMuch:  # of a body: whoever sends it is there
+                    raise
                 except Exception as error:  # noqa: BLE001 - Ray Serve's, of several kinds
                     # Under Serve, who leaves may be an error: each closed page would be a
                     # traceback. It is said once; who asked again would wait for ever.
