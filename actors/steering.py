@@ -6,6 +6,7 @@ for it and what came of it, refusals included.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -21,8 +22,10 @@ from cluster.core.errors import ClusterError, ConfigError, ModelUnavailable, Tas
 from cluster.core.record import TaskRecord
 from cluster.core.types import (
     Address,
+    AttemptId,
     Commitment,
     Gpu,
+    GpuId,
     ModelId,
     Timestamp,
 )
@@ -168,9 +171,13 @@ class Steering:
         """What would end well where it is stays, unless another card has it done in time."""
         now = Timestamp(self._ledger.clock())
         cards = {record.open_attempt.gpu_id for record in self._on_drained() if record.open_attempt}
-        for gpu, task, attempt in self._dispatcher.movable(cards, now):
-            await self._dispatcher.cancel(gpu, task, attempt)
-            self._settled(task)
+        # All at once: of a machine that hangs, each card takes as long as it may.
+        found = self._dispatcher.movable(cards, now)
+        await asyncio.gather(*(self._give_up(*each) for each in found))
+
+    async def _give_up(self, gpu: GpuId, task: Commitment, attempt: AttemptId) -> None:
+        await self._dispatcher.cancel(gpu, task, attempt)
+        self._settled(task)
 
     def _end_drain(self, order: EndDrain) -> Done:
         drains, what, name = self._drains, order.what, order.name

@@ -46,6 +46,7 @@ TIMEOUT_SECONDS = 3.0
 KEPT_SECONDS = 1.0
 SCRAPED_SECONDS = 5.0
 """Prometheus asks every 15 s, unless it is told to ask more often."""
+_UNSURE = "; whether it was done is not known: the audit log has what was"
 MOST_DAYS = 400.0
 MOST_BODY = 65_536
 """Bytes of a request. A body is read before it is known who sends it."""
@@ -262,7 +263,8 @@ def _add_tasks(
         who: str = Depends(guard.act),  # noqa: FAST002 - it can't be found by its name
     ) -> Done:
         plain = ORDERS.dump_python(order, mode="json")
-        done = _valid(Done, await _in_time(source.perform(plain, who), 10 * timeout))
+        found = await _in_time(source.perform(plain, who), 10 * timeout, _UNSURE)
+        done = _valid(Done, found)
         response.status_code = {"unknown": 404, "refused": 409}.get(done.kind, 200)
         return done
 
@@ -346,8 +348,12 @@ def _valid(model: type[Model], found: Mapping[str, Any]) -> Model:
         raise SourceAway(detail) from None
 
 
-async def _in_time(answer: Coroutine[Any, Any, Answer], timeout: float) -> Answer:  # noqa: ASYNC109
+async def _in_time(
+    answer: Coroutine[Any, Any, Answer],
+    timeout: float,  # noqa: ASYNC109
+    more: str = "",
+) -> Answer:
     try:
         return await asyncio.wait_for(answer, timeout)
     except TimeoutError:
-        raise SourceAway(f"no answer within {timeout:g} s") from None
+        raise SourceAway(f"no answer within {timeout:g} s{more}") from None

@@ -330,6 +330,14 @@ def test_what_is_no_order_is_refused(order: object) -> None:
     assert source.done == []
 
 
+def test_an_order_that_isnt_answered_may_be_done_all_the_same() -> None:
+    api = client(Source(delay=60.0), timeout=0.01)
+    answer = api.post("/v1/actions", json={"action": "drain"})
+    assert answer.status_code == 503
+    assert "whether it was done is not known" in answer.json()["detail"]
+    assert "not known" not in api.get("/v1/earnings").json()["detail"]
+
+
 @pytest.mark.parametrize("length", [True, False])
 @pytest.mark.parametrize("access", [Access(), Access(TOKEN)])
 async def test_a_long_body_is_not_read_whoever_sends_it(length: bool, access: Access) -> None:
