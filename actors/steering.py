@@ -15,6 +15,7 @@ import structlog
 from actors.dispatcher import Dispatcher
 from actors.drain import Drains
 from actors.fleet import FleetKeeper
+from actors.keeping import DROPPED
 from actors.ledger import Ledger
 from actors.safeguards import Safeguards
 from cluster import journal_history
@@ -32,6 +33,7 @@ from cluster.core.types import (
 from cluster.core.wording import counted
 from cluster.journal_history import Audited
 from cluster.logs import Level
+from cluster.models.keeper import Stays
 from cluster.models.refs import of_model_id
 from cluster.status import DrainStatus
 from cluster.steering import (
@@ -295,7 +297,9 @@ class Steering:
         machines = self._stores.want(gpus, (ModelId(model),))
         if not machines:
             return Done(kind="refused", text=NO_STORE)
+        there = len({gpu.ray_node for gpu in gpus})
         who = counted(machines, "machine")
+        who = f"{machines} of {counted(there, 'machine')}" if machines < there else who
         return Done(text=f"{model} is fetched by {who}, behind what tasks need")
 
     async def _drop(self, model: str) -> Done:
@@ -306,8 +310,11 @@ class Steering:
         if not found:
             return Done(kind="refused", text=NO_STORE)
         words = [f"{node[:8]}: {word}" for node, word in sorted(found.items())]
-        text = f"{model}: {'; '.join(words)}"
-        return Done(kind="done" if "dropped" in found.values() else "refused", text=text)
+        came = set(found.values())
+        if DROPPED in came and came <= {DROPPED, Stays.NOT_FETCHED.value}:
+            return Done(text=f"{model}: {'; '.join(words)}")
+        partly = "not everywhere: " if DROPPED in came else ""
+        return Done(kind="refused", text=f"{model}: {partly}{'; '.join(words)}")
 
 
 def _meant(order: Drain | EndDrain, gpus: Sequence[Gpu]) -> list[Gpu]:

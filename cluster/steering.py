@@ -149,7 +149,7 @@ ORDERS: TypeAdapter[Order] = TypeAdapter(Order)
 
 class Done(View):
     """What came of an order. `nothing`: there was nothing to do; `unknown`: what it names isn't
-    known here; `refused`: it can't be done now, and nothing was."""
+    known here; `refused`: it can't be done now, and nothing was, or not all: the text says."""
 
     kind: Literal["done", "nothing", "unknown", "refused"] = "done"
     text: str
