@@ -107,8 +107,8 @@ def drain(
     """Finish what runs and take nothing new, until `crynux-cluster resume`.
 
     All accounts are paused, what is computed is finished, and what waits for its validation is
-    handed over; the exit code is 0 when that is done, 1 when the timeout came first. It lasts over
-    restarts.
+    handed over; the exit code is 0 when that is done, 1 when the timeout or somebody's resume came
+    first. It lasts over restarts.
     """
     from actors import client
     from cluster import config, steering
@@ -122,7 +122,8 @@ def drain(
     if not wait:
         return 0
     with client.asking(settings) as call:
-        return _wait_drained(lambda: _status(call("status")).drain, timeout)
+        look = lambda: _status(call("status")).drain  # noqa: E731 - as short as its name
+        return _wait_drained(look, timeout, what=what, name=name)
 
 
 @click.command(short_help="End a drain.")
@@ -216,11 +217,19 @@ def _follow(look: Callable[[], FleetStatus], sleep: Callable[[float], None] = ti
     click.echo(_last_words(found))
 
 
+def _lasts(found: DrainStatus, what: str, name: str) -> bool:
+    """Whether what was to be drained still is."""
+    named = {"card": found.cards, "node": found.nodes}
+    return found.everything or name in named.get(what, ())
+
+
 def _wait_drained(
     look: Callable[[], DrainStatus],
     timeout: float | None,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
+    what: str = "everything",
+    name: str = "",
 ) -> int:
     began, shown = clock(), ""
     while True:
@@ -229,6 +238,9 @@ def _wait_drained(
         except ClusterError as error:
             # It lasts over a coordinator that begins anew.
             found = DrainStatus(left=(f"{error}; waiting for it",))
+        else:
+            if not _lasts(found, what, name):
+                raise ClusterError("somebody ended the drain: crynux-cluster audit says who")
         if found.done:
             click.echo("drained")
             return 0
