@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.coordinator import NAME, RAY_ADDRESS
 from cluster.config import Config
@@ -21,9 +21,15 @@ from cluster.steering import Done, Order
 
 REACH_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
+ORDER_SECONDS = 30.0
+"""For what is done meanwhile, on machines of which one may hang."""
 AUTO = "auto"
 HEAD = "node:__internal_head__"
 """What Ray's head has among its resources."""
+
+
+class NoAnswer(ClusterError):
+    """Of the coordinator in time; what was asked may be done all the same."""
 
 
 def perform(config: Config, order: Order) -> str:
@@ -37,7 +43,12 @@ def perform(config: Config, order: Order) -> str:
 
 def order_done(call: Callable[..., Any], order: Order) -> str:
     """As `perform`, in a cluster that was joined already."""
-    plain = call("perform", order.model_dump(mode="json"), _who())
+    said = order.model_dump(mode="json")
+    try:
+        plain = call("perform", said, _who(), seconds=ORDER_SECONDS)
+    except NoAnswer as error:
+        unsure = "whether it was done is not known: crynux-cluster audit has what was"
+        raise ClusterError(f"{error}; {unsure}") from error
     done = Done.model_validate(plain)
     if done.kind == "unknown":
         raise ConfigError(done.text)
@@ -70,13 +81,15 @@ def asking_at(address: str, namespace: str) -> Iterator[Callable[..., Any]]:
     """As `asking`, for who knows where Ray is and needs no configuration."""
     _join(address, namespace)
 
-    def call(method: str, *arguments: object) -> Any:  # noqa: ANN401 - as the method says
+    def call(method: str, *arguments: object, seconds: float = ANSWER_SECONDS) -> Any:  # noqa: ANN401 - as the method says
         try:
             coordinator = cast(Any, ray.get_actor(NAME, namespace))
             remote = getattr(coordinator, method).remote(*arguments)
-            done = ray.get(remote, timeout=ANSWER_SECONDS)
+            done = ray.get(remote, timeout=seconds)
         except ValueError:
             raise ClusterError("no coordinator is there; is the operator up?") from None
+        except GetTimeoutError as error:
+            raise NoAnswer(f"the coordinator doesn't answer within {seconds:g} s") from error
         except RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, ClusterError):  # it is there, and says it itself

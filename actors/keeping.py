@@ -37,6 +37,7 @@ LOST_SECONDS = 1800.0
 MOST_LOST = 4
 LOOK_SECONDS = 0.5
 LABELS = ("source", "rule")
+DROPPED = "dropped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class StoreWorker:
                 self._news.set()
 
     async def drop(self, model_id: str) -> str:
-        """Remove a model from the disk: `dropped`, or why it stays."""
+        """Remove a model from the disk: `DROPPED`, or why it stays."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._looker, self._drop, model_id)
 
@@ -125,7 +126,7 @@ class StoreWorker:
             return stays.value
         self._here.discard(model_id)
         self._log.info("model_dropped", model=self._shown(model_id))
-        return "dropped"
+        return DROPPED
 
     async def report(self) -> StoreReport:
         return await asyncio.get_running_loop().run_in_executor(self._looker, self._look)

@@ -171,7 +171,9 @@ class Reconciler:
                 self._ledger.append(commitment, seen)
             except IllegalMove as error:
                 # Another account of ours has answered it: there is nothing more to give.
-                self._log.warning("task_left_alone", task=commitment, error=str(error))
+                self._log.warning(
+                    "task_left_alone", task=commitment, account=account, error=str(error)
+                )
                 continue
             self._log.info("task_seen", task=commitment, account=account, type=task.task_type.name)
 
@@ -182,7 +184,7 @@ class Reconciler:
         try:
             writes = self._network.writes(task)
         except NetworkUnavailable as error:
-            self._log.warning("writes_unknown", task=task, error=str(error))
+            self._log.warning("writes_unknown", **_ids(record), error=str(error))
             return FIRST_PAUSE
         record = self._notice(record, facts)
         situation = Situation(facts, record, now, self.policy, writes)
@@ -208,7 +210,7 @@ class Reconciler:
             self._note_relay(task, action, error)
             return self._pause(task, action)
         except Exception:  # noqa: BLE001 - a task's own supervised loop: no task stops another
-            self._log.exception("turn_broke", task=task, action=_words(action))
+            self._log.exception("turn_broke", **_ids(record), action=_words(action))
             return self._pause(task, action)
         self._note_relay(task, action, None)
         return wait
@@ -315,10 +317,10 @@ class Reconciler:
             want, order, work = self._order(situation, action, AttemptId(""))
         except TaskInvalid as error:
             self._ledger.append(record.commitment, FaultFound(str(error)))
-            self._log.warning("task_invalid", task=record.commitment, reason=str(error))
+            self._log.warning("task_invalid", **_ids(record), reason=str(error))
             return 0.0
         except TaskUnsupported as error:
-            self._log.debug("task_unsupported", task=record.commitment, reason=str(error))
+            self._log.debug("task_unsupported", **_ids(record), reason=str(error))
             return LONGEST_PAUSE
         self._dispatcher.want(want, order, work)
         return None

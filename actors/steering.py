@@ -6,6 +6,7 @@ for it and what came of it, refusals included.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import structlog
 from actors.dispatcher import Dispatcher
 from actors.drain import Drains
 from actors.fleet import FleetKeeper
+from actors.keeping import DROPPED
 from actors.ledger import Ledger
 from actors.safeguards import Safeguards
 from cluster import journal_history
@@ -21,14 +23,17 @@ from cluster.core.errors import ClusterError, ConfigError, ModelUnavailable, Tas
 from cluster.core.record import TaskRecord
 from cluster.core.types import (
     Address,
+    AttemptId,
     Commitment,
     Gpu,
+    GpuId,
     ModelId,
     Timestamp,
 )
 from cluster.core.wording import counted
 from cluster.journal_history import Audited
 from cluster.logs import Level
+from cluster.models.keeper import Stays
 from cluster.models.refs import of_model_id
 from cluster.status import DrainStatus
 from cluster.steering import (
@@ -168,9 +173,13 @@ class Steering:
         """What would end well where it is stays, unless another card has it done in time."""
         now = Timestamp(self._ledger.clock())
         cards = {record.open_attempt.gpu_id for record in self._on_drained() if record.open_attempt}
-        for gpu, task, attempt in self._dispatcher.movable(cards, now):
-            await self._dispatcher.cancel(gpu, task, attempt)
-            self._settled(task)
+        # All at once: of a machine that hangs, each card takes as long as it may.
+        found = self._dispatcher.movable(cards, now)
+        await asyncio.gather(*(self._give_up(*each) for each in found))
+
+    async def _give_up(self, gpu: GpuId, task: Commitment, attempt: AttemptId) -> None:
+        await self._dispatcher.cancel(gpu, task, attempt)
+        self._settled(task)
 
     def _end_drain(self, order: EndDrain) -> Done:
         drains, what, name = self._drains, order.what, order.name
@@ -288,7 +297,9 @@ class Steering:
         machines = self._stores.want(gpus, (ModelId(model),))
         if not machines:
             return Done(kind="refused", text=NO_STORE)
+        there = len({gpu.ray_node for gpu in gpus})
         who = counted(machines, "machine")
+        who = f"{machines} of {counted(there, 'machine')}" if machines < there else who
         return Done(text=f"{model} is fetched by {who}, behind what tasks need")
 
     async def _drop(self, model: str) -> Done:
@@ -299,8 +310,11 @@ class Steering:
         if not found:
             return Done(kind="refused", text=NO_STORE)
         words = [f"{node[:8]}: {word}" for node, word in sorted(found.items())]
-        text = f"{model}: {'; '.join(words)}"
-        return Done(kind="done" if "dropped" in found.values() else "refused", text=text)
+        came = set(found.values())
+        if DROPPED in came and came <= {DROPPED, Stays.NOT_FETCHED.value}:
+            return Done(text=f"{model}: {'; '.join(words)}")
+        partly = "not everywhere: " if DROPPED in came else ""
+        return Done(kind="refused", text=f"{model}: {partly}{'; '.join(words)}")
 
 
 def _meant(order: Drain | EndDrain, gpus: Sequence[Gpu]) -> list[Gpu]:

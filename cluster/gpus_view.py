@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cluster.core.wording import printable
 from cluster.inference.devices import Card, Device
+from cluster.status_view import row
 
 _COLUMNS = ("#", "card", "VRAM GB", "free GB", "°C", "ECC errors", "throttling")
 
@@ -20,12 +21,14 @@ def render(cards: Sequence[Card], cpu: Device | None) -> RenderableType:
     table = Table(*_COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("UUID", overflow="fold")
     for card in cards:
-        table.add_row(*_row(card))
+        row(table, *_row(card))
     if cpu is not None:
-        name, vram = escape(cpu.gpu_class.name), str(cpu.gpu_class.vram)
-        table.add_row("-", name, vram, "-", "-", "-", "-", cpu.uuid)
+        name, vram = cpu.gpu_class.name, str(cpu.gpu_class.vram)
+        row(table, "-", name, vram, "-", "-", "-", "-", cpu.uuid)
     problems = [
-        Text(f"card {card.index}: {card.problem}", style="yellow") for card in cards if card.problem
+        Text(printable(f"card {card.index}: {card.problem}"), style="yellow")
+        for card in cards
+        if card.problem
     ]
     return Group(table, *problems)
 
@@ -58,7 +61,7 @@ def _row(card: Card) -> tuple[str, ...]:
     free = "-" if vitals.free_memory is None else f"{vitals.free_memory / 2**30:.1f}"
     return (
         str(card.index),
-        "can't be used" if device is None else escape(device.gpu_class.name),
+        "can't be used" if device is None else device.gpu_class.name,
         "-" if device is None else str(device.gpu_class.vram),
         free,
         _shown(vitals.temperature),

@@ -7,10 +7,10 @@ from decimal import Decimal
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cluster.core.wording import printable
 from cluster.status import (
     AccountStatus,
     GpuStatus,
@@ -37,7 +37,7 @@ def render(status: Status) -> RenderableType:
 
 
 def problems(status: Status) -> list[Text]:
-    return [Text(f"problem: {problem}", style="yellow") for problem in status.problems]
+    return [Text(f"problem: {printable(problem)}", style="yellow") for problem in status.problems]
 
 
 def accounts_table(status: Status) -> RenderableType:
@@ -62,9 +62,9 @@ def headline(status: Status) -> Text:
     )
     line.append(f"  chain {status.chain.chain_id} at block {block}")
     if status.identity.treasury:
-        line.append(f"  treasury {status.identity.treasury}")
+        line.append(f"  treasury {printable(status.identity.treasury)}")
     for what in status.missing:
-        line.append(f"\n  {what}", style="red")
+        line.append(f"\n  {printable(what)}", style="red")
     return line
 
 
@@ -72,11 +72,12 @@ def _accounts(accounts: Iterable[AccountStatus]) -> Table:
     table = table_of("Accounts", "#", "address", "status", "GPU class", "stake CNX", "QoS", "task")
     for account in accounts:
         kind = account.gpu_class
-        table.add_row(
+        row(
+            table,
             str(account.index),
             account.address,
             account.status,
-            "-" if kind is None else escape(f"{kind.name} {kind.vram} GB"),
+            "-" if kind is None else f"{kind.name} {kind.vram} GB",
             cnx(account.stake),
             str(account.qos),
             short(account.current_task),
@@ -88,14 +89,15 @@ def gpus_table(gpus: Iterable[GpuStatus], title: str = "GPUs") -> Table:
     table = table_of(title, "id", "card", "state", "task", "step", "done", "warm")
     for gpu in gpus:
         step = "-" if gpu.step is None else f"{gpu.step}/{gpu.steps or '?'}"
-        table.add_row(
-            escape(gpu.gpu_id),
-            escape(_card(gpu)),
+        row(
+            table,
+            gpu.gpu_id,
+            _card(gpu),
             gpu.state.value,
             short(gpu.task),
             step,
             str(gpu.tasks_done),
-            escape(", ".join(gpu.warm)) or "-",
+            ", ".join(gpu.warm) or "-",
         )
     return table
 
@@ -105,15 +107,16 @@ def cards_table(gpus: Iterable[GpuStatus]) -> Table:
     table = table_of("GPUs", "id", "card", "state", "free", "°C", "done", "UUID", "problem")
     for gpu in gpus:
         free = "-" if gpu.memory is None else size(gpu.memory.free)
-        table.add_row(
-            escape(gpu.gpu_id),
-            escape(_card(gpu)),
+        row(
+            table,
+            gpu.gpu_id,
+            _card(gpu),
             gpu.state.value,
             free,
             "-" if gpu.temperature is None else str(gpu.temperature),
             str(gpu.tasks_done),
-            escape(gpu.uuid) or "-",
-            escape(gpu.problem) or "-",
+            gpu.uuid or "-",
+            gpu.problem or "-",
         )
     return table
 
@@ -131,11 +134,11 @@ def stores_table(stores: Iterable[StoreStatus]) -> Iterable[RenderableType]:
             of = f" of {size(each.total_bytes)}" if each.total_bytes else ""
             left = "-" if each.seconds_left is None else f"{each.seconds_left:.0f} s"
             done = f"{size(each.done_bytes)}{of}, {size(each.bytes_per_second)}/s"
-            table.add_row(store.ray_node[:8], escape(each.model), each.source, done, left)
+            row(table, store.ray_node[:8], each.model, each.source, done, left)
         if store.trouble:
-            table.add_row(store.ray_node[:8], "-", "-", escape(store.trouble), "-")
+            row(table, store.ray_node[:8], "-", "-", store.trouble, "-")
         for model, reason in store.failed.items():
-            table.add_row(store.ray_node[:8], escape(model), "-", escape(reason), "-")
+            row(table, store.ray_node[:8], model, "-", reason, "-")
     return (table,) if table.row_count else ()
 
 
@@ -154,13 +157,14 @@ def _tasks(tasks: Iterable[TaskView], now: float, shown: int) -> Table:
     table = table_of(title, "task", "type", "network", "we", "doing", "GPU", "age s", "fee CNX")
     for task in newest[:shown]:
         age = (task.closed_at or now) - task.seen_at
-        table.add_row(
+        row(
+            table,
             short(task.commitment),
             task.type,
             task.outcome or task.status or "-",
             task.progress,
-            escape(task.fault or task.action),
-            escape(task.gpu_id or "-"),
+            task.fault or task.action,
+            task.gpu_id or "-",
             f"{max(age, 0.0):.1f}",
             cnx(task.fee),
         )
@@ -184,3 +188,8 @@ def table_of(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
+
+
+def row(table: Table, *cells: str) -> None:
+    """Whoever said what is in them: a terminal obeys nothing of it, and none of it is markup."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))

@@ -6,9 +6,9 @@ Each order is a frozen value with its checks; what it does, and that it is writt
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 
 from cluster.logs import Level
 from cluster.status import View
@@ -27,23 +27,52 @@ class Said(View):
     model_config = ConfigDict(json_schema_extra=_tagged, strict=True)
 
 
-class Drain(Said):
-    """Finish what runs and take nothing new. `name`: a card's id or UUID, or a Ray node's id;
-    `now`: what is computed there is begun again elsewhere."""
+def _aimed(schema: dict[str, Any]) -> None:
+    """What `_Aimed` asks for, in the schema's words."""
+    _tagged(schema)
+    everything = {"what": {"const": "everything"}, "name": {"const": ""}, "now": {"const": False}}
+    part = {"what": {"enum": ["card", "node"]}, "name": {"minLength": 1}}
+    asked = {each: everything[each] for each in everything if each in schema["properties"]}
+    schema["anyOf"] = [{"properties": asked}, {"properties": part, "required": ["what", "name"]}]
 
-    action: Literal["drain"] = "drain"
+
+class _Aimed(Said):
+    """An order for everything, or for a part that is named: one whose aim is half said must not
+    fall on everything."""
+
+    model_config = ConfigDict(json_schema_extra=_aimed)
+
     what: Literal["everything", "card", "node"] = "everything"
     name: Annotated[str, Field(max_length=200)] = ""
+
+    @model_validator(mode="after")
+    def _aim(self) -> Self:
+        if self.what == "everything" and self.name:
+            raise ValueError("a name needs what: card or node")
+        if self.what != "everything" and not self.name:
+            raise ValueError(f"which {self.what}? it needs a name")
+        return self
+
+
+class Drain(_Aimed):
+    """Finish what runs and take nothing new. `name`: a card's id or UUID, or a Ray node's id;
+    `now`, of a card or node: what is computed there is begun again elsewhere."""
+
+    action: Literal["drain"] = "drain"
     now: bool = False
 
+    @model_validator(mode="after")
+    def _aim_now(self) -> Self:
+        if self.now and self.what == "everything":
+            raise ValueError("now is for a card or node")
+        return self
 
-class EndDrain(Said):
+
+class EndDrain(_Aimed):
     """End every drain, or that of one card or node, which take tasks again while the others don't.
     `name`: as for `drain`."""
 
     action: Literal["resume"] = "resume"
-    what: Literal["everything", "card", "node"] = "everything"
-    name: Annotated[str, Field(max_length=200)] = ""
 
 
 class ClearQuarantine(Said):
@@ -120,7 +149,7 @@ ORDERS: TypeAdapter[Order] = TypeAdapter(Order)
 
 class Done(View):
     """What came of an order. `nothing`: there was nothing to do; `unknown`: what it names isn't
-    known here; `refused`: it can't be done now, and nothing was."""
+    known here; `refused`: it can't be done now, and nothing was, or not all: the text says."""
 
     kind: Literal["done", "nothing", "unknown", "refused"] = "done"
     text: str

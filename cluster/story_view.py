@@ -8,13 +8,12 @@ from math import inf, isfinite
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from cluster.core.wording import printable
 from cluster.earnings import Earnings
-from cluster.status_view import cnx
+from cluster.status_view import cnx, row
 from cluster.steering import ActionView
 from cluster.story import TaskStory
 
@@ -23,7 +22,7 @@ BAR = 30
 
 
 def problem(text: str) -> RenderableType:
-    return Text(text, style="bold red")
+    return Text(printable(text), style="bold red")
 
 
 def when(at: float | None) -> str:
@@ -33,14 +32,14 @@ def when(at: float | None) -> str:
 
 def render(story: TaskStory) -> RenderableType:
     """What became of it, how long each stage took, its events, attempts and transactions."""
-    head = Text(f"{story.commitment}\n", style="bold")
-    head.append(f"{story.type} for {story.account}, ", style="not bold")
-    head.append(story.outcome or story.progress, style="bold")
+    head = Text(f"{printable(story.commitment)}\n", style="bold")
+    head.append(printable(f"{story.type} for {story.account},"), style="not bold")
+    head.append(f" {printable(story.outcome or story.progress)}", style="bold")
     head.append(f", fee {cnx(story.fee)} CNX, paid {cnx(story.payment)} CNX", style="not bold")
     if story.models:
-        head.append(f"\nmodels {', '.join(story.models)}", style="not bold")
+        head.append(f"\nmodels {printable(', '.join(story.models))}", style="not bold")
     if story.fault:
-        head.append(f"\n{story.fault}", style="red")
+        head.append(f"\n{printable(story.fault)}", style="red")
     return Group(head, _stages(story), _events(story), *_transactions(story))
 
 
@@ -49,7 +48,7 @@ def _stages(story: TaskStory) -> Table:
     longest = max(story.stages.values(), default=0.0) or 1.0
     for stage, seconds in story.stages.items():
         length = round(BAR * max(seconds, 0.0) / longest)
-        table.add_row(stage.replace("_", " "), f"{seconds:.1f}", "▇" * length)
+        row(table, stage.replace("_", " "), f"{seconds:.1f}", "▇" * length)
     return table
 
 
@@ -57,7 +56,7 @@ def _events(story: TaskStory) -> Table:
     table = _table("Events (UTC)", "at", "after s", "what")
     for event in story.events:
         after = event.at - story.seen_at
-        table.add_row(when(event.at), f"{after:.1f}", escape(printable(event.text)))
+        row(table, when(event.at), f"{after:.1f}", event.text)
     return table
 
 
@@ -66,13 +65,14 @@ def _transactions(story: TaskStory) -> Iterable[RenderableType]:
         return
     table = _table("Transactions", "write", "state", "block", "gas CNX", "hash", "why")
     for each in story.transactions:
-        table.add_row(
+        row(
+            table,
             each.write,
             each.state,
             "-" if each.block is None else str(each.block),
             cnx(each.cost),
             each.link or each.tx_hash or "-",
-            escape(printable(each.reason)),
+            each.reason,
         )
     yield table
 
@@ -128,11 +128,11 @@ def earnings(found: Earnings) -> RenderableType:
         begins = when(each.since)
         bar = "▇" * round(BAR * int(each.paid) / most)
         shown = begins[:16] if found.step == "hour" else begins[:10]
-        table.add_row(shown, str(each.tasks), cnx(each.paid), cnx(each.gas), bar)
+        row(table, shown, str(each.tasks), cnx(each.paid), cnx(each.gas), bar)
     classes = _table("By class", "class", "tasks", "paid CNX", "gas CNX")
     for kind in found.classes:
         name = f"{kind.name} {kind.vram} GB" if kind.name else "none (treasury)"
-        classes.add_row(escape(name), str(kind.tasks), cnx(kind.paid), cnx(kind.gas))
+        row(classes, name, str(kind.tasks), cnx(kind.paid), cnx(kind.gas))
     total = f"{found.tasks} tasks, paid {cnx(found.paid)} CNX, gas {cnx(found.gas)} CNX"
     return Group(table, classes, Text(total, style="bold"))
 
@@ -141,9 +141,7 @@ def actions(found: Iterable[ActionView]) -> RenderableType:
     table = _table("Actions (UTC)", "at", "who", "what", "with", "came of it")
     for each in found:
         said = ", ".join(f"{name}={value}" for name, value in each.arguments.items() if value)
-        table.add_row(
-            when(each.at), escape(each.who), each.action, escape(said), escape(each.outcome)
-        )
+        row(table, when(each.at), each.who, each.action, said, each.outcome)
     return table
 
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from cluster.core.types import GpuState
@@ -18,6 +17,7 @@ from cluster.status_view import (
     gpus_table,
     headline,
     problems,
+    row,
     stores_table,
     table_of,
     tasks_table,
@@ -67,9 +67,9 @@ def classes(status: Status, most: int) -> RenderableType:
         found = Counter(gpu.state for gpu in cards.get(kind, ()))
         states = [(state.value, found[state]) for state in GpuState]
         counted = Counter(account.status for account in nodes.get(kind, ()))
-        table.add_row(escape(name), _counts(states), _counts(sorted(counted.items())))
+        row(table, name, _counts(states), _counts(sorted(counted.items())))
     if len(kinds) > most:
-        table.add_row(f"and {len(kinds) - most + 1} more", "", "")
+        row(table, f"and {len(kinds) - most + 1} more", "", "")
     return table
 
 

@@ -46,7 +46,10 @@ TIMEOUT_SECONDS = 3.0
 KEPT_SECONDS = 1.0
 SCRAPED_SECONDS = 5.0
 """Prometheus asks every 15 s, unless it is told to ask more often."""
+_UNSURE = "; whether it was done is not known: the audit log has what was"
 MOST_DAYS = 400.0
+MOST_BODY = 65_536
+"""Bytes of a request. A body is read before it is known who sends it."""
 
 Answer = TypeVar("Answer")
 PagePart = Literal["app.js", "dom.js", "plot.js", "story.js", "views.js", "style.css"]
@@ -85,6 +88,8 @@ _CLOSED |= _says(429, "Too often; `Retry-After` says when again.")
 _AWAY = _says(503, "The coordinator can't be asked now.")
 _UNKNOWN = _says(404, "No such task is known.")
 _READ = _CLOSED | _AWAY
+_TOO_LONG = _says(413, f"It has more than {MOST_BODY} bytes.")
+_TOO_LONG[413]["content"] = {"text/plain": {"schema": {"type": "string"}}}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _AS_A_FILE = {
@@ -112,6 +117,7 @@ def create_api(
         summary="A GPU cluster that serves the Crynux network.",
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
+        max_body_size=MOST_BODY,
     )
     guard, traffic = Guard(access, clock), Traffic()
     api.add_middleware(Door, traffic=traffic)
@@ -247,7 +253,8 @@ def _add_tasks(
         responses=_READ
         | _says(400, "It isn't JSON.")
         | _says(404, "What it names isn't known.", Done)
-        | _says(409, "It can't be done now.", Done),
+        | _says(409, "It can't be done now.", Done)
+        | _TOO_LONG,
         dependencies=acting,
     )
     async def act(
@@ -256,7 +263,8 @@ def _add_tasks(
         who: str = Depends(guard.act),  # noqa: FAST002 - it can't be found by its name
     ) -> Done:
         plain = ORDERS.dump_python(order, mode="json")
-        done = _valid(Done, await _in_time(source.perform(plain, who), 10 * timeout))
+        found = await _in_time(source.perform(plain, who), 10 * timeout, _UNSURE)
+        done = _valid(Done, found)
         response.status_code = {"unknown": 404, "refused": 409}.get(done.kind, 200)
         return done
 
@@ -340,8 +348,12 @@ def _valid(model: type[Model], found: Mapping[str, Any]) -> Model:
         raise SourceAway(detail) from None
 
 
-async def _in_time(answer: Coroutine[Any, Any, Answer], timeout: float) -> Answer:  # noqa: ASYNC109
+async def _in_time(
+    answer: Coroutine[Any, Any, Answer],
+    timeout: float,  # noqa: ASYNC109
+    more: str = "",
+) -> Answer:
     try:
         return await asyncio.wait_for(answer, timeout)
     except TimeoutError:
-        raise SourceAway(f"no answer within {timeout:g} s") from None
+        raise SourceAway(f"no answer within {timeout:g} s{more}") from None

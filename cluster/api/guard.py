@@ -5,7 +5,8 @@
     none, on other addresses nobody may act; reading only if reads are open
 
 Without a token, a page in a browser on this machine must not act for whoever wrote it: a request
-that names another host (a rebound DNS name), or that comes from another origin, is refused.
+that names another host (a rebound DNS name), or that comes from another origin, is refused. So is
+one that a proxy on this machine hands on, for whom nobody knows.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ REFUSALS_LOGGED: Final = 0.2
 MOST_ADDRESSES: Final = 1_000
 LEAST_TOKEN: Final = 16
 """Characters of a token."""
+HANDED_ON: Final = (
+    "forwarded",
+    "via",
+    "x-forwarded-for",
+    "x-forwarded-host",
+    "x-forwarded-proto",
+    "x-real-ip",
+)
+"""Headers of which a proxy adds one."""
 log = logs.get(__name__)
 
 NOBODY: Final = "no token is set (serve.token_file), so nobody may do this from here"
@@ -150,6 +160,9 @@ def address_of(request: Request) -> str:
 
 def _check_local(request: Request) -> None:
     """Raises `HTTPException` unless a program on this machine asks, for itself."""
+    for header in HANDED_ON:
+        if header in request.headers:
+            raise HTTPException(403, f"a proxy asks ({header}): behind one, a token is needed")
     said, origin = request.headers.get("host", ""), request.headers.get("origin")
     try:
         host = urlsplit(f"//{said}").hostname or ""

@@ -17,6 +17,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from starlette.exceptions import HTTPException as TooMuch
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -107,7 +108,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        traffic, began, gone = self._traffic, False, False
+        traffic, began = self._traffic, False
 
         async def answer(message: Message) -> None:
             nonlocal began
@@ -116,18 +117,7 @@ class Door:
                 traffic.answered(scope.get("route"), message["status"])
             await send(message)
 
-        async def hear() -> Message:
-            nonlocal gone
-            if not gone:
-                try:
-                    return await receive()
-                except Exception as error:  # noqa: BLE001 - Ray Serve's, of several kinds
-                    # Under Serve, who leaves may be an error: each closed page would be a
-                    # traceback. It is said once; who asked again would wait for ever.
-                    gone = True
-                    _log.debug("client_gone", error=type(error).__name__)
-            return {"type": "http.disconnect"}
-
+        hear = _hearing(receive)
         if traffic.inside >= MOST_INSIDE and scope["path"] not in ALWAYS:
             full = JSONResponse({"detail": "too many ask at once"}, 503, headers=_again())
             await full(scope, hear, answer)
@@ -141,6 +131,26 @@ class Door:
             raise
         finally:
             traffic.inside -= 1
+
+
+def _hearing(receive: Receive) -> Receive:
+    """Under Serve, who leaves may be an error, and each closed page would be a traceback."""
+    gone = False
+
+    async def hear() -> Message:
+        nonlocal gone
+        if not gone:
+            try:
+                return await receive()
+            except TooMuch:  # of a body: whoever sends it is there
+                raise
+            except Exception as error:  # noqa: BLE001 - Ray Serve's, of several kinds
+                # It is said once; who asked again would wait for ever.
+                gone = True
+                _log.debug("client_gone", error=type(error).__name__)
+        return {"type": "http.disconnect"}
+
+    return hear
 
 
 def _again() -> dict[str, str]:

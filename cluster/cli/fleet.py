@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cluster.cli.options import config_option, typed
-from cluster.core.errors import ClusterError
+from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.wording import counted
 from cluster.status import ClassStatus, DrainStatus, FleetStatus, Status
 
@@ -107,24 +107,23 @@ def drain(
     """Finish what runs and take nothing new, until `crynux-cluster resume`.
 
     All accounts are paused, what is computed is finished, and what waits for its validation is
-    handed over; the exit code is 0 when that is done, 1 when the timeout came first. It lasts over
-    restarts.
+    handed over; the exit code is 0 when that is done, 1 when the timeout or somebody's resume came
+    first. It lasts over restarts.
     """
     from actors import client
     from cluster import config, steering
 
-    if gpu is not None and node is not None:
-        raise click.UsageError("--gpu and --node: name one of them")
-    if now and gpu is None and node is None:
+    what, name = _aim(gpu, node)
+    if now and what == "everything":
         raise click.UsageError("--now is for --gpu or --node")
     settings = config.load(config_file)
-    what = "card" if gpu else "node" if node else "everything"
-    order = typed(steering.Drain, what=what, name=gpu or node or "", now=now)
+    order = typed(steering.Drain, what=what, name=name, now=now)
     client.perform(settings, order)
     if not wait:
         return 0
     with client.asking(settings) as call:
-        return _wait_drained(lambda: _status(call("status")).drain, timeout)
+        look = lambda: _status(call("status")).drain  # noqa: E731 - as short as its name
+        return _wait_drained(look, timeout, what=what, name=name)
 
 
 @click.command(short_help="End a drain.")
@@ -136,11 +135,23 @@ def resume(config_file: Path, gpu: str | None, node: str | None) -> None:
     from actors import client
     from cluster import config, steering
 
+    what, name = _aim(gpu, node)
+    order = typed(steering.EndDrain, what=what, name=name)
+    click.echo(client.perform(config.load(config_file), order))
+
+
+def _aim(gpu: str | None, node: str | None) -> tuple[str, str]:
+    """What is meant, and its name."""
     if gpu is not None and node is not None:
         raise click.UsageError("--gpu and --node: name one of them")
-    what = "card" if gpu else "node" if node else "everything"
-    order = typed(steering.EndDrain, what=what, name=gpu or node or "")
-    click.echo(client.perform(config.load(config_file), order))
+    for option, what, name in (("--gpu", "card", gpu), ("--node", "node", node)):
+        if name is None:
+            continue
+        if not name.strip():
+            # As of a variable that isn't set: it must not fall on everything.
+            raise ConfigError(f"{option} is empty: name a {what}, or leave {option} out for all")
+        return what, name
+    return "everything", ""
 
 
 def _status(found: Any) -> Status:  # noqa: ANN401 - plain JSON values
@@ -206,11 +217,19 @@ def _follow(look: Callable[[], FleetStatus], sleep: Callable[[float], None] = ti
     click.echo(_last_words(found))
 
 
+def _lasts(found: DrainStatus, what: str, name: str) -> bool:
+    """Whether what was to be drained still is."""
+    named = {"card": found.cards, "node": found.nodes}
+    return found.everything or name in named.get(what, ())
+
+
 def _wait_drained(
     look: Callable[[], DrainStatus],
     timeout: float | None,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
+    what: str = "everything",
+    name: str = "",
 ) -> int:
     began, shown = clock(), ""
     while True:
@@ -219,6 +238,9 @@ def _wait_drained(
         except ClusterError as error:
             # It lasts over a coordinator that begins anew.
             found = DrainStatus(left=(f"{error}; waiting for it",))
+        else:
+            if not _lasts(found, what, name):
+                raise ClusterError("somebody ended the drain: crynux-cluster audit says who")
         if found.done:
             click.echo("drained")
             return 0

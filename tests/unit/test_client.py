@@ -11,6 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors import client
 from actors.coordinator import RAY_ADDRESS
+from actors.pool import PING_SECONDS
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.core.types import Timestamp
@@ -56,6 +57,7 @@ class FakeRay:
         self.joined: list[dict[str, object]] = []
         self.left = 0
         self.asked: list[tuple[object, ...]] = []
+        self.patience: list[float] = []
         monkeypatch.setattr(client, "ray", self)
 
     def init(self, **options: object) -> None:
@@ -68,6 +70,7 @@ class FakeRay:
         return SimpleNamespace(**methods)
 
     def get(self, answer: object, timeout: float) -> object:
+        self.patience.append(timeout)
         self._raise(answer)
         return answer
 
@@ -95,6 +98,19 @@ def test_an_order_is_carried_out_by_the_coordinator(
     assert [options["address"] for options in fake.joined] == [joins]
     assert reached == [joins for joins in [joins] if joins != "auto"]
     assert fake.left == 1
+    # Longer than a machine that hangs keeps the coordinator (PING_SECONDS), and the journal too.
+    assert fake.patience == [client.ORDER_SECONDS]
+    assert client.ORDER_SECONDS >= client.ANSWER_SECONDS + 2 * PING_SECONDS
+
+
+def test_what_is_only_looked_at_has_less_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRay(monkeypatch, status=GetTimeoutError("late"))
+    with pytest.raises(ClusterError) as caught:
+        client.ask(config(tmp_path), "status")
+    assert str(caught.value) == "the coordinator doesn't answer within 10 s"
+    assert fake.patience == [client.ANSWER_SECONDS]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +119,8 @@ def test_an_order_is_carried_out_by_the_coordinator(
         ({"init": ConnectionError("none")}, ClusterError, "no Ray cluster answers at auto"),
         ({"actor": ValueError("none")}, ClusterError, "is the operator up"),
         ({"perform": RayActorError()}, ClusterError, "doesn't answer"),
-        ({"perform": GetTimeoutError("late")}, ClusterError, "doesn't answer"),
+        ({"perform": GetTimeoutError("late")}, ClusterError, "doesn't answer within 30 s; whether"),
+        ({"perform": GetTimeoutError("late")}, ClusterError, "not known: crynux-cluster audit"),
         ({"perform": {"kind": "refused", "text": "not now"}}, ClusterError, "not now"),
         ({"perform": {"kind": "unknown", "text": "no card x"}}, ConfigError, "no card x"),
     ],

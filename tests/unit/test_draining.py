@@ -25,7 +25,7 @@ from cluster.core.types import (
     NodeStatus,
 )
 from cluster.steering import Drain
-from tests.unit.actor_fakes import ALICE, BOB, KIND, OTHER, START, TASK
+from tests.unit.actor_fakes import ALICE, BOB, KIND, OTHER, START, TASK, until
 from tests.unit.drain_world import POLICY, Site, card
 
 A = GpuId("a-0")
@@ -278,6 +278,25 @@ def test_what_would_be_late_elsewhere_stays(tmp_path: Path, seconds: float, move
 def test_a_card_takes_only_as_many_as_it_can_do_in_time(tmp_path: Path) -> None:
     site = Site(tmp_path, card("a-0", "a"), card("a-1", "a"), card("b-0", "b"))
     assert len(moved(site, (TASK, A), (OTHER, GpuId("a-1")), seconds=30.0)) == 1
+
+
+def test_a_machine_that_hangs_is_waited_for_once_and_not_for_each_card(tmp_path: Path) -> None:
+    cards = [card(f"{node}-{number}", node) for node in "ab" for number in range(2)]
+    site = Site(tmp_path, *cards)
+
+    async def run() -> None:
+        site.compute(TASK, A, deadline=START + 100)
+        site.compute(OTHER, GpuId("a-1"), deadline=START + 100)
+        await site.house.calm()
+        hangs = site.house.pool.gates["cancel"] = asyncio.Event()
+        order = asyncio.create_task(site.order(Drain(what="node", name="a", now=True)))
+        await until(lambda: site.house.pool.waiting == 2)
+        hangs.set()
+        assert (await order).well
+        await site.dispatcher.stop()
+
+    asyncio.run(run())
+    assert set(site.house.settled) >= {TASK, OTHER}
 
 
 def test_without_now_what_is_computed_is_finished_there(two: Site) -> None:

@@ -127,15 +127,52 @@ def test_waiting_for_a_drain(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("what", "name", "found"),
+    [
+        ("everything", "", DrainStatus()),
+        ("everything", "", DrainStatus(cards=("a",), done=True)),
+        ("card", "a", DrainStatus(cards=("b",), done=True)),
+        ("node", "a", DrainStatus(cards=("a",), left=("1 tasks are computed there",))),
+    ],
+)
+def test_who_waits_for_a_drain_that_somebody_ended_is_told(
+    what: str, name: str, found: DrainStatus
+) -> None:
+    before = DrainStatus(
+        everything=what == "everything", cards=("a",), nodes=("a",), left=("1 tasks are open",)
+    )
+    with pytest.raises(ClusterError, match="somebody ended the drain"):
+        module._wait_drained(pops(before, found), None, lambda _: None, what=what, name=name)
+
+
+@pytest.mark.parametrize(("what", "name"), [("card", "a"), ("node", "b")])
+def test_a_part_is_drained_too_when_everything_is(what: str, name: str) -> None:
+    here = DrainStatus(cards=("a",), nodes=("b",), left=("1 tasks are computed there",))
+    looks = pops(here, DrainStatus(everything=True, done=True))
+    assert module._wait_drained(looks, None, lambda _: None, what=what, name=name) == 0
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("drain", "--gpu", "a", "--node", "b"), "name one of them"),
         (("drain", "--now"), "--now is for --gpu or --node"),
+        (("drain", "--gpu", ""), "--gpu is empty: name a card"),
+        (("drain", "--now", "--node", ""), "--node is empty: name a node"),
+        (("drain", "--gpu", " "), "--gpu is empty"),
+        (("drain", "--gpu", "", "--node", "b"), "name one of them"),
+        (("resume", "--gpu", ""), "--gpu is empty: name a card"),
+        (("resume", "--node", ""), "--node is empty: name a node"),
     ],
 )
 def test_what_cant_be_meant_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    said: str,
 ) -> None:
+    monkeypatch.setattr(client, "perform", lambda *_: pytest.fail("it was sent"))
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(SystemExit) as ended:

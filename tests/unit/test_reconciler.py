@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from actors import reconciler as reconciler_module
 from actors.reconciler import FIRST_PAUSE, LONGEST_PAUSE, POLL_SECONDS
@@ -706,3 +707,47 @@ async def test_what_a_turn_saw_can_be_looked_at(house: House) -> None:
     assert (turn.stage, turn.action, turn.now) == (Stage.ANSWERABLE, "computing", START)
     assert house.ledger.open[TASK].progress is Progress.RUNNING
     assert isinstance(house.story()[0], Seen)
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        ("task_invalid", INVALID),
+        ("task_unsupported", UNSUPPORTED),
+        ("turn_broke", GOOD),
+        ("writes_unknown", GOOD),
+    ],
+)
+async def test_each_line_about_a_task_has_its_account(
+    house: House, monkeypatch: pytest.MonkeyPatch, event: str, text: str
+) -> None:
+    def away(_task: Commitment) -> None:
+        raise AWAY
+
+    house.network.add(facts_of(), text)
+    if event == "turn_broke":
+        house.network.faults["fetch_parameters"] = [RuntimeError("a bug")]
+    if event == "writes_unknown":
+        monkeypatch.setattr(house.network, "writes", away)
+    with capture_logs() as lines:
+        await house.turns(3)
+    line = next(each for each in lines if each["event"] == event)
+    assert (line["task"], line["account"]) == (TASK, ALICE)
+
+
+async def test_an_attempts_lines_have_its_card_too(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_task: Commitment) -> None:
+        raise AWAY
+
+    house.network.add(facts_of())
+    house.open(TASK, *await computed(house))
+    monkeypatch.setattr(house.network, "writes", away)
+    with capture_logs() as lines:
+        await house.turns(1)
+    line = next(each for each in lines if each["event"] == "writes_unknown")
+    assert (line["gpu"], line["attempt"]) == (CARD, FIRST)

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from structlog.testing import capture_logs
 
 import serve_app
-from cluster.api.app import create_api
+from cluster.api.app import MOST_BODY, create_api
 from cluster.api.guard import LEAST_TOKEN, NOBODY, Access, is_loopback, read_token
 from cluster.api.source import NotKnown, SourceAway
 from cluster.core.errors import ConfigError
@@ -259,7 +259,9 @@ def test_openapi_describes_every_answer() -> None:
     }
     assert set(spec["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
     act = spec["paths"]["/v1/actions"]["post"]
-    assert set(act["responses"]) == {"200", "400", "401", "403", "404", "409", "422", "429", "503"}
+    codes = {"200", "400", "401", "403", "404", "409", "413", "422", "429", "503"}
+    assert set(act["responses"]) == codes
+    assert set(act["responses"]["413"]["content"]) == {"application/json", "text/plain"}
     assert act["security"] == [{"HTTPBearer": []}]
     known = set(spec["components"]["schemas"])
     assert {"Status", "Readiness", "Health", "Problem", "TaskStory", "Done", "Drain"} <= known
@@ -308,6 +310,14 @@ def test_an_action_is_answered_by_what_came_of_it(
         {"action": "explode"},
         {"action": "drain", "what": "moon"},
         {"action": "drain", "other": 1},
+        {"action": "drain", "name": "gpu-3"},
+        {"action": "drain", "what": "everything", "name": "gpu-3"},
+        {"action": "drain", "what": "card"},
+        {"action": "drain", "what": "node", "name": ""},
+        {"action": "drain", "now": True},
+        {"action": "resume", "name": "gpu-3"},
+        {"action": "resume", "what": "card"},
+        {"action": "resume", "what": "node", "name": ""},
         {"action": "clear_account", "account": "0x1"},
         {"action": "preload_model", "model": ""},
         [],
@@ -318,6 +328,54 @@ def test_what_is_no_order_is_refused(order: object) -> None:
     source = Source()
     assert client(source).post("/v1/actions", json=order).status_code == 422
     assert source.done == []
+
+
+def test_an_order_that_isnt_answered_may_be_done_all_the_same() -> None:
+    api = client(Source(delay=60.0), timeout=0.01)
+    answer = api.post("/v1/actions", json={"action": "drain"})
+    assert answer.status_code == 503
+    assert "whether it was done is not known" in answer.json()["detail"]
+    assert "not known" not in api.get("/v1/earnings").json()["detail"]
+
+
+@pytest.mark.parametrize("length", [True, False])
+@pytest.mark.parametrize("access", [Access(), Access(TOKEN)])
+async def test_a_long_body_is_not_read_whoever_sends_it(length: bool, access: Access) -> None:
+    source, sent, chunk = Source(), list[dict[str, Any]](), b" " * 16_384
+    chunks = iter([chunk] * 1_000)
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    if length:
+        headers.append((b"content-length", str(1_000 * len(chunk)).encode()))
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/actions",
+        "raw_path": b"/v1/actions",
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+
+    async def receive() -> dict[str, Any]:  # noqa: RUF029
+        return {"type": "http.request", "body": next(chunks), "more_body": True}
+
+    async def send(message: Any) -> None:  # noqa: RUF029
+        sent.append(message)
+
+    api = create_api(source, access=access)
+    await api(scope, receive, send)
+    assert sent[0]["status"] == 413
+    assert 1_000 - len(list(chunks)) <= MOST_BODY // len(chunk) + 1
+    assert source.done == []
+    metrics = TestClient(api, base_url="http://127.0.0.1").get(
+        "/metrics", headers={"authorization": f"Bearer {TOKEN}"}
+    )
+    assert 'crynux_http_requests_total{code="413",path="/v1/actions"} 1.0' in metrics.text
 
 
 def test_events_are_the_status_as_it_changes() -> None:
@@ -355,6 +413,14 @@ def codes(api: TestClient, headers: Mapping[str, str]) -> tuple[int, int]:
         (Access(), {"host": "[::1"}, (403, 403)),
         (Access(), {"host": "a]b", "origin": "http://a]b"}, (403, 403)),
         (Access(), {"origin": "http://127.0.0.1:8000"}, (200, 200)),
+        (Access(), {"forwarded": "for=203.0.113.1"}, (403, 403)),
+        (Access(), {"via": "1.1 proxy"}, (403, 403)),
+        (Access(), {"X-Forwarded-For": "203.0.113.1"}, (403, 403)),
+        (Access(), {"x-forwarded-host": "evil.example"}, (403, 403)),
+        (Access(), {"x-forwarded-proto": "https"}, (403, 403)),
+        (Access(), {"x-real-ip": ""}, (403, 403)),
+        (Access(open_reads=True), {"via": "1.1 proxy"}, (200, 403)),
+        (Access(TOKEN), BEARER | {"x-forwarded-for": "203.0.113.1"}, (200, 200)),
         (Access(local=False), {}, (403, 403)),
         (Access(local=False, open_reads=True), {}, (200, 403)),
         (Access(TOKEN), {}, (401, 401)),

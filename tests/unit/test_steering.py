@@ -15,12 +15,14 @@ from actors import coordinator as module
 from actors import fleet as fleet_module
 from actors import term as term_module
 from actors.inference import Health, Report
+from actors.keeping import DROPPED
 from actors.readers import AGAIN_SECONDS, MOST_REMEMBERED, Readers
 from actors.stores import RayStores
 from cluster import assembly
 from cluster.config import load
 from cluster.core.errors import ConfigError, DeviceFault, DeviceFaultKind, LeaseLost
 from cluster.core.types import GpuState, RayNodeId, Timestamp
+from cluster.models.keeper import Stays
 from cluster.steering import (
     ORDERS,
     ActionView,
@@ -127,13 +129,56 @@ async def test_a_model_is_preloaded_where_there_are_stores(
     assert (done.kind, words in done.text) == ("done", True), done
 
 
+async def test_a_machine_that_has_no_store_is_not_said_to_fetch(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office.pool.cards.append(replace(gpu_of(CARD_2), ray_node=RayNodeId("other")))
+    monkeypatch.setattr(RayStores, "want", lambda *_: 1)
+    async with serving(office):
+        await office.acting()
+        done = await told(office, PreloadModel(model="base:a/b"))
+    assert "fetched by 1 of 2 machines," in done.text
+
+
+ABSENT, IN_USE, SILENT = Stays.NOT_FETCHED.value, Stays.IN_USE.value, "no answer (TimeoutError)"
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "said"),
+    [
+        ((DROPPED, DROPPED), "done", "a: dropped; b: dropped"),
+        ((DROPPED, ABSENT), "done", f"a: dropped; b: {ABSENT}"),
+        ((DROPPED, SILENT), "refused", f"not everywhere: a: dropped; b: {SILENT}"),
+        ((DROPPED, IN_USE), "refused", f"not everywhere: a: dropped; b: {IN_USE}"),
+        ((ABSENT, IN_USE), "refused", f"a: {ABSENT}; b: {IN_USE}"),
+        ((ABSENT, ABSENT), "refused", f"a: {ABSENT}; b: {ABSENT}"),
+    ],
+)
+async def test_a_model_is_dropped_only_when_no_machine_has_it(
+    office: Office,
+    monkeypatch: pytest.MonkeyPatch,
+    found: tuple[str, str],
+    kind: str,
+    said: str,
+) -> None:
+    async def drop(_stores: object, _model: str) -> dict[str, str]:  # noqa: RUF029
+        return dict(zip("ab", found, strict=True))
+
+    monkeypatch.setattr(RayStores, "drop", drop)
+    async with serving(office):
+        await office.acting()
+        done = await told(office, DropModel(model="base:x/y"))
+        (written,) = await audit(office)
+    assert (done.kind, done.text) == (kind, f"base:x/y: {said}")
+    assert written.outcome == done.text
+
+
 async def test_everything_that_is_asked_is_written_down(office: Office) -> None:
     async with serving(office):
         await office.acting()
         orders: list[tuple[Order, str, str]] = [
             (EndDrain(), "nothing", "nothing was drained"),
             (Drain(what="card", name="nobody"), "unknown", "no card is known as nobody"),
-            (Drain(what="card"), "unknown", "no card"),
             (Drain(what="node", name="nobody"), "unknown", "no node is known as nobody"),
             (Drain(what="card", name=str(CARD)), "done", f"card {CARD} is being drained"),
             (EndDrain(), "done", "the drain has ended"),
@@ -157,7 +202,7 @@ async def test_everything_that_is_asked_is_written_down(office: Office) -> None:
     assert logged[-1]["arguments"] == {"level": "debug"}, "not the line's own level"
     assert [each.action for each in found] == [order.action for order, _, _ in orders]
     assert {each.who for each in found} == {WHO}
-    assert found[4].arguments == {"what": "card", "name": str(CARD), "now": False}
+    assert found[3].arguments == {"what": "card", "name": str(CARD), "now": False}
     assert found[1].outcome.startswith("no card is known as nobody")
 
 

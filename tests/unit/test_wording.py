@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Console, RenderableType
 
 from actors.dispatcher import event_for
 from actors.inference import InferenceWorker
-from cluster import logs
+from cluster import gpus_view, logs, status_view, story_view, top_view
 from cluster.core.errors import DeviceFault, DeviceFaultKind, TaskInvalid
 from cluster.core.record import AttemptFailed, FaultFound
-from cluster.core.types import AttemptId
+from cluster.core.types import AttemptId, GpuState, NodeStatus
 from cluster.core.wording import MOST_SAID, brief, named, printable
+from cluster.inference.devices import Card
+from cluster.status import DownloadView, GpuClassView, Status, StoreStatus, TaskView
+from cluster.steering import ActionView
+from cluster.story import EventView, TaskStory, TransactionView
 from cluster.story_view import log_text
+from tests.unit.metric_fakes import account, gpu, large
 from tests.unit.test_inference_worker import FakeEngine
 
 A = AttemptId("a")
@@ -85,6 +91,100 @@ def test_a_terminal_obeys_nothing_that_a_task_said() -> None:
     )
     assert text.isprintable()
     assert "a1 failed: \ufffd]0;taken over" in text
+
+
+HOSTILE = "base:x\x1b]52;c;ZXZpbA==\x1b\\\x1b[2J"
+STORY = TaskStory(
+    commitment="0xaa",
+    account=HOSTILE,
+    type=HOSTILE,
+    models=(HOSTILE, "lora:[bold]y[/bold]"),
+    fee="1",
+    payment="1",
+    progress=HOSTILE,
+    outcome=None,
+    fault=HOSTILE,
+    score=None,
+    tier=None,
+    seen_at=1.0,
+    closed_at=None,
+    stages={HOSTILE: 1.0},
+    events=(EventView(at=1.0, kind="seen", text=HOSTILE),),
+    transactions=(
+        TransactionView(write=HOSTILE, state=HOSTILE, account="0xA", reason=HOSTILE, link=HOSTILE),
+    ),
+)
+ACTION = ActionView(
+    at=0.0, who=HOSTILE, action=HOSTILE, arguments={"name": HOSTILE}, outcome=HOSTILE
+)
+
+
+def hostile_status() -> Status:
+    """In which all that anybody but us says would command a terminal."""
+    kind = GpuClassView(name=HOSTILE, vram=8)
+    card = gpu(1, GpuState.UNREACHABLE, kind).model_copy(
+        update={"problem": HOSTILE, "uuid": HOSTILE, "warm": (HOSTILE, "lora:[bold]y[/bold]")}
+    )
+    fetched = DownloadView(
+        model=HOSTILE,
+        source=HOSTILE,
+        done_bytes=1,
+        total_bytes=2,
+        bytes_per_second=1.0,
+        background=False,
+    )
+    store = StoreStatus(
+        ray_node=HOSTILE,
+        models=1,
+        used_bytes=1,
+        downloads=(fetched,),
+        failed={HOSTILE: HOSTILE},
+        trouble=HOSTILE,
+    )
+    task = TaskView(
+        commitment="0xaa",
+        account="0xA",
+        type="SD",
+        stage="answerable",
+        progress=HOSTILE,
+        action=HOSTILE,
+        gpu_id=HOSTILE,
+        seen_at=1.0,
+    )
+    changes = {
+        "gpus": (card,),
+        "accounts": (account(1, NodeStatus.AVAILABLE, kind),),
+        "stores": (store,),
+        "tasks": (task,),
+        "problems": (HOSTILE,),
+        "missing": (HOSTILE,),
+    }
+    return large(1).model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    "view",
+    ["status", "top", "cards", "story", "actions", "problem", "gpus"],
+)
+def test_a_terminal_obeys_nothing_that_is_shown(view: str) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=400, height=100, color_system=None, force_terminal=True)
+    status = hostile_status()
+    views: dict[str, RenderableType] = {
+        "status": status_view.render(status),
+        "top": top_view.render(status, console),
+        "cards": status_view.cards_table(status.gpus),
+        "story": story_view.render(STORY),
+        "actions": story_view.actions([ACTION]),
+        "problem": story_view.problem(HOSTILE),
+        "gpus": gpus_view.render([Card(0, None, problem=HOSTILE)], None),
+    }
+    console.print(views[view])
+    text = stream.getvalue()
+    assert all(each.isprintable() for each in text.replace("\n", ""))
+    assert "base:x\ufffd]52;c" in text
+    if view in {"status", "story"}:
+        assert "lora:[bold]y[/bold]" in text, "nor is it markup"
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
