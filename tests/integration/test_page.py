@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from cluster.api.guard import Access
 from cluster.core.types import GpuState
@@ -318,6 +318,41 @@ def test_a_day_of_earnings_has_its_own_name_wherever_one_looks(browser: Browser)
         title = page.locator("#plot g title").last
         assert (title.text_content() or "").startswith(today)
         context.close()
+
+
+def test_an_older_answer_doesnt_take_the_place_of_the_newest_range(browser: Browser) -> None:
+    late: list[Route] = []
+    with serving(SaidSource()) as url:
+        page = browser.new_page()
+        page.route("**/v1/earnings?days=7&*", lambda route: late.append(route))  # noqa: PLW0108
+        page.goto(url)
+        expect(page.locator("#plot rect.bar")).to_have_count(24)
+        with page.expect_request("**/v1/earnings?days=7&*"):
+            page.get_by_role("button", name="week").click()
+        page.get_by_role("button", name="month").click()
+        expect(page.locator("#plot rect.bar")).to_have_count(30)
+        with page.expect_response("**/v1/earnings?days=7&*", timeout=PATIENCE_SECONDS * 1000):
+            late[0].continue_()
+        page.wait_for_timeout(1_000)
+        assert page.locator("#plot rect.bar").count() == 30
+        page.close()
+
+
+def test_a_result_that_couldnt_be_shown_can_be_asked_for_again(browser: Browser) -> None:
+    with serving(SaidSource()) as url:
+        page = browser.new_page()
+        page.route("**/files/*", lambda route: route.abort())
+        page.goto(url)
+        page.locator("#tasks tbody tr").first.get_by_role("button").click()
+        story = page.locator("#story")
+        story.get_by_role("button", name="Show the result").click()
+        expect(story.get_by_role("alert")).to_have_count(PICTURES)
+        page.unroute("**/files/*")
+        story.get_by_role("button", name="Show the result").click()
+        expect(story.locator("img")).to_have_count(PICTURES)
+        expect(story.get_by_role("alert")).to_have_count(0)
+        expect(story.get_by_role("button", name="Show the result")).to_be_disabled()
+        page.close()
 
 
 def test_a_task_is_told_whole(browser: Browser) -> None:

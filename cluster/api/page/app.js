@@ -8,7 +8,7 @@ import { show, showAudit, showEarnings } from "./views.js";
 
 const TOKEN = "crynux-token", RELOADED = "crynux-reloaded";
 const RETRY_SECONDS = 3, QUIET_SECONDS = 15, EARNINGS_SECONDS = 60, RELOAD_SECONDS = 600;
-let last = null, heard = 0, alive = 0, stream = null, held = [], version = null, range = { days: "1", step: "hour" };
+let last = null, heard = 0, alive = 0, stream = null, held = [], version = null, asking = 0, range = { days: "1", step: "hour" };
 
 class Refused extends Error {}
 
@@ -166,15 +166,19 @@ by("tasks-find").addEventListener("keydown", (event) => {
 });
 
 async function earnings() {
+  // Another range may be asked for meanwhile, and its answer be there first.
+  const { days, step } = range, mine = ++asking;
   try {
-    const found = await json(`v1/earnings?days=${range.days}&step=${range.step}`);
-    const hours = Number(range.days) <= 1, daily = range.step === "day";
+    const found = await json(`v1/earnings?days=${days}&step=${step}`);
+    if (mine !== asking) return;
+    const hours = Number(days) <= 1, daily = step === "day";
     const label = (since) => new Date(since * 1000).toLocaleString(undefined, daily || !hours
       // A day is UTC's: west of Greenwich it begins on the day before.
       ? { month: "short", day: "numeric", ...(daily ? { timeZone: "UTC" } : { hour: "2-digit" }) }
       : { hour: "2-digit", minute: "2-digit" });
     by("plot").replaceChildren(plot(showEarnings(found), label, Math.max(by("plot").clientWidth - 16, 280)));
   } catch (error) {
+    if (mine !== asking) return;
     by("earnings-sum").textContent = `Not known now: ${error.message}`;
   }
 }

@@ -44,7 +44,9 @@ function pictures(found, ask) {
   if (!kept.length) return "";
   const box = make("div", { class: "pictures" });
   const button = make("button", { type: "button", click: async () => {
+    let failed = false;
     button.disabled = true;
+    while (button.nextSibling) button.nextSibling.remove();
     for (const file of kept) {
       try {
         const data = await ask(`v1/tasks/${found.commitment}/files/${encodeURIComponent(file.name)}`);
@@ -54,8 +56,11 @@ function pictures(found, ask) {
         box.append(picture);
       } catch (error) {
         box.append(make("p", { role: "alert" }, `${file.name}: ${error.message}`));
+        failed = true;
       }
     }
+    // What couldn't be had may be asked for again.
+    button.disabled = !failed;
   } }, "Show the result");
   box.append(button);
   return box;
