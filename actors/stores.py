@@ -240,7 +240,7 @@ class RayStores:
     def _actor(self, node: RayNodeId) -> _Begun:
         name = f"store:{node[:8]}"
         try:
-            return _Begun(cast(ActorHandle[Any], ray.get_actor(name)), is_new=False)
+            return _Begun(ray.get_actor(name), is_new=False)
         except ValueError:
             pass  # there is none
         options: dict[str, Any] = {

@@ -184,7 +184,7 @@ async def test_a_store_that_cannot_be_made_is_told_and_mended(house: House) -> N
     in_the_way.unlink()
     report = await report_when(worker, lambda r: r.here == {A})
     assert (report.trouble, report.failed) == ("", {})
-    assert report.room_bytes > 0
+    assert report.room_bytes is not None and report.room_bytes > 0
 
 
 async def test_what_cannot_be_had_is_named_with_the_reason(house: House) -> None:
