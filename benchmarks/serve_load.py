@@ -45,6 +45,7 @@ SETTLE_SECONDS = 5.0
 Ask = Callable[[], bytes]
 """The coordinator's metrics, from itself."""
 READY_SECONDS = 300.0
+WAITING, TASKS = 4, 2000
 CARDS = (SimulatedCards("NVIDIA GeForce RTX 4090", GigaBytes(24), 2),)
 
 
@@ -85,11 +86,10 @@ def spec(number: int) -> TaskSpec:
 
 
 async def keep_busy(application: Application) -> None:
-    """Two tasks always wait."""
-    number = 0
-    while True:
-        number += 2
-        await application.run([spec(number), spec(number + 1)])
+    """Tasks always wait, for longer than is measured."""
+    application.most_waiting = WAITING
+    await application.run([spec(number) for number in range(TASKS)])
+    raise RuntimeError(f"all {TASKS} tasks have ended")
 
 
 async def ready(running: Operator, http: httpx.AsyncClient) -> None:
@@ -123,7 +123,7 @@ async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
                 renders.append(time.monotonic() - began)
                 return text
 
-            busy = [asyncio.create_task(keep_busy(devnet.application())) for _ in range(2)]
+            busy = asyncio.create_task(keep_busy(devnet.application()))
             await asyncio.sleep(TURN_SECONDS)
             for turn in range(TURNS):
                 for lags, load in ((without, False), (with_, True)):
@@ -133,12 +133,10 @@ async def measure(devnet: Devnet, running: Operator) -> dict[str, float]:
                     async with watchers.watching() if load else contextlib.nullcontext():
                         await asyncio.sleep(TURN_SECONDS)
                     lags.append((await Lag.now(ask)).since(before))
-                    for task in busy:
-                        if task.done():  # by an error: nothing runs any more
-                            task.result()
-            for task in busy:
-                task.cancel()
-            await asyncio.gather(*busy, return_exceptions=True)
+                    if busy.done():  # nothing runs any more
+                        busy.result()
+            busy.cancel()
+            await asyncio.gather(busy, return_exceptions=True)
     watched = watchers.met
     ordered = sorted(watched.scrapes)
     seconds = TURN_SECONDS * TURNS
