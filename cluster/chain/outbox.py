@@ -112,8 +112,9 @@ class Outbox(Moves):
         with self._journal.read() as connection:
             row = rows.by_key(connection, intent.key)
         if row is not None and rows.rearm(row, intent, now, self._patience, refused) is row:
-            # It may be there by a commit whose answer was lost.
-            self._changed(intent)
+            if intent.task is not None:
+                # It may be there by a commit whose answer was lost; an own one's ends the term.
+                self._changed(intent)
             return row.state
         with self._journal.write(self._lease()) as connection:
             row = rows.by_key(connection, intent.key)
