@@ -3,9 +3,10 @@ operator's API tells, for people and, by `--json`, for programs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +83,40 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """A look every `TOP_SECONDS`; one that fails is shown, and the next is tried."""
-    console = Console()
-    done = 0
-    with Live(
-        console=console,
-        screen=console.is_terminal and not as_json,
-        refresh_per_second=1,
-        auto_refresh=False,
-    ) as live:
+    with _screen(as_json) as (show, trouble):
+        done = 0
         while looks is None or done < looks:
             try:
                 now = api.get("/v1/status", Status)
             except ConfigError:
                 raise
             except ClusterError as error:
-                if as_json:
-                    click.echo(json.dumps({"error": str(error)}))
-                else:
-                    live.update(story_view.problem(str(error)), refresh=True)
+                trouble(str(error))
             else:
-                if as_json:
-                    click.echo(now.model_dump_json())
-                else:
-                    live.update(top_view.render(now, console), refresh=True)
+                show(now)
             done += 1
             if looks is None or done < looks:
                 sleep(TOP_SECONDS)
+
+
+@contextlib.contextmanager
+def _screen(as_json: bool) -> Iterator[tuple[Callable[[Status], None], Callable[[str], None]]]:
+    """How a look is shown, and how one that failed."""
+    if as_json:
+        # No live display: where colours are forced, it writes to a pipe as to a terminal.
+        yield (
+            lambda now: click.echo(now.model_dump_json()),
+            lambda why: click.echo(json.dumps({"error": why})),
+        )
+        return
+    console = Console()
+    with Live(
+        console=console, screen=console.is_terminal, refresh_per_second=1, auto_refresh=False
+    ) as live:
+        yield (
+            lambda now: live.update(top_view.render(now, console), refresh=True),
+            lambda why: live.update(story_view.problem(why), refresh=True),
+        )
 
 
 @click.command(short_help="List tasks, or tell one's whole story.")

@@ -121,6 +121,15 @@ def test_top_goes_on_when_a_look_fails(capsys: pytest.CaptureFixture[str]) -> No
     assert len(slept) == 2
 
 
+def test_top_in_json_is_nothing_but_json_where_colours_are_forced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    watch(ApiClient("http://h", transport=transport(Api())), True, 2, lambda _: None)
+    looks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [look["version"] for look in looks] == [STATUS.version] * 2
+
+
 def test_top_ends_where_it_was_asked_wrongly() -> None:
     def handle(_request: httpx.Request) -> httpx.Response:
         return httpx.Response(401, json={"detail": "a bearer token is needed"})
