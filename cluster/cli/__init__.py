@@ -24,10 +24,8 @@ from cluster.cli.keys import keys
 from cluster.cli.leave import leave
 from cluster.cli.look import accounts, audit, earnings, logs, status, tasks, top
 from cluster.cli.models import models
-from cluster.cli.options import config_option
-from cluster.core.errors import ClusterError, ConfigError
-
-_WRONG_INPUT, _FAILED = 2, 1
+from cluster.cli.options import complain, config_option
+from cluster.core.errors import ClusterError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,17 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except click.Abort:
         code = 130
-    except ConfigError as error:
-        code = _complain(error, _WRONG_INPUT)
     except ClusterError as error:
-        code = _complain(error, _FAILED)
+        code = complain(error)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _complain(error: Exception, code: int) -> int:
-    line = " ".join(str(error).split())
-    click.echo(f"crynux-cluster: {line}", err=True)
-    return code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

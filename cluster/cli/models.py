@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from cluster.cli.options import config_option, typed
+from cluster.cli.options import complain, config_option, typed
+from cluster.core.errors import ClusterError
+
+if TYPE_CHECKING:
+    from cluster.steering import Order
 
 model_names = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 
@@ -70,28 +76,39 @@ def models_drop(config_file: Path, models: tuple[str, ...]) -> None:
 @models.command("preload", short_help="Have every machine with cards fetch models.")
 @config_option
 @model_names
-def models_preload(config_file: Path, models: tuple[str, ...]) -> None:
+def models_preload(config_file: Path, models: tuple[str, ...]) -> int:
     """Have the running operator's machines fetch models, behind what tasks need.
 
-    MODEL is a model id as the network writes it: base:, lora: or controlnet:, and a name.
+    MODEL is a model id as the network writes it: base:, lora: or controlnet:, and a name. One that
+    is refused keeps no other back; the exit code is not 0 then.
     """
-    from actors import client
-    from cluster import config, steering
+    from cluster import steering
 
-    settings = config.load(config_file)
-    for model in models:
-        click.echo(client.perform(settings, typed(steering.PreloadModel, model=model)))
+    return _each(config_file, [typed(steering.PreloadModel, model=model) for model in models])
 
 
 @models.command("drop-everywhere", short_help="Remove models from every machine.")
 @config_option
 @model_names
-def models_drop_everywhere(config_file: Path, models: tuple[str, ...]) -> None:
+def models_drop_everywhere(config_file: Path, models: tuple[str, ...]) -> int:
     """Remove models from the disks of the running operator's machines; where a task uses one, it
-    stays, and what is configured to stay does."""
-    from actors import client
-    from cluster import config, steering
+    stays, and what is configured to stay does. One that is refused keeps no other back; the exit
+    code is not 0 then."""
+    from cluster import steering
 
-    settings = config.load(config_file)
-    for model in models:
-        click.echo(client.perform(settings, typed(steering.DropModel, model=model)))
+    return _each(config_file, [typed(steering.DropModel, model=model) for model in models])
+
+
+def _each(config_file: Path, orders: Sequence[Order]) -> int:
+    """Have all of them carried out, and say what came of each; the exit code."""
+    from actors import client
+    from cluster import config
+
+    codes = {0}
+    with client.asking(config.load(config_file)) as call:
+        for order in orders:
+            try:
+                click.echo(client.order_done(call, order))
+            except ClusterError as error:
+                codes.add(complain(error))
+    return min(codes - {0}, default=0)

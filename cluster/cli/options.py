@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from cluster.core.errors import ConfigError
+from cluster.core.errors import ClusterError, ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -20,6 +20,15 @@ config_option = click.option(
     required=True,
     help="The configuration; configs/ has examples.",
 )
+
+_WRONG_INPUT, _FAILED = 2, 1
+
+
+def complain(error: ClusterError) -> int:
+    """Say it in a line; the exit code that goes with it."""
+    line = " ".join(str(error).split())
+    click.echo(f"crynux-cluster: {line}", err=True)
+    return _WRONG_INPUT if isinstance(error, ConfigError) else _FAILED
 
 
 def typed(model: type[Model], /, **values: Any) -> Model:  # noqa: ANN401 - as the model says

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 
 from actors import client
 from cluster.cli import main
-from cluster.core.errors import ClusterError
+from cluster.core.errors import ClusterError, ConfigError
 from cluster.status import ClassStatus, DrainStatus, FleetStatus
-from cluster.steering import Order
+from cluster.steering import DropModel, Order, PreloadModel
 from tests.unit.test_client import ADDRESS
 from tests.unit.test_config import MINIMAL
 
@@ -172,7 +173,8 @@ def test_what_cant_be_meant_is_refused(
     words: tuple[str, ...],
     said: str,
 ) -> None:
-    monkeypatch.setattr(client, "perform", lambda *_: pytest.fail("it was sent"))
+    for name in ("perform", "asking"):
+        monkeypatch.setattr(client, name, lambda *_: pytest.fail("it was sent"))
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(SystemExit) as ended:
@@ -221,12 +223,49 @@ def test_an_order_is_passed_as_it_was_typed(
         return "as asked"
 
     monkeypatch.setattr(client, "perform", perform)
+    monkeypatch.setattr(client, "asking", contextlib.nullcontext)
+    monkeypatch.setattr(client, "order_done", perform)
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(SystemExit) as ended:
         main([*words, "--config", str(file)])
     assert ended.value.code == 0
     assert orders == [order]
+
+
+@pytest.mark.parametrize(
+    ("refused", "code"),
+    [
+        ({"b": ClusterError("b: a task uses it")}, 1),
+        ({"a": ConfigError("a: unknown"), "b": ClusterError("b: a task uses it")}, 1),
+        ({"a": ConfigError("a: unknown"), "c": ConfigError("c: unknown")}, 2),
+        ({}, 0),
+    ],
+)
+@pytest.mark.parametrize("verb", ["drop-everywhere", "preload"])
+def test_a_model_that_is_refused_keeps_no_other_back(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    refused: dict[str, ClusterError],
+    code: int,
+) -> None:
+    def order_done(_call: object, given: DropModel | PreloadModel) -> str:
+        if (error := refused.get(given.model)) is not None:
+            raise error
+        return f"{given.model}: done"
+
+    monkeypatch.setattr(client, "asking", contextlib.nullcontext)
+    monkeypatch.setattr(client, "order_done", order_done)
+    file = tmp_path / "c.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(SystemExit) as ended:
+        main(["models", verb, "a", "b", "c", "--config", str(file)])
+    assert ended.value.code == code
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{name}: done" for name in "abc" if name not in refused]
+    assert said.err.splitlines() == [f"crynux-cluster: {error}" for error in refused.values()]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +283,8 @@ def test_an_order_that_says_nothing_sensible_is_never_sent(
     words: tuple[str, ...],
     said: str,
 ) -> None:
-    monkeypatch.setattr(client, "perform", lambda *_: pytest.fail("it was sent"))
+    for name in ("perform", "asking"):
+        monkeypatch.setattr(client, name, lambda *_: pytest.fail("it was sent"))
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
     with pytest.raises(SystemExit) as ended:
