@@ -177,6 +177,11 @@ class RayStores:
         except (RayError, TimeoutError) as error:
             return f"no answer ({type(error).__name__})"
 
+    def forget(self) -> None:
+        """As if it had never looked: whoever looks next, maybe another process, asks all anew."""
+        self._members.clear()
+        self._silent.clear()
+
     # --- watching --------------------------------------------------------------------------------
 
     async def refresh(self, nodes: Collection[RayNodeId]) -> None:

@@ -348,6 +348,13 @@ class Term:
 
     async def _tend_stores(self) -> None:
         """Watch the machines' model stores, and tell the network what has come."""
+        try:
+            await self._watch_stores()
+        finally:
+            # Another coordinator tends them now; one that stands by knows nothing of them.
+            self._world.stores.forget()
+
+    async def _watch_stores(self) -> None:
         declared: set[tuple[Address, ModelId]] = set()
         while True:
             stores, gpus = self._world.stores, self._world.pool.gpus()
