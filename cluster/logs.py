@@ -25,6 +25,8 @@ from eth_account.hdaccount.mnemonic import get_wordlist
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from cluster import url_secrets
+
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "json", "console"]
 
@@ -40,7 +42,6 @@ _SECRET_NAME = re.compile(
 _PERHAPS_SECRET_NAME = re.compile(r"(^|_)(seed|keys?)$", re.IGNORECASE)
 _PROMPT_NAME = re.compile(r"prompt|task_args|parameters$|^messages$|^content$", re.IGNORECASE)
 _KEY_IN_TEXT = re.compile(r"[0-9a-fA-F]{64}")
-_URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """All but a tab and a line's end."""
 _WORDS = re.compile(r"\b[a-z]{3,8}(?:\s+[a-z]{3,8}){11,}\b")
@@ -62,7 +63,7 @@ def clean(value: object, name: str = "") -> Any:
     """`value` as it may be logged under `name`.
 
     A 64-digit hex number is a hash nearly everywhere here, so it is masked only under a name that
-    speaks of secrets; a run of 12 or more BIP-39 words, and a URL's user, under every name.
+    speaks of secrets; a run of 12 or more BIP-39 words, and a URL's credentials, under every name.
     """
     if isinstance(value, bytes | bytearray | memoryview):
         return f"[{len(value)} bytes]"
@@ -84,7 +85,7 @@ def clean(value: object, name: str = "") -> Any:
 def scrub(text: str) -> str:
     """`text` without mnemonic phrases, URL credentials, and what a terminal would obey."""
     text = _CONTROL.sub("\ufffd", text)
-    return _WORDS.sub(_mask_phrase, _URL_USER.sub(f"{REDACTED}@", text))
+    return _WORDS.sub(_mask_phrase, url_secrets.hide(text, REDACTED))
 
 
 def _is_secret(name: str, value: object) -> bool:
