@@ -62,6 +62,16 @@ def quantile(share: float, histogram: str, by: str = "le", where: str = "@") -> 
     return f"histogram_quantile({share}, sum by ({by}) ({rate(f'{histogram}_bucket', where)}))"
 
 
+def of_journals(label: str, gauge: str, where: str = "@") -> str:
+    """The sum by the label of what each coordinator reads in its journal. Those of one identity,
+    of which one acts and others stand by, share a journal, and are counted once."""
+    with_identity = (
+        f"{gauge}{{{where}}} "
+        "* on (cluster, job, instance) group_left (identity) crynux_identity_info{@}"
+    )
+    return f"sum by ({label}) (max by (identity, {label}) ({with_identity}))"
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     expression: str

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
+from cluster.chain.outbox_rows import RowState
 from cluster.metrics import Metrics
 from tests.integration.operator_world import TEST_SECONDS, OperatorWorld, task
 from tests.prometheus_tools import Prometheus, prometheus, promtool
@@ -54,6 +55,43 @@ def test_an_alert_that_fires_too_late_would_be_noticed(tmp_path: Path) -> None:
     cases.write_text((PROMETHEUS / "rules_test.yaml").read_text(encoding="utf-8"))
     with pytest.raises(AssertionError, match="FAILED"):
         promtool("test", "rules", cases)
+
+
+def test_what_two_coordinators_read_in_one_journal_is_counted_once(tmp_path: Path) -> None:
+    """Three rows in each state are in a journal that two share, four in another operator's."""
+    of_one = [("north-a", "k1", 3), ("north-b", "k1", 3), ("south", "k2", 4)]
+    series = {}
+    for name, identity, rows in of_one:
+        target = f'job="crynux", instance="{name}", cluster="{name}"'
+        series[f'crynux_identity_info{{{target}, identity="{identity}"}}'] = 1
+        for state in RowState:
+            series[f'crynux_outbox_rows{{{target}, state="{state.value}"}}'] = rows
+    panels = {
+        each.where.removeprefix("chain: "): filled(each.expression, WINDOWS)
+        for each in asked_by(PROMETHEUS.parent / "grafana" / "dashboards" / "chain.json")
+        if "crynux_outbox_rows" in each.expression
+    }
+    wanted = {
+        "Writes under way": 3 * 7,
+        "Writes by where they stand": 7,
+        "Writes that came to nothing": 7,
+    }
+    assert panels.keys() == wanted.keys()
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": f"{n}x2"} for name, n in series.items()],
+        "promql_expr_test": [
+            {
+                "expr": f"max({panels[panel]})",
+                "eval_time": "1m",
+                "exp_samples": [{"labels": "{}", "value": value}],
+            }
+            for panel, value in wanted.items()
+        ],
+    }
+    cases = tmp_path / "cases.yaml"
+    cases.write_text(yaml.safe_dump({"tests": [case]}), encoding="utf-8")
+    assert "SUCCESS" in promtool("test", "rules", cases)
 
 
 def test_the_example_configuration_is_one_its_comments_too(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from panels import (
     hourly,
     lines,
     number,
+    of_journals,
     quantile,
     rate,
 )
@@ -31,7 +32,12 @@ _CALLS = "crynux_rpc_calls_total"
 _RELAY = "crynux_relay_calls_total"
 _LOST = '@, result=~"failed|throttled"'
 _FAILED = '@, result=~"refused|unreachable|error"'
+_UNDER_WAY = 'state=~"new|signed|sent"'
 _ON_CHAIN = 'stage=~"seen|score_sent|score_mined|validated|paid"'
+
+
+def _standing(states: str) -> str:
+    return of_journals("state", "crynux_outbox_rows", f"@, {states}")
 
 
 def _slowest(stages: str) -> Query:
@@ -79,7 +85,7 @@ NOW = Section(
         ),
         number(
             "Writes under way",
-            'sum(crynux_outbox_rows{@, state=~"new|signed|sent"})',
+            f"sum({_standing(_UNDER_WAY)})",
             "Transactions that aren't in a block yet.",
         ),
         number(
@@ -161,23 +167,14 @@ TRANSACTIONS = Section(
     (
         lines(
             "Writes by where they stand",
-            [
-                Query(
-                    'sum by (state) (crynux_outbox_rows{@, state!~"final|refused|reverted"})',
-                    "{{state}}",
-                )
-            ],
+            [Query(_standing('state!~"final|refused|reverted"'), "{{state}}")],
             "New, signed, sent, or mined in a block that may yet be replaced.",
             unit=COUNT,
             look=STACKED,
         ),
         lines(
             "Writes that came to nothing",
-            [
-                Query(
-                    'sum by (state) (crynux_outbox_rows{@, state=~"refused|reverted"})', "{{state}}"
-                )
-            ],
+            [Query(_standing('state=~"refused|reverted"'), "{{state}}")],
             "All that the journal has. Refused ones were never sent; a reverted one cost gas.",
             unit=COUNT,
         ),
