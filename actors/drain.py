@@ -12,8 +12,9 @@ because Ray gives machines and cards new names whenever it starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from actors.ledger import Ledger
 from cluster.core.types import GigaBytes, Gpu, GpuClass
@@ -28,6 +29,21 @@ class Drained:
     card: str
     gpu_class: GpuClass | None
     """None where an older version wrote it down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Cards that were drained by one name, or a machine."""
+
+    what: Literal["card", "node"]
+    name: str
+    cards: frozenset[str]
+    """Each as it is known in `Drained`."""
+    classes: frozenset[GpuClass]
+
+    def covers(self, gpu: Gpu) -> bool:
+        is_there = self.what == "node" and gpu.ray_node == self.name
+        return is_there or gpu.gpu_id in self.cards or gpu.uuid in self.cards
 
 
 Named = Mapping[str, frozenset[Drained]]
@@ -103,9 +119,10 @@ class Drains:
         return self.everything or bool(self.cards or self.nodes)
 
     @property
-    def classes(self) -> frozenset[GpuClass]:
-        """Of the cards that are drained one by one."""
-        return frozenset(each.gpu_class for each in self._all() if each.gpu_class is not None)
+    def parts(self) -> Sequence[Part]:
+        """What is drained one by one."""
+        cards = [_part("card", *each) for each in sorted(self.cards.items())]
+        return [*cards, *(_part("node", *each) for each in sorted(self.nodes.items()))]
 
     def _store(self, everything: bool, cards: Named, nodes: Named) -> None:
         said = {"everything": everything, "cards": _plain(cards), "nodes": _plain(nodes)}
@@ -117,6 +134,11 @@ class Drains:
 
 def _drained(gpu: Gpu) -> Drained:
     return Drained(gpu.uuid or gpu.gpu_id, gpu.gpu_class)
+
+
+def _part(what: Literal["card", "node"], name: str, drained: frozenset[Drained]) -> Part:
+    classes = frozenset(each.gpu_class for each in drained if each.gpu_class is not None)
+    return Part(what, name, frozenset(each.card for each in drained), classes)
 
 
 def _with(before: Named, new: Mapping[str, Iterable[Gpu]] | None) -> Named:

@@ -85,15 +85,20 @@ class Draining:
 
     # --- what is left to do ----------------------------------------------------------------------
 
-    def left(self, accounts: Sequence[NodeAccount]) -> list[str]:
-        """In words, what the accounts still have to do until all that is drained is empty."""
+    def left(
+        self, accounts: Sequence[NodeAccount], classes: Iterable[GpuClass] | None
+    ) -> list[str]:
+        """In words, what the accounts still have to do until drained cards of these classes are
+        done with, or (None) until all is."""
         waits = [] if self._carried_out == self._drains.revision else [_TURN]
-        if self._drains.everything:
+        if classes is None:
             return [*waits, *_not_resting(accounts)]
-        return [*waits, *self._too_many(accounts)]
+        return [*waits, *self._too_many(accounts, classes)]
 
-    def _too_many(self, accounts: Sequence[NodeAccount]) -> Iterable[str]:
-        for gpu_class in sorted(self._drains.classes, key=lambda each: (-each.vram, each.name)):
+    def _too_many(
+        self, accounts: Sequence[NodeAccount], classes: Iterable[GpuClass]
+    ) -> Iterable[str]:
+        for gpu_class in sorted(classes, key=lambda each: (-each.vram, each.name)):
             serving = [each for each in accounts if belongs(each) == gpu_class and _serves(each)]
             beyond = len(serving) - self._allowed.get(gpu_class, 0)
             if beyond > 0:

@@ -159,9 +159,10 @@ class FleetKeeper:
 
     # --- what an operator does -------------------------------------------------------------------
 
-    def left_to_drain(self) -> list[str]:
-        """What the accounts still have to do until all that is drained is empty."""
-        return self.draining.left(self._node_accounts())
+    def left_to_drain(self, classes: Iterable[GpuClass] | None) -> list[str]:
+        """What the accounts still have to do until drained cards of these classes are done with, or
+        (None) until all is."""
+        return self.draining.left(self._node_accounts(), classes)
 
     def clear(self, account: Address) -> str:
         """`cleared`, `free` (nothing stops it), or `unknown`."""

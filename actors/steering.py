@@ -7,13 +7,15 @@ for it and what came of it, refusals included.
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import structlog
 
 from actors.dispatcher import Dispatcher
-from actors.drain import Drains
+from actors.drain import Drains, Part
 from actors.fleet import FleetKeeper
 from actors.keeping import DROPPED
 from actors.ledger import Ledger
@@ -35,7 +37,7 @@ from cluster.journal_history import Audited
 from cluster.logs import Level
 from cluster.models.keeper import Stays
 from cluster.models.refs import of_model_id
-from cluster.status import DrainStatus
+from cluster.status import DrainPart, DrainStatus
 from cluster.steering import (
     ApplyFleet,
     ClearAccount,
@@ -228,21 +230,38 @@ class Steering:
         ]
 
     def drain_status(self) -> DrainStatus:
-        drains = self._drains
-        left: list[str] = []
-        if drains.everything and self._ledger.open:
-            left = [f"{len(self._ledger.open)} tasks are open"]
-        elif not drains.everything and (computed := self._on_drained()):
-            left = [f"{len(computed)} tasks are computed there"]
-        if drains.any:
-            left += self._fleet.left_to_drain()
+        drains, parts = self._drains, self._drains.parts
+        if drains.everything:
+            left = [f"{len(self._ledger.open)} tasks are open"] if self._ledger.open else []
+            left += self._fleet.left_to_drain(None)
+        else:
+            left = self._left_of([parts])[0] if drains.any else []
+        each_left = self._left_of([[part] for part in parts])
         return DrainStatus(
             everything=drains.everything,
             cards=tuple(sorted(drains.cards)),
             nodes=tuple(sorted(drains.nodes)),
             done=drains.any and not left,
             left=tuple(left),
+            parts=tuple(
+                DrainPart(what=part.what, name=part.name, left=tuple(left))
+                for part, left in zip(parts, each_left, strict=True)
+            ),
         )
+
+    def _left_of(self, groups: Sequence[Sequence[Part]]) -> list[list[str]]:
+        """What is still to be done until each group of what is drained is empty."""
+        accounts_of = functools.cache(self._fleet.left_to_drain)
+        tasks = Counter(e.open_attempt.gpu_id for e in self._on_drained() if e.open_attempt)
+        busy = [gpu for gpu in self._gpus() if gpu.gpu_id in tasks]
+        found = []
+        for parts in groups:
+            there = [gpu for gpu in busy if any(part.covers(gpu) for part in parts)]
+            computed = sum(tasks[gpu.gpu_id] for gpu in there)
+            left = [f"{computed} tasks are computed there"] if computed else []
+            classes = frozenset(each for part in parts for each in part.classes)
+            found.append(left + accounts_of(classes))
+        return found
 
     # --- cards, accounts, models -----------------------------------------------------------------
 

@@ -8,7 +8,7 @@ is secret: no parameters, no prompts, no keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -220,6 +220,16 @@ class FleetStatus(View):
     classes: tuple[ClassStatus, ...] = ()
 
 
+class DrainPart(View):
+    """A card or a machine that is drained by itself."""
+
+    what: Literal["card", "node"]
+    name: str
+    """As it was typed."""
+    left: tuple[str, ...] = ()
+    """What is still to be done until it is empty, in words."""
+
+
 class DrainStatus(View):
     everything: bool = False
     cards: tuple[str, ...] = ()
@@ -228,6 +238,8 @@ class DrainStatus(View):
     """Nothing that is drained has anything left to do."""
     left: tuple[str, ...] = ()
     """What it still has to do, in words."""
+    parts: tuple[DrainPart, ...] = ()
+    """Each of `cards` and `nodes`: one may be done before the other is."""
 
 
 class Totals(View):

@@ -108,7 +108,8 @@ def drain(
 
     All accounts are paused, what is computed is finished, and what waits for its validation is
     handed over; the exit code is 0 when that is done, 1 when the timeout or somebody's resume came
-    first. It lasts over restarts.
+    first. With --gpu or --node that one is waited for, not others that are drained too. It lasts
+    over restarts.
     """
     from actors import client
     from cluster import config, steering
@@ -223,6 +224,14 @@ def _lasts(found: DrainStatus, what: str, name: str) -> bool:
     return found.everything or name in named.get(what, ())
 
 
+def _left(found: DrainStatus, what: str, name: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether what was asked for is done, and what is left of it: others may take longer."""
+    for part in found.parts:
+        if (part.what, part.name) == (what, name):
+            return not part.left, part.left
+    return found.done, found.left
+
+
 def _wait_drained(
     look: Callable[[], DrainStatus],
     timeout: float | None,
@@ -241,10 +250,11 @@ def _wait_drained(
         else:
             if not _lasts(found, what, name):
                 raise ClusterError("somebody ended the drain: crynux-cluster audit says who")
-        if found.done:
+        done, left = _left(found, what, name)
+        if done:
             click.echo("drained")
             return 0
-        words = "; ".join(found.left) or "waiting"
+        words = "; ".join(left) or "waiting"
         if words != shown:
             click.echo(words)
             shown = words

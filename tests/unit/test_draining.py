@@ -180,6 +180,37 @@ def test_accounts_of_another_class_are_not_the_drains_business(tmp_path: Path) -
     assert site.status.done
 
 
+def left_of(site: Site) -> dict[str, tuple[str, ...]]:
+    return {f"{part.what} {part.name}": part.left for part in site.status.parts}
+
+
+def test_each_that_is_drained_says_what_is_left_of_it_alone(tmp_path: Path) -> None:
+    site = Site(tmp_path, card("a-0", "a"), card("b-0", "b", LARGE), card("b-1", "b", LARGE))
+    site.see(ALICE, NodeStatus.AVAILABLE)
+    site.see(BOB, NodeStatus.PAUSED, kind=LARGE)
+    site.turn()
+
+    async def run() -> None:
+        site.compute(TASK, A, deadline=START + 100)
+        await site.house.calm()
+        await site.order(Drain(what="node", name="a"))
+        await site.order(Drain(what="card", name="b-0"))
+        assert all(left_of(site).values()), "the accounts haven't been looked at since"
+        await site.keeper.turn()
+        await site.dispatcher.stop()
+
+    asyncio.run(run())
+    too_many = f"1 account of {KIND.name} serves more than its other cards can"
+    here = ("1 tasks are computed there", too_many)
+    assert left_of(site) == {"card b-0": (), "node a": here}
+    assert site.status.left == here
+    assert not site.status.done
+    site.drain()
+    site.see(ALICE, NodeStatus.PAUSED)
+    site.turn()
+    assert left_of(site) == {"card b-0": (), "node a": here[:1]}
+
+
 def test_after_a_restart_in_the_midst_of_it_its_not_done_either(two: Site) -> None:
     two.drain("card", "b-0")
     two.begin()

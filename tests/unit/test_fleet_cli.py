@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from actors import client
 from cluster.cli import main
 from cluster.core.errors import ClusterError, ConfigError
-from cluster.status import ClassStatus, DrainStatus, FleetStatus
+from cluster.status import ClassStatus, DrainPart, DrainStatus, FleetStatus
 from cluster.steering import DropModel, Order, PreloadModel
 from tests.unit.test_client import ADDRESS
 from tests.unit.test_config import MINIMAL
@@ -151,6 +151,29 @@ def test_a_part_is_drained_too_when_everything_is(what: str, name: str) -> None:
     here = DrainStatus(cards=("a",), nodes=("b",), left=("1 tasks are computed there",))
     looks = pops(here, DrainStatus(everything=True, done=True))
     assert module._wait_drained(looks, None, lambda _: None, what=what, name=name) == 0
+
+
+@pytest.mark.parametrize(("what", "name"), [("card", "a"), ("node", "b")])
+def test_only_what_was_asked_for_is_waited_for(
+    capsys: pytest.CaptureFixture[str], what: Literal["card", "node"], name: str
+) -> None:
+    def looks(*left: tuple[str, ...]) -> Callable[[], DrainStatus]:
+        other = DrainPart(what=what, name="other", left=("3 tasks are computed there",))
+        return pops(
+            *(
+                DrainStatus(
+                    cards=("a", "other"),
+                    nodes=("b", "other"),
+                    left=other.left,
+                    parts=(other, DrainPart(what=what, name=name, left=each)),
+                )
+                for each in left
+            )
+        )
+
+    asked = looks(("1 tasks are computed there",), ())
+    assert module._wait_drained(asked, None, lambda _: None, what=what, name=name) == 0
+    assert capsys.readouterr().out.splitlines() == ["1 tasks are computed there", "drained"]
 
 
 @pytest.mark.parametrize(
