@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from cluster import quarantine_rows
@@ -21,10 +21,22 @@ LONGEST_LOOK_MS = 30_000
 _MAKING = 0x63727978
 """PostgreSQL's advisory lock of whoever makes the tables; any number that is nobody else's."""
 
+_PATIENCE = {
+    "connect_timeout": "5",
+    "keepalives": "1",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+"""libpq's, in seconds and, of the last, milliseconds: a server or a network that swallows what it
+is sent is an error after some ten seconds, not after the quarter of an hour of the kernel's."""
+_BY_LIBPQ = frozenset({"psycopg", "psycopg2"})
+
 
 def open_engine(url: str, look_only: bool = False, most: int | None = None) -> Engine:
     """`look_only`: nothing is made or written, whatever is asked of it. `most`: how many
-    connections it has at a time."""
+    connections it has at a time. A URL's own options go before `_PATIENCE`."""
     pool: dict[str, Any] = {} if most is None else {"pool_size": most, "max_overflow": 0}
     try:
         parsed = make_url(url)
@@ -32,6 +44,8 @@ def open_engine(url: str, look_only: bool = False, most: int | None = None) -> E
             parsed = parsed.set(
                 drivername="postgresql+psycopg"
             )  # the driver that is ours to install
+        if _takes_patience(parsed):
+            parsed = parsed.set(query={**_PATIENCE, **parsed.query})
         engine = create_engine(
             parsed,
             pool_pre_ping=not url.startswith("sqlite"),
@@ -52,6 +66,10 @@ def open_engine(url: str, look_only: bool = False, most: int | None = None) -> E
         _make_folder(parsed.database)
         _tune_sqlite(engine)
     return engine
+
+
+def _takes_patience(url: URL) -> bool:
+    return url.get_backend_name() == "postgresql" and url.get_driver_name() in _BY_LIBPQ
 
 
 def file_of(url: str) -> Path | None:
