@@ -24,6 +24,7 @@ import ray
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from actors.leasing import Taken, take
 from actors.ledger import Ledger
 from actors.overview import Sight, describe
 from actors.patience import Patience
@@ -36,7 +37,6 @@ from cluster.api.shared import Shared
 from cluster.chain import outbox_rows
 from cluster.chain.outbox_rows import RowState
 from cluster.core.errors import ClusterError, ConfigError, LeaseLost
-from cluster.core.ports import Lease
 from cluster.core.types import (
     RayNodeId,
     Timestamp,
@@ -104,46 +104,44 @@ class Coordinator:
         patience = Patience(BETWEEN_TERMS_SECONDS)
         try:
             while not self._stopping.is_set():
-                lease = self._acquire()
-                if lease is None:
+                taken = await self._acquire()
+                if taken is None:
                     await self._pause(self._world.lease_seconds / 3)
                     continue
-                self._log.info("acting", epoch=lease.epoch)
+                self._log.info("acting", epoch=taken.lease.epoch)
                 began = self._world.clock()
-                broke = await self._serve(lease)
+                broke = await self._serve(taken)
                 await self._pause(patience.after(broke, self._world.clock() - began))
         finally:
             self._ended.set()
             self._lookups.close()
             await asyncio.to_thread(self._world.traces.flush)
 
-    def _acquire(self) -> Lease | None:
+    async def _acquire(self) -> Taken | None:
         world = self._world
-        now = Timestamp(world.clock())
         try:
-            lease = world.journal.acquire(self._holder, now, world.lease_seconds)
+            return await take(
+                world.journal, self._holder, world.clock, world.lease_seconds, self._stopping
+            )
         except Exception:  # noqa: BLE001 - the top of a supervised loop
             self._log.exception("journal_away")
             return None
-        if lease is None:
-            self._log.info("waiting_for_the_lease")
-        return lease
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
 
-    async def _serve(self, lease: Lease) -> bool:
+    async def _serve(self, taken: Taken) -> bool:
         """A term; whether it broke."""
-        world, broken = self._world, False
+        world, lease, broken = self._world, taken.lease, False
         try:
             ledger = Ledger.load(world.journal, lease, world.clock)
             self._leave_out_strangers(ledger)
             world.journal.set_cursor(lease, RAY_ADDRESS, world.ray_address)
             world.journal.set_cursor(lease, HOST, socket.gethostname())
             async with world.open_network(lambda: ledger.lease) as network:
-                self._term = Term(self._world, ledger, network, self)
+                self._term = Term(self._world, ledger, network, self, taken.until)
                 self._broke = ""
                 if self._stopping.is_set():
                     self._term.end()

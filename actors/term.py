@@ -52,13 +52,20 @@ RELAY_SECONDS = 10.0
 
 
 class Term:
-    """From taking the lease to losing it."""
+    """From taking the lease to losing it. `held_until` is by this machine's clock."""
 
-    def __init__(self, world: World, ledger: Ledger, network: RunningNetwork, live: Live) -> None:
+    def __init__(
+        self,
+        world: World,
+        ledger: Ledger,
+        network: RunningNetwork,
+        live: Live,
+        held_until: float,
+    ) -> None:
         self._world = world
         self._ledger = ledger
         self._network = network
-        self._held_until = world.clock() + world.lease_seconds
+        self._held_until = held_until
         self._end = asyncio.Event()
         self._broken: BaseException | None = None
         self._safeguards = Safeguards(
@@ -233,7 +240,9 @@ class Term:
     async def _renew(self) -> None:
         world, ledger = self._world, self._ledger
         while True:
-            await asyncio.sleep(world.lease_seconds / 3)
+            # With two thirds of it left: it may be old already when a term begins.
+            left = self._held_until - world.clock()
+            await asyncio.sleep(max(0.0, left - world.lease_seconds * 2 / 3))
             now = Timestamp(world.clock())
             ledger.lease = world.journal.renew(ledger.lease, now, world.lease_seconds)
             self._held_until = now + world.lease_seconds
