@@ -189,7 +189,7 @@ class Coordinator:
     def _render(self, status: Status) -> bytes:
         metrics = self._world.metrics
         metrics.observe(status)
-        metrics.outbox(self._outbox_states())
+        metrics.network.outbox(self._outbox_states())
         return metrics.render()
 
     def _outbox_states(self) -> Mapping[RowState, int] | None:

@@ -71,7 +71,8 @@ from cluster.core.types import (
     Work,
 )
 from cluster.inference import parameters as task_parameters
-from cluster.metrics import Metrics, RelayCall, RelayResult
+from cluster.metrics import Metrics
+from cluster.network_metrics import RelayCall, RelayResult
 
 RELAY_SECONDS = 15.0
 """After so long without an answer the relay is away."""
@@ -241,7 +242,7 @@ class Reconciler:
         except TimeoutError:
             failed = f"relay: no answer in {RELAY_SECONDS:.0f} s"
             # Who calls waits for longer, and counts nothing that is cut off.
-            self._metrics.relay_called("now", "unreachable")
+            self._metrics.network.relay_called("now", "unreachable")
         except NetworkUnavailable as error:
             failed = str(error)
         except Exception:  # noqa: BLE001 - no task's turn, and no task stops for it
@@ -258,7 +259,7 @@ class Reconciler:
             return
         self._relay.heard(task, error, self._clock())
         call: RelayCall = "parameters" if isinstance(action, FetchParameters) else "results"
-        self._metrics.relay_called(call, _relay_result(error))
+        self._metrics.network.relay_called(call, _relay_result(error))
 
     async def _do(self, situation: Situation, action: Action) -> float | None:
         record = situation.record

@@ -45,7 +45,8 @@ from cluster.engines import EngineSettings, engine_factory, make_keeper
 from cluster.handover import take
 from cluster.identity import TREASURY, Identity, password_from
 from cluster.journal import Owner, SqlJournal
-from cluster.metrics import Metrics, RelayCall, RelayResult
+from cluster.metrics import Metrics
+from cluster.network_metrics import RelayCall, RelayResult
 from cluster.relay.client import RelayClient
 from cluster.releases import LIVE, Digests, release_of
 from cluster.tracing import make_traces
@@ -126,9 +127,9 @@ def assemble(config: Config, handover: Path | None = None, asked: Digests | None
             config,
             identity,
             journal,
-            called=metrics.rpc_called,
+            called=metrics.network.rpc_called,
             told=metrics,
-            relay_called=metrics.relay_called,
+            relay_called=metrics.network.relay_called,
         ),
         metrics=metrics,
         policy=config.policy.policy,

@@ -21,7 +21,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from cluster.card_metrics import CardMetrics
 from cluster.chain.outbox_ports import ChainEvent
-from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Fault, Outcome, Progress, TaskRecord
 from cluster.core.types import (
     Address,
@@ -34,11 +33,11 @@ from cluster.core.types import (
     Timestamp,
     Wei,
 )
-from cluster.gauges import Known, put
+from cluster.gauges import Known
+from cluster.network_metrics import NetworkMetrics
 from cluster.stages import Stage, stages
 from cluster.status import (
     AccountStatus,
-    EndpointStatus,
     FleetStatus,
     GpuClassView,
     GpuStatus,
@@ -49,9 +48,6 @@ from cluster.store_metrics import StoreMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-RelayCall = Literal["now", "parameters", "results"]
-RelayResult = Literal["ok", "not_ready", "refused", "unreachable", "error"]
-
 CanaryResult = Literal[
     "passed", "provisional", "recorded", "disputed", "quarantined", "failed", "impossible"
 ]
@@ -59,24 +55,6 @@ CanaryResult = Literal[
 VerifyResult = Literal["equal", "odd", "differ", "alone"]
 """Of a task that was to be computed twice: all agreed, one was outvoted, nobody knows, or no second
 card was to be had."""
-
-RpcResult = Literal["ok", "refused", "throttled", "failed"]
-RPC_METHODS = (
-    "eth_blockNumber",
-    "eth_call",
-    "eth_chainId",
-    "eth_estimateGas",
-    "eth_feeHistory",
-    "eth_gasPrice",
-    "eth_getBalance",
-    "eth_getBlockByNumber",
-    "eth_getCode",
-    "eth_getLogs",
-    "eth_getTransactionByHash",
-    "eth_getTransactionCount",
-    "eth_getTransactionReceipt",
-    "eth_sendRawTransaction",
-)
 
 CLOSED_KEPT = 4096
 WEI_PER_CNX = 10**18
@@ -97,15 +75,14 @@ class Metrics:
         because one key may well serve two networks."""
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._network = network
+        self._served = network
         self._classes: set[Kind] = set()
         self._class_by_account: Mapping[str, Kind] = {}
-        self._endpoint_names: frozenset[str] = frozenset()
         self._closed: dict[Commitment, Outcome] = {}
         """The last tasks that were counted: a reorganisation has some close again."""
         self._make_task_metrics()
-        self._make_network_metrics()
         self._make_fleet_metrics()
+        self.network = NetworkMetrics(self.registry)
         self.stores = StoreMetrics(self.registry)
         self._build = self._gauge("build_info", "What runs here.", ("version", "config_digest"))
         self._build.labels(version, config_digest).set(1)
@@ -170,14 +147,6 @@ class Metrics:
     def verified(self, result: VerifyResult) -> None:
         self._verifications.labels(result).inc()
 
-    def rpc_called(self, method: str, result: str) -> None:
-        """A call to an RPC endpoint, by what it was and what came of it."""
-        known = method if method in RPC_METHODS else "other"
-        self._rpc_calls.labels(known, result).inc()
-
-    def relay_called(self, call: RelayCall, result: RelayResult) -> None:
-        self._relay_calls.labels(call, result).inc()
-
     def lagged(self, seconds: float) -> None:
         """Something that was due in the coordinator's loop had its turn so much later."""
         self._lag.observe(seconds)
@@ -185,14 +154,6 @@ class Metrics:
     def turn_ended(self, now: Timestamp) -> None:
         """The coordinator's loop is alive; `now` is unix time."""
         self._turn.put(now)
-
-    def outbox(self, rows: Mapping[RowState, int] | None) -> None:
-        """How many writes to the network stand in each state; None where nobody knows."""
-        if rows is None:
-            self._outbox.clear()
-            return
-        for state in RowState:
-            self._outbox.labels(state.value).set(rows.get(state, 0))
 
     def belong(self, accounts: Mapping[str, GpuClass]) -> None:
         """Whose account is of which class, for what is counted before the first look."""
@@ -206,16 +167,10 @@ class Metrics:
         self._ready.set(status.ready)
         self._lease_held.set(status.acting)
         self._lease_epoch.set(status.epoch or 0)
-        self._chain_reached.put(status.chain.reached if status.acting else None)
-        self._head_block.put(status.chain.block)
-        self._head_time.put(status.chain.block_timestamp)
-        self._endpoints.set(len(status.chain.endpoints))
-        self._endpoints_fit.set(sum(not each.problem for each in status.chain.endpoints))
-        self._relay_reached.put(status.relay.reached if status.acting else None)
         if not status.acting:
             self._turn.put(None)
         self._problems.set(len(status.problems))
-        self._observe_endpoints(status.chain.endpoints)
+        self.network.observe(status)
         self._observe_fleet(status.gpus, status.accounts)
         self._observe_money(status.fleet, status.accounts)
         self.cards.observe(status.gpus)
@@ -230,21 +185,9 @@ class Metrics:
 
     def _observe_identity(self, treasury: str) -> None:
         if treasury:
-            said = f"{self._network}|{treasury}".lower()
+            said = f"{self._served}|{treasury}".lower()
             digest = hashlib.sha256(said.encode()).hexdigest()
             self._identity.labels(digest[:12]).set(1)
-
-    def _observe_endpoints(self, endpoints: Iterable[EndpointStatus]) -> None:
-        """Who doesn't act asks none, so that nothing is known of them."""
-        here = {each.name: each for each in endpoints}
-        for gone in self._endpoint_names - here.keys():
-            for gauge in (self._endpoint_up, self._endpoint_seconds, self._endpoint_head):
-                gauge.remove(gone)
-        self._endpoint_names = frozenset(here)
-        for name, each in here.items():
-            self._endpoint_up.labels(name).set(not each.problem)
-            put(self._endpoint_seconds, (name,), each.seconds)
-            put(self._endpoint_head, (name,), each.head)
 
     def _observe_fleet(self, gpus: Iterable[GpuStatus], accounts: Iterable[AccountStatus]) -> None:
         cards = Count(((gpu.name, gpu.vram), gpu.state) for gpu in gpus)
@@ -366,27 +309,6 @@ class Metrics:
             "open_tasks", "Tasks not closed, by how far we are.", ("type", "progress")
         )
         self._observe_tasks(())
-
-    def _make_network_metrics(self) -> None:
-        self._chain_reached = self._known("chain_reached", "1 when the chain answers whoever acts.")
-        self._head_block = self._known("chain_head_block", "Number of the newest block seen.")
-        self._head_time = self._known(
-            "chain_head_timestamp_seconds", "Unix time of the newest block seen."
-        )
-        self._endpoints = self._gauge("rpc_endpoints", "RPC endpoints configured.")
-        self._endpoints_fit = self._gauge(
-            "rpc_endpoints_fit", "RPC endpoints that are asked: they answer, and are believed."
-        )
-        labels = ("endpoint",)
-        self._endpoint_up = self._gauge(
-            "rpc_endpoint_fit", "1 when the endpoint is asked: it answers, and is believed.", labels
-        )
-        self._endpoint_seconds = self._gauge(
-            "rpc_endpoint_answer_seconds", "How long it takes to answer, as a mean.", labels
-        )
-        self._endpoint_head = self._gauge(
-            "rpc_endpoint_head_block", "Number of the newest block it told of.", labels
-        )
         self._chain_events = self._counter(
             "chain_events",
             "Transactions replaced at a higher fee, those that vanished, and reorganisations.",
@@ -398,23 +320,6 @@ class Metrics:
             _CLASS_LABELS,
             registry=self.registry,
         )
-        self._rpc_calls = self._counter(
-            "rpc_calls",
-            "Calls to RPC endpoints, by result.",
-            method=[*RPC_METHODS, "other"],
-            result=get_args(RpcResult),
-        )
-        self._relay_reached = self._known("relay_reached", "1 when the relay answers whoever acts.")
-        self._relay_calls = self._counter(
-            "relay_calls",
-            "Calls to the relay, by result.",
-            call=get_args(RelayCall),
-            result=get_args(RelayResult),
-        )
-        self._outbox = self._gauge(
-            "outbox_rows", "Writes to the network, by where they stand.", ("state",)
-        )
-        self.outbox({})
 
     def _make_fleet_metrics(self) -> None:
         self._gpus = self._gauge("gpus", "GPUs, by class and state.", (*_CLASS_LABELS, "state"))

@@ -207,7 +207,7 @@ def assemble(config: Config, folder: Path) -> World:
             identity,
             journal,
             make_outbox=functools.partial(CrashingOutbox, fuse),
-            called=world.metrics.rpc_called,
+            called=world.metrics.network.rpc_called,
             told=world.metrics,
         ),
         reload=assembly.Reloading(folder / CONFIG, config, world.accounts).again,

@@ -120,8 +120,8 @@ def test_what_happens_is_counted() -> None:
     metrics.attempt_ended(None)
     metrics.slashed()
     metrics.kicked_out()
-    metrics.relay_called("parameters", "not_ready")
-    metrics.outbox({RowState.SENT: 3})
+    metrics.network.relay_called("parameters", "not_ready")
+    metrics.network.outbox({RowState.SENT: 3})
     metrics.turn_ended(Timestamp(1234.5))
     assert sample(metrics, "crynux_tasks_total", type="SD", outcome="EndSuccess") == 1
     assert sample(metrics, "crynux_paid_cnx_total", **LABELS) == 1.5
