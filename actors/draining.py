@@ -13,8 +13,8 @@ from dataclasses import replace
 from actors.drain import Drains
 from cluster.core import draining
 from cluster.core.capacity import NO_LIMIT, Cards, Target
-from cluster.core.fleet import NodeAccount, belongs
 from cluster.core.fleet_actions import FleetAction, Fund, Join, Resume
+from cluster.core.node_accounts import NodeAccount, belongs
 from cluster.core.types import Gpu, GpuClass, NodeStatus
 from cluster.core.wording import counted
 

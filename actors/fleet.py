@@ -26,7 +26,7 @@ from cluster import journal_gas
 from cluster.core import capacity, standing
 from cluster.core.capacity import Cards, Load, Target
 from cluster.core.errors import NetworkUnavailable
-from cluster.core.fleet import FleetPolicy, NodeAccount, Plan, belongs, plan
+from cluster.core.fleet import FleetPolicy, Plan, plan
 from cluster.core.fleet_actions import (
     Assign,
     BringHome,
@@ -38,6 +38,7 @@ from cluster.core.fleet_actions import (
     TopUp,
     words,
 )
+from cluster.core.node_accounts import NodeAccount, belongs
 from cluster.core.ports import Movement, Network
 from cluster.core.record import TaskRecord
 from cluster.core.standing import Place

@@ -32,9 +32,21 @@ from cluster.core.fleet_actions import (
     TopUp,
     UpdateVersion,
 )
-from cluster.core.ports import Refusal
-from cluster.core.standing import Place, place_of
-from cluster.core.types import AccountFacts, Address, GpuClass, NodeStatus, Timestamp, Wei
+from cluster.core.node_accounts import (
+    NodeAccount,
+    balance_of,
+    belongs,
+    comes,
+    goes,
+    is_free,
+    is_outdated,
+    is_refused,
+    on_chain,
+    serves,
+    staked,
+    status_of,
+)
+from cluster.core.types import Address, GpuClass, NodeStatus, Timestamp, Wei
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,40 +74,6 @@ class FleetPolicy:
         """What an account may have been sent for gas within a day, beyond what it spent: one that
         is emptied again and again takes no more than this, and the last payment."""
         return 2 * self.gas_target
-
-
-@dataclass(frozen=True, slots=True)
-class NodeAccount:
-    """A node account: its place in the key's derivation, its class, and the network's facts.
-
-    `facts` is None until they were read. `moving`: something of ours concerning it is on its way,
-    or done and not yet in the facts; `paying`: that is money for it. `barred`: it is not to be
-    joined (slashed), or left alone altogether when `held`. `doubtful`: found where nobody put it,
-    and not explained yet: left alone too, but it may serve. `rejoin_at`: not to be joined before.
-    `retired`: it leaves for good, and what it owns goes back to the treasury.
-    """
-
-    index: int
-    address: Address
-    assigned: GpuClass | None
-    facts: AccountFacts | None
-    moving: bool = False
-    paying: bool = False
-    barred: bool = False
-    held: bool = False
-    rejoin_at: Timestamp = Timestamp(0)
-    retired: bool = False
-    doubtful: bool = False
-    refused: Mapping[str, Refusal] = field(default_factory=dict)
-    """By the verb, as `Refusal` names it."""
-    lacks: Wei = Wei(0)
-    """For a transaction of its own that waits for it."""
-    gas_gone: Wei = Wei(0)
-    """What it was sent for gas within a day, beyond what its transactions cost in that time."""
-
-    @property
-    def left_alone(self) -> bool:
-        return self.held or self.doubtful
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,55 +147,6 @@ class _Draft:
         return False
 
 
-def _on_chain(account: NodeAccount) -> GpuClass | None:
-    """The class the account is joined with; None when it isn't joined, or it isn't known."""
-    facts = account.facts
-    return None if facts is None or facts.status is NodeStatus.QUIT else facts.gpu_class
-
-
-def belongs(account: NodeAccount) -> GpuClass | None:
-    return _on_chain(account) or account.assigned
-
-
-def _status(account: NodeAccount) -> NodeStatus | None:
-    return None if account.facts is None else account.facts.status
-
-
-def _serves(account: NodeAccount) -> bool:
-    """It takes tasks, or may for all we know; an account that is joining, or being paid for it,
-    counts too."""
-    if account.facts is None:
-        return account.assigned is not None
-    place = place_of(account.facts.status)
-    comes = account.moving and place is Place.OUT
-    return place is Place.SERVING or (comes and not account.barred and not account.held)
-
-
-def _comes(account: NodeAccount) -> bool:
-    """It doesn't serve as far as was seen, but nobody is woken in its place: it may serve yet, or
-    can be woken itself in a moment."""
-    if account.facts is None or account.held or account.barred or _serves(account):
-        return False
-    pausing = account.facts.status is NodeStatus.PENDING_PAUSE
-    paused = account.facts.status is NodeStatus.PAUSED
-    return account.doubtful or pausing or (paused and account.moving)
-
-
-def _free(account: NodeAccount) -> bool:
-    """Something may be done for it now."""
-    return account.facts is not None and not account.moving and not account.left_alone
-
-
-def _staked(account: NodeAccount, policy: FleetPolicy) -> int:
-    facts = account.facts
-    if facts is None:
-        return policy.stake
-    if facts.status is NodeStatus.QUIT:
-        joins = (account.moving or account.doubtful) and not account.barred
-        return policy.stake if joins else 0
-    return max(facts.stake, policy.stake)
-
-
 def plan(
     targets: Mapping[GpuClass, Target],
     accounts: Sequence[NodeAccount],
@@ -228,7 +157,7 @@ def plan(
     """What to do for the accounts now; classes that aren't in `targets` want nobody, and lose
     nobody. `treasury` is its balance, None while that isn't known."""
     ordered = sorted(accounts, key=lambda account: account.index)
-    committed = sum(_staked(account, policy) for account in ordered)
+    committed = sum(staked(account, policy.stake) for account in ordered)
     draft = _Draft(policy, treasury, committed, now)
     if policy.stake_budget is not None and committed > policy.stake_budget:
         draft.tell_budget()  # though nobody may want another stake: it was lowered
@@ -236,9 +165,9 @@ def plan(
     _assign(draft, targets, staying)
     for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name)):
         members = [each for each in staying if belongs(each) == gpu_class]
-        serving = sum(_serves(each) for each in members)
+        serving = sum(serves(each) for each in members)
         wanted = targets[gpu_class]
-        coming = sum(_comes(each) for each in members)
+        coming = sum(comes(each) for each in members)
         if serving > wanted.most:
             _pause(draft, members, serving - wanted.most)
         elif serving + coming < wanted.least:
@@ -248,7 +177,7 @@ def plan(
         if account.index in draft.actions or account.facts is None or account.left_alone:
             continue
         _tend(draft, account)
-        if account.retired and account.index not in draft.actions and _free(account):
+        if account.retired and account.index not in draft.actions and is_free(account):
             _send_home(draft, account)
     actions = tuple(draft.actions[index] for index in sorted(draft.actions))
     return Plan(actions, (*draft.lacks, *draft.refusals()), tuple(draft.limits))
@@ -260,7 +189,7 @@ def _assign(
     """New classes: first what the chain says, then the classes that lack an account; where nobody
     is to be had, one leaves a class that has too many."""
     for account in accounts:
-        found = _on_chain(account)
+        found = on_chain(account)
         if found is not None and found != account.assigned and not account.doubtful:
             draft.actions[account.index] = Assign(account.index, account.address, found)
     held = _held(accounts)
@@ -269,7 +198,7 @@ def _assign(
         for gpu_class in sorted(targets, key=lambda each: (-each.vram, each.name))
         for _ in range(targets[gpu_class].least - held[gpu_class])
     ]
-    fit = [a for a in accounts if _free(a) and not a.barred and a.index not in draft.actions]
+    fit = [a for a in accounts if is_free(a) and not a.barred and a.index not in draft.actions]
     spare = [a for a in fit if belongs(a) is None]
     surplus = _surplus(targets, held)
     leaving = _leaving(accounts, surplus)
@@ -314,15 +243,10 @@ def _leaving(
             continue
         told = isinstance(action, Quit)
         away = isinstance(action, Assign) and action.gpu_class != gpu_class
-        if told or away or (surplus.get(gpu_class, 0) > 0 and _goes(account)):
+        if told or away or (surplus.get(gpu_class, 0) > 0 and goes(account)):
             surplus[gpu_class] = surplus.get(gpu_class, 0) - 1
             count += not away
     return count
-
-
-def _goes(account: NodeAccount) -> bool:
-    paused = _status(account) is NodeStatus.PAUSED
-    return _status(account) is NodeStatus.PENDING_QUIT or (account.moving and paused)
 
 
 def _free_stakes(
@@ -337,9 +261,9 @@ def _free_stakes(
     owning = [
         a
         for a in accounts
-        if _free(a)
+        if is_free(a)
         and not a.barred
-        and (_status(a) is not NodeStatus.QUIT or (_balance(a) >= need and draft.has_budget()))
+        and (status_of(a) is not NodeStatus.QUIT or (balance_of(a) >= need and draft.has_budget()))
     ]
     for gpu_class in draft.short[_leaving(accounts, surplus, draft.actions) :]:
         mover = _mover(owning, surplus, draft)
@@ -358,10 +282,10 @@ def _mover(
         if account.index not in draft.actions
         and (gpu_class := belongs(account)) is not None
         and surplus.get(gpu_class, 0) > 0
-        and _status(account) in {NodeStatus.QUIT, NodeStatus.PAUSED}
-        and (_status(account) is NodeStatus.QUIT or draft.may(account, "quit"))
+        and status_of(account) in {NodeStatus.QUIT, NodeStatus.PAUSED}
+        and (status_of(account) is NodeStatus.QUIT or draft.may(account, "quit"))
     ]
-    movable.sort(key=lambda account: _status(account) is not NodeStatus.QUIT)
+    movable.sort(key=lambda account: status_of(account) is not NodeStatus.QUIT)
     if not movable:
         return None
     gpu_class = belongs(movable[0])
@@ -371,7 +295,7 @@ def _mover(
 
 
 def _move(draft: _Draft, account: NodeAccount, gpu_class: GpuClass) -> None:
-    if _status(account) is NodeStatus.QUIT:
+    if status_of(account) is NodeStatus.QUIT:
         draft.actions[account.index] = Assign(account.index, account.address, gpu_class)
     else:
         draft.actions[account.index] = Quit(account.address)
@@ -383,10 +307,10 @@ def _pause(draft: _Draft, members: Sequence[NodeAccount], count: int) -> None:
         account
         for account in members
         if account.index not in draft.actions
-        and _free(account)
-        and _status(account) in {NodeStatus.AVAILABLE, NodeStatus.BUSY}
+        and is_free(account)
+        and status_of(account) in {NodeStatus.AVAILABLE, NodeStatus.BUSY}
     ]
-    able.sort(key=lambda each: (_status(each) is NodeStatus.BUSY, -each.index))
+    able.sort(key=lambda each: (status_of(each) is NodeStatus.BUSY, -each.index))
     for account in draft.some(able, "pause", count):
         draft.actions[account.index] = Pause(account.address)
 
@@ -395,14 +319,14 @@ def _wake(draft: _Draft, members: Sequence[NodeAccount], gpu_class: GpuClass, co
     """So many more serve: resuming costs no stake, so the paused go first; then those that can pay
     their own."""
     need = draft.policy.stake + draft.policy.gas_reserve
-    able = [a for a in members if a.index not in draft.actions and _free(a) and not a.barred]
-    paused = [a for a in able if _status(a) is NodeStatus.PAUSED]
-    out = [a for a in able if _status(a) is NodeStatus.QUIT and a.rejoin_at <= draft.now]
+    able = [a for a in members if a.index not in draft.actions and is_free(a) and not a.barred]
+    paused = [a for a in able if status_of(a) is NodeStatus.PAUSED]
+    out = [a for a in able if status_of(a) is NodeStatus.QUIT and a.rejoin_at <= draft.now]
     resumed = draft.some(paused, "resume", count)
     for account in resumed:
         draft.actions[account.index] = Resume(account.address)
     count -= len(resumed)
-    rich = [account for account in out if _balance(account) >= need]
+    rich = [account for account in out if balance_of(account) >= need]
     for account in draft.some(rich, "join", count):
         if not draft.affords_stake():
             draft.short += [gpu_class] * count
@@ -410,24 +334,18 @@ def _wake(draft: _Draft, members: Sequence[NodeAccount], gpu_class: GpuClass, co
         draft.actions[account.index] = Join(account.address, gpu_class)
         draft.committed += draft.policy.stake
         count -= 1
-    poor = [account for account in out if _balance(account) < need]
+    poor = [account for account in out if balance_of(account) < need]
     # Another one's stake would lie there too: the network refuses it for all of them.
-    tried = [account for account in members if _is_refused(account, draft.now)]
+    tried = [account for account in members if is_refused(account, draft.now)]
     if tried:
         poor = [a for a in poor if a in tried and draft.may(a, "join")]
     _fund(draft, draft.some(poor, "fund", count), gpu_class)
 
 
-def _is_refused(account: NodeAccount, now: Timestamp) -> bool:
-    """It is to join, and the network won't have it."""
-    out = _status(account) is NodeStatus.QUIT and account.rejoin_at <= now
-    return out and "join" in account.refused and not (account.barred or account.left_alone)
-
-
 def _fund(draft: _Draft, accounts: Sequence[NodeAccount], gpu_class: GpuClass) -> None:
     policy = draft.policy
     for done, account in enumerate(accounts):
-        lack = policy.stake + policy.gas_target - _balance(account)
+        lack = policy.stake + policy.gas_target - balance_of(account)
         if not draft.affords_stake() or not draft.pays(lack, f"fund account {account.index}"):
             if draft.treasury is not None:
                 draft.short += [gpu_class] * (len(accounts) - done)
@@ -439,8 +357,8 @@ def _fund(draft: _Draft, accounts: Sequence[NodeAccount], gpu_class: GpuClass) -
 def _tend(draft: _Draft, account: NodeAccount) -> None:
     """Gas for those that serve or are paused, and whose transactions wait for it; what they say of
     themselves; earnings to the beneficiary."""
-    policy, balance = draft.policy, _balance(account)
-    joined = _status(account) not in {None, NodeStatus.QUIT}
+    policy, balance = draft.policy, balance_of(account)
+    joined = status_of(account) not in {None, NodeStatus.QUIT}
     lack = policy.gas_target - balance if joined and balance < policy.gas_low else 0
     # More than gas would be its stake, which isn't where it was.
     if 0 < account.lacks <= policy.most_gas and not account.barred:
@@ -460,21 +378,15 @@ def _tend(draft: _Draft, account: NodeAccount) -> None:
         return
     if account.moving or account.retired:
         return
-    if _is_outdated(account) and draft.may(account, "version"):
+    if is_outdated(account) and draft.may(account, "version"):
         draft.actions[account.index] = UpdateVersion(account.address)
     elif policy.sweep_above is not None:
         _sweep(draft, account, policy.sweep_above)
 
 
-def _is_outdated(account: NodeAccount) -> bool:
-    leaving = {None, NodeStatus.QUIT, NodeStatus.PENDING_QUIT}
-    facts = account.facts
-    return facts is not None and facts.outdated and facts.status not in leaving
-
-
 def _sweep(draft: _Draft, account: NodeAccount, above: Wei) -> None:
-    policy, balance = draft.policy, _balance(account)
-    joined = _status(account) not in {None, NodeStatus.QUIT}
+    policy, balance = draft.policy, balance_of(account)
+    joined = status_of(account) not in {None, NodeStatus.QUIT}
     if policy.beneficiary is None or policy.beneficiary == account.address:
         return
     own = policy.gas_target + (0 if joined else policy.stake)
@@ -486,7 +398,7 @@ def _sweep(draft: _Draft, account: NodeAccount, above: Wei) -> None:
 def _send_home(draft: _Draft, account: NodeAccount) -> None:
     """It finishes what it has, leaves, and gives back what it owns; what is less than its gas for
     a while isn't worth the gas."""
-    status, spare = _status(account), _balance(account) - draft.policy.gas_reserve
+    status, spare = status_of(account), balance_of(account) - draft.policy.gas_reserve
     if status in {NodeStatus.AVAILABLE, NodeStatus.BUSY}:
         if draft.may(account, "pause"):
             draft.actions[account.index] = Pause(account.address)
@@ -495,7 +407,3 @@ def _send_home(draft: _Draft, account: NodeAccount) -> None:
             draft.actions[account.index] = Quit(account.address)
     elif status is NodeStatus.QUIT and spare >= draft.policy.gas_low and draft.may(account, "home"):
         draft.actions[account.index] = BringHome(account.address, Wei(spare))
-
-
-def _balance(account: NodeAccount) -> int:
-    return 0 if account.facts is None else account.facts.balance

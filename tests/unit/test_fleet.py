@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.core.capacity import Target
-from cluster.core.fleet import FleetPolicy, NodeAccount, Plan, plan
+from cluster.core.fleet import FleetPolicy, Plan, plan
 from cluster.core.fleet_actions import (
     Assign,
     FleetAction,
@@ -25,6 +25,7 @@ from cluster.core.fleet_actions import (
     TopUp,
     UpdateVersion,
 )
+from cluster.core.node_accounts import NodeAccount
 from cluster.core.ports import Refusal
 from cluster.core.types import (
     AccountFacts,
