@@ -38,7 +38,8 @@ from cluster.core.types import (
 from cluster.status import DrainStatus
 from cluster.steering import Done, Drain, EndDrain
 from cluster.steering import Order as Steered
-from tests.unit.actor_fakes import ALICE, BOB, GOOD, KIND, House, gpu_of
+from tests.unit.actor_fakes import ALICE, BOB, GOOD, KIND, gpu_of
+from tests.unit.actor_house import House
 
 TREASURY = Address("0x" + "ee" * 20)
 POLICY = FleetPolicy(Wei(400), Wei(10), Wei(5), Wei(20))

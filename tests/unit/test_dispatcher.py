@@ -57,9 +57,9 @@ from tests.unit.actor_fakes import (
     SCORE,
     START,
     TASK,
-    House,
     gpu_of,
 )
+from tests.unit.actor_house import House
 
 NOW = Timestamp(START)
 FIRST, SECOND = AttemptId("a1"), AttemptId("a2")

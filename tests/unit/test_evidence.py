@@ -12,7 +12,8 @@ from actors.evidence import Evidence
 from cluster.core.errors import ClusterError
 from cluster.core.record import Closed, Outcome
 from cluster.core.types import Address, Commitment, Stage, TaskStatus, Wei
-from tests.unit.actor_fakes import ALICE, BOB, DONE, FILES, OTHER, TASK, House, facts_of
+from tests.unit.actor_fakes import ALICE, BOB, DONE, FILES, OTHER, TASK, facts_of
+from tests.unit.actor_house import House
 
 DAY = 86_400.0
 

@@ -43,10 +43,10 @@ from tests.unit.actor_fakes import (
     SCORE,
     START,
     TASK,
-    House,
     facts_of,
     gpu_of,
 )
+from tests.unit.actor_house import House
 
 TREASURY = Address("0x" + "ee" * 20)
 CLOSED_TASK = Commitment("0x" + "03" * 32)

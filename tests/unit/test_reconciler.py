@@ -67,10 +67,10 @@ from tests.unit.actor_fakes import (
     SCORE,
     START,
     TASK,
-    House,
     facts_of,
     gpu_of,
 )
+from tests.unit.actor_house import House
 
 FIRST = AttemptId("a1")
 INVALID = json.dumps({"base_model": "acme/tiny", "prompt": "", "task_config": {}})

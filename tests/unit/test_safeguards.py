@@ -52,7 +52,8 @@ from cluster.core.types import (
     Work,
 )
 from cluster.inference import canary
-from tests.unit.actor_fakes import ALICE, KIND, START, TASK, House, gpu_of, until
+from tests.unit.actor_fakes import ALICE, KIND, START, TASK, gpu_of, until
+from tests.unit.actor_house import House
 
 X, Y = Score(b"x" * 8), Score(b"y" * 8)
 A, B, C = GpuId("node-0"), GpuId("node-1"), GpuId("node-2")

@@ -63,11 +63,11 @@ from tests.unit.actor_fakes import (
     TASK,
     FakeNetwork,
     FakePool,
-    WatchedArtifacts,
     facts_of,
     gpu_of,
     until,
 )
+from tests.unit.actor_house import WatchedArtifacts
 from tests.unit.metric_fakes import sample
 from tests.unit.test_overview import IDLE
 

@@ -36,7 +36,8 @@ from cluster.core.types import (
 )
 from cluster.core.verification import MARGIN_SECONDS
 from cluster.inference.canary import Candidate
-from tests.unit.actor_fakes import KIND, START, TASK, House, gpu_of, until
+from tests.unit.actor_fakes import KIND, START, TASK, gpu_of, until
+from tests.unit.actor_house import House
 
 X, Y, Z = Score(b"x" * 8), Score(b"y" * 8), Score(b"z" * 8)
 A, B, C = GpuId("node-0"), GpuId("node-1"), GpuId("node-2")
