@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Final, Literal
@@ -16,6 +16,14 @@ from cluster.inference.nvml import NoDriver, Vitals
 
 MIB: Final = 2**20
 MASK: Final = "CUDA_VISIBLE_DEVICES"
+SURROUNDINGS: Final[Mapping[str, str]] = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # NVML's
+    # Torch 2.13 puts kernels that are compiled as they are needed in the place of its own.
+    "TORCH_DISABLE_NATIVE_JIT": "1",
+    # Convolution plans that cuDNN keeps for a thread, about 200 kB each; torch's default is 10000.
+    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT": "2000",
+}
+"""What torch and CUDA read but once, as they are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +115,21 @@ def choose(
     return cpu(platform)
 
 
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """For every process that computes. Call before torch is first imported."""
+    environment.update(SURROUNDINGS)
+
+
 def claim(
     platform: str, environment: MutableMapping[str, str], nvml: ModuleType | None = None
 ) -> Device:
-    """The one card that this process may use. Call before CUDA is first used.
+    """The one card that this process may use. Call before torch is first imported: libraries begin
+    CUDA as they are imported, and from then on it looks at no mask.
 
     Ray's mask is a number in NVML's order, which need not be CUDA's, so the card's UUID takes its
     place: what is computed on is what was named. Raises `DeviceFault`.
     """
+    prepare(environment)
     try:
         cards = survey(platform, nvml)
     except NoDriver as error:

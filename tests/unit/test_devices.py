@@ -168,7 +168,7 @@ def test_a_process_claims_the_card_that_ray_gave_it(mask: str, uuid: str) -> Non
     device = devices.claim("docker", environment, two_cards())
     assert (device.uuid, device.torch_device) == (uuid, "cuda:0")
     # CUDA may number the cards in another order than NVML: from here on it goes by the UUID.
-    assert environment == {"CUDA_VISIBLE_DEVICES": uuid}
+    assert environment == {"CUDA_VISIBLE_DEVICES": uuid, **devices.SURROUNDINGS}
 
 
 def test_the_only_card_needs_no_mask() -> None:
