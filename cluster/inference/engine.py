@@ -39,7 +39,7 @@ from cluster.core.errors import (
 )
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
-from cluster.inference import language, lora, parts, prompts, textual_inversion
+from cluster.inference import cuda, language, lora, parts, prompts, textual_inversion
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
@@ -47,7 +47,7 @@ from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import Parameters, SDParameters, parse
 from cluster.inference.parts import PartSource
 from cluster.inference.pipelines import FittingsShelf, assemble
-from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed, release_memory
+from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed
 from cluster.inference.recipes import (
     LanguageRecipe,
     Recipe,
@@ -58,7 +58,6 @@ from cluster.inference.scoring import score_llm
 from cluster.models.refs import ModelRef
 from cluster.models.store import LORA_FILE, ModelStore
 
-OutOfMemory: Final = (torch.OutOfMemoryError, MemoryError)
 MOST_RECIPES: Final = 256
 READ_AHEAD: Final = 8 * 2**20
 Check = Callable[[], None]
@@ -199,14 +198,11 @@ class Engine:
     def _faults_named(self) -> Iterator[None]:
         try:
             yield
-        except ClusterError:
-            raise
-        except OutOfMemory as error:
-            raise _fault(DeviceFaultKind.OUT_OF_MEMORY, error) from error
-        except torch.AcceleratorError as error:
-            raise _fault(DeviceFaultKind.CONTEXT_LOST, error) from error
         except Exception as error:
-            raise _fault(DeviceFaultKind.OTHER, error) from error
+            fault = cuda.named(error, self._torch_device)
+            if fault is error:
+                raise
+            raise fault from error
         finally:
             self._note(step=0, steps=0)
 
@@ -234,10 +230,12 @@ class Engine:
                     return self._text(params, check, progress)
                 return self._images(params, check, progress)
 
+        made = None
         try:
             made = compute()
-        except OutOfMemory:
-            made = None
+        except Exception as error:
+            if not cuda.is_out_of_memory(error):
+                raise
         if made is None:  # out of the handler, which would keep the failed run's tensors alive
             self._pool.clear()
             made = compute()
@@ -408,9 +406,3 @@ def _check_wanted(
         raise Cancelled("cancelled")
     if deadline is not None and clock() >= deadline:
         raise DeadlinePassed("ran into the deadline")
-
-
-def _fault(kind: DeviceFaultKind, error: BaseException) -> DeviceFault:
-    release_memory()
-    line = " ".join(str(error).split())[:200]
-    return DeviceFault(kind, f"{type(error).__name__}: {line}")
