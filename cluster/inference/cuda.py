@@ -1,4 +1,4 @@
-"""What only an NVIDIA card does: what its errors mean.
+"""What only an NVIDIA card does: whether torch can use it, what its errors mean.
 
 Nothing here reads an error's text. A context that a kernel has broken answers every later call with
 an error, so what isn't understood is judged by asking the card once more.
@@ -16,10 +16,12 @@ from cluster.core.errors import (
     DeviceFault,
     DeviceFaultKind,
 )
+from cluster.inference.devices import Device
 from cluster.inference.pool import release_memory
 
 NO_MEMORY: Final = 2
 """`cudaErrorMemoryAllocation`; the context outlives it."""
+SIDE: Final = 64
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -63,3 +65,68 @@ def _is_lost(device: torch.device) -> bool:
     except RuntimeError as error:
         return not is_out_of_memory(error)
     return False
+
+
+# --- whether it can be used -----------------------------------------------------------------------
+
+
+def check(device: Device) -> None:
+    """Raises `DeviceFault`, with what to do, if torch can't compute on this card or means another
+    one by its number."""
+    if torch.version.cuda is None:
+        raise _fault(f"torch {torch.__version__} is built for the CPU: install its build for CUDA")
+    where = torch.device(device.torch_device)
+    driver = f"the NVIDIA driver must be one for CUDA {torch.version.cuda} or newer"
+    try:
+        properties = torch.cuda.get_device_properties(where)
+    except (RuntimeError, AssertionError) as error:
+        raise _fault(f"CUDA doesn't start: {driver}, see nvidia-smi ({_line(error)})") from error
+    if _bare(device.uuid) != _bare(str(properties.uuid)):
+        raise _fault(
+            f"{device.uuid} was claimed, and CUDA means {properties.uuid} by {where}: it was begun"
+            " before the claim"
+        )
+    built = torch.cuda.get_arch_list()
+    if built and not any(runs_on(arch, properties.major, properties.minor) for arch in built):
+        raise _fault(
+            f"a card of compute capability {properties.major}.{properties.minor} can't be used:"
+            f" torch {torch.__version__} is built for {' '.join(built)}"
+        )
+    try:
+        right = _multiplies(where)
+    except RuntimeError as error:
+        raise _fault(f"the card doesn't compute; {driver} ({_line(error)})") from error
+    if not right:
+        raise DeviceFault(DeviceFaultKind.BAD_RESULT, "the card multiplies ones, and is wrong")
+
+
+def _multiplies(where: torch.device) -> bool:
+    """Whether cuBLAS and cuDNN give what they must on a few ones."""
+    ones = torch.ones(1, 1, SIDE, SIDE, device=where)
+    product = ones @ ones
+    folded = torch.nn.functional.conv2d(ones, torch.ones(1, 1, 3, 3, device=where))
+    torch.cuda.synchronize(where)
+    return bool((product == SIDE).all()) and bool((folded == 9).all())
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for `arch`, as torch names it, runs on a card of this compute capability.
+
+    Machine code (`sm_86`) runs on later cards of its major number, that for one kind of card
+    (`sm_90a`) on no other; what the driver compiles (`compute_90`) runs on all later ones.
+    """
+    kind, _, number = arch.partition("_")
+    of = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):
+        return of == (major, minor)
+    if kind == "compute":
+        return of <= (major, minor)
+    return of[0] == major and of[1] <= minor
+
+
+def _bare(uuid: str) -> str:
+    return uuid.removeprefix("GPU-").lower()
+
+
+def _fault(line: str) -> DeviceFault:
+    return DeviceFault(DeviceFaultKind.OTHER, line)

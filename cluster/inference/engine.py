@@ -94,7 +94,10 @@ class Limits:
 
 
 class Engine:
-    """`clock` is the machine's unix time, by which an order's deadline is judged."""
+    """`clock` is the machine's unix time, by which an order's deadline is judged.
+
+    Raises `DeviceFault` for a card that torch can't compute on.
+    """
 
     def __init__(
         self,
@@ -106,6 +109,8 @@ class Engine:
         make_deterministic(limits.threads)
         self._device = device
         self._torch_device = torch.device(device.torch_device)
+        if self._torch_device.type == "cuda":
+            cuda.check(device)
         self.store = store
         self._clock = clock
         self._measured: MeasuredBudget | None = None
