@@ -388,6 +388,8 @@ def make_deterministic(threads: int | None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    # It makes a plan for each length of a text: slow first tokens, and no end of plans kept.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _as_loaded_by_default(model: str, store: ModelStore) -> Parameters:

@@ -324,10 +324,17 @@ def test_auto_is_what_the_weights_are_stored_in(tiny_models: Path, tmp_path: Pat
     assert auto == half != full
 
 
-def test_sampling_leaves_torchs_settings_as_they_were(engine: Engine) -> None:
-    run(engine, generation_config=SAMPLED | {"top_p": 0.5})
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+def test_tokens_are_chosen_by_deterministic_algorithms_alone(engine: Engine) -> None:
+    """Where there is no such algorithm it is an error: two nodes must never differ on a task."""
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def look(_step: int, _steps: int) -> None:
+        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+        asked = torch.are_deterministic_algorithms_enabled()
+        seen.append((asked, strict, torch.backends.cuda.cudnn_sdp_enabled()))
+
+    engine.run(order(generation_config=SAMPLED | {"top_p": 0.5}), lambda: False, look)
+    assert set(seen) == {(True, True, False)}
 
 
 def test_a_token_beyond_the_models_table_never_reaches_a_card(
