@@ -1,20 +1,29 @@
-"""What only an NVIDIA card does: whether torch can use it, what its errors mean.
+"""What only an NVIDIA card does: whether torch can use it, what its errors mean, when it ran short.
 
 Nothing here reads an error's text. A context that a kernel has broken answers every later call with
 an error, so what isn't understood is judged by asking the card once more.
+
+Short of memory, cuDNN takes another plan for a convolution without a word, and keeps it for the
+thread that asked: the same order could give other bits than with room enough. The allocator counts
+how often it had nothing to give, so that is seen, whatever came of it.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import torch
 
 from cluster.core.errors import (
+    Cancelled,
     ClusterError,
+    DeadlinePassed,
     DeviceFault,
     DeviceFaultKind,
+    TaskInvalid,
+    TaskUnsupported,
 )
 from cluster.inference.devices import Device
 from cluster.inference.pool import release_memory
@@ -22,12 +31,20 @@ from cluster.inference.pool import release_memory
 NO_MEMORY: Final = 2
 """`cudaErrorMemoryAllocation`; the context outlives it."""
 SIDE: Final = 64
+_NOT_OF_MEMORY: Final = (Cancelled, DeadlinePassed, TaskInvalid, TaskUnsupported)
+
+
+class ShortOfMemory(Exception):
+    """The card's memory ran short as it computed, so that the result can't be relied on."""
+
+
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.AcceleratorError):
         return getattr(error, "error_code", None) == NO_MEMORY
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError | ShortOfMemory)
 
 
 def named(error: Exception, device: torch.device) -> ClusterError:
@@ -65,6 +82,32 @@ def _is_lost(device: torch.device) -> bool:
     except RuntimeError as error:
         return not is_out_of_memory(error)
     return False
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def shortages(device: torch.device) -> int:
+    """How often the card had no memory to give so far, to whoever asked."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0))
+
+
+@contextmanager
+def shortage_raised(device: torch.device) -> Iterator[None]:
+    """Raises `ShortOfMemory` if memory ran short inside, be it that it failed or that it didn't."""
+    before = shortages(device)
+    try:
+        yield
+    except _NOT_OF_MEMORY:
+        raise
+    except Exception as error:
+        if shortages(device) > before:
+            raise ShortOfMemory(f"the card's memory ran short ({_line(error)})") from error
+        raise
+    if shortages(device) > before:
+        raise ShortOfMemory("the card's memory ran short, the result may be another one for it")
 
 
 # --- whether it can be used -----------------------------------------------------------------------

@@ -3,9 +3,10 @@
     run ─ parse ─ recipe ─ parts near ─ adapters on ─ compute ─ adapters off ─ checks ─ score
                              └── out of memory: free the card, once more ──┘
 
-One thread runs orders; any thread may ask for `state`, and one other may `prefetch`. The same order
-gives the same bits cold, warm, after any other order and in another process: deterministic
-algorithms, no TF32, everything seeded, and a part that an order may have changed is thrown away.
+One thread runs orders (what it waits for is computed in a thread of the engine's own); any thread
+may ask for `state`, and one other may `prefetch`. The same order gives the same bits cold, warm,
+after any other order, with little memory left and in another process: deterministic algorithms, no
+TF32, everything seeded, and a part that an order may have changed is thrown away.
 
 Whatever isn't understood is the device's fault (`DeviceFault`), never the task's: `except
 Exception` stands only here, at the top.
@@ -121,7 +122,7 @@ class Engine:
         self._pool = Pool(load, self._torch_device, budget, limits.host_bytes)
         self._shelf = FittingsShelf()
         self._recipes: OrderedDict[str, Recipe | LanguageRecipe] = OrderedDict()
-        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._encoder, self._thread = _one_thread("encode"), _one_thread("compute")
         self._state = EngineState(on_disk=store.on_disk())
         self._loaded = (0.0, Tier.DEVICE)
 
@@ -237,15 +238,26 @@ class Engine:
 
         made = None
         try:
-            made = compute()
+            made = self._apart(compute)
         except Exception as error:
             if not cuda.is_out_of_memory(error):
                 raise
         if made is None:  # out of the handler, which would keep the failed run's tensors alive
             self._pool.clear()
-            made = compute()
+            made = self._apart(compute)
         check()
         return made
+
+    def _apart(self, compute: Callable[[], tuple[Files, Score]]) -> tuple[Files, Score]:
+        """In a thread of the engine's own: another one from when memory ran short, because what
+        cuDNN made do with then stays with the thread."""
+        before = cuda.shortages(self._torch_device)
+        try:
+            return self._thread.submit(compute).result()
+        finally:
+            if cuda.shortages(self._torch_device) > before:
+                self._thread.shutdown()
+                self._thread = _one_thread("compute")
 
     def _text(self, params: LLMParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
         check()
@@ -341,12 +353,14 @@ class Engine:
 
     @contextmanager
     def _workspace_measured(self) -> Iterator[None]:
-        if self._measured is None:
+        """Raises `ShortOfMemory` where the workspace wasn't to be had, whatever came of it."""
+        with cuda.shortage_raised(self._torch_device):
+            if self._measured is None:
+                yield
+                return
+            torch.cuda.reset_peak_memory_stats(self._torch_device)
+            before = torch.cuda.memory_allocated(self._torch_device)
             yield
-            return
-        torch.cuda.reset_peak_memory_stats(self._torch_device)
-        before = torch.cuda.memory_allocated(self._torch_device)
-        yield
         self._measured.computed(torch.cuda.max_memory_allocated(self._torch_device) - before)
 
     def _note(self, step: int, steps: int) -> None:
@@ -366,6 +380,10 @@ class Engine:
             ),
             on_disk=on_disk,
         )
+
+
+def _one_thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
 
 def _is_certain(params: SDParameters, file: Path) -> bool:

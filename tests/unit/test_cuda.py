@@ -117,6 +117,50 @@ def test_a_card_without_memory_to_answer_is_not_lost(monkeypatch: pytest.MonkeyP
     assert kind(torch.OutOfMemoryError()) is OUT_OF_MEMORY
 
 
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shortages(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What the allocator counts; nothing before it was begun."""
+    counted: dict[str, int] = {}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: dict(counted))
+    return counted
+
+
+def test_what_is_computed_with_room_enough_stands(shortages: dict[str, int]) -> None:
+    with cuda.shortage_raised(CARD):
+        shortages["num_alloc_retries"] = 3
+    shortages["num_ooms"] = 4
+    with pytest.raises(ZeroDivisionError), cuda.shortage_raised(CARD):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("unable to find an engine"), torch.OutOfMemoryError()]
+)
+def test_a_shortage_is_told_whatever_came_of_it(
+    error: Exception | None, shortages: dict[str, int]
+) -> None:
+    with pytest.raises(cuda.ShortOfMemory) as caught, cuda.shortage_raised(CARD):
+        shortages["num_ooms"] = 1
+        if error is not None:
+            raise error
+    assert cuda.is_out_of_memory(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_who_stops_is_not_short_of_memory(shortages: dict[str, int]) -> None:
+    with pytest.raises(Cancelled), cuda.shortage_raised(CARD):
+        shortages["num_ooms"] = 1
+        raise Cancelled("x")
+
+
+def test_a_cpu_counts_nothing(shortages: dict[str, int]) -> None:
+    with cuda.shortage_raised(CPU):
+        shortages["num_ooms"] = 1
+
+
 # --- whether it can be used -----------------------------------------------------------------------
 
 DEVICE = Device("GPU-1111", "cuda:0", GpuClass("NVIDIA A10+docker", GigaBytes(24)))
