@@ -40,7 +40,7 @@ from cluster.core.errors import (
 )
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
-from cluster.inference import cuda, language, lora, parts, prompts, textual_inversion
+from cluster.inference import cuda, language, lora, own_settings, parts, prompts, textual_inversion
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
@@ -263,6 +263,7 @@ class Engine:
         check()
         recipe = self._remember(language_recipe_for(params, self.store))
         language.refuse_code(recipe.model.folder)
+        own_settings.refuse(recipe.model.folder)
         tokenizer = self._shelf.tokenizer(recipe.model.folder)
         model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
