@@ -24,6 +24,10 @@ SURROUNDINGS: Final[Mapping[str, str]] = {
     "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT": "2000",
 }
 """What torch and CUDA read but once, as they are loaded."""
+TORCH: Final = "torch 2.13"
+LEAST_CAPABILITY: Final = (7, 5)
+LEAST_CUDA: Final = 13_000
+"""What `TORCH` asks of a card and its driver in its usual wheel, which is for CUDA 13."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ class Device:
 class Card:
     """One of this machine's NVIDIA cards by its number in NVML.
 
-    `device` is None for a card that can't be used; `problem` says in one line what is wrong.
+    `device` is None for a card that can't be used; `problem` says in one line what is wrong, also
+    with a card that torch as it is usually installed can't use.
     """
 
     index: int
@@ -169,6 +174,9 @@ def _card(nvml: ModuleType, index: int, platform: str) -> Card:
         handle = library.handle_at(nvml, index)
         name, uuid = library.name_and_uuid(nvml, handle)
         memory = library.total_memory(nvml, handle)
+        if library.mig_is_on(nvml, handle):
+            mend = f"nvidia-smi -i {index} -mig 0 makes it one again"
+            return Card(index, None, problem=f"{name}: MIG cuts it into instances; {mend}")
     except DeviceFault as fault:
         return Card(index, None, problem=str(fault))
     if memory is None:
@@ -176,7 +184,19 @@ def _card(nvml: ModuleType, index: int, platform: str) -> Card:
     kind = GpuClass(class_name(name, platform), whole_gigabytes(memory))
     device = Device(uuid, f"cuda:{index}", kind)
     try:
-        return Card(index, device, library.read_vitals(nvml, handle))
+        vitals = library.read_vitals(nvml, handle)
+        return Card(index, device, vitals, _too_old(nvml, handle, name))
     except DeviceFault as fault:
         gone = fault.kind is DeviceFaultKind.CONTEXT_LOST
         return Card(index, None if gone else device, Vitals(memory), str(fault))
+
+
+def _too_old(nvml: ModuleType, handle: object, name: str) -> str:
+    capability, cuda = library.compute_capability(nvml, handle), library.driver_cuda(nvml)
+    if capability is not None and capability < LEAST_CAPABILITY:
+        have, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
+        return f"{name} is of compute capability {have}: {TORCH} is built for {least} and later"
+    if cuda is not None and cuda < LEAST_CUDA:
+        have, least = (f"{each // 1000}.{each % 1000 // 10}" for each in (cuda, LEAST_CUDA))
+        return f"the driver is for CUDA {have}: update it, {TORCH} is built for {least}"
+    return ""
