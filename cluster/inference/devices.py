@@ -15,6 +15,8 @@ from cluster.inference import nvml as library
 from cluster.inference.nvml import NoDriver, Vitals
 
 MIB: Final = 2**20
+MOST_THREADS: Final = 8
+"""Beyond these reading gains little, and a container may have fewer cores than it sees."""
 MASK: Final = "CUDA_VISIBLE_DEVICES"
 SURROUNDINGS: Final[Mapping[str, str]] = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # NVML's
@@ -103,6 +105,15 @@ def vitals(uuid: str, nvml: ModuleType | None = None) -> Vitals:
     """
     with library.session(nvml) as session:
         return library.read_vitals(session, library.handle_of(session, uuid))
+
+
+def share_of_cores(cores: int, nvml: ModuleType | None = None) -> int:
+    """How many of the machine's cores one card's process may use, when it reads a model.
+
+    Raises `NoDriver`, or `DeviceFault`.
+    """
+    with library.session(nvml) as session:
+        return max(1, min(MOST_THREADS, cores // max(1, library.count(session))))
 
 
 def choose(

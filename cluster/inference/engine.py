@@ -86,12 +86,14 @@ class Limits:
     """Bytes for parts on the device and in host memory; CPU threads for torch.
 
     `device_bytes` None: as measured, on a simulated card 0.7 of its VRAM. `threads` None leaves
-    torch's own choice; results depend on it.
+    torch's own choice; results depend on it. `loading_threads` are those that read models, where
+    they are others: copies and roundings are the same by any number.
     """
 
     device_bytes: int | None = None
     host_bytes: int = 8 * 2**30
     threads: int | None = None
+    loading_threads: int | None = None
 
 
 class Engine:
@@ -114,6 +116,7 @@ class Engine:
             cuda.check(device)
         self.store = store
         self._clock = clock
+        self._loading_threads = limits.loading_threads
         self._measured: MeasuredBudget | None = None
         budget = fixed(limits.device_bytes or int(device.gpu_class.vram * 2**30 * 0.7))
         if limits.device_bytes is None and self._torch_device.type == "cuda":
@@ -172,7 +175,7 @@ class Engine:
             try:
                 with self._faults_named():
                     needed = self._parts_of(_as_loaded_by_default(model, self.store))
-                    self._pool.hold({part.key: part for part in needed})
+                    self._hold({part.key: part for part in needed})
                     self._pool.kept |= {part.key for part in needed}
             except ClusterError as error:
                 problems.append(f"{model}: {error}")
@@ -327,7 +330,7 @@ class Engine:
     def _bring(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
         """The pool's `hold`; when it was done, and from where the farthest part came."""
         loads, returns = self._pool.counts.loads, self._pool.counts.returns
-        modules = self._pool.hold(parts)
+        modules = self._hold(parts)
         tier = Tier.DEVICE
         if self._pool.counts.loads > loads:
             tier = Tier.DISK
@@ -335,6 +338,14 @@ class Engine:
             tier = Tier.HOST
         self._loaded = (monotonic(), tier)
         return modules
+
+    def _hold(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
+        computing = torch.get_num_threads()
+        torch.set_num_threads(self._loading_threads or computing)
+        try:
+            return self._pool.hold(parts)
+        finally:
+            torch.set_num_threads(computing)
 
     def _remember(self, recipe: AnyRecipe) -> AnyRecipe:
         self._recipes[recipe.key] = recipe

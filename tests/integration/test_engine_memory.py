@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from cluster.core.errors import DeviceFault, DeviceFaultKind
-from cluster.inference import cuda, diffusion
+from cluster.inference import cuda, diffusion, pool
+from cluster.inference.engine import Engine, Limits
+from cluster.models.store import ModelStore
 from devnet.models import SD15
-from tests.integration.test_engine import fault_of, new_engine, order, run
+from tests.integration.test_engine import DEVICE, fault_of, new_engine, order, run
 
 
 def no_memory() -> Exception:
@@ -77,3 +80,25 @@ def test_where_memory_ran_short_another_thread_computes_once_more(
     assert run(fresh, order()).score == expected
     assert len(set(threads)) == 1 + times, "only with room enough it stays the same one"
     assert not any(thread.is_alive() for thread in threads[:times])
+
+
+def test_only_reading_a_model_takes_more_threads(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(2**30, 2**30, threads=1, loading_threads=3)
+    fresh = Engine(DEVICE, ModelStore(tiny_models), time.time, limits)
+    read, made, reading, making = [], [], pool.Pool.hold, diffusion.make_images
+
+    def hold(*args: Any) -> Any:
+        read.append(torch.get_num_threads())
+        return reading(*args)
+
+    def make_images(*args: Any) -> Any:
+        made.append(torch.get_num_threads())
+        return making(*args)
+
+    monkeypatch.setattr(pool.Pool, "hold", hold)
+    monkeypatch.setattr("cluster.inference.engine.make_images", make_images)
+    assert run(fresh, order()).score == run(new_engine(tiny_models), order()).score
+    assert fresh.preload([SD15[1]]) == ()
+    assert (read, made) == ([3, 1, 3], [1, 1])

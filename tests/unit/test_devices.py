@@ -239,6 +239,11 @@ def test_without_a_driver_nothing_is_claimed() -> None:
         devices.claim("docker", {}, FakeNvml(init=error("DriverNotLoaded")))
 
 
+@pytest.mark.parametrize(("cores", "share"), [(64, 8), (10, 5), (3, 1), (1, 1)])
+def test_a_cards_share_of_the_cores(cores: int, share: int) -> None:
+    assert devices.share_of_cores(cores, two_cards()) == share
+
+
 # --- the CPU --------------------------------------------------------------------------------------
 
 
