@@ -7,32 +7,32 @@ task, with its checks and its progress. Rounds of both alternate, and each is co
 Besides: what a change of model costs when it comes from disk (`seconds_load`) and from host memory
 (`seconds_host_return`), and a LoRA that is put on (`seconds_lora_switch`), each beyond a warm run.
 
+Torch, and what takes it along, is imported after the card was claimed.
+
     python -m benchmarks.engine_overhead --device auto --json
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from compel import CompelForSD  # type: ignore[import-untyped]
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-from benchmarks.report import arguments, chosen_device, progress, publish
+from benchmarks.report import arguments, claimed, progress, publish
 from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
-from cluster.inference.devices import Device, list_gpus, simulated
-from cluster.inference.diffusion import PNG_COMPRESSION
-from cluster.inference.engine import Engine, Limits
+from cluster.core.types import AttemptId, Commitment, TaskType
+from cluster.inference.devices import Device
 from cluster.inference.scoring import score_images
 from cluster.models.store import ModelStore
 from devnet.models import SD15, SD15_LORA, make_models
+
+if TYPE_CHECKING:
+    from cluster.inference.engine import Engine
 
 PROMPT, NEGATIVE = "a photo++ of a cat in the forest", "bad, blurry"
 
@@ -49,6 +49,12 @@ def task(side: int, steps: int, images: int) -> dict[str, Any]:
 
 def bare(folder: Path, what: dict[str, Any], device: str) -> Callable[[], bytes]:
     """The loop, its pipeline loaded; a call gives the score."""
+    import torch
+    from compel import CompelForSD  # type: ignore[import-untyped]
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    from cluster.inference.diffusion import PNG_COMPRESSION
+
     make: Any = StableDiffusionPipeline
     pipe = make.from_pretrained(str(folder), safety_checker=None, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -88,6 +94,8 @@ def run(engine: Engine, what: dict[str, Any]) -> Computed:
 
 def changes(device: Device, root: Path, what: dict[str, Any], rounds: int) -> dict[str, float]:
     """Medians of what each kind of change costs beyond a warm run, in seconds."""
+    from cluster.inference.engine import Engine, Limits
+
     what = what | {"task_config": what["task_config"] | {"num_images": 1, "steps": 1}}
     other, with_lora = what | {"base_model": SD15[1]}, what | {"lora": {"model": SD15_LORA}}
     store, one_model = ModelStore(root), Limits(device_bytes=1, threads=None)
@@ -110,14 +118,6 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def card(torch_device: str) -> Device:
-    """The card by that name, as NVML knows it; the CPU otherwise."""
-    if torch_device == "cpu":
-        return simulated(0, "CPU+bench", GigaBytes(16))
-    cards = list_gpus("bench")
-    return cards[int(torch_device.partition(":")[2])]
-
-
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, default=256, help="pixels")
@@ -127,9 +127,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(".devnet/models"))
     asked = parser.parse_args()
 
+    device = claimed(asked.device, os.environ)
+    from cluster.inference.engine import Engine, Limits
+
     progress("making the tiny models where they are missing")
     make_models(asked.models)
-    device = card(chosen_device(asked.device))
     what = task(asked.side, asked.steps, asked.images)
     engine = Engine(device, ModelStore(asked.models), time.time, Limits(threads=None))
 

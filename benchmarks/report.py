@@ -3,7 +3,8 @@
     {"benchmark": "warm_pool", "loads": 31, …, "machine": {"device": "cpu", …}}
 
 Nothing but that object goes to standard output with `--json`; without it, lines for a person.
-Torch is imported only for a CUDA device, so that the report itself costs nothing.
+Torch is imported only for a CUDA device, so that the report itself costs nothing, and after the
+claim of the card.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, TextIO
+
+from cluster.core.errors import DeviceFault
+from cluster.core.types import GigaBytes
+from cluster.inference import devices
+from cluster.inference.devices import Device
 
 Figure = int | float | str | None
 """None: not measured on this machine."""
 
 PACKAGES: Final = ("torch", "diffusers", "transformers", "numpy", "xformers")
 CPU_INFO: Final = Path("/proc/cpuinfo")
+PLATFORM: Final = "bench"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -34,20 +41,25 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_device(asked: str) -> str:
-    """`auto` is the first CUDA device, else the CPU. Ends the process where it isn't there."""
-    if asked == "cpu":
-        return asked
-    import torch
-
-    if asked == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+def claimed(asked: str, environment: MutableMapping[str, str]) -> Device:
+    """The device of this process. `auto` is the first card, or the one that the environment's mask
+    names, else the CPU. Call before torch is first imported. Ends the process where it isn't there.
+    """
     kind, _, number = asked.partition(":")
-    if kind != "cuda" or not (number or "0").isdecimal():
+    if (
+        kind not in ("auto", "cpu", "cuda")
+        or number
+        and not (kind == "cuda" and number.isdecimal())
+    ):
         sys.exit(f"error: --device {asked}: not auto, cpu, cuda or cuda:N")
-    if int(number or 0) >= torch.cuda.device_count():
-        sys.exit(f"error: --device {asked}: this machine has {torch.cuda.device_count()}")
-    return f"cuda:{int(number or 0)}"
+    try:
+        if kind == "cpu" or kind == "auto" and not devices.list_gpus(PLATFORM):
+            devices.prepare(environment)
+            return devices.simulated(0, f"CPU+{PLATFORM}", GigaBytes(16))
+        environment[devices.MASK] = number or environment.get(devices.MASK, "0")
+        return devices.claim(PLATFORM, environment)
+    except DeviceFault as fault:
+        sys.exit(f"error: --device {asked}: {fault}")
 
 
 def progress(text: str) -> None:

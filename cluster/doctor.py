@@ -173,16 +173,17 @@ def check_cards(config: Config) -> tuple[Check, int | None]:
     except DeviceFault as error:
         return fail("GPUs", str(error), "look at nvidia-smi and dmesg"), None
     usable = [card.device.gpu_class.name for card in cards if card.device is not None]
-    check = _check_usable(usable, [card.problem for card in cards if card.device is None])
+    check = _check_usable(usable, [card.problem for card in cards if card.problem])
     return check, None if config.ray.address is not None or not usable else len(usable)
 
 
-def _check_usable(usable: Sequence[str], broken: Sequence[str]) -> Check:
+def _check_usable(usable: Sequence[str], problems: Sequence[str]) -> Check:
     if not usable:
-        return fail("GPUs", "; ".join(broken) or "the driver has no card", "look at nvidia-smi")
+        return fail("GPUs", "; ".join(problems) or "the driver has no card", "look at nvidia-smi")
     words = f"{len(usable)}: {', '.join(sorted(set(usable)))}"
-    if broken:
-        return warn("GPUs", f"{words}; {'; '.join(broken)}", "look at nvidia-smi")
+    if problems:
+        told = "; ".join(dict.fromkeys(problems))
+        return warn("GPUs", f"{words}; {told}", "look at nvidia-smi")
     return ok("GPUs", words)
 
 

@@ -59,17 +59,25 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Mounted
     settings.said.setup()
     # It warns about optional parts that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from cluster.inference import devices, engine
+    from cluster.inference import devices
+
+    devices.prepare(os.environ)
+    loading_threads = None
+    if simulated is not None:
+        device = devices.simulated(0, simulated.name, simulated.vram)
+    else:
+        device = devices.claim(settings.platform, os.environ)
+        loading_threads = devices.share_of_cores(len(os.sched_getaffinity(0)))
+
+    # From here on torch is there.
+    from cluster.inference import engine
     from cluster.inference.mounted import MountedEngine
     from cluster.models.assembly import open_keeper
 
-    if simulated is not None:
-        device = devices.simulated(0, simulated.name, simulated.vram)
-        # One thread: simulated cards share the machine's cores, and results depend on the number.
-        limits = engine.Limits(host_bytes=settings.host_bytes, threads=1)
-    else:
-        device = devices.claim(settings.platform, os.environ)
-        limits = engine.Limits(host_bytes=settings.host_bytes)
+    # One thread: cards share the machine's cores, and what is computed there depends on the number.
+    limits = engine.Limits(
+        host_bytes=settings.host_bytes, threads=1, loading_threads=loading_threads
+    )
     keeper = open_keeper(settings.models)
     made = engine.Engine(device, keeper.store, time.time, limits)
     return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload, device.simulated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Final, Literal
@@ -15,7 +15,21 @@ from cluster.inference import nvml as library
 from cluster.inference.nvml import NoDriver, Vitals
 
 MIB: Final = 2**20
+MOST_THREADS: Final = 8
+"""Beyond these reading gains little, and a container may have fewer cores than it sees."""
 MASK: Final = "CUDA_VISIBLE_DEVICES"
+SURROUNDINGS: Final[Mapping[str, str]] = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # NVML's
+    # Torch 2.13 puts kernels that are compiled as they are needed in the place of its own.
+    "TORCH_DISABLE_NATIVE_JIT": "1",
+    # Convolution plans that cuDNN keeps for a thread, about 200 kB each; torch's default is 10000.
+    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT": "2000",
+}
+"""What torch and CUDA read but once, as they are loaded."""
+TORCH: Final = "torch 2.13"
+LEAST_CAPABILITY: Final = (7, 5)
+LEAST_CUDA: Final = 13_000
+"""What `TORCH` asks of a card and its driver in its usual wheel, which is for CUDA 13."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +49,8 @@ class Device:
 class Card:
     """One of this machine's NVIDIA cards by its number in NVML.
 
-    `device` is None for a card that can't be used; `problem` says in one line what is wrong.
+    `device` is None for a card that can't be used; `problem` says in one line what is wrong, also
+    with a card that torch as it is usually installed can't use.
     """
 
     index: int
@@ -92,6 +107,15 @@ def vitals(uuid: str, nvml: ModuleType | None = None) -> Vitals:
         return library.read_vitals(session, library.handle_of(session, uuid))
 
 
+def share_of_cores(cores: int, nvml: ModuleType | None = None) -> int:
+    """How many of the machine's cores one card's process may use, when it reads a model.
+
+    Raises `NoDriver`, or `DeviceFault`.
+    """
+    with library.session(nvml) as session:
+        return max(1, min(MOST_THREADS, cores // max(1, library.count(session))))
+
+
 def choose(
     asked: Literal["auto", "cuda", "cpu"], platform: str, nvml: ModuleType | None = None
 ) -> Device:
@@ -107,14 +131,21 @@ def choose(
     return cpu(platform)
 
 
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """For every process that computes. Call before torch is first imported."""
+    environment.update(SURROUNDINGS)
+
+
 def claim(
     platform: str, environment: MutableMapping[str, str], nvml: ModuleType | None = None
 ) -> Device:
-    """The one card that this process may use. Call before CUDA is first used.
+    """The one card that this process may use. Call before torch is first imported: libraries begin
+    CUDA as they are imported, and from then on it looks at no mask.
 
     Ray's mask is a number in NVML's order, which need not be CUDA's, so the card's UUID takes its
     place: what is computed on is what was named. Raises `DeviceFault`.
     """
+    prepare(environment)
     try:
         cards = survey(platform, nvml)
     except NoDriver as error:
@@ -154,6 +185,9 @@ def _card(nvml: ModuleType, index: int, platform: str) -> Card:
         handle = library.handle_at(nvml, index)
         name, uuid = library.name_and_uuid(nvml, handle)
         memory = library.total_memory(nvml, handle)
+        if library.mig_is_on(nvml, handle):
+            mend = f"nvidia-smi -i {index} -mig 0 makes it one again"
+            return Card(index, None, problem=f"{name}: MIG cuts it into instances; {mend}")
     except DeviceFault as fault:
         return Card(index, None, problem=str(fault))
     if memory is None:
@@ -161,7 +195,19 @@ def _card(nvml: ModuleType, index: int, platform: str) -> Card:
     kind = GpuClass(class_name(name, platform), whole_gigabytes(memory))
     device = Device(uuid, f"cuda:{index}", kind)
     try:
-        return Card(index, device, library.read_vitals(nvml, handle))
+        vitals = library.read_vitals(nvml, handle)
+        return Card(index, device, vitals, _too_old(nvml, handle, name))
     except DeviceFault as fault:
         gone = fault.kind is DeviceFaultKind.CONTEXT_LOST
         return Card(index, None if gone else device, Vitals(memory), str(fault))
+
+
+def _too_old(nvml: ModuleType, handle: object, name: str) -> str:
+    capability, cuda = library.compute_capability(nvml, handle), library.driver_cuda(nvml)
+    if capability is not None and capability < LEAST_CAPABILITY:
+        have, least = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
+        return f"{name} is of compute capability {have}: {TORCH} is built for {least} and later"
+    if cuda is not None and cuda < LEAST_CUDA:
+        have, least = (f"{each // 1000}.{each % 1000 // 10}" for each in (cuda, LEAST_CUDA))
+        return f"the driver is for CUDA {have}: update it, {TORCH} is built for {least}"
+    return ""

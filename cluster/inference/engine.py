@@ -3,9 +3,10 @@
     run ─ parse ─ recipe ─ parts near ─ adapters on ─ compute ─ adapters off ─ checks ─ score
                              └── out of memory: free the card, once more ──┘
 
-One thread runs orders; any thread may ask for `state`, and one other may `prefetch`. The same order
-gives the same bits cold, warm, after any other order and in another process: deterministic
-algorithms, no TF32, everything seeded, and a part that an order may have changed is thrown away.
+One thread runs orders (what it waits for is computed in a thread of the engine's own); any thread
+may ask for `state`, and one other may `prefetch`. The same order gives the same bits cold, warm,
+after any other order, with little memory left and in another process: deterministic algorithms, no
+TF32, everything seeded, and a part that an order may have changed is thrown away.
 
 Whatever isn't understood is the device's fault (`DeviceFault`), never the task's: `except
 Exception` stands only here, at the top.
@@ -39,7 +40,7 @@ from cluster.core.errors import (
 )
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
-from cluster.inference import language, lora, parts, prompts, textual_inversion
+from cluster.inference import cuda, language, lora, own_settings, parts, prompts, textual_inversion
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
@@ -47,7 +48,7 @@ from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import Parameters, SDParameters, parse
 from cluster.inference.parts import PartSource
 from cluster.inference.pipelines import FittingsShelf, assemble
-from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed, release_memory
+from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed
 from cluster.inference.recipes import (
     LanguageRecipe,
     Recipe,
@@ -58,7 +59,6 @@ from cluster.inference.scoring import score_llm
 from cluster.models.refs import ModelRef
 from cluster.models.store import LORA_FILE, ModelStore
 
-OutOfMemory: Final = (torch.OutOfMemoryError, MemoryError)
 MOST_RECIPES: Final = 256
 READ_AHEAD: Final = 8 * 2**20
 Check = Callable[[], None]
@@ -86,16 +86,21 @@ class Limits:
     """Bytes for parts on the device and in host memory; CPU threads for torch.
 
     `device_bytes` None: as measured, on a simulated card 0.7 of its VRAM. `threads` None leaves
-    torch's own choice; results depend on it.
+    torch's own choice; results depend on it. `loading_threads` are those that read models, where
+    they are others: copies and roundings are the same by any number.
     """
 
     device_bytes: int | None = None
     host_bytes: int = 8 * 2**30
     threads: int | None = None
+    loading_threads: int | None = None
 
 
 class Engine:
-    """`clock` is the machine's unix time, by which an order's deadline is judged."""
+    """`clock` is the machine's unix time, by which an order's deadline is judged.
+
+    Raises `DeviceFault` for a card that torch can't compute on.
+    """
 
     def __init__(
         self,
@@ -107,8 +112,11 @@ class Engine:
         make_deterministic(limits.threads)
         self._device = device
         self._torch_device = torch.device(device.torch_device)
+        if self._torch_device.type == "cuda":
+            cuda.check(device)
         self.store = store
         self._clock = clock
+        self._loading_threads = limits.loading_threads
         self._measured: MeasuredBudget | None = None
         budget = fixed(limits.device_bytes or int(device.gpu_class.vram * 2**30 * 0.7))
         if limits.device_bytes is None and self._torch_device.type == "cuda":
@@ -117,7 +125,7 @@ class Engine:
         self._pool = Pool(load, self._torch_device, budget, limits.host_bytes)
         self._shelf = FittingsShelf()
         self._recipes: OrderedDict[str, Recipe | LanguageRecipe] = OrderedDict()
-        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._encoder, self._thread = _one_thread("encode"), _one_thread("compute")
         self._state = EngineState(on_disk=store.on_disk())
         self._loaded = (0.0, Tier.DEVICE)
 
@@ -167,7 +175,7 @@ class Engine:
             try:
                 with self._faults_named():
                     needed = self._parts_of(_as_loaded_by_default(model, self.store))
-                    self._pool.hold({part.key: part for part in needed})
+                    self._hold({part.key: part for part in needed})
                     self._pool.kept |= {part.key for part in needed}
             except ClusterError as error:
                 problems.append(f"{model}: {error}")
@@ -199,14 +207,11 @@ class Engine:
     def _faults_named(self) -> Iterator[None]:
         try:
             yield
-        except ClusterError:
-            raise
-        except OutOfMemory as error:
-            raise _fault(DeviceFaultKind.OUT_OF_MEMORY, error) from error
-        except torch.AcceleratorError as error:
-            raise _fault(DeviceFaultKind.CONTEXT_LOST, error) from error
         except Exception as error:
-            raise _fault(DeviceFaultKind.OTHER, error) from error
+            fault = cuda.named(error, self._torch_device)
+            if fault is error:
+                raise
+            raise fault from error
         finally:
             self._note(step=0, steps=0)
 
@@ -234,20 +239,34 @@ class Engine:
                     return self._text(params, check, progress)
                 return self._images(params, check, progress)
 
+        made = None
         try:
-            made = compute()
-        except OutOfMemory:
-            made = None
+            made = self._apart(compute)
+        except Exception as error:
+            if not cuda.is_out_of_memory(error):
+                raise
         if made is None:  # out of the handler, which would keep the failed run's tensors alive
             self._pool.clear()
-            made = compute()
+            made = self._apart(compute)
         check()
         return made
+
+    def _apart(self, compute: Callable[[], tuple[Files, Score]]) -> tuple[Files, Score]:
+        """In a thread of the engine's own: another one from when memory ran short, because what
+        cuDNN made do with then stays with the thread."""
+        before = cuda.shortages(self._torch_device)
+        try:
+            return self._thread.submit(compute).result()
+        finally:
+            if cuda.shortages(self._torch_device) > before:
+                self._thread.shutdown()
+                self._thread = _one_thread("compute")
 
     def _text(self, params: LLMParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
         check()
         recipe = self._remember(language_recipe_for(params, self.store))
         language.refuse_code(recipe.model.folder)
+        own_settings.refuse(recipe.model.folder)
         tokenizer = self._shelf.tokenizer(recipe.model.folder)
         model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
@@ -311,7 +330,7 @@ class Engine:
     def _bring(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
         """The pool's `hold`; when it was done, and from where the farthest part came."""
         loads, returns = self._pool.counts.loads, self._pool.counts.returns
-        modules = self._pool.hold(parts)
+        modules = self._hold(parts)
         tier = Tier.DEVICE
         if self._pool.counts.loads > loads:
             tier = Tier.DISK
@@ -319,6 +338,14 @@ class Engine:
             tier = Tier.HOST
         self._loaded = (monotonic(), tier)
         return modules
+
+    def _hold(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
+        computing = torch.get_num_threads()
+        torch.set_num_threads(self._loading_threads or computing)
+        try:
+            return self._pool.hold(parts)
+        finally:
+            torch.set_num_threads(computing)
 
     def _remember(self, recipe: AnyRecipe) -> AnyRecipe:
         self._recipes[recipe.key] = recipe
@@ -338,12 +365,14 @@ class Engine:
 
     @contextmanager
     def _workspace_measured(self) -> Iterator[None]:
-        if self._measured is None:
+        """Raises `ShortOfMemory` where the workspace wasn't to be had, whatever came of it."""
+        with cuda.shortage_raised(self._torch_device):
+            if self._measured is None:
+                yield
+                return
+            torch.cuda.reset_peak_memory_stats(self._torch_device)
+            before = torch.cuda.memory_allocated(self._torch_device)
             yield
-            return
-        torch.cuda.reset_peak_memory_stats(self._torch_device)
-        before = torch.cuda.memory_allocated(self._torch_device)
-        yield
         self._measured.computed(torch.cuda.max_memory_allocated(self._torch_device) - before)
 
     def _note(self, step: int, steps: int) -> None:
@@ -363,6 +392,10 @@ class Engine:
             ),
             on_disk=on_disk,
         )
+
+
+def _one_thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
 
 def _is_certain(params: SDParameters, file: Path) -> bool:
@@ -385,6 +418,8 @@ def make_deterministic(threads: int | None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+    # It makes a plan for each length of a text: slow first tokens, and no end of plans kept.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _as_loaded_by_default(model: str, store: ModelStore) -> Parameters:
@@ -408,9 +443,3 @@ def _check_wanted(
         raise Cancelled("cancelled")
     if deadline is not None and clock() >= deadline:
         raise DeadlinePassed("ran into the deadline")
-
-
-def _fault(kind: DeviceFaultKind, error: BaseException) -> DeviceFault:
-    release_memory()
-    line = " ".join(str(error).split())[:200]
-    return DeviceFault(kind, f"{type(error).__name__}: {line}")

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,20 +111,19 @@ def generate(
     _check_prompt(model, prompt["input_ids"], room)
     watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
     seed_everything(params.seed)
-    with _as_deterministic_as_can_be():
-        try:
-            made = model.generate(
-                input_ids=prompt["input_ids"],
-                attention_mask=prompt["attention_mask"],
-                generation_config=_settings(model, tokenizer, params),
-                stopping_criteria=StoppingCriteriaList([watch]),
-                logits_processor=LogitsProcessorList([_Numbers()]),
-            )
-        except ValueError as error:
-            if watch.made:
-                raise
-            line = " ".join(str(error).split())[:200]
-            raise TaskUnsupported(f"generation_config: refused: {line}") from error
+    try:
+        made = model.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            generation_config=_settings(model, tokenizer, params),
+            stopping_criteria=StoppingCriteriaList([watch]),
+            logits_processor=LogitsProcessorList([_Numbers()]),
+        )
+    except ValueError as error:
+        if watch.made:
+            raise
+        line = " ".join(str(error).split())[:200]
+        raise TaskUnsupported(f"generation_config: refused: {line}") from error
     sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
     if any(len(each.tokens) <= length for each in sequences):
         raise DeviceFault(DeviceFaultKind.BAD_RESULT, "a sequence without a new token")
@@ -145,19 +143,6 @@ def _check_prompt(model: Any, tokens: torch.Tensor, room: int | None) -> None:
         raise TaskUnsupported(f"messages: {length} tokens, and the model has room for {room}")
     if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:
         raise TaskUnsupported("messages: a token that the model doesn't have")
-
-
-@contextmanager
-def _as_deterministic_as_can_be() -> Iterator[None]:
-    """Deterministic algorithms, and no error where a card has none, as in the network's runner:
-    `top_p` needs a running sum, which CUDA has in one form only."""
-    wanted = torch.are_deterministic_algorithms_enabled()
-    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(wanted, warn_only=lenient)
 
 
 def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from cluster.core.errors import ClusterError, DeviceFault, DeviceFaultKind
 
@@ -33,6 +33,10 @@ _NOT_SAID: Final = (
 """This driver or card doesn't say: it is none the worse for it."""
 _GONE: Final = ("GpuIsLost", "ResetRequired", "NotFound", "GpuNotFound", "InsufficientPower")
 
+_REASONS: Final = (
+    "nvmlDeviceGetCurrentClocksEventReasons",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",  # its name until driver 535
+)
 _THROTTLING: Final = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -126,10 +130,27 @@ def read_vitals(nvml: ModuleType, handle: object) -> Vitals:
         ),
         ecc_corrected=_ecc(nvml, handle, nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
         ecc_uncorrected=_ecc(nvml, handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
-        throttling=_maybe(
-            nvml, lambda: _reasons(int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)))
-        ),
+        throttling=_throttling(nvml, handle),
     )
+
+
+def mig_is_on(nvml: ModuleType, handle: object) -> bool:
+    """Whether the card is cut into instances; raises `DeviceFault`."""
+    modes = _if_there(nvml, "nvmlDeviceGetMigMode", handle)
+    return modes is not None and int(modes[0]) == 1
+
+
+def compute_capability(nvml: ModuleType, handle: object) -> tuple[int, int] | None:
+    """Major and minor, None where the driver doesn't say; raises `DeviceFault`."""
+    found = _if_there(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    return None if found is None else (int(found[0]), int(found[1]))
+
+
+def driver_cuda(nvml: ModuleType) -> int | None:
+    """The newest CUDA that the driver knows, as 1000 times major and 10 times minor; None where it
+    doesn't say. Raises `DeviceFault`."""
+    found = _if_there(nvml, "nvmlSystemGetCudaDriverVersion_v2")
+    return None if found is None else int(found)
 
 
 def errors(nvml: ModuleType, names: tuple[str, ...]) -> tuple[type[Exception], ...]:
@@ -142,6 +163,20 @@ def _ecc(nvml: ModuleType, handle: object, kind: int) -> int | None:
     return _maybe(
         nvml, lambda: int(nvml.nvmlDeviceGetTotalEccErrors(handle, kind, nvml.NVML_VOLATILE_ECC))
     )
+
+
+def _throttling(nvml: ModuleType, handle: object) -> tuple[str, ...] | None:
+    for name in _REASONS:
+        bits = _if_there(nvml, name, handle)
+        if bits is not None:
+            return _reasons(int(bits))
+    return None
+
+
+def _if_there(nvml: ModuleType, name: str, *arguments: object) -> Any:
+    """What a function says that an older library or driver doesn't have; None where it doesn't."""
+    ask = getattr(nvml, name, None)
+    return None if ask is None else _maybe(nvml, lambda: ask(*arguments))
 
 
 def _reasons(bits: int) -> tuple[str, ...]:

@@ -30,13 +30,13 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.inference import own_settings
 
 PartKey = NewType("PartKey", str)
 PIECE: Final = 32 * 2**20
 """Bytes that are read between two looks at whether it is still wanted."""
 
 LANGUAGE_MODEL: Final = "AutoModelForCausalLM"
-SETTINGS: Final = "generation_config.json"
 CLASSES: Final[Mapping[str, Any]] = {
     "UNet2DConditionModel": diffusers.UNet2DConditionModel,
     "AutoencoderKL": diffusers.AutoencoderKL,
@@ -98,7 +98,7 @@ def source(
     digest = hashlib.sha256(f"{class_name}|{dtype}|{bits or ''}".encode())
     # A language model carries its settings with it: two of the same weights may differ in them, and
     # in the table that says which of the shards are read.
-    settings = folder / SETTINGS
+    settings = folder / own_settings.FILE
     tables = sorted(folder.glob("*.safetensors.index*.json"))
     for file in (config, *((settings,) if settings.is_file() else ()), *tables, *files):
         digest.update(digest_of(file))
@@ -190,6 +190,8 @@ def load(part: PartSource, device: torch.device) -> torch.nn.Module:
             ModelUnavailableKind.DAMAGED,
             f"{part.folder.parent.name}/{part.folder.name} lacks some of its weights",
         )
+    if isinstance(own := getattr(module, "generation_config", None), transformers.GenerationConfig):
+        own_settings.choose(own)
     _look.get()()
     return module.eval().requires_grad_(False)
 

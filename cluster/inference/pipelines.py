@@ -133,7 +133,8 @@ def _scheduler(folder: Path, name: str) -> Any:
 
 
 def _feature_extractor(folder: Path) -> Any:
-    return transformers.CLIPImageProcessor.from_pretrained(
+    # By name: the other one computes on torchvision where that is installed, and gives other bits.
+    return transformers.CLIPImageProcessorPil.from_pretrained(
         str(folder / "feature_extractor"), local_files_only=True
     )
 

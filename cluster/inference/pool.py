@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, Protocol
@@ -227,7 +228,7 @@ class Pool:
             self.counts.left_host += 1
         self._forget_homeless()
         if leaving and self.device.type == "cuda":
-            torch.accelerator.empty_host_cache()  # else it stays pinned for what may come
+            release_pinned()
         return self._host_used() + size <= self.host_bytes
 
     def _forget_homeless(self) -> None:
@@ -270,7 +271,10 @@ def _point(module: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
 def _own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """In memory of our own: what was just read may be a view into the mapped file."""
     data = tensor.detach()
-    return data.pin_memory() if device.type == "cuda" and data.numel() else data.clone()
+    if device.type == "cuda" and data.numel():
+        with suppress(RuntimeError):  # the system has no more to pin: it comes back more slowly
+            return data.pin_memory()
+    return data.clone()
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -306,6 +310,13 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def release_pinned() -> None:
+    """Else it stays pinned for what may come, as it does with torch before 2.12."""
+    release = getattr(torch.accelerator, "empty_host_cache", None)
+    if release is not None:
+        release()
 
 
 def fixed(limit: int) -> Budget:

@@ -25,7 +25,6 @@ from cluster.core.errors import (
     TaskUnsupported,
 )
 from cluster.core.ports import Computed, Order
-from cluster.inference import diffusion
 from cluster.inference import engine as engine_module
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.parameters import SDParameters
@@ -347,31 +346,6 @@ def _add_safety_checker(folder: Path) -> None:
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize("failures", [1, 2])
-def test_out_of_memory_frees_all_and_tries_once_more(
-    root: Path, monkeypatch: pytest.MonkeyPatch, failures: int
-) -> None:
-    fresh = new_engine(root)
-    real, calls = diffusion.make_images, []
-
-    def make_images(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) <= failures:
-            raise torch.OutOfMemoryError
-        return real(*args)
-
-    run(fresh, order(base_model=SD15[1]))
-    monkeypatch.setattr("cluster.inference.engine.make_images", make_images)
-    if failures == 1:
-        run(fresh, order())
-    else:
-        fault = fault_of(fresh, order())
-        assert isinstance(fault, DeviceFault)
-        assert fault.kind is DeviceFaultKind.OUT_OF_MEMORY
-    assert len(calls) == 2
-    assert len(fresh.state().warm) == 1
 
 
 def test_a_bug_of_ours_is_the_devices_fault(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

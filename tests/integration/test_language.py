@@ -324,10 +324,18 @@ def test_auto_is_what_the_weights_are_stored_in(tiny_models: Path, tmp_path: Pat
     assert auto == half != full
 
 
-def test_sampling_leaves_torchs_settings_as_they_were(engine: Engine) -> None:
-    run(engine, generation_config=SAMPLED | {"top_p": 0.5})
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+def test_tokens_are_chosen_by_deterministic_algorithms_alone(engine: Engine) -> None:
+    """Where there is no such algorithm it is an error: two nodes must never differ on a task."""
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def look(_step: int, _steps: int) -> None:
+        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+        asked = torch.are_deterministic_algorithms_enabled()
+        cudnn: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        seen.append((asked, strict, cudnn))
+
+    engine.run(order(generation_config=SAMPLED | {"top_p": 0.5}), lambda: False, look)
+    assert set(seen) == {(True, True, False)}
 
 
 def test_a_token_beyond_the_models_table_never_reaches_a_card(
@@ -375,6 +383,74 @@ def test_a_models_own_settings_are_part_of_it(tiny_models: Path, tmp_path: Path)
     first = answer(fresh, model="org/model")["choices"]
     assert answer(fresh, model="org/twin")["choices"] != first
     assert fresh.counts.loads == 2
+
+
+def _with_settings(store: Path, **settings: object) -> None:
+    file = store / "org" / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cache_implementation": "static", "max_cache_len": 4096},
+        {"cache_implementation": "offloaded_static"},
+        {"cache_implementation": "offloaded"},
+        {"prefill_chunk_size": 2},
+        {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True},
+        {"disable_compile": False, "custom_generate": "acme/theirs"},
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_is_not_for_the_model_to_say(
+    tiny_models: Path, tmp_path: Path, how: dict[str, object]
+) -> None:
+    """On a card a static cache would have the network compiled."""
+    store = _copy(tiny_models, tmp_path)
+    expected = run(new_engine(store), model="org/model", generation_config=SAMPLED).score
+    _with_settings(store, **how)
+    fresh = new_engine(store)
+    assert run(fresh, model="org/model", generation_config=SAMPLED).score == expected
+    (loaded,) = (part.module for part in fresh._pool._parts.values())
+    own: Any = loaded.generation_config
+    assert own.disable_compile
+    assert own.cache_implementation is None
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cache_implementation": "quantized"},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 1},
+        {"use_mtp": True},
+        {"watermarking_config": {"greenlist_ratio": 0.5}},
+        {"max_time": 5.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_what_makes_other_tokens_elsewhere_is_refused(
+    tiny_models: Path, tmp_path: Path, setting: dict[str, object], file: str
+) -> None:
+    store = _copy(tiny_models, tmp_path)
+    settings = store / "org" / "model" / file
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | setting))
+    refused = fault(new_engine(store), model="org/model")
+    assert isinstance(refused, ModelUnavailable)
+    assert refused.kind is ModelUnavailableKind.REFUSED
+    assert next(iter(setting)) in str(refused)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"dola_layers": "high"}, {"penalty_alpha": 0.6, "top_k": 4}, {"stop_strings": "a"}]
+)
+def test_what_the_library_does_no_more_is_never_reported(
+    tiny_models: Path, tmp_path: Path, setting: dict[str, object]
+) -> None:
+    store = _copy(tiny_models, tmp_path)
+    _with_settings(store, **setting)
+    assert isinstance(fault(new_engine(store), model="org/model"), TaskUnsupported)
 
 
 def test_the_prompt_is_read_with_special_tokens_and_counted_without(

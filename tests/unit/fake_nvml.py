@@ -10,7 +10,7 @@ GIB = 2**30
 
 _ERRORS = (
     "LibraryNotFound", "DriverNotLoaded", "LibRmVersionMismatch", "NotSupported",
-    "FunctionNotFound", "NoPermission", "GpuIsLost", "NotFound", "Timeout", "Unknown",
+    "FunctionNotFound", "NoPermission", "Deprecated", "GpuIsLost", "NotFound", "Timeout", "Unknown",
 )  # fmt: skip
 
 
@@ -38,6 +38,8 @@ class FakeCard:
     corrected: Any = 0
     uncorrected: Any = 0
     reasons: Any = 0
+    mig: Any = (0, 0)
+    capability: Any = (8, 9)
     handle: Any = None
     """What getting at the card raises."""
 
@@ -55,9 +57,17 @@ class FakeNvml(ModuleType):
     NVML_VOLATILE_ECC = 0
     NVMLError = FakeError
 
-    def __init__(self, *cards: FakeCard, init: FakeError | None = None) -> None:
+    def __init__(
+        self,
+        *cards: FakeCard,
+        init: FakeError | None = None,
+        cuda: Any = 13000,
+        events: bool = True,
+    ) -> None:
         super().__init__("pynvml")
         self.cards = cards
+        self.cuda = cuda
+        self.events = events
         self.init = init
         self.open = 0
         for name, kind in ERRORS.items():
@@ -104,5 +114,17 @@ class FakeNvml(ModuleType):
         corrected = kind == self.NVML_MEMORY_ERROR_TYPE_CORRECTED
         return _value(handle.corrected if corrected else handle.uncorrected)
 
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: FakeCard) -> Any:
+        return _value(handle.reasons if self.events else error("FunctionNotFound"))
+
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: FakeCard) -> Any:
-        return _value(handle.reasons)
+        return _value(error("Deprecated") if self.events else handle.reasons)
+
+    def nvmlDeviceGetMigMode(self, handle: FakeCard) -> Any:
+        return _value(handle.mig)
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: FakeCard) -> Any:
+        return _value(handle.capability)
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> Any:
+        return _value(self.cuda)

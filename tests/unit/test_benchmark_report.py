@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from cluster.inference import devices
+from tests.unit.fake_nvml import FakeCard, FakeNvml
 
 
 def published(as_json: bool, **figures: report.Figure) -> str:
@@ -72,22 +74,46 @@ def test_the_cpus_name(
 
 def test_arguments_and_the_cpu_without_torch() -> None:
     chosen = report.arguments("measures").parse_args(["--json", "--device", "cpu"])
-    assert (chosen.json, report.chosen_device(chosen.device)) == (True, "cpu")
+    environment: dict[str, str] = {}
+    assert chosen.json
+    assert report.claimed(chosen.device, environment).torch_device == "cpu"
+    assert environment == devices.SURROUNDINGS
     assert report.arguments("measures").parse_args([]).device == "auto"
 
 
-@pytest.mark.parametrize("asked", ["gpu", "cuda:x", "cuda:-1", "cuda:7"])
-def test_a_device_that_is_not_there(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cuda:
-        @staticmethod
-        def device_count() -> int:
-            return 2
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = FakeNvml(FakeCard(), FakeCard(uuid="GPU-2222"))
+    monkeypatch.setitem(sys.modules, "pynvml", cards)
 
-    class Torch:
-        cuda = Cuda
 
-    monkeypatch.setitem(sys.modules, "torch", Torch)
+@pytest.mark.parametrize("asked", ["gpu", "cuda:x", "cuda:-1", "cuda:7", "cpu:1", "auto:1"])
+@pytest.mark.usefixtures("two_cards")
+def test_a_device_that_is_not_there(asked: str) -> None:
     with pytest.raises(SystemExit, match="error: --device"):
-        report.chosen_device(asked)
-    assert report.chosen_device("cuda") == "cuda:0"
-    assert report.chosen_device("cuda:1") == "cuda:1"
+        report.claimed(asked, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "mask", "uuid"),
+    [
+        ("cuda", None, "GPU-1111"),
+        ("auto", None, "GPU-1111"),
+        ("auto", "1", "GPU-2222"),
+        ("cuda:1", None, "GPU-2222"),
+        ("cuda:1", "0", "GPU-2222"),
+    ],
+)
+@pytest.mark.usefixtures("two_cards")
+def test_the_card_that_was_asked_for_is_claimed(asked: str, mask: str | None, uuid: str) -> None:
+    environment = {} if mask is None else {devices.MASK: mask}
+    device = report.claimed(asked, environment)
+    assert (device.uuid, device.torch_device) == (uuid, "cuda:0")
+    assert environment[devices.MASK] == uuid
+
+
+def test_without_a_card_auto_is_the_cpu_and_cuda_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert report.claimed("auto", {}).torch_device == "cpu"
+    with pytest.raises(SystemExit, match="nvidia-ml-py"):
+        report.claimed("cuda", {})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -88,6 +89,44 @@ def test_a_card_of_unknown_size_is_of_no_class() -> None:
     assert "how much memory" in card.problem
 
 
+def test_a_card_that_is_cut_into_instances_isnt_declared_whole() -> None:
+    nvml = two_cards(mig=[1, 1])
+    first, cut = devices.survey("docker", nvml)
+    assert (first.problem, cut.device) == ("", None)
+    assert cut.problem.endswith("nvidia-smi -i 1 -mig 0 makes it one again")
+    assert devices.list_gpus("docker", nvml) == (FIRST,)
+    with pytest.raises(DeviceFault, match="MIG"):
+        devices.claim("docker", {"CUDA_VISIBLE_DEVICES": "1"}, nvml)
+
+
+@pytest.mark.parametrize("pending", [(0, 1), (0, 0), error("NotSupported")])
+def test_a_card_that_is_whole_now_is_one(pending: Any) -> None:
+    assert devices.list_gpus("docker", FakeNvml(FakeCard(mig=pending))) == (FIRST,)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "says"),
+    [
+        ((7, 5), 13000, ""),
+        ((12, 1), 13020, ""),
+        (error("NotSupported"), error("FunctionNotFound"), ""),
+        ((7, 0), 13000, "is of compute capability 7.0: torch 2.13 is built for 7.5 and later"),
+        ((8, 0), 12090, "the driver is for CUDA 12.9: update it, torch 2.13 is built for 13.0"),
+    ],
+)
+def test_a_card_or_a_driver_too_old_for_torch_is_told(
+    capability: Any, cuda: Any, says: str
+) -> None:
+    (card,) = devices.survey("docker", FakeNvml(FakeCard(capability=capability), cuda=cuda))
+    assert card.device == FIRST, "another build of torch may well use it"
+    assert card.problem.endswith(says)
+    assert bool(card.problem) == bool(says)
+
+
+def test_the_wheel_is_the_one_that_is_installed() -> None:
+    assert version("torch").startswith(f"{devices.TORCH.removeprefix('torch ')}.")
+
+
 # --- how a card does ------------------------------------------------------------------------------
 
 
@@ -117,6 +156,12 @@ def test_what_the_driver_doesnt_say_is_none(value: str, fields: set[str], why: s
     found = devices.vitals("GPU-1111", FakeNvml(FakeCard(**{value: error(why)})))
     unknown = {name for name in Vitals.__slots__ if getattr(found, name) is None}
     assert unknown == fields
+
+
+@pytest.mark.parametrize("events", [True, False])
+def test_an_older_driver_says_by_another_name_what_slows_it(events: bool) -> None:
+    nvml = FakeNvml(FakeCard(reasons=0x4), events=events)
+    assert devices.vitals("GPU-1111", nvml).throttling == ("power cap",)
 
 
 @pytest.mark.parametrize("reasons", [0x0, 0x1, 0x2, 0x100])
@@ -168,7 +213,7 @@ def test_a_process_claims_the_card_that_ray_gave_it(mask: str, uuid: str) -> Non
     device = devices.claim("docker", environment, two_cards())
     assert (device.uuid, device.torch_device) == (uuid, "cuda:0")
     # CUDA may number the cards in another order than NVML: from here on it goes by the UUID.
-    assert environment == {"CUDA_VISIBLE_DEVICES": uuid}
+    assert environment == {"CUDA_VISIBLE_DEVICES": uuid, **devices.SURROUNDINGS}
 
 
 def test_the_only_card_needs_no_mask() -> None:
@@ -192,6 +237,11 @@ def test_a_lost_card_moves_no_other_ones_number() -> None:
 def test_without_a_driver_nothing_is_claimed() -> None:
     with pytest.raises(DeviceFault, match="no NVIDIA driver"):
         devices.claim("docker", {}, FakeNvml(init=error("DriverNotLoaded")))
+
+
+@pytest.mark.parametrize(("cores", "share"), [(64, 8), (10, 5), (3, 1), (1, 1)])
+def test_a_cards_share_of_the_cores(cores: int, share: int) -> None:
+    assert devices.share_of_cores(cores, two_cards()) == share
 
 
 # --- the CPU --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import sqlite3
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
@@ -28,6 +29,7 @@ from cluster.doctor_journal import check_journal
 from cluster.doctor_money import Account, balances, beyond, check_money, needs, wanted
 from cluster.identity import Identity
 from cluster.journal import HOST, STANDING, Assignment, SqlJournal
+from tests.unit.fake_nvml import FakeCard, FakeNvml
 from tests.unit.test_identity import FIRST, PHRASE
 from tests.unit.test_runtime import OTHER_PHRASE
 
@@ -245,6 +247,28 @@ def test_models_that_arent_there(tmp_path: Path) -> None:
     assert check.mend.startswith("crynux-cluster models fetch base:acme/tiny")
     check = doctor.check_models(config(tmp_path, models={**pinned, "sources": []}))
     assert check.level is Level.FAIL
+
+
+@pytest.mark.parametrize(
+    ("card", "level", "count", "says"),
+    [
+        (FakeCard(), Level.OK, 1, "1: NVIDIA GeForce RTX 4090+docker"),
+        (FakeCard(capability=(7, 0)), Level.WARN, 1, "compute capability 7.0"),
+        (FakeCard(mig=(1, 1)), Level.FAIL, None, "MIG cuts it into instances"),
+    ],
+)
+def test_cards_that_are_there_and_what_is_wrong_with_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    card: FakeCard,
+    level: Level,
+    count: int | None,
+    says: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(card))
+    check, found = doctor.check_cards(config(tmp_path))
+    assert (check.level, found) == (level, count)
+    assert says in check.found
 
 
 def test_cards_that_arent_there_and_simulated_ones(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.inference import pool
 from cluster.inference.parts import PartKey, PartSource, bytes_of, digest_of, source, weights
 from cluster.inference.pool import RUNS, MeasuredBudget, Pool, fixed
 
@@ -317,3 +318,26 @@ def test_one_huge_task_is_not_reckoned_with_for_ever(monkeypatch: pytest.MonkeyP
     for _ in range(RUNS):
         budget.computed(10)
     assert budget() == 80 - 11
+
+
+# --- what only a card has -------------------------------------------------------------------------
+
+
+def test_what_cannot_be_pinned_is_kept_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise torch.AcceleratorError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    tensor = torch.arange(4)
+    copy = pool._own_copy(tensor, torch.device("cuda"))
+    assert torch.equal(copy, tensor)
+    assert copy.data_ptr() != tensor.data_ptr()
+
+
+def test_an_older_torch_keeps_its_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: released.append(1))
+    pool.release_pinned()
+    assert released
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
+    pool.release_pinned()
