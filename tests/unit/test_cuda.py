@@ -21,7 +21,7 @@ from cluster.core.errors import (
 )
 from cluster.core.types import GigaBytes, GpuClass
 from cluster.inference import cuda
-from cluster.inference.devices import Device
+from cluster.inference.devices import SURROUNDINGS, Device
 from cluster.inference.engine import Engine
 from cluster.models.store import ModelStore
 
@@ -159,6 +159,19 @@ def test_who_stops_is_not_short_of_memory(shortages: dict[str, int]) -> None:
 def test_a_cpu_counts_nothing(shortages: dict[str, int]) -> None:
     with cuda.shortage_raised(CPU):
         shortages["num_ooms"] = 1
+
+
+# --- what is read as torch is loaded --------------------------------------------------------------
+
+
+def test_torch_still_knows_the_setting_that_has_it_compile_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._native.common_utils import check_native_jit_disabled
+
+    for name, value in SURROUNDINGS.items():
+        monkeypatch.setenv(name, value)
+    assert check_native_jit_disabled.__wrapped__()
 
 
 # --- whether it can be used -----------------------------------------------------------------------
