@@ -31,13 +31,17 @@ class EngineSettings:
     host_bytes: int
     preload: tuple[str, ...]
     said: logs.Settings
+    full_loras: bool = False
 
     @classmethod
     def of(cls, config: Config) -> EngineSettings:
         host_bytes = int(config.gpu.host_memory_gb * 2**30)
         models = config.models
         said = logs.Settings(config.logs.level, config.logs.format)
-        return cls(models.store(), config.ray.platform, host_bytes, models.preload, said)
+        full_loras = config.gpu.lora_strength == "full"
+        return cls(
+            models.store(), config.ray.platform, host_bytes, models.preload, said, full_loras
+        )
 
 
 def make_keeper(settings: StoreSettings, said: logs.Settings) -> Keeper:
@@ -79,5 +83,5 @@ def make_engine(settings: EngineSettings, simulated: GpuClass | None) -> Mounted
         host_bytes=settings.host_bytes, threads=1, loading_threads=loading_threads
     )
     keeper = open_keeper(settings.models)
-    made = engine.Engine(device, keeper.store, time.time, limits)
+    made = engine.Engine(device, keeper.store, time.time, limits, settings.full_loras)
     return MountedEngine(made, CardUuid(device.uuid), keeper, settings.preload, device.simulated)

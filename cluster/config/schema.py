@@ -124,8 +124,11 @@ class ArtifactsConfig(Section):
 class GpuConfig(Section):
     """For each card. `host_memory_gb`: GiB for models that wait in host memory. A task that makes
     no step for `stall_seconds`, and reads no model on, is ended with its process and tried on
-    another card: less than the network gives a task, more than one network takes to load."""
+    another card: less than the network gives a task, more than one network takes to load.
+    `lora_strength`: `weight` puts a LoRA on as strongly as its task says, in percent; `full` puts
+    all on wholly, as nodes do whose runner passes the weight where diffusers ignores it."""
 
+    lora_strength: Literal["weight", "full"] = "weight"
     host_memory_gb: float = Field(default=8.0, ge=0, allow_inf_nan=False)
     stall_seconds: float = Field(default=120.0, ge=1, allow_inf_nan=False)
 

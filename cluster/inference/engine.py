@@ -97,7 +97,8 @@ class Limits:
 
 
 class Engine:
-    """`clock` is the machine's unix time, by which an order's deadline is judged.
+    """`clock` is the machine's unix time, by which an order's deadline is judged. With `full_loras`
+    a LoRA is put on wholly, whatever weight its task gives it.
 
     Raises `DeviceFault` for a card that torch can't compute on.
     """
@@ -108,6 +109,7 @@ class Engine:
         store: ModelStore,
         clock: Callable[[], float],
         limits: Limits = Limits(),  # noqa: B008 - frozen
+        full_loras: bool = False,
     ) -> None:
         make_deterministic(limits.threads)
         self._device = device
@@ -116,6 +118,7 @@ class Engine:
             cuda.check(device)
         self.store = store
         self._clock = clock
+        self._full_loras = full_loras
         self._loading_threads = limits.loading_threads
         self._measured: MeasuredBudget | None = None
         budget = fixed(limits.device_bytes or int(device.gpu_class.vram * 2**30 * 0.7))
@@ -312,7 +315,8 @@ class Engine:
                 pipeline = assemble(recipe, modules, self._shelf)
                 with ExitStack() as adapters:
                     if recipe.lora is not None and params.lora is not None:
-                        weight, certain = params.lora.weight / 100, _is_certain(params, recipe.lora)
+                        weight = 1.0 if self._full_loras else params.lora.weight / 100
+                        certain = _is_certain(params, recipe.lora)
                         adapters.enter_context(
                             lora.attached(pipeline.base, recipe.lora, weight, certain)
                         )

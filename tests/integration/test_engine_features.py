@@ -288,3 +288,13 @@ def test_reading_ahead_reads_what_isnt_near_and_nothing_else(tiny_models: Path) 
     assert read_so_far() - before < size / 10
     with pytest.raises(ModelUnavailable):
         fresh.prefetch(order(base_model="org/none"), lambda: True)
+
+
+@pytest.mark.parametrize("model", [models.SD15_LORA, models.SD15_LORA_KOHYA])
+def test_a_loras_weight_is_a_percentage_or_left_aside(engine: Engine, model: str) -> None:
+    """The network's runner leaves it aside: diffusers doesn't read it where it is passed."""
+    as_theirs = Engine(DEVICE, engine.store, time.time, Limits(threads=1), full_loras=True)
+    half, whole = ({"model": model, "weight": weight} for weight in (50, 100))
+    at_full = files(engine, lora=whole)
+    assert files(engine, lora=half) != at_full
+    assert files(as_theirs, lora=half) == files(as_theirs, lora=whole) == at_full

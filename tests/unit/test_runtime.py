@@ -310,7 +310,11 @@ def test_cards_are_the_same_ones_over_all_that_can_be_reloaded(tmp_path: Path) -
     ):
         after = found(live)
         assert (after.whole != before.whole, after.cards) == (True, before.cards), live
-    for other in ("logs: {format: json}\n", "gpu: {host_memory_gb: 3}\n"):
+    for other in (
+        "logs: {format: json}\n",
+        "gpu: {host_memory_gb: 3}\n",
+        "gpu: {lora_strength: full}\n",
+    ):
         assert found(other).cards != before.cards, other
 
 
