@@ -1,169 +1,111 @@
-"""The engine against a bare diffusers loop, both warm, on the same work.
+"""The engine against a bare diffusers loop, both warm, on the same work: SD 1.5 and SDXL (`_sdxl`).
 
-The bare loop is what the work can't do without: prompts read by Compel, the pipeline's calls, each
-image written as a PNG file and hashed as the network does. The engine does that as it does for a
-task, with its checks and its progress. Rounds of both alternate, and each is counted by its median.
+The bare loop (`benchmarks.bare_loop`) is what the work can't do without. The engine does that as it
+does for a task, with its checks and its progress. Rounds of both alternate, and each is counted by
+its median: `ratio_seconds`. That loop runs under the engine's settings of torch; what these cost
+shows against the same loop in a process of its own, where torch is as it comes:
+`ratio_seconds_determinism` compares the two loops, and `ratio_seconds_default`, the product of both
+ratios, the engine with the loop at torch's defaults.
 
-Besides: what a change of model costs when it comes from disk (`seconds_load`) and from host memory
-(`seconds_host_return`), and a LoRA that is put on (`seconds_lora_switch`), each beyond a warm run.
-
-Torch, and what takes it along, is imported after the card was claimed.
+Besides: what a change of model costs when it comes from disk (`seconds_load`, the files read before
+by this process) and from host memory (`seconds_host_return`), and a LoRA that is put on
+(`seconds_lora_switch`), each beyond a warm run. `seconds_first` is a first task, all in.
 
     python -m benchmarks.engine_overhead --device auto --json
+
+Torch, and what takes it along (`benchmarks.engine_bench`), is imported after the card was claimed.
+On a GPU the models are of the real sizes and in half precision (`--size full`), made on the spot.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Final
 
-from benchmarks.report import arguments, claimed, progress, publish
-from cluster.core.ports import Computed, Order
-from cluster.core.types import AttemptId, Commitment, TaskType
+from benchmarks.report import Figure, arguments, claimed, progress, publish
 from cluster.inference.devices import Device
-from cluster.inference.scoring import score_images
-from cluster.models.store import ModelStore
-from devnet.models import SD15, SD15_LORA, make_models
+from devnet import full_size
+from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA, make_models
 
-if TYPE_CHECKING:
-    from cluster.inference.engine import Engine
-
-PROMPT, NEGATIVE = "a photo++ of a cat in the forest", "bad, blurry"
+FOLDER: Final = {"tiny": Path(".devnet/models"), "full": Path(".devnet/full-models")}
+DTYPES: Final = ("bfloat16", "float16", "float32")
 
 
-def task(side: int, steps: int, images: int) -> dict[str, Any]:
-    config = {"image_width": side, "image_height": side, "steps": steps, "num_images": images}
-    return {
-        "base_model": SD15[0],
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "task_config": config | {"seed": 1, "cfg": 5},
-    }
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Its tiny model and LoRA, its full ones, and an image's side in pixels with these."""
+
+    tiny: str
+    tiny_lora: str
+    full: full_size.FullSize
+    full_side: int
 
 
-def bare(folder: Path, what: dict[str, Any], device: str) -> Callable[[], bytes]:
-    """The loop, its pipeline loaded; a call gives the score."""
-    import torch
-    from compel import CompelForSD  # type: ignore[import-untyped]
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    from cluster.inference.diffusion import PNG_COMPRESSION
-
-    make: Any = StableDiffusionPipeline
-    pipe = make.from_pretrained(str(folder), safety_checker=None, local_files_only=True).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    schedulers: Any = DPMSolverMultistepScheduler
-    own = pipe.scheduler.config
-    config = what["task_config"]
-
-    @torch.inference_mode()
-    def run() -> bytes:
-        pipe.scheduler = schedulers.from_config(own)
-        read = CompelForSD(pipe)(PROMPT, negative_prompt=NEGATIVE)
-        generator = torch.Generator("cpu").manual_seed(config["seed"])
-        files = []
-        for _ in range(config["num_images"]):
-            image = pipe(
-                prompt_embeds=read.embeds,
-                negative_prompt_embeds=read.negative_embeds,
-                width=config["image_width"],
-                height=config["image_height"],
-                num_inference_steps=config["steps"],
-                guidance_scale=config["cfg"],
-                generator=generator,
-            ).images[0]
-            with tempfile.SpooledTemporaryFile(max_size=2**26) as file:
-                image.save(file, "PNG", compress_level=PNG_COMPRESSION)
-                file.seek(0)
-                files.append(file.read())
-        return score_images(files)
-
-    return run
+FAMILIES: Final = {
+    "sd15": Family(SD15[0], SD15_LORA, full_size.SD15, 512),
+    "sdxl": Family(SDXL, SDXL_LORA, full_size.SDXL, 1024),
+}
 
 
-def run(engine: Engine, what: dict[str, Any]) -> Computed:
-    order = Order(AttemptId("a"), Commitment("0x01"), TaskType.SD, json.dumps(what), None)
-    return engine.run(order, lambda: False, lambda _step, _steps: None)
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What is measured: options as given, or what the size and the device make of them."""
+
+    size: str
+    dtype: str
+    root: Path
+    steps: int
+    images: int
+    rounds: int
 
 
-def changes(device: Device, root: Path, what: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Medians of what each kind of change costs beyond a warm run, in seconds."""
-    from cluster.inference.engine import Engine, Limits
-
-    what = what | {"task_config": what["task_config"] | {"num_images": 1, "steps": 1}}
-    other, with_lora = what | {"base_model": SD15[1]}, what | {"lora": {"model": SD15_LORA}}
-    store, one_model = ModelStore(root), Limits(device_bytes=1, threads=None)
-    seconds: dict[str, list[float]] = {"load": [], "host_return": [], "lora_switch": []}
-    for _ in range(rounds):
-        engine = Engine(device, store, time.time, one_model)
-        cold = timed(lambda: run(engine, what))  # noqa: B023 - called at once
-        warm = timed(lambda: run(engine, what))  # noqa: B023
-        lora = timed(lambda: run(engine, with_lora))  # noqa: B023
-        run(engine, other)
-        back = timed(lambda: run(engine, what))  # noqa: B023
-        for name, took in (("load", cold), ("host_return", back), ("lora_switch", lora)):
-            seconds[name].append(took - warm)
-    return {f"seconds_{name}": round(statistics.median(s), 4) for name, s in seconds.items()}
+def chosen(asked: argparse.Namespace, device: Device) -> Chosen:
+    size = asked.size or ("tiny" if device.torch_device == "cpu" else "full")
+    full = size == "full"
+    return Chosen(
+        size,
+        asked.dtype or ("float16" if full else "float32"),
+        asked.models or FOLDER[size],
+        asked.steps or (20 if full else 10),
+        asked.images or (2 if full else 4),
+        asked.rounds or (5 if full else 7),
+    )
 
 
-def timed(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+def options() -> argparse.ArgumentParser:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("tiny", "full"), help="full on a GPU, else tiny")
+    parser.add_argument("--dtype", choices=DTYPES, help="float16 for full, else float32")
+    parser.add_argument("--family", choices=sorted(FAMILIES), nargs="+", default=sorted(FAMILIES))
+    parser.add_argument("--side", type=int, help="pixels: 256, with full ones 512, SDXL 1024")
+    parser.add_argument("--steps", type=int, help="10, with full ones 20")
+    parser.add_argument("--images", type=int, help="4, with full ones 2")
+    parser.add_argument("--rounds", type=int, help="7, with full ones 5")
+    parser.add_argument("--models", type=Path, help=f"{FOLDER['tiny']}, {FOLDER['full']}")
+    return parser
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=256, help="pixels")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", type=Path, default=Path(".devnet/models"))
-    asked = parser.parse_args()
-
+    asked = options().parse_args()
     device = claimed(asked.device, os.environ)
-    from cluster.inference.engine import Engine, Limits
+    from benchmarks.engine_bench import measure, prepare
+    from cluster.inference.engine import make_deterministic
 
+    make_deterministic(threads=None)  # before CUDA begins
+    what = chosen(asked, device)
     progress("making the tiny models where they are missing")
-    make_models(asked.models)
-    what = task(asked.side, asked.steps, asked.images)
-    engine = Engine(device, ModelStore(asked.models), time.time, Limits(threads=None))
-
-    def ours() -> Computed:
-        return run(engine, what)
-
-    theirs = bare(asked.models / SD15[0], what, device.torch_device)
-    cold = timed(ours)
-    same = ours().score == theirs()
-    seconds: dict[str, list[float]] = {"engine": [], "bare": []}
-    for number in range(asked.rounds):
-        seconds["engine"].append(timed(ours))
-        seconds["bare"].append(timed(theirs))
-        progress(f"round {number + 1} of {asked.rounds}")
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    progress("changes of model")
-    changed = changes(device, asked.models, what, asked.rounds)
-    publish(
-        "engine_overhead",
-        {
-            "ratio_seconds": round(medians["engine"] / medians["bare"], 4),
-            "seconds_engine": round(medians["engine"], 4),
-            "seconds_bare": round(medians["bare"], 4),
-            "images_per_second": round(asked.images / medians["engine"], 3),
-            "seconds_first": round(cold, 4),
-            **changed,
-            "same_score": same,
-            "rounds": asked.rounds,
-        },
-        device.torch_device,
-        asked.json,
-    )
+    make_models(what.root)
+    figures: dict[str, Figure] = {"size": what.size, "dtype": what.dtype, "rounds": what.rounds}
+    for name in sorted(asked.family):
+        bench = prepare(FAMILIES[name], what, device, asked.side)
+        progress(f"{name}: images of {bench.bare.side} pixels, {what.steps} steps")
+        suffix = "" if name == "sd15" else f"_{name}"
+        found = measure(bench, what.rounds)
+        figures |= {f"{figure}{suffix}": value for figure, value in found.items()}
+    publish("engine_overhead", figures, device.torch_device, asked.json)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ claim of the card.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, TextIO
 
+from benchmarks.card import as_torch_has_it
 from cluster.core.errors import DeviceFault
 from cluster.core.types import GigaBytes
 from cluster.inference import devices
@@ -28,7 +30,7 @@ from cluster.inference.devices import Device
 Figure = int | float | str | None
 """None: not measured on this machine."""
 
-PACKAGES: Final = ("torch", "diffusers", "transformers", "numpy", "xformers")
+PACKAGES: Final = ("torch", "diffusers", "transformers", "numpy")
 CPU_INFO: Final = Path("/proc/cpuinfo")
 PLATFORM: Final = "bench"
 
@@ -44,6 +46,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def claimed(asked: str, environment: MutableMapping[str, str]) -> Device:
     """The device of this process. `auto` is the first card, or the one that the environment's mask
     names, else the CPU. Call before torch is first imported. Ends the process where it isn't there.
+
+    Without `pynvml` the number counts the cards that CUDA shows this process.
     """
     kind, _, number = asked.partition(":")
     if (
@@ -52,6 +56,10 @@ def claimed(asked: str, environment: MutableMapping[str, str]) -> Device:
         and not (kind == "cuda" and number.isdecimal())
     ):
         sys.exit(f"error: --device {asked}: not auto, cpu, cuda or cuda:N")
+    if kind != "cpu" and not _has_nvml():
+        devices.prepare(environment)
+        if (found := as_torch_has_it(int(number or 0), PLATFORM)) is not None:
+            return found
     try:
         if kind == "cpu" or kind == "auto" and not devices.list_gpus(PLATFORM):
             devices.prepare(environment)
@@ -60,6 +68,14 @@ def claimed(asked: str, environment: MutableMapping[str, str]) -> Device:
         return devices.claim(PLATFORM, environment)
     except DeviceFault as fault:
         sys.exit(f"error: --device {asked}: {fault}")
+
+
+def _has_nvml() -> bool:
+    try:
+        importlib.import_module("pynvml")
+    except ImportError:
+        return False
+    return True
 
 
 def progress(text: str) -> None:

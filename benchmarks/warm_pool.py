@@ -5,9 +5,10 @@ The pool may hold a share of all sets' bytes on the device and another in host m
 tiers have to choose. The other policy keeps what the last task needed, and loads anew for any other
 model set or LoRA, as the network's own worker does.
 
-A load is a task for which something had to come from disk.
+A load is a task for which something had to come from disk. Torch, and what takes it along, is
+imported after the card was claimed.
 
-    python -m benchmarks.warm_pool --json
+    python -m benchmarks.warm_pool --device auto --json
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ import argparse
 import base64
 import io
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
-from benchmarks.report import Figure, arguments, progress, publish
+from benchmarks.report import Figure, arguments, claimed, progress, publish
 from cluster.core.ports import Order
-from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
-from cluster.inference.devices import simulated
-from cluster.inference.engine import Engine, Limits
+from cluster.core.types import AttemptId, Commitment, TaskType
 from cluster.inference.parameters import SDParameters, parse
-from cluster.inference.recipes import recipe_for
 from cluster.models.store import ModelStore
 from devnet import models
 
+if TYPE_CHECKING:
+    from cluster.inference.engine import Engine
+
 ZIPF: Final = 1.1
 LORA_SHARE: Final = 0.3
-DEVICE = simulated(0, "CPU+bench", GigaBytes(16))
 
 
 def picture() -> str:
@@ -141,6 +142,8 @@ def keep_one(make: Callable[[], Engine]) -> Callable[[dict[str, Any]], Engine]:
 
 def total_bytes(store: ModelStore, tasks: Sequence[dict[str, Any]]) -> int:
     """All parts of all sets, shared ones once, as they are on disk."""
+    from cluster.inference.recipes import recipe_for
+
     sizes: dict[str, int] = {}
     for fields in tasks:
         params = parse(TaskType.SD, order(fields).parameters)
@@ -158,6 +161,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(".devnet/models"))
     asked = parser.parse_args()
 
+    device = claimed(asked.device, os.environ)
+    from cluster.inference.engine import Engine, Limits
+
     progress("making the tiny models where they are missing")
     models.make_models(asked.models)
     store = ModelStore(asked.models)
@@ -166,16 +172,16 @@ def main() -> None:
     limits = Limits(
         int(everything * asked.device_share), int(everything * asked.host_share), threads=1
     )
-    pooled = Engine(DEVICE, store, time.time, limits)
+    pooled = Engine(device, store, time.time, limits)
     ours = Policy(lambda _: pooled)
-    theirs = Policy(keep_one(lambda: Engine(DEVICE, store, time.time, Limits(threads=1))))
+    theirs = Policy(keep_one(lambda: Engine(device, store, time.time, Limits(threads=1))))
     for number, fields in enumerate(tasks, 1):
         ours.run(fields)
         theirs.run(fields)
         if number % 50 == 0:
             progress(f"{number} of {len(tasks)} tasks")
     found = figures(ours.tally, theirs.tally, pooled, everything, asked)
-    publish("warm_pool", found, DEVICE.torch_device, asked.json)
+    publish("warm_pool", found, device.torch_device, asked.json)
 
 
 def figures(

@@ -50,23 +50,24 @@ class Matrices:
 
 def unet_lora(shape: Shape, seed: int) -> dict[str, Matrices]:
     """On all attention projections, strong enough to be seen."""
-    return _updates(unet(shape, seed=0), PROJECTIONS, seed, strength=0.3)
+    return updates(unet(shape, seed=0), PROJECTIONS, seed, strength=0.3)
 
 
 def text_lora(encoder: Encoder, seed: int) -> dict[str, Matrices]:
-    return _updates(text_encoder(encoder), TEXT_PROJECTIONS, seed, strength=0.1)
+    return updates(text_encoder(encoder), TEXT_PROJECTIONS, seed, strength=0.1)
 
 
-def _updates(
-    module: Any, pattern: re.Pattern[str], seed: int, strength: float
+def updates(
+    module: Any, pattern: re.Pattern[str], seed: int, strength: float, rank: int = RANK
 ) -> dict[str, Matrices]:
+    """One for each layer of the module whose name the pattern finds; only sizes are read of it."""
     import torch
 
     def build() -> dict[str, Matrices]:
         return {
             name: Matrices(
-                torch.randn(RANK, layer.in_features) * strength,
-                torch.randn(layer.out_features, RANK) * strength,
+                torch.randn(rank, layer.in_features) * strength,
+                torch.randn(layer.out_features, rank) * strength,
             )
             for name, layer in module.named_modules()
             if pattern.search(name)

@@ -226,13 +226,13 @@ def unet(shape: Shape, seed: int) -> Any:
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             **unet_settings(shape),
         )
-        _enliven(made, shape.loudness)
+        enliven(made, shape.loudness)
         return made
 
     return seeded(seed, build)
 
 
-def _enliven(net: Any, loudness: float) -> None:
+def enliven(net: Any, loudness: float) -> None:
     """A fresh net hardly hears the text, and hardly answers: louder cross-attention and output."""
     import torch
 
@@ -341,6 +341,12 @@ def write_tokenizer(folder: Path, pad: str = END) -> None:
     }
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def special_tokens() -> tuple[int, int]:
+    """The numbers of the tokens that begin and end a text."""
+    size = len(_vocabulary())
+    return size - 2, size - 1
 
 
 def _byte_symbols() -> list[str]:

@@ -35,7 +35,6 @@ FRAMEWORKS: Final = frozenset(
         "torch",
         "transformers",
         "triton",
-        "xformers",
     }
 )
 """Not on the head; nor is what comes from NVIDIA."""

@@ -35,7 +35,7 @@ REVISION: Final = 1
 SIDE, STEPS, SEED = 256, 4, 20_240_229
 RUNS: Final = 2
 """How often a card is asked before its answer counts as its last word in a dispute."""
-_PACKAGES: Final = ("torch", "diffusers", "transformers", "compel", "xformers", "bitsandbytes")
+_PACKAGES: Final = ("torch", "diffusers", "transformers", "compel", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,6 +206,13 @@ def test_the_workers_lock_has_what_the_project_asks_for() -> None:
         assert each.specifier.contains(Version(found[name])), f"{each}: run make lock"
 
 
+def test_the_images_hold_nothing_for_another_torch() -> None:
+    """xformers is made for another CUDA than our torch; diffusers imports it where it is found, and
+    would start CUDA early for what nothing uses."""
+    assert "xformers" not in pinned("worker")
+    assert lock.EXTRAS == ("gpu", "postgres", "tracing")
+
+
 def test_the_heads_lock_is_the_workers_without_the_frameworks() -> None:
     head, worker = pinned("head"), pinned("worker")
     assert head == {name: at for name, at in worker.items() if not lock.is_framework(name)}

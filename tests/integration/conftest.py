@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from pathlib import Path
 
 import pytest
 
-from devnet.models import make_models
+from tests.integration.card_world import tiny_models
 from tests.integration.kube_world import KubeWorld
 from tests.integration.operator_start import operator_world
 from tests.integration.operator_world import OperatorWorld
 
-
-@pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with all tiny models; what spoils one works on a copy."""
-    root = tmp_path_factory.mktemp("tiny-models")
-    make_models(root)
-    return root
+__all__ = ["tiny_models"]
 
 
 @pytest.fixture(scope="session")

@@ -19,19 +19,16 @@ import torch
 
 from cluster.core.errors import DeviceFault, DeviceFaultKind
 from cluster.core.ports import Order
-from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
+from cluster.core.types import AttemptId, Commitment, TaskType
 from cluster.inference import cuda, devices
 from cluster.inference.devices import Device
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.pool import MeasuredBudget
 from cluster.models.store import ModelStore
 from devnet.models import INVERSION_TOKEN, LLM, SD15, SD15_INVERSION, SD15_LORA, SDXL, SDXL_REFINER
+from tests.integration.card_world import DEVICES, device_of, needs_card
 from tests.integration.test_engine_features import controlled
 
-needs_card = pytest.mark.skipif(
-    not torch.cuda.is_available() or find_spec("pynvml") is None,
-    reason="no NVIDIA card on this machine, or the package's extra gpu isn't installed",
-)
 SMALL = Limits(device_bytes=3 * 2**20, threads=1)
 """Room for less than one tiny pipeline: every change of model is a round trip."""
 
@@ -60,16 +57,14 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=needs_card)])
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Device:
-    if request.param == "cpu":
-        return devices.simulated(0, "CPU+test", GigaBytes(8))
-    return devices.list_gpus("test")[0]
+    return device_of(request.param)
 
 
 @pytest.fixture
 def card() -> Device:
-    return devices.list_gpus("test")[0]
+    return device_of("cuda")
 
 
 def order(name: str) -> Order:
@@ -116,10 +111,7 @@ def test_the_same_bits_in_another_process(device: Device, tiny_models: Path) -> 
 
 def elsewhere(torch_device: str, root: str) -> None:
     """What the other process does."""
-    there = devices.simulated(0, "CPU+test", GigaBytes(8))
-    if torch_device != "cpu":
-        there = devices.list_gpus("test")[0]
-    engine = engine_on(there, Path(root))
+    engine = engine_on(device_of("cpu" if torch_device == "cpu" else "cuda"), Path(root))
     print(json.dumps({name: score(engine, name) for name in ("plain", "text")}))
 
 

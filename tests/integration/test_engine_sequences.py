@@ -1,4 +1,5 @@
-"""The same task, the same bits: whatever ran before it, and wherever its models came from."""
+"""The same task, the same bits: whatever ran before it, and wherever its models came from. On the
+CPU, and on an NVIDIA card where there is one."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from PIL import Image
 
 from cluster.core.errors import ClusterError
 from cluster.core.ports import Order
-from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
-from cluster.inference.devices import simulated
+from cluster.core.types import AttemptId, Commitment, TaskType
+from cluster.inference.devices import Device
 from cluster.inference.engine import Engine, Limits
 from cluster.models.store import ModelStore
 from devnet.models import (
@@ -35,8 +36,8 @@ from devnet.models import (
     SDXL_LORA,
     SDXL_REFINER,
 )
+from tests.integration.card_world import DEVICES, device_of
 
-DEVICE = simulated(0, "NVIDIA GeForce RTX 4090+docker", GigaBytes(24))
 SMALLEST, LARGEST = 3 * 2**20, 40 * 2**20
 """Bytes for a tier: from less than one tiny pipeline to all of them."""
 
@@ -109,14 +110,19 @@ def outcome(engine: Engine, name: str, stopped: bool = False) -> object:
     return computed.files, computed.score
 
 
-def new_engine(root: Path, device: int = LARGEST, host: int = LARGEST) -> Engine:
-    return Engine(DEVICE, ModelStore(root), time.time, Limits(device, host, threads=1))
+@pytest.fixture(scope="module", params=DEVICES)
+def card(request: pytest.FixtureRequest) -> Device:
+    return device_of(request.param)
+
+
+def new_engine(card: Device, root: Path, device: int = LARGEST, host: int = LARGEST) -> Engine:
+    return Engine(card, ModelStore(root), time.time, Limits(device, host, threads=1))
 
 
 @pytest.fixture(scope="module")
-def expected(root: Path) -> dict[str, object]:
+def expected(card: Device, root: Path) -> dict[str, object]:
     """Each task on a card that has never done anything else."""
-    return {name: outcome(new_engine(root), name) for name in TASKS}
+    return {name: outcome(new_engine(card, root), name) for name in TASKS}
 
 
 def test_the_tasks_differ(expected: dict[str, object]) -> None:
@@ -138,10 +144,15 @@ def test_the_tasks_differ(expected: dict[str, object]) -> None:
     host=st.sampled_from([0, SMALLEST, LARGEST]),
 )
 def test_any_sequence_gives_each_task_its_own_bits(
-    root: Path, expected: dict[str, object], names: list[tuple[str, bool]], device: int, host: int
+    card: Device,
+    root: Path,
+    expected: dict[str, object],
+    names: list[tuple[str, bool]],
+    device: int,
+    host: int,
 ) -> None:
     """In any order, with any of them stopped half-way, on a card of any size."""
-    engine = new_engine(root, device, host)
+    engine = new_engine(card, root, device, host)
     for name, stopped in names:
         made = outcome(engine, name, stopped)
         if stopped:

@@ -114,6 +114,7 @@ def test_the_card_that_was_asked_for_is_claimed(asked: str, mask: str | None, uu
 
 def test_without_a_card_auto_is_the_cpu_and_cuda_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(report, "as_torch_has_it", lambda _number, _platform: None)
     assert report.claimed("auto", {}).torch_device == "cpu"
     with pytest.raises(SystemExit, match="nvidia-ml-py"):
         report.claimed("cuda", {})

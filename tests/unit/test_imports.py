@@ -29,6 +29,7 @@ MAKE_MODELS = (
     "devnet.models",
     "devnet.diffusion_models",
     "devnet.adapter_models",
+    "devnet.full_size",
     "devnet.language_model",
 )
 OURS = ("cluster", "actors", "devnet", "serve_app")
@@ -115,7 +116,7 @@ def _wrong(found: Import) -> str | None:
     ):
         return "ray is for actors, serve_app, cluster.runtime and cluster.assembly"
     if within(target, *HEAVY) and not within(source, "cluster.inference", *MAKE_MODELS):
-        return "models are for cluster.inference and the modules that make tiny ones"
+        return "models are for cluster.inference and the modules that make some"
     if within(target, "devnet") and not within(source, "devnet"):
         verb = within(source, "cluster.cli") and found.lazy
         return None if verb else "devnet is for its own CLI verb, imported when it is called"
