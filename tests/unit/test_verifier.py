@@ -10,6 +10,7 @@ import pytest
 from actors.canary import CanarySettings
 from actors.inference import Health, Report
 from actors.safeguards import SafeguardSettings
+from cluster import quarantine_rows as rows
 from cluster.core import verification
 from cluster.core.errors import (
     AttemptLost,
@@ -237,6 +238,24 @@ async def test_what_a_card_in_quarantine_said_before_agrees_with_nobody(tmp_path
     await house.start(avoid=frozenset({A, C}))
     await house.says(B, X)
     assert (house.stored(), set(house.busy())) == (None, {C})
+
+
+@pytest.mark.parametrize("second", [X, Y])
+async def test_one_that_came_into_quarantine_during_its_second_opinion_has_no_result(
+    tmp_path: Path, second: Score
+) -> None:
+    house = Bench.of(tmp_path, A, B)
+    await house.start()
+    await house.says(A, X)
+    await until(lambda: B in house.busy())
+    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary", "canary")
+    await house.says(B, second)
+    last = house.story()[-1]
+    assert (house.stored(), house.failed_as()) == (None, Fault.DEVICE)
+    assert isinstance(last, AttemptFailed)
+    assert f"card {uuid_of(A)} is in quarantine" in last.detail
+    with house.journal.read() as connection:
+        assert rows.disputed(connection, TASK) == {}, "the other one said nothing wrong"
 
 
 async def test_after_a_dispute_both_have_to_show_what_they_can(tmp_path: Path) -> None:
