@@ -326,7 +326,7 @@ class Dispatcher:
         except LeaseLost:
             raise
         except ClusterError as error:
-            if isinstance(error, DeviceFault):
+            if isinstance(error, DeviceFault) or self._died(order, error):
                 self._guard.suspect(gpu)
             if not isinstance(error, Cancelled):
                 self.broke(gpu, order, error)
@@ -337,6 +337,12 @@ class Dispatcher:
             lost.trace = "".join(traceback.format_exception(error))
             self.broke(gpu, order, lost)
             return AttemptFailed(order.attempt_id, Fault.DEVICE, str(lost))
+
+    def _died(self, order: Order, error: ClusterError) -> bool:
+        """Whether the card's process ended by itself: a given up attempt's is ended by the pool if
+        it doesn't heed. Until the pool has seen the next process, the card passes for the last."""
+        wanted = is_open(self._ledger.open.get(order.task), order.attempt_id)
+        return isinstance(error, AttemptLost) and wanted
 
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)

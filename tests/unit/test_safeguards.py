@@ -270,6 +270,36 @@ async def test_after_a_device_fault_the_card_is_asked(
         await until(lambda: len([o for _, o in house.pool.orders if o.task == canary.TASK]) == 3)
 
 
+async def test_a_process_that_died_is_followed_by_none_that_wasnt_asked(tmp_path: Path) -> None:
+    """The pool's report is still the former process's: nothing but the loss tells of it."""
+    house = Ward.of(tmp_path, A)
+    house.open(TASK, ParametersFetched("{}"))
+    async with house.watched():
+        await house.answer(A, X)
+        house.pool.outcomes = [AttemptLost("its process is gone")]
+        await house.want()
+        await until(lambda: isinstance(house.story()[-1], AttemptFailed))
+        assert house.free() == set()
+        await until(lambda: A in house.asked())
+        await house.want()
+        assert house.placed() == [A]
+        await house.answer(A, X)
+        assert house.free() == {A}
+
+
+async def test_a_process_that_we_ended_is_no_worse_for_it(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A)
+    house.open(TASK, ParametersFetched("{}"))
+    async with house.watched():
+        await house.answer(A, X)
+        await house.want()
+        (attempt,) = [order.attempt_id for _, order in house.pool.orders if order.task == TASK]
+        await house.dispatcher.cancel(A, TASK, attempt)
+        house.pool.finish(attempt, AttemptLost("it didn't heed"))
+        await house.settle()
+        assert (house.asked(), house.free()) == ({}, {A})
+
+
 async def test_what_isnt_the_devices_fault_asks_nobody(tmp_path: Path) -> None:
     house = Ward.of(tmp_path, A)
     house.open(TASK, ParametersFetched("{}"))

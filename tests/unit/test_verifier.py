@@ -325,6 +325,26 @@ async def test_a_card_without_an_opinion_says_nothing(tmp_path: Path, error: Exc
     assert house.pool.quarantined == frozenset()
 
 
+@pytest.mark.parametrize(
+    ("error", "doubted"),
+    [
+        (DeviceFault(DeviceFaultKind.OTHER, "x"), [uuid_of(B)]),
+        (AttemptLost("its process is gone"), [uuid_of(B)]),
+        (TaskInvalid("it says that the task is at fault"), []),
+    ],
+)
+async def test_one_that_failed_on_it_has_to_show_what_it_can(
+    tmp_path: Path, error: Exception, doubted: list[CardUuid]
+) -> None:
+    house = Bench.of(tmp_path, A, B)
+    asked: list[CardUuid] = []
+    house.safeguards._verifier._suspect = asked.append
+    await house.start()
+    await house.says(A, X)
+    await house.says(B, error)
+    assert asked == doubted
+
+
 async def test_another_is_asked_in_its_place(tmp_path: Path) -> None:
     house = Bench.of(tmp_path, A, B, C)
     await house.start()
