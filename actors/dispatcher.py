@@ -351,7 +351,8 @@ class Dispatcher:
 
     async def _keep(self, order: Order, computed: Computed) -> Event:
         files = await self._artifacts.put(order.task, computed.files)
-        return ResultStored(order.attempt_id, computed.score, files, computed.effort)
+        card = computed.card or None
+        return ResultStored(order.attempt_id, computed.score, files, computed.effort, card)
 
     def _store(self, task: Commitment, attempt: AttemptId, event: Event) -> bool:
         """Append unless the attempt isn't the task's open one any more (a late answer)."""

@@ -211,7 +211,8 @@ class RayGpuPool:
             if _breaks_the_process(outcome):
                 await self._end(member, restart=True)
             raise outcome
-        return outcome
+        # A simulated card is called by its slot.
+        return replace(outcome, card=member.slot.uuid) if member.slot.uuid else outcome
 
     async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
         member = self._members.get(gpu)

@@ -75,6 +75,7 @@ class MountedEngine:
             seconds=computed.seconds + (waited if brought else 0.0),
             load_seconds=computed.load_seconds + waited,
             tier=Tier.AWAY if brought else computed.tier,
+            card=self.uuid,
         )
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:

@@ -63,7 +63,8 @@ def test_what_a_task_finds_on_the_disk_is_counted() -> None:
     task["lora"] = {"model": "acme/y"}
     order = Order(AttemptId("a"), Commitment("0x01"), TaskType.SD, json.dumps(task), None)
     for hits in (0, 2, 4):
-        mounted.run(order, lambda: False, lambda _step, _steps: None)
+        computed = mounted.run(order, lambda: False, lambda _step, _steps: None)
+        assert computed.card == "GPU-1"
         assert mounted.usage() == CardUse(loads=7, hits=hits)
     # Reading ahead isn't a task's need yet.
     mounted.prefetch(order, lambda: True)

@@ -284,6 +284,7 @@ async def test_a_third_card_decides(tmp_path: Path, third: Score, faulty: GpuId)
     assert result is not None
     files = await house.artifacts.get(TASK, result.files)
     assert files == computed(third).files, "score and files are of the same card"
+    assert result.card == (uuid_of(A) if faulty == B else uuid_of(B)), "and it answers for them"
     assert house.counted("odd")
 
 
