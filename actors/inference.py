@@ -20,12 +20,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import ray
 import structlog
 
 from actors.precedence import CARDS, give_way
-from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
+from cluster.core.errors import (
+    AttemptLost,
+    Cancelled,
+    ClusterError,
+    DeviceFault,
+    DeviceFaultKind,
+)
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
 from cluster.core.wording import brief, named
@@ -150,6 +157,9 @@ class InferenceWorker:
         self._engine: Engine | None = None
         self._problem = ""
         self._attempt: _Attempt | None = None
+        self._coming = WeakValueDictionary[AttemptId, asyncio.Event]()
+        """Those that wait for the engine; set where they needn't begin any more."""
+        self._unread: DeviceFault | None = None
         self._finished = 0
         self._busy_seconds = 0.0
         self._vitals, self._vitals_at = Vitals(), float("-inf")
@@ -177,7 +187,10 @@ class InferenceWorker:
     async def start(self, order: Order) -> ClusterError | None:
         """Start an attempt; the same attempt again is a repetition and changes nothing."""
         # First, and nothing awaited after it: of two starts during boot, the second sees the first.
+        given_up = self._coming.setdefault(order.attempt_id, asyncio.Event())
         await asyncio.shield(self._booting)
+        if given_up.is_set():
+            return Cancelled("cancelled before it began")
         current = self._attempt
         if current is not None and current.order.attempt_id == order.attempt_id:
             return None
@@ -220,6 +233,8 @@ class InferenceWorker:
         return await asyncio.shield(attempt.done)
 
     async def cancel(self, attempt_id: AttemptId) -> None:
+        if (coming := self._coming.get(attempt_id)) is not None:
+            coming.set()
         attempt = self._attempt
         if attempt is not None and attempt.order.attempt_id == attempt_id:
             attempt.cancelled.set()
@@ -274,17 +289,29 @@ class InferenceWorker:
             self._log.warning("models_not_listed", problem=named(error))
 
     def _read_vitals(self, engine: Engine) -> None:
+        before, fault = self._unread, None
         try:
             self._vitals = engine.vitals()
-        except DeviceFault as fault:
+        except DeviceFault as error:
             # What computes there finds it too, and its fault is what counts.
-            self._vitals = Vitals()
+            self._vitals, fault = Vitals(), error.with_traceback(None)
+        self._unread = fault
+        if fault is not None and str(fault) != str(before):
             self._log.warning("card_not_read", problem=str(fault))
+        elif fault is None and before is not None:
+            self._log.info("card_read_again")
+
+    def _gone(self) -> str:
+        """What the driver says of a card that it has lost; empty while it has it."""
+        fault = self._unread
+        lost = fault is not None and fault.kind is DeviceFaultKind.CONTEXT_LOST
+        return str(fault) if lost else ""
 
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine
         running = attempt is not None and not attempt.done.done()
-        if engine is not None and not running:
+        gone = self._gone()
+        if engine is not None and not running and not gone:
             self._tend(engine)
         if engine is not None:
             self._look_at_card(engine)
@@ -293,14 +320,14 @@ class InferenceWorker:
         if engine is None:
             health = Health.BROKEN if self._problem else Health.STARTING
         else:
-            health = Health.BUSY if running else Health.READY
+            health = Health.BUSY if running else Health.BROKEN if gone else Health.READY
         step, steps = attempt.step if attempt is not None and running else (0, 0)
         return Report(
             release=self._release,
             pid=os.getpid(),
             health=health,
             gpu_class=None if engine is None else engine.gpu_class,
-            problem=self._problem,
+            problem=self._problem or gone,
             attempt=attempt.order.attempt_id if attempt is not None and running else None,
             task=attempt.order.task if attempt is not None and running else None,
             step=step,

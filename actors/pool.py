@@ -191,6 +191,9 @@ class RayGpuPool:
         try:
             refused = await _within(PING_SECONDS * 4, member.actor.start.remote(order))
         except (RayError, TimeoutError) as error:
+            if not isinstance(error, ActorDiedError):
+                # It may have the order, or get it yet: nobody would wait for what came of it.
+                await self.cancel(gpu, order.attempt_id)
             raise DeviceFault(
                 DeviceFaultKind.OTHER, f"GPU {gpu} doesn't answer: {type(error).__name__}"
             ) from error

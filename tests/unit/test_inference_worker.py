@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from structlog.testing import capture_logs
 
+from actors import inference
 from actors.inference import Engine, Health, InferenceWorker, Outcome
 from cluster.core.errors import (
     AttemptLost,
@@ -236,6 +238,25 @@ async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEn
     await asyncio.gather(start, return_exceptions=True)
     go.set()
     assert await worker.start(order(B)) is None
+
+
+async def test_a_start_cancelled_during_boot_never_begins(engine: FakeEngine) -> None:
+    go = threading.Event()
+
+    def make() -> Engine:
+        assert go.wait(PATIENCE)
+        return engine
+
+    worker = InferenceWorker(make, "1+abc")
+    starts = [asyncio.create_task(worker.start(order(each))) for each in (A, A, B)]
+    await asyncio.sleep(0)
+    await worker.cancel(A)
+    go.set()
+    first, again, other = await asyncio.gather(*starts)
+    assert (type(first), type(again), other) == (Cancelled, Cancelled, None)
+    engine.go.set()
+    assert await worker.result(B) == DONE
+    assert engine.ran == [B]
 
 
 async def test_an_attempt_it_never_had_is_lost(engine: FakeEngine) -> None:
@@ -491,3 +512,60 @@ def test_a_card_that_cannot_be_read_is_no_reason_to_stop() -> None:
         assert (report.vitals, report.health) == (Vitals(), Health.READY)
 
     asyncio.run(go())
+
+
+# --- a card that can't be read ----------------------------------------------------------------
+
+
+@pytest.fixture
+def always_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "VITALS_SECONDS", 0.0)
+
+
+async def looked(worker: InferenceWorker) -> None:
+    """Once more, to its end."""
+    await until(lambda: worker._looking is None or worker._looking.done())
+    await worker.report()
+    await until(lambda: worker._looking is not None and worker._looking.done())
+
+
+@pytest.mark.usefixtures("always_looking")
+async def test_what_keeps_a_card_from_being_read_is_said_once(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker._booting
+    with capture_logs() as logs:
+        for problem in ("NVML fails", "NVML fails", "another", "another", None, None):
+            fault = None if problem is None else DeviceFault(DeviceFaultKind.OTHER, problem)
+            engine.vitals_fail = fault
+            await looked(worker)
+    said = [(each["event"], each.get("problem")) for each in logs]
+    assert said == [
+        ("card_not_read", "NVML fails"),
+        ("card_not_read", "another"),
+        ("card_read_again", None),
+    ]
+
+
+@pytest.mark.usefixtures("always_looking")
+async def test_a_card_that_the_driver_has_lost_isnt_offered(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker._booting
+    engine.vitals_fail = DeviceFault(DeviceFaultKind.CONTEXT_LOST, "the card is gone")
+    await looked(worker)
+    engine.chores = [()]
+    report = await worker.report()
+    assert (report.health, report.problem) == (Health.BROKEN, "the card is gone")
+    assert engine.chores == [()], "nor brought anything"
+    engine.vitals_fail = None
+    await looked(worker)
+    report = await worker.report()
+    assert (report.health, report.problem) == (Health.READY, "")
+
+
+@pytest.mark.usefixtures("always_looking")
+async def test_what_computes_on_a_lost_card_finds_it_out_itself(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    engine.vitals_fail = DeviceFault(DeviceFaultKind.CONTEXT_LOST, "the card is gone")
+    await looked(worker)
+    assert (await worker.report()).health is Health.BUSY

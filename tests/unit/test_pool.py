@@ -423,6 +423,18 @@ async def test_a_start_without_an_answer_is_the_cards_fault(
     assert caught.value.kind is DeviceFaultKind.OTHER
 
 
+@pytest.mark.parametrize(("silence", "told"), [(NEVER, True), (UNAVAILABLE, True), (DEAD, False)])
+async def test_an_order_that_wasnt_answered_is_taken_back(
+    nodes: list[dict[str, Any]], silence: object, told: bool
+) -> None:
+    """It may run already, or as soon as the process is up: on a card that passes for free."""
+    pool, actor, gpu_id = await pool_of()
+    actor.answers["start"] = [silence]
+    with pytest.raises(DeviceFault):
+        await pool.start(gpu_id, ORDER)
+    assert (("cancel", A) in actor.calls) is told
+
+
 async def test_a_refused_start_raises_what_the_actor_said(nodes: list[dict[str, Any]]) -> None:
     pool, actor, gpu_id = await pool_of()
     refusal = DeviceFault(DeviceFaultKind.OTHER, "busy with another")
