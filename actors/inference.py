@@ -88,8 +88,11 @@ class Engine(Protocol):
         """Raises `DeviceFault` when the card is gone."""
         ...
 
-    def tend(self) -> tuple[str, ...]:
-        """Do it, in the computing thread; lines for the operator on what couldn't be done."""
+    def tend(self, look: Callable[[], None]) -> tuple[str, ...]:
+        """Do some of it, in the computing thread; lines for the operator on what couldn't be done.
+
+        `look` is called between pieces, and raises `Cancelled` when an attempt waits.
+        """
         ...
 
 
@@ -122,7 +125,8 @@ class Report:
     in_host_memory: frozenset[str]
     on_disk: frozenset[str]
     quiet_seconds: float = 0.0
-    """How long ago the attempt that runs last made progress: its start, or a step."""
+    """How long ago the attempt that runs last made progress: its start, or a step; one that still
+    waits for what is done between attempts, how long ago that did."""
     uuid: CardUuid = CardUuid("")
     incarnation: str = ""
     software: str = ""
@@ -138,7 +142,7 @@ class _Attempt:
     order: Order
     done: asyncio.Future[Outcome]
     progress_at: float
-    """By the loop's clock: when it started, or made its last step."""
+    """By the loop's clock: when it was asked for, began, or made its last step."""
     began_at: float
     cancelled: threading.Event = field(default_factory=threading.Event)
     step: tuple[int, int] = (0, 0)
@@ -167,6 +171,8 @@ class InferenceWorker:
         self._candidates: tuple[canary.Candidate, ...] = ()
         self._listing: asyncio.Future[None] | None = None
         self._tending: asyncio.Future[None] | None = None
+        self._tended_at = float("-inf")
+        """When what is done between attempts last went on: the next one may wait for it."""
         self._log = structlog.get_logger("gpu")
         loop = asyncio.get_running_loop()
         self._clock = loop.time
@@ -211,6 +217,7 @@ class InferenceWorker:
             attempt.step = (step, steps)
             attempt.progress_at = self._clock()
 
+        attempt.progress_at = self._clock()
         try:
             return engine.run(attempt.order, attempt.cancelled.is_set, on_step)
         except ClusterError as error:
@@ -253,7 +260,7 @@ class InferenceWorker:
             engine.prefetch(order, lambda: self._ahead is order)
 
     def _tend(self, engine: Engine) -> None:
-        """Have the engine do what it does between attempts; the next one waits for its end."""
+        """Have the engine do what it does between attempts; it gives way to the next one."""
         if self._tending is not None and not self._tending.done():
             return
         if engine.has_to_tend():
@@ -261,8 +268,17 @@ class InferenceWorker:
             self._tending = loop.run_in_executor(self._thread, self._do_tend, engine)
 
     def _do_tend(self, engine: Engine) -> None:
+        def look() -> None:
+            self._tended_at = self._clock()
+            if self._attempt is not None and not self._attempt.done.done():
+                raise Cancelled("an attempt waits")
+
+        problems: tuple[str, ...] = ()
         try:
-            problems = engine.tend()
+            look()
+            problems = engine.tend(look)
+        except Cancelled:
+            pass
         except ClusterError as error:
             problems = (str(error),)
         for problem in problems:
@@ -307,6 +323,9 @@ class InferenceWorker:
         lost = fault is not None and fault.kind is DeviceFaultKind.CONTEXT_LOST
         return str(fault) if lost else ""
 
+    def _quiet(self, attempt: _Attempt) -> float:
+        return self._clock() - max(attempt.progress_at, self._tended_at)
+
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine
         running = attempt is not None and not attempt.done.done()
@@ -336,7 +355,7 @@ class InferenceWorker:
             warm=frozenset() if state is None else state.warm,
             in_host_memory=frozenset() if state is None else state.in_host_memory,
             on_disk=frozenset() if state is None else state.on_disk,
-            quiet_seconds=self._clock() - attempt.progress_at if attempt and running else 0.0,
+            quiet_seconds=self._quiet(attempt) if attempt and running else 0.0,
             uuid=CardUuid("") if engine is None else engine.uuid,
             incarnation=self._incarnation,
             software=self._software,

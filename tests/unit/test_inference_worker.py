@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,14 +59,17 @@ class FakeEngine:
     chores: list[tuple[str, ...]] = field(default_factory=list)
     """What each `tend` is still to answer."""
     tended: int = 0
+    tends: Callable[[Callable[[], None]], None] = lambda look: None
+    """What it does meanwhile."""
     vitals_fail: DeviceFault | None = None
 
     def has_to_tend(self) -> bool:
         return bool(self.chores)
 
-    def tend(self) -> tuple[str, ...]:
+    def tend(self, look: Callable[[], None]) -> tuple[str, ...]:
         self.threads.add(threading.get_ident())
         self.tended += 1
+        self.tends(look)
         return self.chores.pop(0)
 
     def candidates(self) -> tuple[canary.Candidate, ...]:
@@ -466,8 +471,69 @@ async def test_chores_are_done_in_the_computing_thread_while_nothing_runs(
     assert len(engine.threads) == 1
 
 
+async def test_a_chore_gives_way_to_an_attempt_and_goes_on_later(engine: FakeEngine) -> None:
+    engine.chores = [()]
+
+    def chore(look: Callable[[], None]) -> None:
+        for _ in range(int(PATIENCE * 1000)):
+            look()
+            if engine.ran:
+                return
+            time.sleep(0.001)
+
+    engine.tends = chore
+    worker = worker_of(engine)
+    await worker._booting
+    await worker.report()
+    await until(lambda: engine.tended == 1)
+    engine.go.set()
+    with capture_logs() as logs:
+        await worker.start(order(A))
+        assert await worker.result(A) == DONE
+    assert (engine.chores, logs) == ([()], []), "nothing went wrong"
+    while engine.chores:
+        await worker.report()
+        await asyncio.sleep(0.001)
+    assert engine.tended == 2
+
+
+async def test_an_attempt_that_waits_for_a_chore_is_quiet_while_that_is(engine: FakeEngine) -> None:
+    engine.chores = [()]
+    looks, ends = threading.Semaphore(0), threading.Event()
+
+    def chore(look: Callable[[], None]) -> None:
+        while looks.acquire(timeout=PATIENCE) and not ends.is_set():
+            with contextlib.suppress(Cancelled):  # in the midst of a piece
+                look()
+
+    engine.tends = chore
+    worker = worker_of(engine)
+    await worker._booting
+    await worker.report()
+    await until(lambda: engine.tended == 1)
+    await worker.start(order(A))
+    try:
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            assert (await worker.report()).quiet_seconds >= 0.05, "it hangs"
+            before, went_on = asyncio.get_running_loop().time(), worker._tended_at
+            looks.release()
+            await until(lambda since=went_on: worker._tended_at > since)  # type: ignore[misc]
+            passed = asyncio.get_running_loop().time() - before
+            assert (await worker.report()).quiet_seconds <= passed + 0.01
+        await asyncio.sleep(0.05)
+    finally:
+        ends.set()
+        looks.release()
+    began = asyncio.get_running_loop().time()
+    await until(lambda: bool(engine.ran))
+    report = await worker.report()
+    assert report.quiet_seconds <= asyncio.get_running_loop().time() - began, "it computes"
+    assert report.busy_seconds >= 0.2
+
+
 async def test_a_chore_that_fails_is_one_line_and_no_more(engine: FakeEngine) -> None:
-    def fail() -> tuple[str, ...]:
+    def fail(look: Callable[[], None]) -> tuple[str, ...]:
         engine.chores.clear()
         raise DeviceFault(DeviceFaultKind.OTHER, "broken")
 
