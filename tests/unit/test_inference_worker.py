@@ -532,6 +532,37 @@ async def test_an_attempt_that_waits_for_a_chore_is_quiet_while_that_is(engine: 
     assert report.busy_seconds >= 0.2
 
 
+async def test_an_attempt_that_waited_isnt_quiet_for_what_it_waited(engine: FakeEngine) -> None:
+    engine.chores = [()]
+    ends, began = threading.Event(), threading.Event()
+
+    def run(
+        order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
+    ) -> Computed:
+        began.set()
+        assert engine.go.wait(PATIENCE)
+        return DONE
+
+    engine.run = run  # type: ignore[method-assign]
+
+    def chore(look: Callable[[], None]) -> None:
+        ends.wait(PATIENCE)
+
+    engine.tends = chore
+    worker = worker_of(engine)
+    await worker._booting
+    await worker.report()
+    await until(lambda: engine.tended == 1)
+    await worker.start(order(A))
+    await asyncio.sleep(0.1)
+    before = asyncio.get_running_loop().time()
+    ends.set()
+    await until(began.is_set)
+    report = await worker.report()
+    assert report.quiet_seconds <= asyncio.get_running_loop().time() - before
+    assert report.busy_seconds >= 0.1
+
+
 async def test_a_chore_that_fails_is_one_line_and_no_more(engine: FakeEngine) -> None:
     def fail(look: Callable[[], None]) -> tuple[str, ...]:
         engine.chores.clear()
