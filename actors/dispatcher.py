@@ -326,7 +326,7 @@ class Dispatcher:
         except LeaseLost:
             raise
         except ClusterError as error:
-            if isinstance(error, DeviceFault):
+            if isinstance(error, DeviceFault) or self._died(order, error):
                 self._guard.suspect(gpu)
             if not isinstance(error, Cancelled):
                 self.broke(gpu, order, error)
@@ -338,6 +338,12 @@ class Dispatcher:
             self.broke(gpu, order, lost)
             return AttemptFailed(order.attempt_id, Fault.DEVICE, str(lost))
 
+    def _died(self, order: Order, error: ClusterError) -> bool:
+        """Whether the card's process ended by itself: a given up attempt's is ended by the pool if
+        it doesn't heed. Until the pool has seen the next process, the card passes for the last."""
+        wanted = is_open(self._ledger.open.get(order.task), order.attempt_id)
+        return isinstance(error, AttemptLost) and wanted
+
     def _learn(self, gpu: GpuId, seconds: float) -> None:
         running = self._running.get(gpu)
         if running is not None:
@@ -345,7 +351,8 @@ class Dispatcher:
 
     async def _keep(self, order: Order, computed: Computed) -> Event:
         files = await self._artifacts.put(order.task, computed.files)
-        return ResultStored(order.attempt_id, computed.score, files, computed.effort)
+        card = computed.card or None
+        return ResultStored(order.attempt_id, computed.score, files, computed.effort, card)
 
     def _store(self, task: Commitment, attempt: AttemptId, event: Event) -> bool:
         """Append unless the attempt isn't the task's open one any more (a late answer)."""

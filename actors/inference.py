@@ -20,12 +20,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import ray
 import structlog
 
 from actors.precedence import CARDS, give_way
-from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
+from cluster.core.errors import (
+    AttemptLost,
+    Cancelled,
+    ClusterError,
+    DeviceFault,
+    DeviceFaultKind,
+)
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, GpuClass
 from cluster.core.wording import brief, named
@@ -81,8 +88,11 @@ class Engine(Protocol):
         """Raises `DeviceFault` when the card is gone."""
         ...
 
-    def tend(self) -> tuple[str, ...]:
-        """Do it, in the computing thread; lines for the operator on what couldn't be done."""
+    def tend(self, look: Callable[[], None]) -> tuple[str, ...]:
+        """Do some of it, in the computing thread; lines for the operator on what couldn't be done.
+
+        `look` is called between pieces, and raises `Cancelled` when an attempt waits.
+        """
         ...
 
 
@@ -115,7 +125,8 @@ class Report:
     in_host_memory: frozenset[str]
     on_disk: frozenset[str]
     quiet_seconds: float = 0.0
-    """How long ago the attempt that runs last made progress: its start, or a step."""
+    """How long ago the attempt that runs last made progress: its start, or a step; one that still
+    waits for what is done between attempts, how long ago that did."""
     uuid: CardUuid = CardUuid("")
     incarnation: str = ""
     software: str = ""
@@ -131,7 +142,7 @@ class _Attempt:
     order: Order
     done: asyncio.Future[Outcome]
     progress_at: float
-    """By the loop's clock: when it started, or made its last step."""
+    """By the loop's clock: when it was asked for, began, or made its last step."""
     began_at: float
     cancelled: threading.Event = field(default_factory=threading.Event)
     step: tuple[int, int] = (0, 0)
@@ -150,6 +161,9 @@ class InferenceWorker:
         self._engine: Engine | None = None
         self._problem = ""
         self._attempt: _Attempt | None = None
+        self._coming = WeakValueDictionary[AttemptId, asyncio.Event]()
+        """Those that wait for the engine; set where they needn't begin any more."""
+        self._unread: DeviceFault | None = None
         self._finished = 0
         self._busy_seconds = 0.0
         self._vitals, self._vitals_at = Vitals(), float("-inf")
@@ -157,6 +171,8 @@ class InferenceWorker:
         self._candidates: tuple[canary.Candidate, ...] = ()
         self._listing: asyncio.Future[None] | None = None
         self._tending: asyncio.Future[None] | None = None
+        self._tended_at = float("-inf")
+        """When what is done between attempts last went on: the next one may wait for it."""
         self._log = structlog.get_logger("gpu")
         loop = asyncio.get_running_loop()
         self._clock = loop.time
@@ -177,7 +193,10 @@ class InferenceWorker:
     async def start(self, order: Order) -> ClusterError | None:
         """Start an attempt; the same attempt again is a repetition and changes nothing."""
         # First, and nothing awaited after it: of two starts during boot, the second sees the first.
+        given_up = self._coming.setdefault(order.attempt_id, asyncio.Event())
         await asyncio.shield(self._booting)
+        if given_up.is_set():
+            return Cancelled("cancelled before it began")
         current = self._attempt
         if current is not None and current.order.attempt_id == order.attempt_id:
             return None
@@ -198,6 +217,7 @@ class InferenceWorker:
             attempt.step = (step, steps)
             attempt.progress_at = self._clock()
 
+        attempt.progress_at = self._clock()
         try:
             return engine.run(attempt.order, attempt.cancelled.is_set, on_step)
         except ClusterError as error:
@@ -220,6 +240,8 @@ class InferenceWorker:
         return await asyncio.shield(attempt.done)
 
     async def cancel(self, attempt_id: AttemptId) -> None:
+        if (coming := self._coming.get(attempt_id)) is not None:
+            coming.set()
         attempt = self._attempt
         if attempt is not None and attempt.order.attempt_id == attempt_id:
             attempt.cancelled.set()
@@ -238,7 +260,7 @@ class InferenceWorker:
             engine.prefetch(order, lambda: self._ahead is order)
 
     def _tend(self, engine: Engine) -> None:
-        """Have the engine do what it does between attempts; the next one waits for its end."""
+        """Have the engine do what it does between attempts; it gives way to the next one."""
         if self._tending is not None and not self._tending.done():
             return
         if engine.has_to_tend():
@@ -246,8 +268,17 @@ class InferenceWorker:
             self._tending = loop.run_in_executor(self._thread, self._do_tend, engine)
 
     def _do_tend(self, engine: Engine) -> None:
+        def look() -> None:
+            self._tended_at = self._clock()
+            if self._attempt is not None and not self._attempt.done.done():
+                raise Cancelled("an attempt waits")
+
+        problems: tuple[str, ...] = ()
         try:
-            problems = engine.tend()
+            look()
+            problems = engine.tend(look)
+        except Cancelled:
+            pass
         except ClusterError as error:
             problems = (str(error),)
         for problem in problems:
@@ -274,17 +305,32 @@ class InferenceWorker:
             self._log.warning("models_not_listed", problem=named(error))
 
     def _read_vitals(self, engine: Engine) -> None:
+        before, fault = self._unread, None
         try:
             self._vitals = engine.vitals()
-        except DeviceFault as fault:
+        except DeviceFault as error:
             # What computes there finds it too, and its fault is what counts.
-            self._vitals = Vitals()
+            self._vitals, fault = Vitals(), error.with_traceback(None)
+        self._unread = fault
+        if fault is not None and str(fault) != str(before):
             self._log.warning("card_not_read", problem=str(fault))
+        elif fault is None and before is not None:
+            self._log.info("card_read_again")
+
+    def _gone(self) -> str:
+        """What the driver says of a card that it has lost; empty while it has it."""
+        fault = self._unread
+        lost = fault is not None and fault.kind is DeviceFaultKind.CONTEXT_LOST
+        return str(fault) if lost else ""
+
+    def _quiet(self, attempt: _Attempt) -> float:
+        return self._clock() - max(attempt.progress_at, self._tended_at)
 
     async def report(self) -> Report:
         attempt, engine = self._attempt, self._engine
         running = attempt is not None and not attempt.done.done()
-        if engine is not None and not running:
+        gone = self._gone()
+        if engine is not None and not running and not gone:
             self._tend(engine)
         if engine is not None:
             self._look_at_card(engine)
@@ -293,14 +339,14 @@ class InferenceWorker:
         if engine is None:
             health = Health.BROKEN if self._problem else Health.STARTING
         else:
-            health = Health.BUSY if running else Health.READY
+            health = Health.BUSY if running else Health.BROKEN if gone else Health.READY
         step, steps = attempt.step if attempt is not None and running else (0, 0)
         return Report(
             release=self._release,
             pid=os.getpid(),
             health=health,
             gpu_class=None if engine is None else engine.gpu_class,
-            problem=self._problem,
+            problem=self._problem or gone,
             attempt=attempt.order.attempt_id if attempt is not None and running else None,
             task=attempt.order.task if attempt is not None and running else None,
             step=step,
@@ -309,7 +355,7 @@ class InferenceWorker:
             warm=frozenset() if state is None else state.warm,
             in_host_memory=frozenset() if state is None else state.in_host_memory,
             on_disk=frozenset() if state is None else state.on_disk,
-            quiet_seconds=self._clock() - attempt.progress_at if attempt and running else 0.0,
+            quiet_seconds=self._quiet(attempt) if attempt and running else 0.0,
             uuid=CardUuid("") if engine is None else engine.uuid,
             incarnation=self._incarnation,
             software=self._software,

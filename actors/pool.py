@@ -191,6 +191,9 @@ class RayGpuPool:
         try:
             refused = await _within(PING_SECONDS * 4, member.actor.start.remote(order))
         except (RayError, TimeoutError) as error:
+            if not isinstance(error, ActorDiedError):
+                # It may have the order, or get it yet: nobody would wait for what came of it.
+                await self.cancel(gpu, order.attempt_id)
             raise DeviceFault(
                 DeviceFaultKind.OTHER, f"GPU {gpu} doesn't answer: {type(error).__name__}"
             ) from error
@@ -211,7 +214,8 @@ class RayGpuPool:
             if _breaks_the_process(outcome):
                 await self._end(member, restart=True)
             raise outcome
-        return outcome
+        # A simulated card is called by its slot.
+        return replace(outcome, card=member.slot.uuid) if member.slot.uuid else outcome
 
     async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
         member = self._members.get(gpu)

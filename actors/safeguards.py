@@ -11,10 +11,11 @@ from actors.dispatcher import Dispatcher
 from actors.health import CardHealth
 from actors.holds import Holds
 from actors.ledger import Ledger
+from actors.pool import UNKNOWN
 from actors.verifier import Verifier
 from cluster.core.ports import Computed, Order
-from cluster.core.record import Outcome
-from cluster.core.types import AttemptId, CardUuid, Commitment, Gpu, GpuId, Timestamp
+from cluster.core.record import Outcome, Result, TaskRecord
+from cluster.core.types import AttemptId, CardUuid, Commitment, Gpu, GpuClass, GpuId, Timestamp
 from cluster.metrics import Metrics
 
 _BLAMED = "blamed:"
@@ -93,31 +94,41 @@ class Safeguards:
 
     def blame(self) -> None:
         """A card whose result cost an account its stake computes for nobody until an operator has
-        cleared it, or the account."""
-        lost = [
-            record
+        cleared it, be it here now or not."""
+        for record, result in self._unblamed():
+            if result.card is None:
+                continue
+            reason = f"its result of task {record.commitment} cost {record.account} its stake"
+            self._health.quarantine({result.card}, self._class_of(record, result), reason, "slash")
+            # Once: an operator may clear the card before the account.
+            key = f"{_BLAMED}{record.commitment}"
+            self._ledger.journal.set_cursor(self._ledger.lease, key, result.card)
+            self._blamed.add(record.commitment)
+
+    def _unblamed(self) -> list[tuple[TaskRecord, Result]]:
+        """What cost accounts their stakes, as long as these aren't cleared."""
+        return [
+            (record, record.result)
             for record in self._ledger.closed
             if record.account in self._ledger.slashed
             and record.outcome is Outcome.INVALIDATED
             and record.commitment not in self._blamed
+            and record.result is not None
         ]
-        for record in lost:
-            reason = f"its result of task {record.commitment} cost {record.account} its stake"
-            computed = {
-                each.gpu_id
-                for each in record.attempts
-                if record.result is not None and each.attempt_id == record.result.attempt_id
-            }
-            for gpu in self._pool.gpus():
-                if gpu.gpu_id in computed and gpu.uuid:
-                    self._health.quarantine({gpu.uuid}, gpu.gpu_class, reason, "slash")
-                    # Once: an operator may clear the card before the account.
-                    key = f"{_BLAMED}{record.commitment}"
-                    self._ledger.journal.set_cursor(self._ledger.lease, key, gpu.uuid)
-                    self._blamed.add(record.commitment)
+
+    def _class_of(self, record: TaskRecord, result: Result) -> GpuClass:
+        """Of the card that computed it; of one that isn't here, what its account stood for."""
+        known = [gpu.gpu_class for gpu in self._pool.gpus() if gpu.uuid == result.card]
+        known += [e.gpu_class for e in self._ledger.assigned() if e.address == record.account]
+        return known[0] if known else UNKNOWN
 
     def alerts(self) -> tuple[str, ...]:
-        return (*self._health.alerts(), *self._canaries.alerts())
+        nobody = [
+            f"task {record.commitment} cost account {record.account} its stake, and it wasn't "
+            f"written down which card computed it: none is in quarantine for it, see to all of them"
+            for record, _ in self._unblamed()
+        ]
+        return (*self._health.alerts(), *self._canaries.alerts(), *nobody)
 
     def passed(self) -> Mapping[CardUuid, Timestamp]:
         """When each card last gave its canary the answer that was expected."""

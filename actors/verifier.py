@@ -16,7 +16,7 @@ import structlog
 from actors.health import CardHealth
 from actors.holds import Holds
 from cluster.core import verification
-from cluster.core.errors import ClusterError, DeviceFault, DeviceFaultKind
+from cluster.core.errors import AttemptLost, ClusterError, DeviceFault, DeviceFaultKind
 from cluster.core.ports import Computed, GpuPool, Order
 from cluster.core.types import AttemptId, CardUuid, Gpu, GpuId, Score, Timestamp
 from cluster.core.verification import Ruling, rule
@@ -112,7 +112,7 @@ class Verifier:
             self._log.warning(
                 "second_opinion_failed", task=order.task, gpu=gpu.gpu_id, problem=str(error)
             )
-            if isinstance(error, DeviceFault):
+            if isinstance(error, DeviceFault | AttemptLost):
                 self._suspect(gpu.uuid)
         finally:
             self._holds.give_back(gpu.gpu_id)

@@ -7,6 +7,7 @@ a cluster can tell (the cards of other machines) is left to the running operator
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import tempfile
@@ -32,6 +33,9 @@ MOST_SKEW = 60.0
 LEAST_FREE = 2**30
 """Bytes for results and the journal."""
 REACH_SECONDS = 5.0
+OWN_MEMORY = 2
+"""GiB of a machine's memory that aren't for models, as the chart counts."""
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def examine(
@@ -45,7 +49,7 @@ def examine(
     found = [key, *check_earnings(config, identity)]
     found += [*check_journal(config, identity, clock), *check_disk(config)]
     cards, count = check_cards(config)
-    found += [check_models(config), cards, check_ray(config, environment)]
+    found += [check_models(config), cards, *check_memory(config), check_ray(config, environment)]
     found += asyncio.run(_network(config, identity, clock, count))
     return found
 
@@ -185,6 +189,33 @@ def _check_usable(usable: Sequence[str], problems: Sequence[str]) -> Check:
         told = "; ".join(dict.fromkeys(problems))
         return warn("GPUs", f"{words}; {told}", "look at nvidia-smi")
     return ok("GPUs", words)
+
+
+def check_memory(config: Config) -> list[Check]:
+    """Whether this machine has what its cards are allowed; nothing where none can be used."""
+    try:
+        cards = () if config.ray.simulated_gpus else devices.list_gpus(config.ray.platform)
+    except DeviceFault:
+        return []
+    if not cards:
+        return []
+    each = config.gpu.host_memory_gb
+    wanted, there = len(cards) * each + OWN_MEMORY, _memory() / 2**30
+    words = f"{there:.0f} GiB; {len(cards)} times {each:g} GiB wait for the cards"
+    if there < wanted:
+        mend = f"lower gpu.host_memory_gb: with {OWN_MEMORY} GiB for the rest they take {wanted:g}"
+        return [warn("memory", words, mend)]
+    return [ok("memory", words)]
+
+
+def _memory() -> int:
+    """Bytes that this machine has, or this container may take."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return there
+    return min(there, int(limit)) if limit.isdecimal() else there
 
 
 def check_ray(config: Config, environment: Mapping[str, str]) -> Check:

@@ -255,7 +255,7 @@ def _words(event: Event) -> str:  # noqa: C901 - one line for each kind
             return f"attempt {attempt} began on {gpu}"
         case AttemptFailed(attempt, fault, detail):
             return f"attempt {attempt} failed ({fault.value}): {detail}"
-        case ResultStored(attempt, _, files, effort):
+        case ResultStored(attempt, _, files, effort, _):
             took = "" if effort is None else f" in {effort.seconds:.1f} s"
             return f"attempt {attempt} gave {len(files)} files{took}; the score is stored"
         case FaultFound(reason):

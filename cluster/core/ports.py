@@ -22,6 +22,7 @@ from cluster.core.types import (
     AccountView,
     Address,
     AttemptId,
+    CardUuid,
     Commitment,
     Effort,
     FileRef,
@@ -250,6 +251,8 @@ class Computed:
     load_seconds: float = 0.0
     """Of `seconds`, those until its models were on the card."""
     tier: Tier = Tier.DEVICE
+    card: CardUuid = CardUuid("")
+    """Whose process computed it."""
 
     @property
     def effort(self) -> Effort:

@@ -16,6 +16,7 @@ from cluster.core.errors import IllegalMove
 from cluster.core.types import (
     Address,
     AttemptId,
+    CardUuid,
     Commitment,
     Effort,
     FileRef,
@@ -98,12 +99,14 @@ class AttemptFailed:
 
 @dataclass(frozen=True, slots=True)
 class ResultStored:
-    """The files are in `artifacts` already; the score never changes from here on."""
+    """The files are in `artifacts` already; the score never changes from here on. `card` computed
+    it: what a GPU is called here is another card's name tomorrow."""
 
     attempt_id: AttemptId
     score: Score
     files: tuple[FileRef, ...]
     effort: Effort | None = None
+    card: CardUuid | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,8 @@ class Result:
     files: tuple[FileRef, ...]
     stored_at: Timestamp
     effort: Effort | None = None
-    """None in what an older version stored."""
+    card: CardUuid | None = None
+    """None, as the effort, in what an older version stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,9 +301,9 @@ def apply(record: TaskRecord, event: Event, at: Timestamp) -> TaskRecord:
             return _begin_attempt(record, attempt_id, gpu_id, at)
         case AttemptFailed(attempt_id, fault, detail):
             return _end_attempt(record, attempt_id, at, fault, detail)
-        case ResultStored(attempt_id, score, files, effort):
+        case ResultStored(attempt_id, score, files, effort, card):
             ended = _end_attempt(record, attempt_id, at, None, "")
-            return replace(ended, result=Result(attempt_id, score, files, at, effort))
+            return replace(ended, result=Result(attempt_id, score, files, at, effort, card))
         case FaultFound(reason):
             attempt = record.open_attempt
             ended = record

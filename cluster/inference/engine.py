@@ -168,18 +168,24 @@ class Engine:
             ready_at, tier = self._loaded
             return Computed(score, files, monotonic() - began, max(0.0, ready_at - began), tier)
 
-    def preload(self, models: Sequence[str]) -> tuple[str, ...]:
+    def preload(
+        self, models: Sequence[str], look: Callable[[], None] = lambda: None
+    ) -> tuple[str, ...]:
         """Bring these base models (`name[+variant]`) to the card, and keep them there.
 
-        What can't be had is left out; a line for the operator says why.
+        What can't be had is left out; a line for the operator says why. `look` is called between
+        the pieces of what is read; to give way to something else it raises `Cancelled`, which
+        comes through.
         """
         problems: list[str] = []
         for model in models:
             try:
-                with self._faults_named():
+                with self._faults_named(), parts.looking(look):
                     needed = self._parts_of(_as_loaded_by_default(model, self.store))
                     self._hold({part.key: part for part in needed})
                     self._pool.kept |= {part.key for part in needed}
+            except Cancelled:
+                raise
             except ClusterError as error:
                 problems.append(f"{model}: {error}")
         return tuple(problems)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from cluster.core.errors import Cancelled
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, TaskType, Tier
 from cluster.inference import devices
@@ -75,6 +76,7 @@ class MountedEngine:
             seconds=computed.seconds + (waited if brought else 0.0),
             load_seconds=computed.load_seconds + waited,
             tier=Tier.AWAY if brought else computed.tier,
+            card=self.uuid,
         )
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
@@ -90,11 +92,16 @@ class MountedEngine:
     def has_to_tend(self) -> bool:
         return any(self._may_be_preloaded())
 
-    def tend(self) -> tuple[str, ...]:
-        """Bring to the card what is to be kept there and has come; lines on what couldn't be."""
-        names = self._may_be_preloaded()
+    def tend(self, look: Callable[[], None]) -> tuple[str, ...]:
+        """Bring to the card the next model that is to be kept there and has come; a line if it
+        couldn't be. Where `look` raises `Cancelled` it is left for another time."""
+        names = self._may_be_preloaded()[:1]
         self._preloaded.update(names)
-        return self.engine.preload(names)
+        try:
+            return self.engine.preload(names, look)
+        except Cancelled:
+            self._preloaded.difference_update(names)
+            raise
 
     def _may_be_preloaded(self) -> tuple[str, ...]:
         if len(self._preloaded) == len(set(self.preload)):

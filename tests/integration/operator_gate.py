@@ -90,8 +90,8 @@ class GatedEngine:
     def has_to_tend(self) -> bool:
         return self.engine.has_to_tend()
 
-    def tend(self) -> tuple[str, ...]:
-        return self.engine.tend()
+    def tend(self, look: Callable[[], None]) -> tuple[str, ...]:
+        return self.engine.tend(look)
 
 
 def engine_factory(

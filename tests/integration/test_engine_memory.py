@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.core.errors import DeviceFault, DeviceFaultKind
+from cluster.core.errors import Cancelled, DeviceFault, DeviceFaultKind
 from cluster.inference import cuda, diffusion, pool
 from cluster.inference.engine import Engine, Limits
 from cluster.models.store import ModelStore
@@ -102,3 +102,22 @@ def test_only_reading_a_model_takes_more_threads(
     assert run(fresh, order()).score == run(new_engine(tiny_models), order()).score
     assert fresh.preload([SD15[1]]) == ()
     assert (read, made) == ([3, 1, 3], [1, 1])
+
+
+def test_a_preload_gives_way_between_parts_and_goes_on_from_there(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if fresh.counts.loads == 1:
+            raise Cancelled("an attempt waits")
+
+    with pytest.raises(Cancelled):
+        fresh.preload([SD15[1]], look)
+    assert (fresh.counts.loads, looks > 1) == (1, True)
+    assert run(fresh, order(base_model=SD15[1])).score
+    loads = fresh.counts.loads
+    assert fresh.preload([SD15[1]]) == ()
+    assert fresh.counts.loads == loads, "what there was has stayed"

@@ -336,7 +336,9 @@ class FakePool(Faulty):
         await self.arrive("result", gpu, attempt)
         if attempt not in self.attempts:
             raise AttemptLost("not known here")
-        return await asyncio.shield(self.attempts[attempt])
+        computed = await asyncio.shield(self.attempts[attempt])
+        uuid = next((each.uuid for each in self.cards if each.gpu_id == gpu), CardUuid(""))
+        return replace(computed, card=uuid)
 
     async def cancel(self, gpu: GpuId, attempt: AttemptId) -> None:
         await self.arrive("cancel", gpu, attempt)

@@ -282,6 +282,40 @@ def test_cards_that_arent_there_and_simulated_ones(tmp_path: Path) -> None:
     assert doctor.check_cards(config(tmp_path, ray=ray)) == (expected, 3)
 
 
+@pytest.mark.parametrize(
+    ("each", "there", "limit", "level"),
+    [
+        (8.0, 18, "max", Level.OK),
+        (8.0, 17, "max", Level.WARN),
+        (8.0, 64, str(17 * 2**30), Level.WARN),
+        (8.0, 18, str(64 * 2**30), Level.OK),
+        (7.5, 17, "max", Level.OK),
+    ],
+)
+def test_memory_that_the_cards_would_take_and_isnt_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    each: float,
+    there: int,
+    limit: str,
+    level: Level,
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(doctor, "CGROUP_LIMIT", tmp_path / "memory.max")
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": there * 2**18}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeCard(), FakeCard()))
+    (check,) = doctor.check_memory(config(tmp_path, gpu={"host_memory_gb": each}))
+    assert (check.name, check.level) == ("memory", level)
+    assert f"2 times {each:g} GiB" in check.found
+
+
+def test_of_memory_nothing_is_said_where_no_card_is(tmp_path: Path) -> None:
+    assert doctor.check_memory(config(tmp_path)) == []
+    ray = {"simulated_gpus": [{"name": "Card", "vram": 8, "count": 3}]}
+    assert doctor.check_memory(config(tmp_path, ray=ray)) == []
+
+
 # --- Ray ------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from structlog.testing import capture_logs
 
+from actors import inference
 from actors.inference import Engine, Health, InferenceWorker, Outcome
 from cluster.core.errors import (
     AttemptLost,
@@ -55,14 +59,17 @@ class FakeEngine:
     chores: list[tuple[str, ...]] = field(default_factory=list)
     """What each `tend` is still to answer."""
     tended: int = 0
+    tends: Callable[[Callable[[], None]], None] = lambda look: None
+    """What it does meanwhile."""
     vitals_fail: DeviceFault | None = None
 
     def has_to_tend(self) -> bool:
         return bool(self.chores)
 
-    def tend(self) -> tuple[str, ...]:
+    def tend(self, look: Callable[[], None]) -> tuple[str, ...]:
         self.threads.add(threading.get_ident())
         self.tended += 1
+        self.tends(look)
         return self.chores.pop(0)
 
     def candidates(self) -> tuple[canary.Candidate, ...]:
@@ -236,6 +243,25 @@ async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEn
     await asyncio.gather(start, return_exceptions=True)
     go.set()
     assert await worker.start(order(B)) is None
+
+
+async def test_a_start_cancelled_during_boot_never_begins(engine: FakeEngine) -> None:
+    go = threading.Event()
+
+    def make() -> Engine:
+        assert go.wait(PATIENCE)
+        return engine
+
+    worker = InferenceWorker(make, "1+abc")
+    starts = [asyncio.create_task(worker.start(order(each))) for each in (A, A, B)]
+    await asyncio.sleep(0)
+    await worker.cancel(A)
+    go.set()
+    first, again, other = await asyncio.gather(*starts)
+    assert (type(first), type(again), other) == (Cancelled, Cancelled, None)
+    engine.go.set()
+    assert await worker.result(B) == DONE
+    assert engine.ran == [B]
 
 
 async def test_an_attempt_it_never_had_is_lost(engine: FakeEngine) -> None:
@@ -445,8 +471,100 @@ async def test_chores_are_done_in_the_computing_thread_while_nothing_runs(
     assert len(engine.threads) == 1
 
 
+async def test_a_chore_gives_way_to_an_attempt_and_goes_on_later(engine: FakeEngine) -> None:
+    engine.chores = [()]
+
+    def chore(look: Callable[[], None]) -> None:
+        for _ in range(int(PATIENCE * 1000)):
+            look()
+            if engine.ran:
+                return
+            time.sleep(0.001)
+
+    engine.tends = chore
+    worker = worker_of(engine)
+    await worker._booting
+    await worker.report()
+    await until(lambda: engine.tended == 1)
+    engine.go.set()
+    with capture_logs() as logs:
+        await worker.start(order(A))
+        assert await worker.result(A) == DONE
+    assert (engine.chores, logs) == ([()], []), "nothing went wrong"
+    while engine.chores:
+        await worker.report()
+        await asyncio.sleep(0.001)
+    assert engine.tended == 2
+
+
+async def test_an_attempt_that_waits_for_a_chore_is_quiet_while_that_is(engine: FakeEngine) -> None:
+    engine.chores = [()]
+    looks, ends = threading.Semaphore(0), threading.Event()
+
+    def chore(look: Callable[[], None]) -> None:
+        while looks.acquire(timeout=PATIENCE) and not ends.is_set():
+            with contextlib.suppress(Cancelled):  # in the midst of a piece
+                look()
+
+    engine.tends = chore
+    worker = worker_of(engine)
+    await worker._booting
+    await worker.report()
+    await until(lambda: engine.tended == 1)
+    await worker.start(order(A))
+    try:
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            assert (await worker.report()).quiet_seconds >= 0.05, "it hangs"
+            before, went_on = asyncio.get_running_loop().time(), worker._tended_at
+            looks.release()
+            await until(lambda since=went_on: worker._tended_at > since)  # type: ignore[misc]
+            passed = asyncio.get_running_loop().time() - before
+            assert (await worker.report()).quiet_seconds <= passed + 0.01
+        await asyncio.sleep(0.05)
+    finally:
+        ends.set()
+        looks.release()
+    began = asyncio.get_running_loop().time()
+    await until(lambda: bool(engine.ran))
+    report = await worker.report()
+    assert report.quiet_seconds <= asyncio.get_running_loop().time() - began, "it computes"
+    assert report.busy_seconds >= 0.2
+
+
+async def test_an_attempt_that_waited_isnt_quiet_for_what_it_waited(engine: FakeEngine) -> None:
+    engine.chores = [()]
+    ends, began = threading.Event(), threading.Event()
+
+    def run(
+        order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
+    ) -> Computed:
+        began.set()
+        assert engine.go.wait(PATIENCE)
+        return DONE
+
+    engine.run = run  # type: ignore[method-assign]
+
+    def chore(look: Callable[[], None]) -> None:
+        ends.wait(PATIENCE)
+
+    engine.tends = chore
+    worker = worker_of(engine)
+    await worker._booting
+    await worker.report()
+    await until(lambda: engine.tended == 1)
+    await worker.start(order(A))
+    await asyncio.sleep(0.1)
+    before = asyncio.get_running_loop().time()
+    ends.set()
+    await until(began.is_set)
+    report = await worker.report()
+    assert report.quiet_seconds <= asyncio.get_running_loop().time() - before
+    assert report.busy_seconds >= 0.1
+
+
 async def test_a_chore_that_fails_is_one_line_and_no_more(engine: FakeEngine) -> None:
-    def fail() -> tuple[str, ...]:
+    def fail(look: Callable[[], None]) -> tuple[str, ...]:
         engine.chores.clear()
         raise DeviceFault(DeviceFaultKind.OTHER, "broken")
 
@@ -491,3 +609,60 @@ def test_a_card_that_cannot_be_read_is_no_reason_to_stop() -> None:
         assert (report.vitals, report.health) == (Vitals(), Health.READY)
 
     asyncio.run(go())
+
+
+# --- a card that can't be read ----------------------------------------------------------------
+
+
+@pytest.fixture
+def always_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "VITALS_SECONDS", 0.0)
+
+
+async def looked(worker: InferenceWorker) -> None:
+    """Once more, to its end."""
+    await until(lambda: worker._looking is None or worker._looking.done())
+    await worker.report()
+    await until(lambda: worker._looking is not None and worker._looking.done())
+
+
+@pytest.mark.usefixtures("always_looking")
+async def test_what_keeps_a_card_from_being_read_is_said_once(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker._booting
+    with capture_logs() as logs:
+        for problem in ("NVML fails", "NVML fails", "another", "another", None, None):
+            fault = None if problem is None else DeviceFault(DeviceFaultKind.OTHER, problem)
+            engine.vitals_fail = fault
+            await looked(worker)
+    said = [(each["event"], each.get("problem")) for each in logs]
+    assert said == [
+        ("card_not_read", "NVML fails"),
+        ("card_not_read", "another"),
+        ("card_read_again", None),
+    ]
+
+
+@pytest.mark.usefixtures("always_looking")
+async def test_a_card_that_the_driver_has_lost_isnt_offered(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker._booting
+    engine.vitals_fail = DeviceFault(DeviceFaultKind.CONTEXT_LOST, "the card is gone")
+    await looked(worker)
+    engine.chores = [()]
+    report = await worker.report()
+    assert (report.health, report.problem) == (Health.BROKEN, "the card is gone")
+    assert engine.chores == [()], "nor brought anything"
+    engine.vitals_fail = None
+    await looked(worker)
+    report = await worker.report()
+    assert (report.health, report.problem) == (Health.READY, "")
+
+
+@pytest.mark.usefixtures("always_looking")
+async def test_what_computes_on_a_lost_card_finds_it_out_itself(engine: FakeEngine) -> None:
+    worker = worker_of(engine)
+    await worker.start(order(A))
+    engine.vitals_fail = DeviceFault(DeviceFaultKind.CONTEXT_LOST, "the card is gone")
+    await looked(worker)
+    assert (await worker.report()).health is Health.BUSY

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -92,6 +93,13 @@ def test_every_event_comes_back_as_it_was(kind: type[Event]) -> None:
         assert decode_event(*encode_event(event)) == event
 
     check()
+
+
+def test_what_an_older_version_stored_of_a_result_is_read() -> None:
+    kind, body = encode_event(STORED)
+    older = {k: v for k, v in json.loads(body).items() if k not in {"card", "effort"}}
+    assert decode_event(kind, json.dumps(older)) == STORED
+    assert STORED.card is None
 
 
 def test_every_event_has_a_kind() -> None:

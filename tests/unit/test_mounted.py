@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from cluster.core.errors import Cancelled
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, TaskType
 from cluster.inference.engine import Engine
@@ -63,8 +65,41 @@ def test_what_a_task_finds_on_the_disk_is_counted() -> None:
     task["lora"] = {"model": "acme/y"}
     order = Order(AttemptId("a"), Commitment("0x01"), TaskType.SD, json.dumps(task), None)
     for hits in (0, 2, 4):
-        mounted.run(order, lambda: False, lambda _step, _steps: None)
+        computed = mounted.run(order, lambda: False, lambda _step, _steps: None)
+        assert computed.card == "GPU-1"
         assert mounted.usage() == CardUse(loads=7, hits=hits)
     # Reading ahead isn't a task's need yet.
     mounted.prefetch(order, lambda: True)
     assert mounted.usage().hits == 4
+
+
+class Preloading:
+    """Asks whether to go on before each model; `asked` are those that it got to."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def preload(self, models: Sequence[str], look: Callable[[], None]) -> tuple[str, ...]:
+        for model in models:
+            look()
+            self.asked.append(model)
+        return tuple(f"{model}: no memory" for model in models if model == "b")
+
+
+def test_what_is_kept_on_the_card_is_brought_one_by_one_and_gives_way() -> None:
+    here = SimpleNamespace(on_disk=lambda: frozenset({"a", "b", "c"}))
+    store, engine = cast(Keeper, SimpleNamespace(store=here)), Preloading()
+    uuid, names = CardUuid("GPU-1"), ("a", "b", "away", "c")
+    mounted = MountedEngine(cast("Engine", engine), uuid, store, names)
+
+    def give_way() -> None:
+        raise Cancelled("an attempt waits")
+
+    assert mounted.tend(lambda: None) == ()
+    with pytest.raises(Cancelled):
+        mounted.tend(give_way)
+    assert engine.asked == ["a"]
+    assert mounted.tend(lambda: None) == ("b: no memory",)
+    assert mounted.tend(lambda: None) == ()
+    assert engine.asked == ["a", "b", "c"]
+    assert not mounted.has_to_tend()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
-from cluster.inference import pool
+from cluster.inference import parts, pool
 from cluster.inference.parts import PartKey, PartSource, bytes_of, digest_of, source, weights
 from cluster.inference.pool import RUNS, MeasuredBudget, Pool, fixed
 
@@ -341,3 +341,44 @@ def test_an_older_torch_keeps_its_pinned_memory(monkeypatch: pytest.MonkeyPatch)
     assert released
     monkeypatch.delattr(torch.accelerator, "empty_host_cache")
     pool.release_pinned()
+
+
+# --- reading ahead of what is loaded --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_there_is_a_look_between_the_pieces_of_what_a_part_is_loaded_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """The library itself says nothing meanwhile: a large part would pass for a hang."""
+    monkeypatch.setattr(parts, "PIECE", 10)
+    monkeypatch.setattr(parts, "_is_cached", lambda _file, _at: cached)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(25))
+    looks: list[int] = []
+    with parts.looking(lambda: looks.append(1)):
+        parts.read_ahead(file)
+    assert len(looks) == 3
+
+
+def test_where_the_file_system_doesnt_say_what_is_cached_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "unreadable").open("wb") as stream:
+        assert not parts._is_cached(stream.fileno(), 0)
+
+
+def test_a_part_is_read_through_before_the_library_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Library:
+        @staticmethod
+        def from_pretrained(*_: object, **__: object) -> tuple[torch.nn.Module, dict[str, object]]:
+            done.append("loaded")
+            return torch.nn.Linear(1, 1), {}
+
+    monkeypatch.setattr(parts, "CLASSES", {"Linear": Library})
+    monkeypatch.setattr(parts, "read_ahead", lambda file: done.append(file.name))
+    files = (tmp_path / "1.safetensors", tmp_path / "2.safetensors")
+    parts.load(replace(part("a"), folder=tmp_path, files=files), torch.device("cpu"))
+    assert done == ["1.safetensors", "2.safetensors", "loaded"]

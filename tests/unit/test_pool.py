@@ -304,6 +304,17 @@ def test_a_simulated_card_is_the_same_one_in_every_session() -> None:
     assert len({slot.uuid for slot in (*first, *other)}) == 4
 
 
+@pytest.mark.parametrize("resource", ["GPU", simulated_resource(KIND)])
+async def test_a_result_says_which_card_computed_it_by_the_name_that_the_pool_has_for_it(
+    nodes: list[dict[str, Any]], resource: str
+) -> None:
+    nodes[:] = [node({resource: 1.0})]
+    pool, actor, gpu_id = await pool_of(replace(READY, uuid=CardUuid("GPU-1")))
+    actor.answers["result"] = [replace(DONE, card=CardUuid("GPU-1"))]
+    (gpu,) = pool.gpus()
+    assert (await pool.result(gpu_id, A)).card == gpu.uuid
+
+
 async def test_a_card_in_quarantine_is_seen_as_such_and_by_its_uuid(
     nodes: list[dict[str, Any]],
 ) -> None:
@@ -410,6 +421,18 @@ async def test_a_start_without_an_answer_is_the_cards_fault(
     with pytest.raises(DeviceFault) as caught:
         await pool.start(gpu_id, ORDER)
     assert caught.value.kind is DeviceFaultKind.OTHER
+
+
+@pytest.mark.parametrize(("silence", "told"), [(NEVER, True), (UNAVAILABLE, True), (DEAD, False)])
+async def test_an_order_that_wasnt_answered_is_taken_back(
+    nodes: list[dict[str, Any]], silence: object, told: bool
+) -> None:
+    """It may run already, or as soon as the process is up: on a card that passes for free."""
+    pool, actor, gpu_id = await pool_of()
+    actor.answers["start"] = [silence]
+    with pytest.raises(DeviceFault):
+        await pool.start(gpu_id, ORDER)
+    assert (("cancel", A) in actor.calls) is told
 
 
 async def test_a_refused_start_raises_what_the_actor_said(nodes: list[dict[str, Any]]) -> None:

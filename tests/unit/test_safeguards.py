@@ -270,6 +270,36 @@ async def test_after_a_device_fault_the_card_is_asked(
         await until(lambda: len([o for _, o in house.pool.orders if o.task == canary.TASK]) == 3)
 
 
+async def test_a_process_that_died_is_followed_by_none_that_wasnt_asked(tmp_path: Path) -> None:
+    """The pool's report is still the former process's: nothing but the loss tells of it."""
+    house = Ward.of(tmp_path, A)
+    house.open(TASK, ParametersFetched("{}"))
+    async with house.watched():
+        await house.answer(A, X)
+        house.pool.outcomes = [AttemptLost("its process is gone")]
+        await house.want()
+        await until(lambda: isinstance(house.story()[-1], AttemptFailed))
+        assert house.free() == set()
+        await until(lambda: A in house.asked())
+        await house.want()
+        assert house.placed() == [A]
+        await house.answer(A, X)
+        assert house.free() == {A}
+
+
+async def test_a_process_that_we_ended_is_no_worse_for_it(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A)
+    house.open(TASK, ParametersFetched("{}"))
+    async with house.watched():
+        await house.answer(A, X)
+        await house.want()
+        (attempt,) = [order.attempt_id for _, order in house.pool.orders if order.task == TASK]
+        await house.dispatcher.cancel(A, TASK, attempt)
+        house.pool.finish(attempt, AttemptLost("it didn't heed"))
+        await house.settle()
+        assert (house.asked(), house.free()) == ({}, {A})
+
+
 async def test_what_isnt_the_devices_fault_asks_nobody(tmp_path: Path) -> None:
     house = Ward.of(tmp_path, A)
     house.open(TASK, ParametersFetched("{}"))
@@ -597,12 +627,13 @@ async def test_the_card_whose_result_cost_a_stake_computes_for_nobody(tmp_path: 
     await house.calm()
     (started,) = (each for each in house.story() if isinstance(each, AttemptStarted))
     house.ledger.append(TASK, Closed(Outcome.INVALIDATED, Wei(0)))
-    # The card is away just then, and another coordinator finds it.
-    cards, house.pool.cards = house.pool.cards, []
+    # The card is away just then, and comes back by another's name.
+    first, second = house.pool.cards
+    house.pool.cards = []
     house.safeguards.blame()
-    assert house.safeguards.alerts() == ()
+    assert house.pool.quarantined == {uuid_of(started.gpu_id)}
     house.begin_term()
-    house.pool.cards = cards
+    house.pool.cards = [replace(first, uuid=second.uuid), replace(second, uuid=first.uuid)]
     house.safeguards.wake()
     assert house.pool.quarantined == {uuid_of(started.gpu_id)}
     (line,) = house.safeguards.alerts()
@@ -610,9 +641,25 @@ async def test_the_card_whose_result_cost_a_stake_computes_for_nobody(tmp_path: 
     assert f"its result of task {TASK} cost {ALICE} its stake" in line
     assert line.endswith(f"crynux-cluster gpus clear {uuid_of(started.gpu_id)}")
     # An operator has seen to the card, though not to the account yet.
-    assert house.safeguards.clear(started.gpu_id) == "cleared"
+    assert house.safeguards.clear(uuid_of(started.gpu_id)) == "cleared"
     house.safeguards.wake()
     house.begin_term()
     house.safeguards.wake()
     assert house.safeguards.alerts() == ()
     assert house.pool.quarantined == frozenset()
+
+
+def test_where_no_card_was_written_down_none_is_blamed_and_that_is_said(tmp_path: Path) -> None:
+    """Stored by an older version: what was called so then may be any card now."""
+    house = Ward.of(tmp_path, A, B, settings=SafeguardSettings(CanarySettings(0.0)))
+    stored = ResultStored(AttemptId("a1"), X, ())
+    house.open(TASK, ParametersFetched("{}"), AttemptStarted(AttemptId("a1"), A), stored)
+    house.ledger.append(TASK, Closed(Outcome.INVALIDATED, Wei(0)))
+    house.safeguards.wake()
+    house.begin_term()
+    house.safeguards.wake()
+    assert house.pool.quarantined == frozenset()
+    (line,) = house.safeguards.alerts()
+    assert line.startswith(f"task {TASK} cost account {ALICE} its stake")
+    house.ledger.clear_slashed(ALICE)
+    assert house.safeguards.alerts() == ()

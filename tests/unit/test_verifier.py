@@ -10,6 +10,7 @@ import pytest
 from actors.canary import CanarySettings
 from actors.inference import Health, Report
 from actors.safeguards import SafeguardSettings
+from cluster import quarantine_rows as rows
 from cluster.core import verification
 from cluster.core.errors import (
     AttemptLost,
@@ -239,6 +240,24 @@ async def test_what_a_card_in_quarantine_said_before_agrees_with_nobody(tmp_path
     assert (house.stored(), set(house.busy())) == (None, {C})
 
 
+@pytest.mark.parametrize("second", [X, Y])
+async def test_one_that_came_into_quarantine_during_its_second_opinion_has_no_result(
+    tmp_path: Path, second: Score
+) -> None:
+    house = Bench.of(tmp_path, A, B)
+    await house.start()
+    await house.says(A, X)
+    await until(lambda: B in house.busy())
+    house.safeguards._health.quarantine([uuid_of(A)], KIND, "its canary", "canary")
+    await house.says(B, second)
+    last = house.story()[-1]
+    assert (house.stored(), house.failed_as()) == (None, Fault.DEVICE)
+    assert isinstance(last, AttemptFailed)
+    assert f"card {uuid_of(A)} is in quarantine" in last.detail
+    with house.journal.read() as connection:
+        assert rows.disputed(connection, TASK) == {}, "the other one said nothing wrong"
+
+
 async def test_after_a_dispute_both_have_to_show_what_they_can(tmp_path: Path) -> None:
     house = Bench.of(tmp_path, A, B)
     asked: list[CardUuid] = []
@@ -265,6 +284,7 @@ async def test_a_third_card_decides(tmp_path: Path, third: Score, faulty: GpuId)
     assert result is not None
     files = await house.artifacts.get(TASK, result.files)
     assert files == computed(third).files, "score and files are of the same card"
+    assert result.card == (uuid_of(A) if faulty == B else uuid_of(B)), "and it answers for them"
     assert house.counted("odd")
 
 
@@ -304,6 +324,26 @@ async def test_a_card_without_an_opinion_says_nothing(tmp_path: Path, error: Exc
     await house.says(B, error)
     assert house.stored() == X
     assert house.pool.quarantined == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("error", "doubted"),
+    [
+        (DeviceFault(DeviceFaultKind.OTHER, "x"), [uuid_of(B)]),
+        (AttemptLost("its process is gone"), [uuid_of(B)]),
+        (TaskInvalid("it says that the task is at fault"), []),
+    ],
+)
+async def test_one_that_failed_on_it_has_to_show_what_it_can(
+    tmp_path: Path, error: Exception, doubted: list[CardUuid]
+) -> None:
+    house = Bench.of(tmp_path, A, B)
+    asked: list[CardUuid] = []
+    house.safeguards._verifier._suspect = asked.append
+    await house.start()
+    await house.says(A, X)
+    await house.says(B, error)
+    assert asked == doubted
 
 
 async def test_another_is_asked_in_its_place(tmp_path: Path) -> None:
