@@ -271,7 +271,7 @@ class Engine:
         model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
         check()
-        with self._workspace_measured():
+        with self._workspace_measured(), self._blamed_for_bad_results(recipe):
             prompt, made = language.generate(model, tokenizer, params, progress)
         file = language.result_file(language.response(tokenizer, params, prompt, made))
         return ((language.FILE, file),), score_llm(file)
@@ -281,7 +281,8 @@ class Engine:
         prompts.check(params)
         recipe = self._remember(recipe_for(params, self.store))
         try:
-            return self._images_of(recipe, params, check, progress)
+            with self._blamed_for_bad_results(recipe):
+                return self._images_of(recipe, params, check, progress)
         except DeviceFault as fault:
             if fault.kind is not DeviceFaultKind.BAD_RESULT:
                 raise
@@ -362,6 +363,16 @@ class Engine:
         } | self._pool.changed(recipe.parts)
         if changed:
             self._pool.discard(changed)
+
+    @contextmanager
+    def _blamed_for_bad_results(self, recipe: Recipe | LanguageRecipe) -> Iterator[None]:
+        """Its parts may be what has gone bad, the copies in host memory too: they go."""
+        try:
+            yield
+        except DeviceFault as fault:
+            if fault.kind is DeviceFaultKind.BAD_RESULT:
+                self._pool.discard(recipe.part_keys())
+            raise
 
     @contextmanager
     def _workspace_measured(self) -> Iterator[None]:
