@@ -128,6 +128,7 @@ class Engine:
         self._encoder, self._thread = _one_thread("encode"), _one_thread("compute")
         self._state = EngineState(on_disk=store.on_disk())
         self._loaded = (0.0, Tier.DEVICE)
+        self._has_run = False
 
     @property
     def gpu_class(self) -> GpuClass:
@@ -164,6 +165,15 @@ class Engine:
             files, score = self._run(order, cancelled, on_step)
             ready_at, tier = self._loaded
             return Computed(score, files, monotonic() - began, max(0.0, ready_at - began), tier)
+
+    def distrust(self) -> None:
+        """Forget all that was read, the copies in host memory too. For the thread that runs orders.
+
+        Nothing is lost of what no order has computed with yet: it has just been read.
+        """
+        if self._has_run:
+            near = self._pool.where()
+            self._pool.discard(near.device | near.host)
 
     def preload(self, models: Sequence[str]) -> tuple[str, ...]:
         """Bring these base models (`name[+variant]`) to the card, and keep them there.
@@ -219,6 +229,9 @@ class Engine:
         self, order: Order, cancelled: Callable[[], bool], on_step: OnStep
     ) -> tuple[Files, Score]:
         params = _parse(order)
+        if order.afresh:
+            self.distrust()
+        self._has_run = True
 
         def check() -> None:
             _check_wanted(order.deadline, cancelled, self._clock)

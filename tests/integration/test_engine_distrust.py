@@ -11,7 +11,7 @@ import pytest
 from cluster.core.errors import DeviceFault, DeviceFaultKind
 from cluster.core.types import TaskType
 from cluster.inference.engine import Engine
-from devnet.models import LLM
+from devnet.models import LLM, SD15
 from tests.integration.engine_world import ROOMY, fault_of, new_engine, order, run
 
 
@@ -38,8 +38,8 @@ def test_what_gave_a_bad_result_is_not_used_again(tiny_models: Path, part: str, 
 
 
 def test_a_language_model_that_gave_a_bad_result_is_not_used_again(tiny_models: Path) -> None:
-    task = {"model": LLM, "messages": [{"role": "user", "content": "a cat"}]}
-    task["generation_config"] = {"max_new_tokens": 3}
+    said = {"messages": [{"role": "user", "content": "a cat"}]}
+    task = {"model": LLM, "generation_config": {"max_new_tokens": 3}} | said
     chat = replace(order(), task_type=TaskType.LLM, parameters=json.dumps(task))
     fresh = new_engine(tiny_models)
     expected = run(fresh, chat).files
@@ -48,3 +48,16 @@ def test_a_language_model_that_gave_a_bad_result_is_not_used_again(tiny_models: 
     assert isinstance(fault, DeviceFault)
     assert fault.kind is DeviceFaultKind.BAD_RESULT
     assert run(fresh, chat).files == expected
+
+
+def test_an_order_of_a_card_in_doubt_uses_nothing_from_before(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    assert fresh.preload([SD15[0]]) == ()
+    loads = fresh.counts.loads
+    expected = run(fresh, replace(order(), afresh=True)).files
+    assert fresh.counts.loads == loads, "no order has computed with it yet"
+    go_bad(fresh, "unet", 0.01)
+    assert run(fresh, order()).files != expected
+    assert run(fresh, replace(order(), afresh=True)).files == expected
+    assert run(fresh, order()).files == expected
+    assert fresh.counts.loads == 2 * loads
