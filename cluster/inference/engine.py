@@ -18,7 +18,7 @@ import functools
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import Parameters, SDParameters, parse
-from cluster.inference.parts import PartSource
+from cluster.inference.parts import PartKey, PartSource
 from cluster.inference.pipelines import FittingsShelf, assemble
 from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed
 from cluster.inference.recipes import (
@@ -129,6 +129,7 @@ class Engine:
         self._state = EngineState(on_disk=store.on_disk())
         self._loaded = (0.0, Tier.DEVICE)
         self._has_run = False
+        self._preloaded: dict[str, tuple[PartSource, ...]] = {}
 
     @property
     def gpu_class(self) -> GpuClass:
@@ -173,10 +174,11 @@ class Engine:
         """
         if self._has_run:
             near = self._pool.where()
-            self._pool.discard(near.device | near.host)
+            self._discard(near.device | near.host)
 
     def preload(self, models: Sequence[str]) -> tuple[str, ...]:
-        """Bring these base models (`name[+variant]`) to the card, and keep them there.
+        """Bring these base models (`name[+variant]`) to the card, and keep them there for as long
+        as their files stay as they are.
 
         What can't be had is left out; a line for the operator says why.
         """
@@ -186,20 +188,32 @@ class Engine:
                 with self._faults_named():
                     needed = self._parts_of(_as_loaded_by_default(model, self.store))
                     self._hold({part.key: part for part in needed})
-                    self._pool.kept |= {part.key for part in needed}
+                    self._preloaded = {**self._preloaded, model: needed}
             except ClusterError as error:
                 problems.append(f"{model}: {error}")
         return tuple(problems)
+
+    @property
+    def preloaded(self) -> frozenset[str]:
+        """What `preload` has brought and is kept. Any thread may ask."""
+        return frozenset(self._preloaded)
 
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         """Read an order's weights into host memory, while another thread computes.
 
         Reads the files through and does nothing else: what the libraries do as they load changes
         torch's defaults for all threads. The system's file cache keeps them until they are loaded.
-        Raises what `run` would raise for models that aren't there.
+        Raises what `run` would raise for models that aren't there, and `Cancelled`.
         """
+
+        def look() -> None:
+            if not wanted():
+                raise Cancelled("not wanted any more")
+
         near = self._pool.where()
-        for part in self._parts_of(_parse(order)):
+        with parts.looking(look):
+            needed = self._parts_of(_parse(order))
+        for part in needed:
             if part.key not in near.device | near.host:
                 for file in part.files:
                     with file.open("rb", buffering=0) as stream:
@@ -278,9 +292,10 @@ class Engine:
     def _text(self, params: LLMParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
         check()
         recipe = self._remember(language_recipe_for(params, self.store))
-        language.refuse_code(recipe.model.folder)
-        own_settings.refuse(recipe.model.folder)
-        tokenizer = self._shelf.tokenizer(recipe.model.folder)
+        with parts.disk(recipe.model.folder):
+            language.refuse_code(recipe.model.folder)
+            own_settings.refuse(recipe.model.folder)
+            tokenizer = self._shelf.tokenizer(recipe.model.folder)
         model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
         check()
@@ -356,6 +371,12 @@ class Engine:
     def _hold(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
         computing = torch.get_num_threads()
         torch.set_num_threads(self._loading_threads or computing)
+        self._preloaded = {
+            name: needed
+            for name, needed in self._preloaded.items()
+            if all(part.is_as_seen() for part in needed)
+        }
+        self._pool.kept = {part.key for needed in self._preloaded.values() for part in needed}
         try:
             return self._pool.hold(parts)
         finally:
@@ -375,7 +396,15 @@ class Engine:
             recipe.parts[role].key for role, module in modules.items() if not lora.is_bare(module)
         } | self._pool.changed(recipe.parts)
         if changed:
-            self._pool.discard(changed)
+            self._discard(changed)
+
+    def _discard(self, keys: Set[PartKey]) -> None:
+        self._pool.discard(keys)
+        self._preloaded = {
+            name: needed
+            for name, needed in self._preloaded.items()
+            if keys.isdisjoint(part.key for part in needed)
+        }
 
     @contextmanager
     def _blamed_for_bad_results(self, recipe: Recipe | LanguageRecipe) -> Iterator[None]:
@@ -384,7 +413,7 @@ class Engine:
             yield
         except DeviceFault as fault:
             if fault.kind is DeviceFaultKind.BAD_RESULT:
-                self._pool.discard(recipe.part_keys())
+                self._discard(recipe.part_keys())
             raise
 
     @contextmanager

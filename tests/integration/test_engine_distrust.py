@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from cluster.core.errors import DeviceFault, DeviceFaultKind
+from cluster.core.errors import Cancelled, DeviceFault, DeviceFaultKind
 from cluster.core.types import TaskType
+from cluster.inference import diffusion
 from cluster.inference.engine import Engine
+from cluster.inference.pipelines import Pipeline
 from devnet.models import LLM, SD15
-from tests.integration.engine_world import ROOMY, fault_of, new_engine, order, run
+from tests.integration.engine_world import ONE_PIPELINE, ROOMY, fault_of, new_engine, order, run
 
 
 def go_bad(engine: Engine, part: str, value: float) -> None:
@@ -61,3 +67,65 @@ def test_an_order_of_a_card_in_doubt_uses_nothing_from_before(tiny_models: Path)
     assert run(fresh, replace(order(), afresh=True)).files == expected
     assert run(fresh, order()).files == expected
     assert fresh.counts.loads == 2 * loads
+
+
+def test_what_a_run_changed_is_thrown_away(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = new_engine(tiny_models)
+    expected, real = run(fresh, order()).files, diffusion.make_images
+    loads = fresh.counts.loads
+
+    def make_images(pipeline: Pipeline, *others: Any) -> None:
+        real(pipeline, *others)
+        layer = pipeline.base.unet.conv_out
+        layer.bias = torch.nn.Parameter(layer.bias.detach() + 1, requires_grad=False)
+
+    monkeypatch.setattr("cluster.inference.engine.make_images", make_images)
+    assert run(fresh, order()).files == expected
+    monkeypatch.undo()
+    assert run(fresh, order()).files == expected
+    assert fresh.counts.loads == loads + 1
+
+
+# --- preloaded ------------------------------------------------------------------------------------
+
+
+def test_a_preloaded_models_old_files_leave_the_card(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / SD15[0], tmp_path / "org" / "model")
+    file = tmp_path / "org" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    small = new_engine(tmp_path, ONE_PIPELINE, 0)
+    for change in range(3):
+        weights = load_file(file)
+        weights["conv_out.bias"] += change
+        save_file(weights, file, metadata={"format": "pt"})
+        assert small.preload(["org/model"]) == ()
+        assert small.preloaded == {"org/model"}
+        assert small.usage().device_bytes <= ONE_PIPELINE
+
+
+def test_what_is_distrusted_is_to_be_preloaded_again(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    assert fresh.preload([SD15[0], LLM]) == ()
+    go_bad(fresh, "unet", float("nan"))
+    fault_of(fresh, order())
+    assert fresh.preloaded == {LLM}
+    fresh.distrust()
+    assert fresh.preloaded == frozenset()
+    assert fresh.usage().device_bytes == 0
+
+
+# --- read ahead -----------------------------------------------------------------------------------
+
+
+def test_a_key_that_nobody_wants_any_more_is_not_made(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / SD15[0], tmp_path / "org" / "model")
+    fresh, asked = new_engine(tmp_path), []
+
+    def wanted() -> bool:
+        asked.append(1)
+        return len(asked) < 3
+
+    with pytest.raises(Cancelled):
+        fresh.prefetch(order(base_model="org/model"), wanted)
+    assert len(asked) == 3

@@ -13,7 +13,7 @@ import pytest
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, TaskType
 from cluster.inference.engine import Engine
-from cluster.inference.mounted import MountedEngine
+from cluster.inference.mounted import PRELOAD_PAUSE, MountedEngine
 from cluster.models.keeper import Keeper
 from cluster.models.refusals import Refused
 from tests.unit.actor_fakes import DONE
@@ -68,3 +68,63 @@ def test_what_a_task_finds_on_the_disk_is_counted() -> None:
     # Reading ahead isn't a task's need yet.
     mounted.prefetch(order, lambda: True)
     assert mounted.usage().hits == 4
+
+
+class Keeping:
+    """Brings what has come right, and keeps it until it is taken away."""
+
+    def __init__(self, *right: str) -> None:
+        self.right = set(right)
+        self.preloaded: frozenset[str] = frozenset()
+        self.asked: list[tuple[str, ...]] = []
+
+    def preload(self, models: tuple[str, ...]) -> tuple[str, ...]:
+        self.asked.append(models)
+        self.preloaded |= self.right & set(models)
+        return tuple(f"{name}: no" for name in models if name not in self.preloaded)
+
+
+class Shelf:
+    def __init__(self, *here: str) -> None:
+        self.here = frozenset(here)
+
+    @property
+    def store(self) -> Shelf:
+        return self
+
+    def on_disk(self) -> frozenset[str]:
+        return self.here
+
+
+def test_what_could_not_be_preloaded_is_tried_again_after_a_pause() -> None:
+    now, engine, shelf = [0.0], Keeping("a/a"), Shelf("a/a", "b/b", "c/c")
+    mounted = MountedEngine(
+        cast("Engine", engine),
+        CardUuid("GPU-1"),
+        cast(Keeper, shelf),
+        ["a/a", "b/b"],
+        clock=lambda: now[0],
+    )
+    assert mounted.has_to_tend()
+    assert mounted.tend() == ("b/b: no",)
+    assert not mounted.has_to_tend()
+    now[0] = PRELOAD_PAUSE - 1
+    assert not mounted.has_to_tend()
+    now[0] = PRELOAD_PAUSE
+    engine.right.add("b/b")
+    assert mounted.has_to_tend()
+    assert mounted.tend() == ()
+    assert not mounted.has_to_tend()
+    assert engine.asked == [("a/a", "b/b"), ("b/b",)]
+
+
+def test_what_is_kept_no_more_is_preloaded_again_at_once() -> None:
+    engine = Keeping("a/a")
+    shelf = cast(Keeper, Shelf("a/a"))
+    mounted = MountedEngine(cast("Engine", engine), CardUuid("GPU-1"), shelf, ["a/a", "b/b"])
+    mounted.tend()
+    assert not mounted.has_to_tend(), "the other one hasn't come yet"
+    engine.preloaded = frozenset()
+    assert mounted.has_to_tend()
+    mounted.tend()
+    assert engine.asked == [("a/a",)] * 2
