@@ -252,7 +252,7 @@ class Canaries:
         gpu_id = subject.gpu.gpu_id
         self._log.info("canary_asked", gpu=gpu_id, why=why.value, model=subject.question.model)
         try:
-            score = await self._score(subject)
+            score = await self._score(subject, afresh=why.urgent)
         except (ModelUnavailable, TaskUnsupported, TaskInvalid) as error:
             self._cannot(subject, error)
         except DeviceFault as error:
@@ -273,7 +273,8 @@ class Canaries:
             self._scheduled -= why is Due.SCHEDULE
             self._changed()
 
-    async def _score(self, subject: _Subject) -> Score:
+    async def _score(self, subject: _Subject, afresh: bool) -> Score:
+        """With `afresh` it is the card that answers, and not what went bad in its memory once."""
         gpu_id = subject.gpu.gpu_id
         order = Order(
             self._new_attempt_id(),
@@ -281,6 +282,7 @@ class Canaries:
             int(TaskType.SD),
             canary.parameters(subject.question.model),
             Timestamp(self._clock() + ANSWER_SECONDS),
+            afresh,
         )
         try:
             async with asyncio.timeout(ANSWER_SECONDS):

@@ -255,6 +255,8 @@ class InferenceWorker:
             await loop.run_in_executor(self._reader, self._read_ahead, self._engine, order)
 
     def _read_ahead(self, engine: Engine, order: Order) -> None:
+        if self._ahead is not order:
+            return  # while it waited for the one before, a newer one came
         # A hint: whoever runs the order meets the same error and gives it its meaning.
         with contextlib.suppress(ClusterError, OSError):
             engine.prefetch(order, lambda: self._ahead is order)

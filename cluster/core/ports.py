@@ -231,7 +231,8 @@ class Order:
     """What a GPU gets to do: plain values, no key, no address of a service.
 
     `parameters` is JSON text already validated; `deadline` is on the GPU machine's clock, which is
-    assumed right to a few seconds.
+    assumed right to a few seconds. `afresh`: for a card in doubt, nothing is used that it has kept
+    from before, in its own memory or its machine's.
     """
 
     attempt_id: AttemptId
@@ -239,6 +240,7 @@ class Order:
     task_type: int
     parameters: str
     deadline: Timestamp | None
+    afresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

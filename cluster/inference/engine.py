@@ -18,7 +18,7 @@ import functools
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import Parameters, SDParameters, parse
-from cluster.inference.parts import PartSource
+from cluster.inference.parts import PartKey, PartSource
 from cluster.inference.pipelines import FittingsShelf, assemble
 from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed
 from cluster.inference.recipes import (
@@ -131,6 +131,8 @@ class Engine:
         self._encoder, self._thread = _one_thread("encode"), _one_thread("compute")
         self._state = EngineState(on_disk=store.on_disk())
         self._loaded = (0.0, Tier.DEVICE)
+        self._has_run = False
+        self._preloaded: dict[str, tuple[PartSource, ...]] = {}
 
     @property
     def gpu_class(self) -> GpuClass:
@@ -168,10 +170,20 @@ class Engine:
             ready_at, tier = self._loaded
             return Computed(score, files, monotonic() - began, max(0.0, ready_at - began), tier)
 
+    def distrust(self) -> None:
+        """Forget all that was read, the copies in host memory too. For the thread that runs orders.
+
+        Nothing is lost of what no order has computed with yet: it has just been read.
+        """
+        if self._has_run:
+            near = self._pool.where()
+            self._discard(near.device | near.host)
+
     def preload(
         self, models: Sequence[str], look: Callable[[], None] = lambda: None
     ) -> tuple[str, ...]:
-        """Bring these base models (`name[+variant]`) to the card, and keep them there.
+        """Bring these base models (`name[+variant]`) to the card, and keep them there for as long
+        as their files stay as they are.
 
         What can't be had is left out; a line for the operator says why. `look` is called between
         the pieces of what is read; to give way to something else it raises `Cancelled`, which
@@ -183,22 +195,34 @@ class Engine:
                 with self._faults_named(), parts.looking(look):
                     needed = self._parts_of(_as_loaded_by_default(model, self.store))
                     self._hold({part.key: part for part in needed})
-                    self._pool.kept |= {part.key for part in needed}
+                    self._preloaded = {**self._preloaded, model: needed}
             except Cancelled:
                 raise
             except ClusterError as error:
                 problems.append(f"{model}: {error}")
         return tuple(problems)
 
+    @property
+    def preloaded(self) -> frozenset[str]:
+        """What `preload` has brought and is kept. Any thread may ask."""
+        return frozenset(self._preloaded)
+
     def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
         """Read an order's weights into host memory, while another thread computes.
 
         Reads the files through and does nothing else: what the libraries do as they load changes
         torch's defaults for all threads. The system's file cache keeps them until they are loaded.
-        Raises what `run` would raise for models that aren't there.
+        Raises what `run` would raise for models that aren't there, and `Cancelled`.
         """
+
+        def look() -> None:
+            if not wanted():
+                raise Cancelled("not wanted any more")
+
         near = self._pool.where()
-        for part in self._parts_of(_parse(order)):
+        with parts.looking(look):
+            needed = self._parts_of(_parse(order))
+        for part in needed:
             if part.key not in near.device | near.host:
                 for file in part.files:
                     with file.open("rb", buffering=0) as stream:
@@ -228,6 +252,9 @@ class Engine:
         self, order: Order, cancelled: Callable[[], bool], on_step: OnStep
     ) -> tuple[Files, Score]:
         params = _parse(order)
+        if order.afresh:
+            self.distrust()
+        self._has_run = True
 
         def check() -> None:
             _check_wanted(order.deadline, cancelled, self._clock)
@@ -274,13 +301,14 @@ class Engine:
     def _text(self, params: LLMParameters, check: Check, progress: OnStep) -> tuple[Files, Score]:
         check()
         recipe = self._remember(language_recipe_for(params, self.store))
-        language.refuse_code(recipe.model.folder)
-        own_settings.refuse(recipe.model.folder)
-        tokenizer = self._shelf.tokenizer(recipe.model.folder)
+        with parts.disk(recipe.model.folder):
+            language.refuse_code(recipe.model.folder)
+            own_settings.refuse(recipe.model.folder)
+            tokenizer = self._shelf.tokenizer(recipe.model.folder)
         model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
         check()
-        with self._workspace_measured():
+        with self._workspace_measured(), self._blamed_for_bad_results(recipe):
             prompt, made = language.generate(model, tokenizer, params, progress)
         file = language.result_file(language.response(tokenizer, params, prompt, made))
         return ((language.FILE, file),), score_llm(file)
@@ -290,7 +318,8 @@ class Engine:
         prompts.check(params)
         recipe = self._remember(recipe_for(params, self.store))
         try:
-            return self._images_of(recipe, params, check, progress)
+            with self._blamed_for_bad_results(recipe):
+                return self._images_of(recipe, params, check, progress)
         except DeviceFault as fault:
             if fault.kind is not DeviceFaultKind.BAD_RESULT:
                 raise
@@ -352,6 +381,12 @@ class Engine:
     def _hold(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
         computing = torch.get_num_threads()
         torch.set_num_threads(self._loading_threads or computing)
+        self._preloaded = {
+            name: needed
+            for name, needed in self._preloaded.items()
+            if all(part.is_as_seen() for part in needed)
+        }
+        self._pool.kept = {part.key for needed in self._preloaded.values() for part in needed}
         try:
             return self._pool.hold(parts)
         finally:
@@ -371,7 +406,25 @@ class Engine:
             recipe.parts[role].key for role, module in modules.items() if not lora.is_bare(module)
         } | self._pool.changed(recipe.parts)
         if changed:
-            self._pool.discard(changed)
+            self._discard(changed)
+
+    def _discard(self, keys: Set[PartKey]) -> None:
+        self._pool.discard(keys)
+        self._preloaded = {
+            name: needed
+            for name, needed in self._preloaded.items()
+            if keys.isdisjoint(part.key for part in needed)
+        }
+
+    @contextmanager
+    def _blamed_for_bad_results(self, recipe: Recipe | LanguageRecipe) -> Iterator[None]:
+        """Its parts may be what has gone bad, the copies in host memory too: they go."""
+        try:
+            yield
+        except DeviceFault as fault:
+            if fault.kind is DeviceFaultKind.BAD_RESULT:
+                self._discard(recipe.part_keys())
+            raise
 
     @contextmanager
     def _workspace_measured(self) -> Iterator[None]:

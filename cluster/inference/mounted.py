@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from cluster.core.errors import Cancelled
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, TaskType, Tier
 from cluster.inference import devices
@@ -19,6 +18,9 @@ from cluster.inference.nvml import NoDriver, Vitals
 from cluster.inference.parameters import parse
 from cluster.models.keeper import Keeper, Wanted
 from cluster.models.refs import ModelRef
+
+PRELOAD_PAUSE: Final = 300.0
+"""Seconds until what couldn't be preloaded is tried again."""
 
 if TYPE_CHECKING:  # it takes torch with it
     from cluster.inference.engine import Engine, EngineState
@@ -34,8 +36,10 @@ class MountedEngine:
     keeper: Keeper
     preload: Sequence[str] = ()
     simulated: bool = False
+    clock: Callable[[], float] = monotonic
     _candidates: Candidates = field(init=False)
-    _preloaded: set[str] = field(default_factory=set)
+    _not_before: dict[str, float] = field(default_factory=dict)
+    """By `clock`: what couldn't be preloaded is tried again then."""
     _hits: int = 0
 
     def __post_init__(self) -> None:
@@ -96,18 +100,21 @@ class MountedEngine:
         """Bring to the card the next model that is to be kept there and has come; a line if it
         couldn't be. Where `look` raises `Cancelled` it is left for another time."""
         names = self._may_be_preloaded()[:1]
-        self._preloaded.update(names)
-        try:
-            return self.engine.preload(names, look)
-        except Cancelled:
-            self._preloaded.difference_update(names)
-            raise
+        problems = self.engine.preload(names, look)
+        until = self.clock() + PRELOAD_PAUSE
+        self._not_before |= dict.fromkeys(set(names) - self.engine.preloaded, until)
+        return problems
 
     def _may_be_preloaded(self) -> tuple[str, ...]:
-        if len(self._preloaded) == len(set(self.preload)):
-            return ()
-        here = self.keeper.store.on_disk()
-        return tuple(n for n in self.preload if n in here and n not in self._preloaded)
+        """What isn't kept there: it hasn't come yet, or was replaced or distrusted since."""
+        kept, now = self.engine.preloaded, self.clock()
+        due = [
+            name
+            for name in dict.fromkeys(self.preload)
+            if name not in kept and now >= self._not_before.get(name, now)
+        ]
+        here = self.keeper.store.on_disk() if due else frozenset()
+        return tuple(name for name in due if name in here)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Looks at the disk: not for a loop that has others to serve."""

@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, NewType
 
 import diffusers
@@ -54,6 +56,10 @@ DTYPES: Final = {
 }
 
 
+Seen = tuple[str, int, int, int]
+"""A file's path, and what `stat` says of it: size, nanoseconds of its last change, inode."""
+
+
 @dataclass(frozen=True, slots=True)
 class PartSource:
     """Where a part comes from. `files` are its weights; `size` is theirs on disk, in bytes.
@@ -69,6 +75,15 @@ class PartSource:
     files: tuple[Path, ...]
     size: int
     bits: int | None = None
+    seen: tuple[Seen, ...] = ()
+    """All files that its key was made of, as they were then."""
+
+    def is_as_seen(self) -> bool:
+        """Whether none of its files has changed since its key was made."""
+        try:
+            return all(_look_at(Path(each[0])) == each for each in self.seen)
+        except OSError:
+            return False
 
     @property
     def device_size(self) -> int:
@@ -85,8 +100,16 @@ def source(
 ) -> PartSource:
     """The part in `folder`, whose weights are read through once to make its key.
 
-    Raises `ModelUnavailable` for a class that isn't run, or files that aren't there.
+    Raises `ModelUnavailable` for a class that isn't run, or files that aren't there or can't be
+    read.
     """
+    with disk(folder):
+        return _source(folder, class_name, dtype, variant, bits)
+
+
+def _source(
+    folder: Path, class_name: str, dtype: str, variant: str | None, bits: int | None
+) -> PartSource:
     if class_name not in CLASSES:
         raise _refused(f"{folder.parent.name}/{folder.name} is a {class_name[:80]}, not run here")
     files = weights(folder, variant)
@@ -100,11 +123,15 @@ def source(
     # in the table that says which of the shards are read.
     settings = folder / own_settings.FILE
     tables = sorted(folder.glob("*.safetensors.index*.json"))
+    seen: list[Seen] = []
     for file in (config, *((settings,) if settings.is_file() else ()), *tables, *files):
-        digest.update(digest_of(file))
+        seen.append(_look_at(file))
+        digest.update(_digest(file, seen[-1]))
     key = PartKey(f"{class_name}:{dtype}:{digest.hexdigest()}")
-    size = sum(file.stat().st_size for file in files)
-    return PartSource(key, folder, class_name, dtype, variant or None, files, size, bits)
+    size = sum(each[1] for each in seen[-len(files) :])
+    return PartSource(
+        key, folder, class_name, dtype, variant or None, files, size, bits, tuple(seen)
+    )
 
 
 def weights(folder: Path, variant: str | None) -> tuple[Path, ...]:
@@ -128,8 +155,10 @@ def _variant_of(file: Path) -> str:
     return "." + stem.partition(".")[2] if "." in stem else ""
 
 
-_digests: dict[tuple[str, int, int, int], bytes] = {}
-"""By path and what `stat` says of a file: a changed file is read anew."""
+MOST_DIGESTS: Final = 4096
+_digests: OrderedDict[Seen, bytes] = OrderedDict()
+"""A changed file is read anew. The least recently used leaves first; two threads use it."""
+_digests_lock: Final = Lock()
 
 
 _look: ContextVar[Callable[[], None]] = ContextVar("look", default=lambda: None)
@@ -147,24 +176,51 @@ def looking(look: Callable[[], None]) -> Iterator[None]:
 
 
 def digest_of(file: Path) -> bytes:
-    """The sha256 of a file's contents, read once for as long as the file stays as it is."""
+    """The sha256 of a file's contents, read once for as long as the file stays as it is.
+
+    Raises `ModelUnavailable` when it can't be read.
+    """
+    with disk(file):
+        return _digest(file, _look_at(file))
+
+
+def _look_at(file: Path) -> Seen:
     stat = file.stat()
-    seen = (os.fspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if seen not in _digests:
-        digest = hashlib.sha256()
-        with file.open("rb", buffering=0) as stream:
-            while piece := stream.read(PIECE):
-                digest.update(piece)
-                _look.get()()
+    return (os.fspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def _digest(file: Path, seen: Seen) -> bytes:
+    with _digests_lock:
+        if (known := _digests.get(seen)) is not None:
+            _digests.move_to_end(seen)
+            return known
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+            _look.get()()
+    with _digests_lock:
         _digests[seen] = digest.digest()
-    return _digests[seen]
+        while len(_digests) > MOST_DIGESTS:
+            _digests.popitem(last=False)
+    return digest.digest()
+
+
+@contextmanager
+def disk(place: Path) -> Iterator[None]:
+    """What the system says against reading there is no card's fault: `ModelUnavailable`."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{place.parent.name}/{place.name} can't be read: {error.strerror}"
+        raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, line) from error
 
 
 def load(part: PartSource, device: torch.device) -> torch.nn.Module:
     """The part in host memory, a quantized one on `device`: its weights are made there, and carry
     what they are unpacked with beside them, so it can't be moved.
 
-    Raises `ModelUnavailable` when its files don't make one.
+    Raises `ModelUnavailable` when its files don't make one, or aren't those of its key any more.
 
     A language model's dtype may be `auto`: what its weights are stored in. Not for a second thread
     while another computes: the libraries change torch's default dtype and its modules' constructors
@@ -196,6 +252,11 @@ def load(part: PartSource, device: torch.device) -> torch.nn.Module:
     if isinstance(own := getattr(module, "generation_config", None), transformers.GenerationConfig):
         own_settings.choose(own)
     _look.get()()
+    if not part.is_as_seen():
+        raise ModelUnavailable(
+            ModelUnavailableKind.UNREACHABLE,
+            f"{part.folder.parent.name}/{part.folder.name} changed while it was read",
+        )
     return module.eval().requires_grad_(False)
 
 

@@ -129,6 +129,8 @@ class Pool:
             self._parts.pop(key, None)
         self._look()
         release_memory()
+        if self.device.type == "cuda":
+            release_pinned()
 
     def clear(self) -> None:
         """Send everything away from the device, in order to begin with all of its memory."""

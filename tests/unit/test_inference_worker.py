@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from structlog.testing import capture_logs
@@ -407,6 +407,30 @@ async def test_only_the_newest_order_is_still_wanted(engine: FakeEngine) -> None
     await worker.prefetch(order(B))
     assert not first_wanted()
     assert engine.ahead[1][1]()
+
+
+@dataclass
+class SlowReader(FakeEngine):
+    """Reads until it isn't wanted any more, or may end."""
+
+    def prefetch(self, order: Order, wanted: Callable[[], bool]) -> None:
+        super().prefetch(order, wanted)
+        while wanted() and not self.go.wait(0.001):
+            pass
+
+
+async def test_what_is_wanted_no_more_when_its_turn_comes_is_not_read() -> None:
+    engine = SlowReader()
+    worker = worker_of(engine)
+    begun = [asyncio.create_task(worker.prefetch(replace(order(A), task=Commitment("0xa"))))]
+    await until(lambda: bool(engine.ahead))
+    for task in ("0xb", "0xc"):
+        told = worker.prefetch(replace(order(A), task=Commitment(task)))
+        begun.append(asyncio.create_task(told))
+    await until(lambda: len(engine.ahead) > 1)
+    engine.go.set()
+    await asyncio.gather(*begun)
+    assert [task for task, _ in engine.ahead] == ["0xa", "0xc"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cluster.core.errors import Cancelled
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import AttemptId, CardUuid, Commitment, TaskType
 from cluster.inference.engine import Engine
-from cluster.inference.mounted import MountedEngine
+from cluster.inference.mounted import PRELOAD_PAUSE, MountedEngine
 from cluster.models.keeper import Keeper
 from cluster.models.refusals import Refused
 from tests.unit.actor_fakes import DONE
@@ -78,11 +78,13 @@ class Preloading:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.preloaded: frozenset[str] = frozenset()
 
     def preload(self, models: Sequence[str], look: Callable[[], None]) -> tuple[str, ...]:
         for model in models:
             look()
             self.asked.append(model)
+            self.preloaded |= {model} - {"b"}
         return tuple(f"{model}: no memory" for model in models if model == "b")
 
 
@@ -103,3 +105,67 @@ def test_what_is_kept_on_the_card_is_brought_one_by_one_and_gives_way() -> None:
     assert mounted.tend(lambda: None) == ()
     assert engine.asked == ["a", "b", "c"]
     assert not mounted.has_to_tend()
+
+
+def go_on() -> None: ...
+
+
+class Keeping:
+    """Brings what has come right, and keeps it until it is taken away."""
+
+    def __init__(self, *right: str) -> None:
+        self.right = set(right)
+        self.preloaded: frozenset[str] = frozenset()
+        self.asked: list[tuple[str, ...]] = []
+
+    def preload(self, models: tuple[str, ...], _look: object) -> tuple[str, ...]:
+        self.asked.append(models)
+        self.preloaded |= self.right & set(models)
+        return tuple(f"{name}: no" for name in models if name not in self.preloaded)
+
+
+class Shelf:
+    def __init__(self, *here: str) -> None:
+        self.here = frozenset(here)
+
+    @property
+    def store(self) -> Shelf:
+        return self
+
+    def on_disk(self) -> frozenset[str]:
+        return self.here
+
+
+def test_what_could_not_be_preloaded_is_tried_again_after_a_pause() -> None:
+    now, engine, shelf = [0.0], Keeping("a/a"), Shelf("a/a", "b/b", "c/c")
+    mounted = MountedEngine(
+        cast("Engine", engine),
+        CardUuid("GPU-1"),
+        cast(Keeper, shelf),
+        ["a/a", "b/b"],
+        clock=lambda: now[0],
+    )
+    assert mounted.has_to_tend()
+    assert mounted.tend(go_on) == ()
+    assert mounted.tend(go_on) == ("b/b: no",)
+    assert not mounted.has_to_tend()
+    now[0] = PRELOAD_PAUSE - 1
+    assert not mounted.has_to_tend()
+    now[0] = PRELOAD_PAUSE
+    engine.right.add("b/b")
+    assert mounted.has_to_tend()
+    assert mounted.tend(go_on) == ()
+    assert not mounted.has_to_tend()
+    assert engine.asked == [("a/a",), ("b/b",), ("b/b",)]
+
+
+def test_what_is_kept_no_more_is_preloaded_again_at_once() -> None:
+    engine = Keeping("a/a")
+    shelf = cast(Keeper, Shelf("a/a"))
+    mounted = MountedEngine(cast("Engine", engine), CardUuid("GPU-1"), shelf, ["a/a", "b/b"])
+    mounted.tend(go_on)
+    assert not mounted.has_to_tend(), "the other one hasn't come yet"
+    engine.preloaded = frozenset()
+    assert mounted.has_to_tend()
+    mounted.tend(go_on)
+    assert engine.asked == [("a/a",)] * 2

@@ -343,6 +343,13 @@ def test_an_older_torch_keeps_its_pinned_memory(monkeypatch: pytest.MonkeyPatch)
     pool.release_pinned()
 
 
+def test_what_is_discarded_stays_pinned_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(pool, "release_pinned", lambda: released.append(1))
+    Pool(Shop().load, torch.device("cuda"), fixed(0), 0).discard([PartKey("a")])
+    assert released
+
+
 # --- reading ahead of what is loaded --------------------------------------------------------------
 
 

@@ -300,6 +300,20 @@ async def test_a_process_that_we_ended_is_no_worse_for_it(tmp_path: Path) -> Non
         assert (house.asked(), house.free()) == ({}, {A})
 
 
+async def test_a_card_in_doubt_answers_with_nothing_from_before(tmp_path: Path) -> None:
+    """Not so by schedule, which is to find what has gone bad in what tasks are computed with."""
+    house = Ward.of(tmp_path, A)
+    async with house.watched():
+        await house.answer(A, X)
+        house.safeguards.suspect(A)
+        await until(lambda: A in house.asked())
+        assert house.asked()[A].afresh
+        await house.answer(A, X)
+        house.clock.now += 3600
+        await until(lambda: A in house.asked())
+        assert not house.asked()[A].afresh
+
+
 async def test_what_isnt_the_devices_fault_asks_nobody(tmp_path: Path) -> None:
     house = Ward.of(tmp_path, A)
     house.open(TASK, ParametersFetched("{}"))

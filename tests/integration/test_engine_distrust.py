@@ -1,0 +1,131 @@
+"""What is near the card and may have gone bad there is read from disk anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.core.errors import Cancelled, DeviceFault, DeviceFaultKind
+from cluster.core.types import TaskType
+from cluster.inference import diffusion
+from cluster.inference.engine import Engine
+from cluster.inference.pipelines import Pipeline
+from devnet.models import LLM, SD15
+from tests.integration.engine_world import ONE_PIPELINE, ROOMY, fault_of, new_engine, order, run
+
+
+def go_bad(engine: Engine, part: str, value: float) -> None:
+    """As when memory fails: the weights of the part are another number, wherever they lie."""
+    for there in engine._pool._parts.values():
+        if there.source.folder.name == part:
+            for tensor in (*there.module.parameters(), *(there.host or ())):
+                if tensor.is_floating_point():
+                    tensor.data.fill_(value)
+
+
+@pytest.mark.parametrize(("part", "host"), [("unet", 0), ("text_encoder", ROOMY)])
+def test_what_gave_a_bad_result_is_not_used_again(tiny_models: Path, part: str, host: int) -> None:
+    fresh = new_engine(tiny_models, host_bytes=host)
+    expected = run(fresh, order()).files
+    go_bad(fresh, part, float("nan"))
+    loads = fresh.counts.loads
+    fault = fault_of(fresh, order())
+    assert isinstance(fault, DeviceFault)
+    assert fault.kind is DeviceFaultKind.BAD_RESULT
+    assert run(fresh, order()).files == expected
+    assert fresh.counts.loads == 2 * loads
+
+
+def test_a_language_model_that_gave_a_bad_result_is_not_used_again(tiny_models: Path) -> None:
+    said = {"messages": [{"role": "user", "content": "a cat"}]}
+    task = {"model": LLM, "generation_config": {"max_new_tokens": 3}} | said
+    chat = replace(order(), task_type=TaskType.LLM, parameters=json.dumps(task))
+    fresh = new_engine(tiny_models)
+    expected = run(fresh, chat).files
+    go_bad(fresh, LLM.partition("/")[2], float("nan"))
+    fault = fault_of(fresh, chat)
+    assert isinstance(fault, DeviceFault)
+    assert fault.kind is DeviceFaultKind.BAD_RESULT
+    assert run(fresh, chat).files == expected
+
+
+def test_an_order_of_a_card_in_doubt_uses_nothing_from_before(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    assert fresh.preload([SD15[0]]) == ()
+    loads = fresh.counts.loads
+    expected = run(fresh, replace(order(), afresh=True)).files
+    assert fresh.counts.loads == loads, "no order has computed with it yet"
+    go_bad(fresh, "unet", 0.01)
+    assert run(fresh, order()).files != expected
+    assert run(fresh, replace(order(), afresh=True)).files == expected
+    assert run(fresh, order()).files == expected
+    assert fresh.counts.loads == 2 * loads
+
+
+def test_what_a_run_changed_is_thrown_away(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = new_engine(tiny_models)
+    expected, real = run(fresh, order()).files, diffusion.make_images
+    loads = fresh.counts.loads
+
+    def make_images(pipeline: Pipeline, *others: Any) -> None:
+        real(pipeline, *others)
+        layer = pipeline.base.unet.conv_out
+        layer.bias = torch.nn.Parameter(layer.bias.detach() + 1, requires_grad=False)
+
+    monkeypatch.setattr("cluster.inference.engine.make_images", make_images)
+    assert run(fresh, order()).files == expected
+    monkeypatch.undo()
+    assert run(fresh, order()).files == expected
+    assert fresh.counts.loads == loads + 1
+
+
+# --- preloaded ------------------------------------------------------------------------------------
+
+
+def test_a_preloaded_models_old_files_leave_the_card(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / SD15[0], tmp_path / "org" / "model")
+    file = tmp_path / "org" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    small = new_engine(tmp_path, ONE_PIPELINE, 0)
+    for change in range(3):
+        weights = load_file(file)
+        weights["conv_out.bias"] += change
+        save_file(weights, file, metadata={"format": "pt"})
+        assert small.preload(["org/model"]) == ()
+        assert small.preloaded == {"org/model"}
+        assert small.usage().device_bytes <= ONE_PIPELINE
+
+
+def test_what_is_distrusted_is_to_be_preloaded_again(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    assert fresh.preload([SD15[0], LLM]) == ()
+    go_bad(fresh, "unet", float("nan"))
+    fault_of(fresh, order())
+    assert fresh.preloaded == {LLM}
+    fresh.distrust()
+    assert fresh.preloaded == frozenset()
+    assert fresh.usage().device_bytes == 0
+
+
+# --- read ahead -----------------------------------------------------------------------------------
+
+
+def test_a_key_that_nobody_wants_any_more_is_not_made(tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models / SD15[0], tmp_path / "org" / "model")
+    fresh, asked = new_engine(tmp_path), []
+
+    def wanted() -> bool:
+        asked.append(1)
+        return len(asked) < 3
+
+    with pytest.raises(Cancelled):
+        fresh.prefetch(order(base_model="org/model"), wanted)
+    assert len(asked) == 3
