@@ -52,6 +52,7 @@ class CardHealth:
         self._log = structlog.get_logger("health")
         with ledger.journal.read() as connection:
             self._quarantines = {each.uuid: each for each in rows.standing(connection)}
+            self._in_doubt = rows.suspected(connection)
         changed(frozenset(self._quarantines))
 
     # --- quarantines -----------------------------------------------------------------------------
@@ -81,6 +82,7 @@ class CardHealth:
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.clear(connection, card, self._now())
         del self._quarantines[card]
+        self._in_doubt.discard(card)
         for book in self._books.values():
             book.answers.pop(card, None)
         self._log.info("quarantine_cleared", card=card)
@@ -98,6 +100,10 @@ class CardHealth:
             answer is not None and answer.incarnation == incarnation
             for answer in (book.answers.get(card) for book in self._books.values())
         )
+
+    def in_doubt(self, card: CardUuid) -> bool:
+        """Whether something failed on it, and it hasn't answered since."""
+        return card in self._in_doubt
 
     def again(self, question: Question) -> frozenset[CardUuid]:
         """The cards whose answers are in dispute and that are to be asked once more."""
@@ -121,6 +127,7 @@ class CardHealth:
                 rows.expect(connection, question.key, judgement.record, self._now())
             for each in new:
                 rows.begin(connection, each)
+        self._in_doubt.discard(card)
         book.answers[card] = answer
         book.expected = book.expected if judgement.record is None else judgement.record
         self._enter(new, "canary")
@@ -140,6 +147,7 @@ class CardHealth:
         """Something failed on this card: it has to answer again before it gets a task."""
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.suspect(connection, card)
+        self._in_doubt.add(card)
         for book in self._books.values():
             if card in book.answers:
                 book.answers[card] = canary.doubted(book.answers[card])

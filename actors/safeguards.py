@@ -148,4 +148,4 @@ class Safeguards:
 
     def _suspect(self, card: CardUuid) -> None:
         self._health.suspect(card)
-        self._canaries.wake()
+        self._canaries.doubt(card)

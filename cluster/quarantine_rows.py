@@ -143,6 +143,14 @@ def suspect(connection: Connection, uuid: CardUuid) -> None:
     )
 
 
+def suspected(connection: Connection) -> set[CardUuid]:
+    """The cards that haven't answered anything since they were last suspected."""
+    table = answers_table
+    query = select(table.c.uuid, table.c.incarnation).order_by(table.c.at)
+    newest = {CardUuid(row.uuid): row.incarnation for row in connection.execute(query)}
+    return {uuid for uuid, incarnation in newest.items() if not incarnation}
+
+
 def expected(connection: Connection, question: str) -> Score | None:
     query = select(expected_table.c.score).where(expected_table.c.question == question)
     found = connection.execute(query).scalar()

@@ -517,20 +517,111 @@ async def test_a_card_that_fails_on_it_gets_no_task_and_is_asked_later(
         assert (house.free(), house.safeguards.alerts()) == ({A}, ())
 
 
+UNREACHABLE = ModelUnavailable(ModelUnavailableKind.UNREACHABLE, "its source is away")
+TOO_SMALL = DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "too small")
+
+
+def brought_by_a_task(house: Ward, gpu_id: GpuId) -> None:
+    """The model that the card is asked with is none of the operator's."""
+    report = house.pool.reports[gpu_id]
+    found = (canary.Candidate(MODEL, own=False),)
+    house.pool.reports[gpu_id] = replace(report, candidates=found)
+
+
 @pytest.mark.parametrize("where", ["start", "result"])
 async def test_a_card_that_cant_be_asked_is_left_as_it_is(tmp_path: Path, where: str) -> None:
     house = Ward.of(tmp_path, A, B, C)
-    house.pool.faults[where] = [
-        ModelUnavailable(ModelUnavailableKind.DAMAGED, "no"),
-        TaskUnsupported("no"),
-        DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "too small"),
-    ]
+    for each in (A, B):
+        brought_by_a_task(house, each)
+    house.pool.faults[where] = [UNREACHABLE, TOO_SMALL, TaskUnsupported("no")]
     async with house.watched():
         await until(lambda: house.free() == {A, B, C})
         for _ in range(3):
             await house.settle()
         assert len(house.pool.called("start")) == 3
-        assert house.safeguards.alerts() == ()
+        (alert,) = house.safeguards.alerts()
+        assert f"GPU {C} works on without a canary" in alert
+
+
+@pytest.mark.parametrize("error", [UNREACHABLE, TOO_SMALL])
+async def test_trouble_with_the_operators_own_model_makes_no_card_a_trusted_one(
+    tmp_path: Path, error: ClusterError
+) -> None:
+    house = Ward.of(tmp_path, A)
+    async with house.watched():
+        await house.answer(A, error)
+        assert (house.free(), house.asked()) == (set(), {})
+        (alert,) = house.safeguards.alerts()
+        assert f"{MODEL}: {error}" in alert
+        house.clock.now += module.FIRST_PAUSE
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A}, ())
+        # No doubt has come since, so it works on, with an alert.
+        house.clock.now += 3600
+        await house.answer(A, error)
+        assert house.free() == {A}
+        assert len(house.safeguards.alerts()) == 1
+        house.safeguards.suspect(A)
+        assert house.free() == set()
+        house.clock.now += module.FIRST_PAUSE
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A}, ())
+
+
+async def test_what_couldnt_be_asked_once_is_asked_again_after_a_while(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A)
+    brought_by_a_task(house, A)
+    async with house.watched():
+        for pause in (module.FIRST_PAUSE, 2 * module.FIRST_PAUSE):
+            await house.answer(A, UNREACHABLE)
+            house.clock.now += pause - 1
+            await house.settle()
+            assert (house.free(), house.asked()) == ({A}, {})
+            house.clock.now += 1
+        await house.answer(A, X)
+        assert len(house.pool.called("start")) == 3
+
+
+@pytest.mark.parametrize("error", [UNREACHABLE, TaskUnsupported("no")])
+async def test_what_couldnt_be_asked_once_is_asked_when_the_card_is_in_doubt(
+    tmp_path: Path, error: ClusterError
+) -> None:
+    house = Ward.of(tmp_path, A)
+    brought_by_a_task(house, A)
+    async with house.watched():
+        await house.answer(A, error)
+        assert house.free() == {A}
+        house.safeguards.suspect(A)
+        assert house.free() == set()
+        await house.answer(A, X)
+        assert house.free() == {A}
+
+
+@pytest.mark.parametrize("configured", [None, MODEL])
+async def test_a_card_in_doubt_whose_model_isnt_on_its_disk_gets_nothing(
+    tmp_path: Path, configured: str | None
+) -> None:
+    settings = SafeguardSettings(CanarySettings(3600.0, configured))
+    house = Ward.of(tmp_path, A, B, settings=settings)
+    async with house.watched():
+        await house.answer(A, X)
+        await house.answer(B, X)
+        house.pool.cards[0] = replace(card(A), on_disk=frozenset())
+        house.pool.reports[A] = report_of(A, smallest=None)
+        await house.settle()
+        assert house.free() == {A, B}, "nothing is held against it"
+        house.safeguards.suspect(A)
+        await house.settle()
+        assert house.free() == {B}
+        (alert,) = house.safeguards.alerts()
+        assert f"GPU {A} gets no task: something failed on it, and {MODEL}" in alert
+        # It isn't forgotten by a crash.
+    house.begin_term()
+    assert house.free() == {B}
+    house.pool.cards[0], house.pool.reports[A] = card(A), report_of(A)
+    async with house.watched():
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A, B}, ())
 
 
 async def test_a_scheduled_canary_that_fails_keeps_tasks_away(tmp_path: Path) -> None:
