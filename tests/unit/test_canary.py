@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core.types import CardUuid, GigaBytes, GpuClass, Score, TaskType, Timestamp
-from cluster.inference import canary
+from cluster.inference import canary, parts
 from cluster.inference import parameters as task_parameters
 from cluster.inference.canary import (
     Answer,
@@ -282,6 +282,44 @@ def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> No
     for name in ("large", "small"):
         shutil.rmtree(tmp_path / "acme" / name)
     assert engine.candidates() == ()
+
+
+def test_a_model_that_is_spoilt_in_its_middle_is_another_candidate(tmp_path: Path) -> None:
+    """Else the cards of one machine would be judged by what the others' file has them compute."""
+    size = 2**18
+    for each in ("good", "spoilt"):
+        plant(tmp_path / each, "acme/small", size)
+    weights = tmp_path / "spoilt" / "acme" / "small" / "unet" / "weights.safetensors"
+    weights.write_bytes(bytes(size // 2) + b"x" + bytes(size // 2 - 1))
+    engines = [
+        MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path / each)))
+        for each in ("good", "spoilt")
+    ]
+    (good,), (spoilt,) = (engine.candidates() for engine in engines)
+    assert good.contents != spoilt.contents
+    # Mended in its place, by the same process.
+    weights.write_bytes(bytes(size))
+    assert engines[1].candidates() == (good,)
+
+
+def test_a_model_is_read_through_but_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        plant(tmp_path, f"acme/m{number}", 10 + number)
+    read: list[str] = []
+    digest_of = parts.digest_of
+
+    def counted(file: Path) -> bytes:
+        read.append(file.relative_to(tmp_path).as_posix())
+        return digest_of(file)
+
+    monkeypatch.setattr(parts, "digest_of", counted)
+    engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
+    first = engine.candidates()
+    assert engine.candidates() == first
+    assert [each for each in read if each.endswith(".safetensors")] == [
+        "acme/m0/unet/weights.safetensors",
+        "acme/m1/unet/weights.safetensors",
+    ]
 
 
 def test_what_is_no_model_for_a_canary_is_not_looked_into_with_every_report(
