@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Final
 
 import cluster
@@ -141,14 +142,16 @@ def parameters(model: str) -> str:
     )
 
 
-def software() -> str:
-    """What results depend on beside the card and the model, as installed here."""
+def software(libraries: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What results depend on beside the card and the model, as installed here. `libraries`: the
+    versions of what stands between torch and the card, by name."""
     found = [f"crynux-cluster={cluster.__version__}"]
     for package in _PACKAGES:
         try:
             found.append(f"{package}={version(package)}")
         except PackageNotFoundError:
             continue
+    found += [f"{name}={libraries[name]}" for name in sorted(libraries)]
     return " ".join(found)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core.types import CardUuid, GigaBytes, GpuClass, Score, TaskType, Timestamp
-from cluster.inference import canary, parts
+from cluster.inference import canary, devices, parts
 from cluster.inference import parameters as task_parameters
 from cluster.inference.canary import (
     Answer,
@@ -28,6 +29,7 @@ from cluster.models.disk import MANIFEST, Manifest, Stored, manifest_text
 from cluster.models.keeper import Keeper
 from cluster.models.refs import ModelRef
 from cluster.models.store import ModelStore
+from tests.unit.fake_nvml import FakeCard, FakeNvml, error
 
 if TYPE_CHECKING:
     from cluster.inference.engine import Engine
@@ -248,6 +250,24 @@ def test_the_software_is_named_with_its_versions() -> None:
     named = dict(each.split("=") for each in canary.software().split())
     assert {"crynux-cluster", "torch", "diffusers", "transformers", "compel"} <= named.keys()
     assert all(re.match(r"\d", version) for version in named.values())
+    assert not named.keys() & {"driver", "cuda", "cudnn"}
+
+
+def test_so_is_what_stands_between_torch_and_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    nvml = FakeNvml(FakeCard())
+    found = devices.libraries("GPU-1111", nvml)
+    assert found == {"driver": "580.65.06", "cuda": "13.0", "cudnn": "91300"}
+    assert canary.software(found) == f"{canary.software()} cuda=13.0 cudnn=91300 driver=580.65.06"
+    for silent in (error("NotSupported"), error("FunctionNotFound")):
+        assert "driver" not in devices.libraries("GPU-1111", FakeNvml(driver=silent))
+    for none in ("cpu", "simulated-0"):
+        assert devices.libraries(none, nvml) == {}
+    mounted = MountedEngine(
+        cast("Engine", None), CardUuid("simulated-0"), cast(Keeper, None), simulated=True
+    )
+    assert mounted.software() == canary.software()
 
 
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
