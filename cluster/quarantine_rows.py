@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 
 from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, Score, Timestamp
-from cluster.inference.canary import Answer
+from cluster.inference.canary import Answer, Question
 
 metadata = MetaData()
 
@@ -160,6 +160,19 @@ def expected(connection: Connection, question: str) -> Score | None:
 def expect(connection: Connection, question: str, score: Score, now: Timestamp) -> None:
     values = {"score": bytes(score), "at": now}
     _put(connection, expected_table, {"question": question}, values)
+
+
+def forget(connection: Connection, class_name: str | None) -> tuple[str, ...]:
+    """Forget what is expected of a class, or of all, and what cards answered to it: the names of
+    the classes of which there was any of that."""
+    classes: set[str] = set()
+    for table in (expected_table, answers_table):
+        for key in connection.execute(select(table.c.question).distinct()).scalars().all():
+            name = Question.class_name_of(key)
+            if class_name in {None, name}:
+                connection.execute(delete(table).where(table.c.question == key))
+                classes.add(name)
+    return tuple(sorted(classes))
 
 
 # --- disputed scores of tasks ---------------------------------------------------------------------

@@ -67,9 +67,36 @@ def test_who_differs_from_the_record_is_quarantined_even_if_he_is_alone() -> Non
     assert judge(A, X, {A: once(Y)}) == Judgement(Verdict.QUARANTINED, odd=odd(A))
 
 
-def test_a_record_stands_whatever_others_say_later() -> None:
-    found = judge(C, X, {A: once(X), B: twice(Y), C: twice(Y)})
+NORTH_AND_SOUTH = {A: "north", B: "north", C: "south", D: "east"}
+
+
+def test_a_record_stands_against_two_of_one_machine() -> None:
+    answers = {A: once(X), B: twice(Y), C: twice(Y)}
+    for machines in ({}, {B: "south"}, {B: "south", C: "south"}):
+        found = judge(C, X, answers, {}, machines)
+        assert found == Judgement(Verdict.QUARANTINED, odd=odd(C))
+
+
+def test_a_record_stands_against_fewer_than_hold_it() -> None:
+    answers = {A: once(X), B: once(X), C: once(Y)}
+    found = judge(C, X, answers, {}, NORTH_AND_SOUTH)
     assert found == Judgement(Verdict.QUARANTINED, odd=odd(C))
+    more = {CardUuid(f"GPU-{n}"): once(X) for n in range(2)}
+    found = judge(D, X, answers | more | {D: once(Y)}, {}, NORTH_AND_SOUTH)
+    assert found == Judgement(Verdict.QUARANTINED, odd=odd(D))
+
+
+def test_a_record_that_as_many_agree_against_quarantines_none_of_them() -> None:
+    """Those count, too, that it has put there before the others came."""
+    answers = {A: once(X), B: once(X), D: once(Y)}
+    found = judge(D, X, answers, {C: once(Y)}, NORTH_AND_SOUTH)
+    assert found == Judgement(Verdict.DISPUTED)
+    three = {A: once(Y), B: once(Y), C: once(Y)}
+    assert judge(C, X, three) == Judgement(Verdict.DISPUTED)
+    # Who says a third thing, or contradicts himself, is at fault all the same.
+    for other in (once(Z), wavering(Y)):
+        found = judge(D, X, {**three, D: other})
+        assert found == Judgement(Verdict.QUARANTINED, odd=odd(D))
 
 
 def test_one_answer_judges_nobody_else() -> None:

@@ -45,6 +45,7 @@ from cluster.core.types import (
     Gpu,
     GpuId,
     GpuState,
+    RayNodeId,
     Requirement,
     Score,
     Timestamp,
@@ -430,6 +431,42 @@ async def test_a_cleared_card_that_still_differs_goes_back(tmp_path: Path) -> No
         house.safeguards.clear(C)
         await house.answer(C, Y)
         assert house.quarantined() == {uuid_of(C)}
+
+
+async def test_a_wrong_record_quarantines_no_class_and_can_be_taken_back(tmp_path: Path) -> None:
+    """Two cards of one machine with a spoilt file were the first to agree."""
+    good = [GpuId(f"good-{number}") for number in range(4)]
+    house = Ward.of(tmp_path, A, B, *good)
+    for place, each in enumerate(good, 2):
+        house.pool.cards[place] = replace(card(each), ray_node=RayNodeId(f"m-{each}"))
+    async with house.watched():
+        await house.answer(A, Y)
+        await house.answer(B, Y)
+        for each in good:
+            await house.answer(each, X)
+        # The first of them is, before anybody agrees with it.
+        assert house.quarantined() == {uuid_of(good[0])}
+        house.safeguards.clear(good[0])
+        await house.answer(good[0], X)
+        assert house.quarantined() == set()
+        assert house.free() == {A, B, *good}
+        (alert,) = house.safeguards.alerts()
+        assert all(uuid_of(each) in alert for each in good)
+        assert f"gpus forget-canary '{KIND.name}'" in alert
+    house.begin_term()
+    async with house.watched():
+        await house.settle()
+        assert len(house.safeguards.alerts()) == 1
+        assert house.safeguards.forget_canary(KIND.name) == (KIND.name,)
+        assert (house.free(), house.safeguards.alerts()) == (set(), ())
+        for each in good:
+            await house.answer(each, X)
+        # The spoilt file is mended on one, on the other it isn't.
+        await house.answer(A, X)
+        await house.answer(B, Y)
+        assert house.quarantined() == {uuid_of(B)}
+        assert house.safeguards.forget_canary(None) == (KIND.name,)
+        assert house.safeguards.forget_canary("nothing") == ()
 
 
 def test_clearing_is_idempotent_and_knows_cards_by_either_name(tmp_path: Path) -> None:
