@@ -2,11 +2,11 @@
 
 A card is asked when its process is new, after a fault on it, when its answer is in dispute, and by
 schedule. But for the last it gets no task before it has answered (`trusted`); a scheduled question
-waits until no task does, and only some cards are asked at once. A card that has no model to be
-asked with, or whose model a task has brought and nobody can compute with, is left as it is, and
-asked again after a pause or when something fails on it. One that fails on the question, or on a
-model of the operator's own, is asked again later; until it answers it is trusted as little as
-before, and not at all if it failed.
+waits until no task does, though not for ever, and only some cards are asked at once. A card that
+has no model to be asked with, or whose model a task has brought and nobody can compute with, is
+left as it is, and asked again after a pause or when something fails on it. One that fails on the
+question, or on a model of the operator's own, is asked again later; until it answers it is trusted
+as little as before, and not at all if it failed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from cluster.core.types import (
     Gpu,
     GpuClass,
     GpuId,
+    GpuState,
     Score,
     TaskType,
     Timestamp,
@@ -152,6 +153,7 @@ class Canaries:
         self._missing: set[tuple[CardUuid, str | None]] = set()
         self._troubles: dict[CardUuid, _Trouble] = {}
         self._scheduled = 0
+        self._next: frozenset[CardUuid] = frozenset()
         self._awake = asyncio.Event()
         self._log = structlog.get_logger("canary")
 
@@ -176,6 +178,8 @@ class Canaries:
         if subject is None:
             return self._lacks(gpu) is None
         why = self._due(subject)
+        if why is Due.OVERDUE:
+            return gpu.uuid not in self._next
         return why is None or not why.urgent
 
     def doubt(self, card: CardUuid) -> None:
@@ -205,25 +209,47 @@ class Canaries:
     def _begin(self) -> list[tuple[_Subject, Due]]:
         """Take the cards that are to be asked now."""
         self._models.clear()
+        self._next = self._overdue()
         chosen: list[tuple[_Subject, Due]] = []
         for gpu in self._idle():
             subject = self._subject(gpu)
             if subject is None or gpu.gpu_id in self._holds:
                 continue
-            trouble = self._troubles.get(gpu.uuid)
-            if trouble is not None and self._clock() < trouble.until:
+            if self._is_paused(gpu.uuid):
                 continue
             why = self._due(subject)
-            if why is None or (why is Due.SCHEDULE and not self._may_schedule()):
+            if why is None or (why.scheduled and not self._may_schedule(gpu)):
                 continue
             self._holds.take(gpu.gpu_id)
-            self._scheduled += why is Due.SCHEDULE
+            self._scheduled += why.scheduled
             chosen.append((subject, why))
         return chosen
 
-    def _may_schedule(self) -> bool:
-        most = max(1, int(len(self._pool.gpus()) * SHARE_AT_ONCE))
-        return self._scheduled < most and not self._waiting()
+    def _may_schedule(self, gpu: Gpu) -> bool:
+        may = gpu.uuid in self._next or not self._waiting()
+        return may and self._scheduled < self._most_at_once()
+
+    def _most_at_once(self) -> int:
+        return max(1, int(len(self._pool.gpus()) * SHARE_AT_ONCE))
+
+    def _overdue(self) -> frozenset[CardUuid]:
+        """Cards that get no other task before the canary that was put off for too long: as many as
+        a schedule may take, so that the others go on."""
+        room = max(0, self._most_at_once() - self._scheduled)
+        late = [
+            gpu.uuid
+            for gpu in self._pool.gpus()
+            if gpu.state in {GpuState.READY, GpuState.BUSY}
+            and gpu.gpu_id not in self._holds
+            and not self._is_paused(gpu.uuid)
+            and (subject := self._subject(gpu)) is not None
+            and self._due(subject) is Due.OVERDUE
+        ]
+        return frozenset(late[:room])
+
+    def _is_paused(self, card: CardUuid) -> bool:
+        trouble = self._troubles.get(card)
+        return trouble is not None and self._clock() < trouble.until
 
     def _due(self, subject: _Subject) -> Due | None:
         question, card = subject.question, subject.gpu.uuid
@@ -233,7 +259,7 @@ class Canaries:
             card in self._health.again(question),
             Timestamp(self._clock()),
             self.settings.interval,
-            self._health.has_answered(card, subject.incarnation),
+            self._health.last_answered(card, subject.incarnation),
         )
         unable = self._unable.get(subject.mark)
         if unable is None:
@@ -327,7 +353,7 @@ class Canaries:
             self._answered(subject, score)
         finally:
             self._holds.give_back(gpu_id)
-            self._scheduled -= why is Due.SCHEDULE
+            self._scheduled -= why.scheduled
             self._changed()
 
     async def _score(self, subject: _Subject) -> Score:

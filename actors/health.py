@@ -100,12 +100,12 @@ class CardHealth:
     def answer(self, question: Question, card: CardUuid) -> Answer | None:
         return self._book(question).answers.get(card)
 
-    def has_answered(self, card: CardUuid, incarnation: str) -> bool:
-        """Whether this process of the card has answered any question since it was last in doubt."""
-        return any(
-            answer is not None and answer.incarnation == incarnation
-            for answer in (book.answers.get(card) for book in self._books.values())
-        )
+    def last_answered(self, card: CardUuid, incarnation: str) -> Timestamp | None:
+        """When this process of the card last answered any question; None where it hasn't since it
+        was last in doubt."""
+        found = (book.answers.get(card) for book in self._books.values())
+        ours = (each for each in found if each is not None and each.incarnation == incarnation)
+        return max((each.at for each in ours), default=None)
 
     def in_doubt(self, card: CardUuid) -> bool:
         """Whether something failed on it, and it hasn't answered since."""

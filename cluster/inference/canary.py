@@ -88,6 +88,8 @@ class Answer:
     wavered: bool = False
 
 
+PATIENCE: Final = 4
+"""Periods of the schedule after which a canary gives way to no task any more."""
 SEVERAL: Final = 3
 """Cards that are believed to differ in more than one machine's files, wherever they are."""
 
@@ -126,11 +128,18 @@ class Due(enum.Enum):
     """Its process hasn't answered yet, or not since a fault."""
     AGAIN = "again"
     SCHEDULE = "schedule"
+    OVERDUE = "overdue"
+    """The schedule has given way to tasks for long enough."""
 
     @property
     def urgent(self) -> bool:
-        """Whether it comes before any task."""
-        return self is not Due.SCHEDULE
+        """Whether it comes before any task, on every card at once."""
+        return not self.scheduled
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether nothing is held against the card."""
+        return self in {Due.SCHEDULE, Due.OVERDUE}
 
 
 def parameters(model: str) -> str:
@@ -186,16 +195,18 @@ def due(
     again: bool,
     now: Timestamp,
     interval: float,
-    proven: bool = False,
+    proven: Timestamp | None = None,
 ) -> Due | None:
-    """Why a card is to be asked now; `interval` is in seconds. `proven`: its process has answered
-    another question, so that a new one is no new doubt: it works on until there is time for it."""
-    if answer is None and proven:
-        return Due.SCHEDULE
+    """Why a card is to be asked now; `interval` is in seconds. `proven`: when its process has last
+    answered any question, so that a new one is no new doubt: it works on until there is time."""
+    if answer is None and proven is not None:
+        return Due.OVERDUE if now - proven >= interval * PATIENCE else Due.SCHEDULE
     if answer is None or answer.incarnation != incarnation:
         return Due.START
     if again:
         return Due.AGAIN
+    if now - answer.at >= interval * PATIENCE:
+        return Due.OVERDUE
     return Due.SCHEDULE if now - answer.at >= interval else None
 
 

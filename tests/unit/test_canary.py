@@ -240,11 +240,14 @@ def test_when_a_card_is_asked() -> None:
     assert due(canary.doubted(answer), "p1", False, NOW, 60.0) is Due.START
     assert due(answer, "p1", True, NOW, 60.0) is Due.AGAIN
     # A new question to one that has answered another can wait; a doubt can't.
-    assert due(None, "p1", False, NOW, 60.0, proven=True) is Due.SCHEDULE
-    assert due(canary.doubted(answer), "p1", False, NOW, 60.0, proven=True) is Due.START
+    assert due(None, "p1", False, NOW, 60.0, proven=NOW) is Due.SCHEDULE
+    assert due(None, "p1", False, Timestamp(NOW + 240), 60.0, proven=NOW) is Due.OVERDUE
+    assert due(canary.doubted(answer), "p1", False, NOW, 60.0, proven=NOW) is Due.START
     assert due(answer, "p1", False, Timestamp(NOW + 59), 60.0) is None
     assert due(answer, "p1", False, Timestamp(NOW + 60), 60.0) is Due.SCHEDULE
-    assert [each for each in Due if not each.urgent] == [Due.SCHEDULE]
+    assert due(answer, "p1", False, Timestamp(NOW + 239), 60.0) is Due.SCHEDULE
+    assert due(answer, "p1", False, Timestamp(NOW + 240), 60.0) is Due.OVERDUE
+    assert [each for each in Due if not each.urgent] == [Due.SCHEDULE, Due.OVERDUE]
 
 
 # --- the question ---------------------------------------------------------------------------------

@@ -234,6 +234,40 @@ async def test_a_task_that_waits_comes_before_the_schedule(tmp_path: Path) -> No
         await until(lambda: set(house.asked()) == {A})
 
 
+async def test_an_overdue_canary_waits_for_no_task(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A, B)
+    async with house.watched():
+        await house.answer(A, X)
+        await house.answer(B, X)
+        house.open(TASK, ParametersFetched("{}"))
+        await house.want(min_vram=99)  # it waits for ever
+        house.clock.now += 4 * 3600 - 1
+        await house.settle()
+        assert house.asked() == {}
+        house.clock.now += 1
+        await house.settle()
+        # One after the other: the rest go on with tasks.
+        assert (set(house.asked()), house.free()) == ({A}, {B})
+        await house.answer(A, X)
+        await until(lambda: set(house.asked()) == {B})
+        assert house.free() == {A}
+        await house.answer(B, X)
+        assert (house.asked(), house.free()) == ({}, {A, B})
+
+
+async def test_a_card_that_is_never_idle_gets_its_overdue_canary_next(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A)
+    async with house.watched():
+        await house.answer(A, X)
+        house.open(TASK, ParametersFetched("{}"))
+        await house.want()
+        assert house.placed() == [A]
+        house.clock.now += 4 * 3600
+        await house.settle()
+        assert house.asked() == {}
+        assert house.free() == set(), "the next on it is no task"
+
+
 async def test_a_schedule_asks_few_cards_at_once(tmp_path: Path) -> None:
     cards = [GpuId(f"node-{number}") for number in range(20)]
     house = Ward.of(tmp_path, *cards)
