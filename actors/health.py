@@ -5,7 +5,7 @@ Written to the journal under the lease first, then believed. A new term reads it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -30,9 +30,13 @@ class _Book:
     """Cards that differ, with nothing left to tell who is right."""
 
 
+DIFFERS = "its answer to the canary is not what its class computes"
+"""Why a card is in quarantine that a canary put there."""
+
+
 class CardHealth:
     """`changed` hears which cards are in quarantine, at once and whenever that changes; `entered`
-    of each that comes there, why.
+    of each that comes there, why. `machines`: where each card is that is here now.
 
     Every write raises `LeaseLost` when another coordinator acts.
     """
@@ -43,15 +47,18 @@ class CardHealth:
         clock: Callable[[], float],
         changed: Callable[[frozenset[CardUuid]], None],
         entered: Callable[[QuarantineCause], None],
+        machines: Callable[[], Mapping[CardUuid, str]],
     ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._changed = changed
         self._entered = entered
+        self._machines = machines
         self._books: dict[Question, _Book] = {}
         self._log = structlog.get_logger("health")
         with ledger.journal.read() as connection:
             self._quarantines = {each.uuid: each for each in rows.standing(connection)}
+            self._in_doubt = rows.suspected(connection)
         changed(frozenset(self._quarantines))
 
     # --- quarantines -----------------------------------------------------------------------------
@@ -81,6 +88,7 @@ class CardHealth:
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.clear(connection, card, self._now())
         del self._quarantines[card]
+        self._in_doubt.discard(card)
         for book in self._books.values():
             book.answers.pop(card, None)
         self._log.info("quarantine_cleared", card=card)
@@ -92,12 +100,16 @@ class CardHealth:
     def answer(self, question: Question, card: CardUuid) -> Answer | None:
         return self._book(question).answers.get(card)
 
-    def has_answered(self, card: CardUuid, incarnation: str) -> bool:
-        """Whether this process of the card has answered any question since it was last in doubt."""
-        return any(
-            answer is not None and answer.incarnation == incarnation
-            for answer in (book.answers.get(card) for book in self._books.values())
-        )
+    def last_answered(self, card: CardUuid, incarnation: str) -> Timestamp | None:
+        """When this process of the card last answered any question; None where it hasn't since it
+        was last in doubt."""
+        found = (book.answers.get(card) for book in self._books.values())
+        ours = (each for each in found if each is not None and each.incarnation == incarnation)
+        return max((each.at for each in ours), default=None)
+
+    def in_doubt(self, card: CardUuid) -> bool:
+        """Whether something failed on it, and it hasn't answered since."""
+        return card in self._in_doubt
 
     def again(self, question: Question) -> frozenset[CardUuid]:
         """The cards whose answers are in dispute and that are to be asked once more."""
@@ -112,20 +124,39 @@ class CardHealth:
             return Judgement(Verdict.QUARANTINED)
         book = self._book(question)
         answer = canary.next_answer(book.answers.get(card), score, self._now(), incarnation)
-        judgement = canary.judge(card, book.expected, self._trusted(book) | {card: answer})
-        reason = "its answer to the canary is not what its class computes"
-        new = self._new(judgement.odd, question.gpu_class, reason)
+        judgement = canary.judge(
+            card,
+            book.expected,
+            self._trusted(book) | {card: answer},
+            self._convicted(book),
+            self._machines(),
+        )
+        new = self._new(judgement.odd, question.gpu_class, DIFFERS)
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.put_answer(connection, question.key, card, answer)
             if judgement.record is not None:
                 rows.expect(connection, question.key, judgement.record, self._now())
             for each in new:
                 rows.begin(connection, each)
+        self._in_doubt.discard(card)
         book.answers[card] = answer
         book.expected = book.expected if judgement.record is None else judgement.record
         self._enter(new, "canary")
         self._review(question)
         return judgement
+
+    def forget(self, class_name: str | None) -> tuple[str, ...]:
+        """Have what is expected recorded anew, and every card of the class, or of all, asked: the
+        classes' names of which anything was recorded. Quarantines stand."""
+        with self._ledger.journal.write(self._ledger.lease) as connection:
+            found = rows.forget(connection, class_name)
+        for question, book in self._books.items():
+            if class_name in {None, question.gpu_class.name}:
+                book.expected = SHIPPED.get(question.key)
+                book.answers.clear()
+                self._review(question)
+        self._log.warning("canary_forgotten", classes=found)
+        return found
 
     def passed(self) -> dict[CardUuid, Timestamp]:
         """When each card last gave the answer that is expected of its class."""
@@ -140,6 +171,7 @@ class CardHealth:
         """Something failed on this card: it has to answer again before it gets a task."""
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.suspect(connection, card)
+        self._in_doubt.add(card)
         for book in self._books.values():
             if card in book.answers:
                 book.answers[card] = canary.doubted(book.answers[card])
@@ -169,7 +201,22 @@ class CardHealth:
             for question, book in self._books.items()
             if book.stuck
         ]
-        return (*quarantines, *disputes)
+        return (*quarantines, *disputes, *self._doubted_records())
+
+    def _doubted_records(self) -> Iterator[str]:
+        machines = self._machines()
+        for question, book in self._books.items():
+            if book.expected is None:
+                continue
+            said = self._trusted(book) | self._convicted(book)
+            cards = canary.against(book.expected, said, machines)
+            if cards:
+                name = question.gpu_class.name
+                yield (
+                    f"{', '.join(sorted(cards))} agree on another answer to the canary than is "
+                    f"recorded for {name}; find out which is wrong, and if it is the record: "
+                    f"crynux-cluster gpus forget-canary '{name}'"
+                )
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -190,6 +237,14 @@ class CardHealth:
     def _trusted(self, book: _Book) -> dict[CardUuid, Answer]:
         return {
             card: answer for card, answer in book.answers.items() if card not in self._quarantines
+        }
+
+    def _convicted(self, book: _Book) -> dict[CardUuid, Answer]:
+        """The answers of cards that such an answer has put in quarantine."""
+        return {
+            card: answer
+            for card, answer in book.answers.items()
+            if card in self._quarantines and self._quarantines[card].reason == DIFFERS
         }
 
     def _review(self, question: Question) -> None:

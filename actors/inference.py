@@ -70,6 +70,10 @@ class Engine(Protocol):
         """Base models on its machine that a canary can be computed with, the best one first."""
         ...
 
+    def software(self) -> str:
+        """What its results depend on beside card and model. Raises `DeviceFault`."""
+        ...
+
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed: ...
@@ -107,8 +111,9 @@ class Health(enum.Enum):
 class Report:
     """What the actor answers to a ping; `gpu_class` is None, `uuid` empty until the engine is up.
 
-    `incarnation` is another one for each process; `software` is what results depend on there, and
-    `candidates` are base models on that machine's disk (`cluster.inference.canary`).
+    `incarnation` is another one for each process; `software` is what results depend on there, empty
+    until the engine is up, and `candidates` are base models on that machine's disk
+    (`cluster.inference.canary`).
     """
 
     release: str
@@ -154,7 +159,7 @@ class InferenceWorker:
     def __init__(self, make_engine: Callable[[], Engine], release: str) -> None:
         self._release = release
         self._incarnation = uuid.uuid4().hex[:12]
-        self._software = canary.software()
+        self._software = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: Order | None = None
@@ -184,6 +189,7 @@ class InferenceWorker:
             engine = await loop.run_in_executor(self._thread, make_engine)
             # Before it is up: until it is known what to ask a card, it is taken for a good one.
             self._candidates = await loop.run_in_executor(self._thread, engine.candidates)
+            self._software = await loop.run_in_executor(self._thread, engine.software)
             self._engine = engine
         except ClusterError as error:
             self._problem = brief(str(error)) or type(error).__name__

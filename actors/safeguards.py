@@ -51,7 +51,13 @@ class Safeguards:
         self._pool = pool
         self._blamed = {Commitment(task) for task in ledger.journal.cursors(_BLAMED)}
         self._holds = Holds()
-        self._health = CardHealth(ledger, clock, pool.quarantine, metrics.cards.quarantined)
+        self._health = CardHealth(
+            ledger,
+            clock,
+            pool.quarantine,
+            metrics.cards.quarantined,
+            lambda: {gpu.uuid: gpu.ray_node for gpu in pool.gpus()},
+        )
         self._canaries = Canaries(
             self._health,
             pool,
@@ -143,6 +149,13 @@ class Safeguards:
             return "cleared"
         return "free" if named or self._health.is_known(uuid) else "unknown"
 
+    def forget_canary(self, class_name: str | None) -> tuple[str, ...]:
+        """Have what is expected of a class's cards, or of all, recorded anew; the names of the
+        classes of which anything was."""
+        found = self._health.forget(class_name)
+        self._canaries.wake()
+        return found
+
     # --- actors.dispatcher.Guard -----------------------------------------------------------------
 
     def free(self, gpu: Gpu) -> bool:
@@ -159,4 +172,4 @@ class Safeguards:
 
     def _suspect(self, card: CardUuid) -> None:
         self._health.suspect(card)
-        self._canaries.wake()
+        self._canaries.doubt(card)

@@ -46,6 +46,7 @@ from cluster.steering import (
     Drain,
     DropModel,
     EndDrain,
+    ForgetCanary,
     Order,
     PreloadModel,
     ReloadConfig,
@@ -130,6 +131,8 @@ class Steering:
                 return self._end_drain(order)
             case ClearQuarantine(card=card):
                 return self._clear_quarantine(card)
+            case ForgetCanary(gpu_class=gpu_class):
+                return self._forget_canary(gpu_class)
             case RetireAccount(account=account):
                 return self._retire_account(account)
             case ClearAccount(account=account):
@@ -274,6 +277,15 @@ class Steering:
             case _:
                 after = "it computes the canary before it gets a task"
                 return Done(text=f"{card} is out of quarantine; {after}")
+
+    def _forget_canary(self, gpu_class: str | None) -> Done:
+        found = self._safeguards.forget_canary(gpu_class)
+        if found:
+            after = "the cards are asked before they get a task, and it is recorded anew"
+            return Done(text=f"forgotten is what {', '.join(found)} answered; {after}")
+        if gpu_class is None or gpu_class in {gpu.gpu_class.name for gpu in self._gpus()}:
+            return Done(kind="nothing", text="no canary was answered")
+        return _unknown("class", gpu_class)
 
     def _account(self, name: str) -> Address | None:
         ours = {address.lower(): address for address in self._accounts.values()}

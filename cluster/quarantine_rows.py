@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 
 from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, Score, Timestamp
-from cluster.inference.canary import Answer
+from cluster.inference.canary import Answer, Question
 
 metadata = MetaData()
 
@@ -143,6 +143,14 @@ def suspect(connection: Connection, uuid: CardUuid) -> None:
     )
 
 
+def suspected(connection: Connection) -> set[CardUuid]:
+    """The cards that haven't answered anything since they were last suspected."""
+    table = answers_table
+    query = select(table.c.uuid, table.c.incarnation).order_by(table.c.at)
+    newest = {CardUuid(row.uuid): row.incarnation for row in connection.execute(query)}
+    return {uuid for uuid, incarnation in newest.items() if not incarnation}
+
+
 def expected(connection: Connection, question: str) -> Score | None:
     query = select(expected_table.c.score).where(expected_table.c.question == question)
     found = connection.execute(query).scalar()
@@ -152,6 +160,19 @@ def expected(connection: Connection, question: str) -> Score | None:
 def expect(connection: Connection, question: str, score: Score, now: Timestamp) -> None:
     values = {"score": bytes(score), "at": now}
     _put(connection, expected_table, {"question": question}, values)
+
+
+def forget(connection: Connection, class_name: str | None) -> tuple[str, ...]:
+    """Forget what is expected of a class, or of all, and what cards answered to it: the names of
+    the classes of which there was any of that."""
+    classes: set[str] = set()
+    for table in (expected_table, answers_table):
+        for key in connection.execute(select(table.c.question).distinct()).scalars().all():
+            name = Question.class_name_of(key)
+            if class_name in {None, name}:
+                connection.execute(delete(table).where(table.c.question == key))
+                classes.add(name)
+    return tuple(sorted(classes))
 
 
 # --- disputed scores of tasks ---------------------------------------------------------------------

@@ -82,6 +82,14 @@ class ClearQuarantine(Said):
     card: Name
 
 
+class ForgetCanary(Said):
+    """Forget what cards of a class are expected to answer to the canary, or those of every class,
+    and what they answered: they are asked before they get a task, and it is recorded anew."""
+
+    action: Literal["forget_canary"] = "forget_canary"
+    gpu_class: Name | None = None
+
+
 class ApplyFleet(Said):
     """Act on the fleet's plan until nothing is left of it."""
 
@@ -135,6 +143,7 @@ Order = Annotated[
     Drain
     | EndDrain
     | ClearQuarantine
+    | ForgetCanary
     | ApplyFleet
     | RetireAccount
     | ClearAccount

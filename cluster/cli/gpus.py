@@ -16,7 +16,7 @@ from cluster.status import Status
 
 
 @click.group(
-    short_help="List this machine's cards, or the cluster's; let one out of quarantine.",
+    short_help="List this machine's cards, or the cluster's; undo what a canary did.",
     invoke_without_command=True,
 )
 @click.option("--cluster", "all_of_it", is_flag=True, help="The operator's, as its API tells.")
@@ -100,4 +100,25 @@ def gpus_clear(gpu_id: str, config_file: Path) -> None:
     from cluster import config, steering
 
     order = steering.ClearQuarantine(card=gpu_id)
+    click.echo(client.perform(config.load(config_file), order))
+
+
+@gpus.command("forget-canary", short_help="Have what a class answers to the canary recorded anew.")
+@click.argument("gpu_class", metavar="[CLASS]", required=False)
+@config_option
+def gpus_forget_canary(gpu_class: str | None, config_file: Path) -> None:
+    """Forget what the cards of CLASS, or of every class, are held to by their canary.
+
+    For when the status says that cards agree against what is recorded, and it is the record that is
+    wrong: most often two cards that read the same spoilt file were the first to agree. Take their
+    machine out, or mend it, before. CLASS is the name on the network, as `crynux-cluster gpus
+    --cluster` shows it. Every card of it computes the canary before it gets a task, and the first
+    two that agree are the record. Cards in quarantine stay there until `gpus clear`.
+
+    Run this on a machine of the operator's Ray cluster.
+    """
+    from actors import client
+    from cluster import config, steering
+
+    order = steering.ForgetCanary(gpu_class=gpu_class)
     click.echo(client.perform(config.load(config_file), order))

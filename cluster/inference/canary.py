@@ -12,7 +12,9 @@ agree for the first time. Until then nobody knows who is right:
     all contradict themselves: that is the software's doing, so none is quarantined, with an alert
 
 So a card is only ever quarantined on the evidence of other cards, and the only card of its class
-only by an answer recorded before. Nothing here reads a clock or does anything.
+only by an answer recorded before. A record may be wrong itself: as soon as others agree against it
+that are as many as hold it, and no two cards of one machine only, it quarantines none of them, and
+an operator decides. Nothing here reads a clock or does anything.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Final
 
 import cluster
@@ -59,6 +62,10 @@ class Question:
     model: str
     contents: str = ""
 
+    @staticmethod
+    def class_name_of(key: str) -> str:
+        return key.split("|")[1]
+
     @property
     def key(self) -> str:
         """The question's identity in the journal."""
@@ -80,6 +87,11 @@ class Answer:
     runs: int = 1
     wavered: bool = False
 
+
+PATIENCE: Final = 4
+"""Periods of the schedule after which a canary gives way to no task any more."""
+SEVERAL: Final = 3
+"""Cards that are believed to differ in more than one machine's files, wherever they are."""
 
 SHIPPED: Final[Mapping[str, Score]] = {}
 """Expected answers by `Question.key`: of classes on which this version was tried."""
@@ -105,6 +117,10 @@ class Judgement:
     again: frozenset[CardUuid] = field(default_factory=frozenset)
 
 
+NOBODY: Final[Mapping[CardUuid, Answer]] = MappingProxyType({})
+NOWHERE: Final[Mapping[CardUuid, str]] = MappingProxyType({})
+
+
 class Due(enum.Enum):
     """Why a card is to be asked."""
 
@@ -112,11 +128,18 @@ class Due(enum.Enum):
     """Its process hasn't answered yet, or not since a fault."""
     AGAIN = "again"
     SCHEDULE = "schedule"
+    OVERDUE = "overdue"
+    """The schedule has given way to tasks for long enough."""
 
     @property
     def urgent(self) -> bool:
-        """Whether it comes before any task."""
-        return self is not Due.SCHEDULE
+        """Whether it comes before any task, on every card at once."""
+        return not self.scheduled
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether nothing is held against the card."""
+        return self in {Due.SCHEDULE, Due.OVERDUE}
 
 
 def parameters(model: str) -> str:
@@ -141,14 +164,16 @@ def parameters(model: str) -> str:
     )
 
 
-def software() -> str:
-    """What results depend on beside the card and the model, as installed here."""
+def software(libraries: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What results depend on beside the card and the model, as installed here. `libraries`: the
+    versions of what stands between torch and the card, by name."""
     found = [f"crynux-cluster={cluster.__version__}"]
     for package in _PACKAGES:
         try:
             found.append(f"{package}={version(package)}")
         except PackageNotFoundError:
             continue
+    found += [f"{name}={libraries[name]}" for name in sorted(libraries)]
     return " ".join(found)
 
 
@@ -170,27 +195,39 @@ def due(
     again: bool,
     now: Timestamp,
     interval: float,
-    proven: bool = False,
+    proven: Timestamp | None = None,
 ) -> Due | None:
-    """Why a card is to be asked now; `interval` is in seconds. `proven`: its process has answered
-    another question, so that a new one is no new doubt: it works on until there is time for it."""
-    if answer is None and proven:
-        return Due.SCHEDULE
+    """Why a card is to be asked now; `interval` is in seconds. `proven`: when its process has last
+    answered any question, so that a new one is no new doubt: it works on until there is time."""
+    if answer is None and proven is not None:
+        return Due.OVERDUE if now - proven >= interval * PATIENCE else Due.SCHEDULE
     if answer is None or answer.incarnation != incarnation:
         return Due.START
     if again:
         return Due.AGAIN
+    if now - answer.at >= interval * PATIENCE:
+        return Due.OVERDUE
     return Due.SCHEDULE if now - answer.at >= interval else None
 
 
-def judge(card: CardUuid, expected: Score | None, answers: Mapping[CardUuid, Answer]) -> Judgement:
+def judge(
+    card: CardUuid,
+    expected: Score | None,
+    answers: Mapping[CardUuid, Answer],
+    convicted: Mapping[CardUuid, Answer] = NOBODY,
+    machines: Mapping[CardUuid, str] = NOWHERE,
+) -> Judgement:
     """What the answer of `card` means, which is in `answers` already.
 
-    `answers` are those of the cards of one class to one question, none of them in quarantine.
+    `answers` are those of the cards of one class to one question, none of them in quarantine;
+    `convicted` those of the cards that are there for such an answer; `machines` of cards that are
+    here now.
     """
     if expected is not None:
         if answers[card].score == expected:
             return Judgement(Verdict.PASSED)
+        if card in against(expected, {**convicted, **answers}, machines):
+            return Judgement(Verdict.DISPUTED)
         return Judgement(Verdict.QUARANTINED, odd=frozenset({card}))
     steady = {uuid: answer for uuid, answer in answers.items() if not answer.wavered}
     if not steady:
@@ -215,6 +252,21 @@ def judge(card: CardUuid, expected: Score | None, answers: Mapping[CardUuid, Ans
         return Judgement(Verdict.QUARANTINED, odd=frozenset(odd))
     alone = len(steady) == 1
     return Judgement(Verdict.PROVISIONAL if alone else Verdict.DISPUTED, odd=frozenset(odd))
+
+
+def against(
+    expected: Score, answers: Mapping[CardUuid, Answer], machines: Mapping[CardUuid, str]
+) -> frozenset[CardUuid]:
+    """Cards that agree on another answer than the record, and are enough for it to be in doubt."""
+    steady = {uuid: answer.score for uuid, answer in answers.items() if not answer.wavered}
+    hold = sum(score == expected for score in steady.values())
+    found: set[CardUuid] = set()
+    for score in set(steady.values()) - {expected}:
+        cards = {uuid for uuid, said in steady.items() if said == score}
+        apart = {machines[uuid] for uuid in cards if uuid in machines}
+        if len(cards) >= hold and (len(cards) >= SEVERAL or len(apart) > 1):
+            found |= cards
+    return frozenset(found)
 
 
 def _unsettled(answers: Mapping[CardUuid, Answer]) -> frozenset[CardUuid]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Final
@@ -19,6 +20,11 @@ from cluster.models.store import read_index
 MOST: Final = 16
 AGAIN_SECONDS: Final = 60.0
 """After which what couldn't be looked into is tried again."""
+READ_WHOLE: Final = 2
+"""Of how many, the best first, everything that is computed with is read through: a canary is asked
+with the first that the machines of a class have. Of the others, sizes and ends."""
+_SMALL: Final = 16 * 2**20
+"""Bytes of a file that is read through though it holds no weights: a vocabulary, a setting."""
 _END: Final = 64 * 2**10
 _DIGITS: Final = 16
 _MAKES_IMAGES: Final = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
@@ -34,6 +40,8 @@ class _Seen:
     stamp: tuple[int, ...] = ()
     size: int = 0
     found: Candidate | None = None
+    read: tuple[Path, ...] = ()
+    """The files that were read through; empty where none was yet."""
 
 
 class Candidates:
@@ -50,11 +58,28 @@ class Candidates:
         here = self._keeper.store.on_disk()
         self._seen = {key: self._looked_at(key, self._seen.get(key)) for key in here}
         fit = [
-            (not found.own, each.size, found.model, found)
-            for each in self._seen.values()
+            (not found.own, each.size, found.model, key)
+            for key, each in self._seen.items()
             if (found := each.found) is not None
         ]
-        return tuple(each[-1] for each in sorted(fit, key=lambda each: each[:-1])[:MOST])
+        best = [key for *_, key in sorted(fit)[:MOST]]
+        for key in best[:READ_WHOLE]:
+            self._seen[key] = self._read_through(self._seen[key])
+        return tuple(found for key in best if (found := self._seen[key].found) is not None)
+
+    def _read_through(self, seen: _Seen) -> _Seen:
+        """With a digest of all that is computed with: weights that are spoilt in their middle are
+        another question. Read once; what can't be read is none, and tried again later."""
+        if seen.read or seen.folder is None or seen.found is None:
+            return seen
+        try:
+            files = _computed_with(seen.folder, seen.found.model.partition("+")[2])
+            contents = _whole(seen.folder, files)
+            stamp = _stamp(seen.folder, files)
+        except OSError:  # it is being moved
+            return _Seen(self._clock())
+        found = replace(seen.found, contents=contents)
+        return replace(seen, stamp=stamp, found=found, read=files)
 
     def _looked_at(self, key: str, before: _Seen | None) -> _Seen:
         """What lies there, looked into again when it was replaced."""
@@ -68,7 +93,7 @@ class Candidates:
     def _stands(self, seen: _Seen) -> bool:
         if seen.folder is None:
             return self._clock() - seen.at < AGAIN_SECONDS
-        return _stamp(seen.folder) == seen.stamp
+        return _stamp(seen.folder, seen.read) == seen.stamp
 
     def _look_at(self, key: str) -> _Seen:
         name, _, variant = key.partition("+")
@@ -81,15 +106,46 @@ class Candidates:
         size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
         manifest = disk.manifest(ref.key) if folder == disk.model(ref.key) else None
         own = manifest is None or ref in self._keeper.pinned
-        contents = _contents(folder, files) if manifest is None else _listed(manifest)
+        contents = _ends(folder, files) if manifest is None else _listed(manifest)
         return _Seen(self._clock(), folder, stamp, size, Candidate(key, contents, own))
 
 
-def _stamp(folder: Path) -> tuple[int, ...]:
-    """Another one when the folder was replaced, or its index written anew."""
+def _stamp(folder: Path, files: Iterable[Path] = ()) -> tuple[int, ...]:
+    """Another one when the folder was replaced, or its index or one of the files written anew."""
     index = folder / "model_index.json"
     found = [folder.stat(), *([index.stat()] if index.is_file() else ())]
-    return tuple(number for stat in found for number in (stat.st_ino, stat.st_mtime_ns))
+    found += [file.stat() for file in files]
+    return tuple(n for stat in found for n in (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+def _computed_with(folder: Path, variant: str) -> tuple[Path, ...]:
+    """The weights of that variant, and the small files beside them."""
+    from cluster.inference.parts import weights  # the engine's, which is up: it takes torch with it
+
+    found = {
+        file
+        for file in folder.rglob("*")
+        if not file.name.startswith(".")
+        and file.suffix != ".safetensors"
+        and file.is_file()
+        and file.stat().st_size <= _SMALL
+    }
+    for part in folder.iterdir():
+        if part.is_dir():
+            with contextlib.suppress(ModelUnavailable):  # a tokenizer, a scheduler
+                found.update(weights(part, variant or None))
+    return tuple(sorted(found))
+
+
+def _whole(folder: Path, files: Iterable[Path]) -> str:
+    """A digest of the files' every byte. The engine's own, taken once for a file that stays as it
+    is: what is computed with was read for it, or needn't be again."""
+    from cluster.inference.parts import digest_of
+
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + digest_of(file))
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _listed(manifest: Manifest) -> str:
@@ -98,7 +154,7 @@ def _listed(manifest: Manifest) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGITS]
 
 
-def _contents(folder: Path, files: Sequence[Path]) -> str:
+def _ends(folder: Path, files: Iterable[Path]) -> str:
     """A digest of a folder's files: their sizes, beginnings and ends, which differ where weights
     were trained anew."""
     digest = hashlib.sha256()

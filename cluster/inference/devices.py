@@ -107,6 +107,23 @@ def vitals(uuid: str, nvml: ModuleType | None = None) -> Vitals:
         return library.read_vitals(session, library.handle_of(session, uuid))
 
 
+def libraries(uuid: str, nvml: ModuleType | None = None) -> dict[str, str]:
+    """The versions of driver, CUDA and cuDNN, by which what a card computes may differ; none for
+    what is no NVIDIA card. Takes torch with it. Raises `NoDriver`, or `DeviceFault`."""
+    if not uuid.startswith("GPU-"):
+        return {}
+    import torch
+
+    with library.session(nvml) as session:
+        driver = library.driver_version(session)
+    found = {
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }
+    return {name: str(version) for name, version in found.items() if version is not None}
+
+
 def share_of_cores(cores: int, nvml: ModuleType | None = None) -> int:
     """How many of the machine's cores one card's process may use, when it reads a model.
 

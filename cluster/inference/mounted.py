@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import CardUuid, GpuClass, TaskType, Tier
-from cluster.inference import devices
+from cluster.inference import canary, devices
 from cluster.inference.canary import Candidate
 from cluster.inference.candidates import Candidates
 from cluster.inference.needs import refs_of
@@ -55,6 +55,13 @@ class MountedEngine:
 
     def usage(self) -> CardUse:
         return replace(self.engine.usage(), hits=self._hits)
+
+    def software(self) -> str:
+        """What results depend on here beside card and model. Raises `DeviceFault`."""
+        try:
+            return canary.software({} if self.simulated else devices.libraries(self.uuid))
+        except NoDriver:
+            return canary.software()
 
     def vitals(self) -> Vitals:
         """How the card does; nothing is known of one that isn't NVIDIA's. Raises `DeviceFault`."""

@@ -153,6 +153,12 @@ def driver_cuda(nvml: ModuleType) -> int | None:
     return None if found is None else int(found)
 
 
+def driver_version(nvml: ModuleType) -> str | None:
+    """As `nvidia-smi` shows it, None where the driver doesn't say; raises `DeviceFault`."""
+    found = _if_there(nvml, "nvmlSystemGetDriverVersion")
+    return None if found is None else _text(found)
+
+
 def errors(nvml: ModuleType, names: tuple[str, ...]) -> tuple[type[Exception], ...]:
     """The library's exception classes of these names; an older one lacks some."""
     found = (getattr(nvml, f"NVMLError_{name}", None) for name in names)

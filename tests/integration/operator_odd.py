@@ -60,6 +60,9 @@ class OddEngine:
     def candidates(self) -> tuple[canary.Candidate, ...]:
         return self.engine.candidates()
 
+    def software(self) -> str:
+        return self.engine.software()
+
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:

@@ -62,11 +62,13 @@ class FakeNvml(ModuleType):
         *cards: FakeCard,
         init: FakeError | None = None,
         cuda: Any = 13000,
+        driver: Any = "580.65.06",
         events: bool = True,
     ) -> None:
         super().__init__("pynvml")
         self.cards = cards
         self.cuda = cuda
+        self.driver = driver
         self.events = events
         self.init = init
         self.open = 0
@@ -125,6 +127,10 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: FakeCard) -> Any:
         return _value(handle.capability)
+
+    def nvmlSystemGetDriverVersion(self) -> Any:
+        assert self.open == 1
+        return _value(self.driver)
 
     def nvmlSystemGetCudaDriverVersion_v2(self) -> Any:
         return _value(self.cuda)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core.types import CardUuid, GigaBytes, GpuClass, Score, TaskType, Timestamp
-from cluster.inference import canary
+from cluster.inference import canary, devices, parts
 from cluster.inference import parameters as task_parameters
 from cluster.inference.canary import (
     Answer,
@@ -28,6 +29,7 @@ from cluster.models.disk import MANIFEST, Manifest, Stored, manifest_text
 from cluster.models.keeper import Keeper
 from cluster.models.refs import ModelRef
 from cluster.models.store import ModelStore
+from tests.unit.fake_nvml import FakeCard, FakeNvml, error
 
 if TYPE_CHECKING:
     from cluster.inference.engine import Engine
@@ -65,9 +67,36 @@ def test_who_differs_from_the_record_is_quarantined_even_if_he_is_alone() -> Non
     assert judge(A, X, {A: once(Y)}) == Judgement(Verdict.QUARANTINED, odd=odd(A))
 
 
-def test_a_record_stands_whatever_others_say_later() -> None:
-    found = judge(C, X, {A: once(X), B: twice(Y), C: twice(Y)})
+NORTH_AND_SOUTH = {A: "north", B: "north", C: "south", D: "east"}
+
+
+def test_a_record_stands_against_two_of_one_machine() -> None:
+    answers = {A: once(X), B: twice(Y), C: twice(Y)}
+    for machines in ({}, {B: "south"}, {B: "south", C: "south"}):
+        found = judge(C, X, answers, {}, machines)
+        assert found == Judgement(Verdict.QUARANTINED, odd=odd(C))
+
+
+def test_a_record_stands_against_fewer_than_hold_it() -> None:
+    answers = {A: once(X), B: once(X), C: once(Y)}
+    found = judge(C, X, answers, {}, NORTH_AND_SOUTH)
     assert found == Judgement(Verdict.QUARANTINED, odd=odd(C))
+    more = {CardUuid(f"GPU-{n}"): once(X) for n in range(2)}
+    found = judge(D, X, answers | more | {D: once(Y)}, {}, NORTH_AND_SOUTH)
+    assert found == Judgement(Verdict.QUARANTINED, odd=odd(D))
+
+
+def test_a_record_that_as_many_agree_against_quarantines_none_of_them() -> None:
+    """Those count, too, that it has put there before the others came."""
+    answers = {A: once(X), B: once(X), D: once(Y)}
+    found = judge(D, X, answers, {C: once(Y)}, NORTH_AND_SOUTH)
+    assert found == Judgement(Verdict.DISPUTED)
+    three = {A: once(Y), B: once(Y), C: once(Y)}
+    assert judge(C, X, three) == Judgement(Verdict.DISPUTED)
+    # Who says a third thing, or contradicts himself, is at fault all the same.
+    for other in (once(Z), wavering(Y)):
+        found = judge(D, X, {**three, D: other})
+        assert found == Judgement(Verdict.QUARANTINED, odd=odd(D))
 
 
 def test_one_answer_judges_nobody_else() -> None:
@@ -211,11 +240,14 @@ def test_when_a_card_is_asked() -> None:
     assert due(canary.doubted(answer), "p1", False, NOW, 60.0) is Due.START
     assert due(answer, "p1", True, NOW, 60.0) is Due.AGAIN
     # A new question to one that has answered another can wait; a doubt can't.
-    assert due(None, "p1", False, NOW, 60.0, proven=True) is Due.SCHEDULE
-    assert due(canary.doubted(answer), "p1", False, NOW, 60.0, proven=True) is Due.START
+    assert due(None, "p1", False, NOW, 60.0, proven=NOW) is Due.SCHEDULE
+    assert due(None, "p1", False, Timestamp(NOW + 240), 60.0, proven=NOW) is Due.OVERDUE
+    assert due(canary.doubted(answer), "p1", False, NOW, 60.0, proven=NOW) is Due.START
     assert due(answer, "p1", False, Timestamp(NOW + 59), 60.0) is None
     assert due(answer, "p1", False, Timestamp(NOW + 60), 60.0) is Due.SCHEDULE
-    assert [each for each in Due if not each.urgent] == [Due.SCHEDULE]
+    assert due(answer, "p1", False, Timestamp(NOW + 239), 60.0) is Due.SCHEDULE
+    assert due(answer, "p1", False, Timestamp(NOW + 240), 60.0) is Due.OVERDUE
+    assert [each for each in Due if not each.urgent] == [Due.SCHEDULE, Due.OVERDUE]
 
 
 # --- the question ---------------------------------------------------------------------------------
@@ -248,6 +280,24 @@ def test_the_software_is_named_with_its_versions() -> None:
     named = dict(each.split("=") for each in canary.software().split())
     assert {"crynux-cluster", "torch", "diffusers", "transformers", "compel"} <= named.keys()
     assert all(re.match(r"\d", version) for version in named.values())
+    assert not named.keys() & {"driver", "cuda", "cudnn"}
+
+
+def test_so_is_what_stands_between_torch_and_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    nvml = FakeNvml(FakeCard())
+    found = devices.libraries("GPU-1111", nvml)
+    assert found == {"driver": "580.65.06", "cuda": "13.0", "cudnn": "91300"}
+    assert canary.software(found) == f"{canary.software()} cuda=13.0 cudnn=91300 driver=580.65.06"
+    for silent in (error("NotSupported"), error("FunctionNotFound")):
+        assert "driver" not in devices.libraries("GPU-1111", FakeNvml(driver=silent))
+    for none in ("cpu", "simulated-0"):
+        assert devices.libraries(none, nvml) == {}
+    mounted = MountedEngine(
+        cast("Engine", None), CardUuid("simulated-0"), cast(Keeper, None), simulated=True
+    )
+    assert mounted.software() == canary.software()
 
 
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
@@ -282,6 +332,44 @@ def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> No
     for name in ("large", "small"):
         shutil.rmtree(tmp_path / "acme" / name)
     assert engine.candidates() == ()
+
+
+def test_a_model_that_is_spoilt_in_its_middle_is_another_candidate(tmp_path: Path) -> None:
+    """Else the cards of one machine would be judged by what the others' file has them compute."""
+    size = 2**18
+    for each in ("good", "spoilt"):
+        plant(tmp_path / each, "acme/small", size)
+    weights = tmp_path / "spoilt" / "acme" / "small" / "unet" / "weights.safetensors"
+    weights.write_bytes(bytes(size // 2) + b"x" + bytes(size // 2 - 1))
+    engines = [
+        MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path / each)))
+        for each in ("good", "spoilt")
+    ]
+    (good,), (spoilt,) = (engine.candidates() for engine in engines)
+    assert good.contents != spoilt.contents
+    # Mended in its place, by the same process.
+    weights.write_bytes(bytes(size))
+    assert engines[1].candidates() == (good,)
+
+
+def test_a_model_is_read_through_but_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        plant(tmp_path, f"acme/m{number}", 10 + number)
+    read: list[str] = []
+    digest_of = parts.digest_of
+
+    def counted(file: Path) -> bytes:
+        read.append(file.relative_to(tmp_path).as_posix())
+        return digest_of(file)
+
+    monkeypatch.setattr(parts, "digest_of", counted)
+    engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
+    first = engine.candidates()
+    assert engine.candidates() == first
+    assert [each for each in read if each.endswith(".safetensors")] == [
+        "acme/m0/unet/weights.safetensors",
+        "acme/m1/unet/weights.safetensors",
+    ]
 
 
 def test_what_is_no_model_for_a_canary_is_not_looked_into_with_every_report(

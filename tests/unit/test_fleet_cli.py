@@ -226,6 +226,11 @@ def test_what_cant_be_meant_is_refused(
         (("resume", "--node", "b"), {"action": "resume", "what": "node", "name": "b"}),
         (("fleet", "clear", ADDRESS), {"action": "clear_account", "account": ADDRESS}),
         (("gpus", "clear", "a"), {"action": "clear_quarantine", "card": "a"}),
+        (("gpus", "forget-canary"), {"action": "forget_canary", "gpu_class": None}),
+        (
+            ("gpus", "forget-canary", "X+docker"),
+            {"action": "forget_canary", "gpu_class": "X+docker"},
+        ),
         (("models", "preload", "base:a/b"), {"action": "preload_model", "model": "base:a/b"}),
         (("models", "drop-everywhere", "lora:a"), {"action": "drop_model", "model": "lora:a"}),
         (("config", "reload"), {"action": "reload_config"}),

@@ -75,6 +75,9 @@ class FakeEngine:
     def candidates(self) -> tuple[canary.Candidate, ...]:
         return (canary.Candidate("acme/tiny"),)
 
+    def software(self) -> str:
+        return "torch=1 driver=2"
+
     def run(
         self, order: Order, cancelled: Callable[[], bool], on_step: Callable[[int, int], None]
     ) -> Computed:
@@ -162,7 +165,7 @@ async def test_says_what_canaries_are_judged_by(engine: FakeEngine) -> None:
     assert await first.result(A) == DONE
     report = await first.report()
     assert (report.uuid, report.candidates) == ("GPU-1", (canary.Candidate("acme/tiny"),))
-    assert report.software == canary.software()
+    assert report.software == "torch=1 driver=2"
     assert report.finished == 0, "a canary is no task"
     assert report.incarnation == (await first.report()).incarnation
     assert report.incarnation != (await second.report()).incarnation

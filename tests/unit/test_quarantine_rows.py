@@ -11,7 +11,7 @@ from cluster import quarantine_rows as rows
 from cluster.core.errors import LeaseLost
 from cluster.core.ports import Lease
 from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, Score, Timestamp
-from cluster.inference.canary import Answer, doubted
+from cluster.inference.canary import Answer, Question, doubted
 from cluster.journal import SqlJournal
 from cluster.quarantine_rows import Quarantine
 
@@ -57,6 +57,24 @@ def test_a_quarantine_stands_until_it_is_cleared(
         assert rows.standing(connection) == (second,)
         assert rows.is_known(connection, A)
         assert not rows.is_known(connection, CardUuid("GPU-C"))
+
+
+def test_what_a_class_is_held_to_is_forgotten_with_its_answers(
+    journal: SqlJournal, lease: Lease
+) -> None:
+    other = GpuClass("Other+docker", GigaBytes(8))
+    keys = [Question(kind, "torch=1", "a/b").key for kind in (KIND, other)]
+    answer = Answer(X, Timestamp(1.0), "p1")
+    with journal.write(lease) as connection:
+        for key in keys:
+            rows.expect(connection, key, X, Timestamp(1.0))
+            rows.put_answer(connection, key, A, answer)
+        assert rows.forget(connection, "nothing") == ()
+        assert rows.forget(connection, KIND.name) == (KIND.name,)
+        assert [rows.expected(connection, key) for key in keys] == [None, X]
+        assert [rows.answers(connection, key) for key in keys] == [{}, {A: answer}]
+        assert rows.forget(connection, None) == (other.name,)
+        assert rows.expected(connection, keys[1]) is None
 
 
 def test_a_card_may_come_into_quarantine_again(journal: SqlJournal, lease: Lease) -> None:

@@ -45,6 +45,7 @@ from cluster.core.types import (
     Gpu,
     GpuId,
     GpuState,
+    RayNodeId,
     Requirement,
     Score,
     Timestamp,
@@ -231,6 +232,40 @@ async def test_a_task_that_waits_comes_before_the_schedule(tmp_path: Path) -> No
         assert house.asked() == {}
         house.dispatcher.forget(TASK)
         await until(lambda: set(house.asked()) == {A})
+
+
+async def test_an_overdue_canary_waits_for_no_task(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A, B)
+    async with house.watched():
+        await house.answer(A, X)
+        await house.answer(B, X)
+        house.open(TASK, ParametersFetched("{}"))
+        await house.want(min_vram=99)  # it waits for ever
+        house.clock.now += 4 * 3600 - 1
+        await house.settle()
+        assert house.asked() == {}
+        house.clock.now += 1
+        await house.settle()
+        # One after the other: the rest go on with tasks.
+        assert (set(house.asked()), house.free()) == ({A}, {B})
+        await house.answer(A, X)
+        await until(lambda: set(house.asked()) == {B})
+        assert house.free() == {A}
+        await house.answer(B, X)
+        assert (house.asked(), house.free()) == ({}, {A, B})
+
+
+async def test_a_card_that_is_never_idle_gets_its_overdue_canary_next(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A)
+    async with house.watched():
+        await house.answer(A, X)
+        house.open(TASK, ParametersFetched("{}"))
+        await house.want()
+        assert house.placed() == [A]
+        house.clock.now += 4 * 3600
+        await house.settle()
+        assert house.asked() == {}
+        assert house.free() == set(), "the next on it is no task"
 
 
 async def test_a_schedule_asks_few_cards_at_once(tmp_path: Path) -> None:
@@ -476,6 +511,42 @@ async def test_a_cleared_card_that_still_differs_goes_back(tmp_path: Path) -> No
         assert house.quarantined() == {uuid_of(C)}
 
 
+async def test_a_wrong_record_quarantines_no_class_and_can_be_taken_back(tmp_path: Path) -> None:
+    """Two cards of one machine with a spoilt file were the first to agree."""
+    good = [GpuId(f"good-{number}") for number in range(4)]
+    house = Ward.of(tmp_path, A, B, *good)
+    for place, each in enumerate(good, 2):
+        house.pool.cards[place] = replace(card(each), ray_node=RayNodeId(f"m-{each}"))
+    async with house.watched():
+        await house.answer(A, Y)
+        await house.answer(B, Y)
+        for each in good:
+            await house.answer(each, X)
+        # The first of them is, before anybody agrees with it.
+        assert house.quarantined() == {uuid_of(good[0])}
+        house.safeguards.clear(good[0])
+        await house.answer(good[0], X)
+        assert house.quarantined() == set()
+        assert house.free() == {A, B, *good}
+        (alert,) = house.safeguards.alerts()
+        assert all(uuid_of(each) in alert for each in good)
+        assert f"gpus forget-canary '{KIND.name}'" in alert
+    house.begin_term()
+    async with house.watched():
+        await house.settle()
+        assert len(house.safeguards.alerts()) == 1
+        assert house.safeguards.forget_canary(KIND.name) == (KIND.name,)
+        assert (house.free(), house.safeguards.alerts()) == (set(), ())
+        for each in good:
+            await house.answer(each, X)
+        # The spoilt file is mended on one, on the other it isn't.
+        await house.answer(A, X)
+        await house.answer(B, Y)
+        assert house.quarantined() == {uuid_of(B)}
+        assert house.safeguards.forget_canary(None) == (KIND.name,)
+        assert house.safeguards.forget_canary("nothing") == ()
+
+
 def test_clearing_is_idempotent_and_knows_cards_by_either_name(tmp_path: Path) -> None:
     house = Ward.of(tmp_path, A, B)
     gone = CardUuid("GPU-gone")
@@ -561,20 +632,111 @@ async def test_a_card_that_fails_on_it_gets_no_task_and_is_asked_later(
         assert (house.free(), house.safeguards.alerts()) == ({A}, ())
 
 
+UNREACHABLE = ModelUnavailable(ModelUnavailableKind.UNREACHABLE, "its source is away")
+TOO_SMALL = DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "too small")
+
+
+def brought_by_a_task(house: Ward, gpu_id: GpuId) -> None:
+    """The model that the card is asked with is none of the operator's."""
+    report = house.pool.reports[gpu_id]
+    found = (canary.Candidate(MODEL, own=False),)
+    house.pool.reports[gpu_id] = replace(report, candidates=found)
+
+
 @pytest.mark.parametrize("where", ["start", "result"])
 async def test_a_card_that_cant_be_asked_is_left_as_it_is(tmp_path: Path, where: str) -> None:
     house = Ward.of(tmp_path, A, B, C)
-    house.pool.faults[where] = [
-        ModelUnavailable(ModelUnavailableKind.DAMAGED, "no"),
-        TaskUnsupported("no"),
-        DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "too small"),
-    ]
+    for each in (A, B):
+        brought_by_a_task(house, each)
+    house.pool.faults[where] = [UNREACHABLE, TOO_SMALL, TaskUnsupported("no")]
     async with house.watched():
         await until(lambda: house.free() == {A, B, C})
         for _ in range(3):
             await house.settle()
         assert len(house.pool.called("start")) == 3
-        assert house.safeguards.alerts() == ()
+        (alert,) = house.safeguards.alerts()
+        assert f"GPU {C} works on without a canary" in alert
+
+
+@pytest.mark.parametrize("error", [UNREACHABLE, TOO_SMALL])
+async def test_trouble_with_the_operators_own_model_makes_no_card_a_trusted_one(
+    tmp_path: Path, error: ClusterError
+) -> None:
+    house = Ward.of(tmp_path, A)
+    async with house.watched():
+        await house.answer(A, error)
+        assert (house.free(), house.asked()) == (set(), {})
+        (alert,) = house.safeguards.alerts()
+        assert f"{MODEL}: {error}" in alert
+        house.clock.now += module.FIRST_PAUSE
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A}, ())
+        # No doubt has come since, so it works on, with an alert.
+        house.clock.now += 3600
+        await house.answer(A, error)
+        assert house.free() == {A}
+        assert len(house.safeguards.alerts()) == 1
+        house.safeguards.suspect(A)
+        assert house.free() == set()
+        house.clock.now += module.FIRST_PAUSE
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A}, ())
+
+
+async def test_what_couldnt_be_asked_once_is_asked_again_after_a_while(tmp_path: Path) -> None:
+    house = Ward.of(tmp_path, A)
+    brought_by_a_task(house, A)
+    async with house.watched():
+        for pause in (module.FIRST_PAUSE, 2 * module.FIRST_PAUSE):
+            await house.answer(A, UNREACHABLE)
+            house.clock.now += pause - 1
+            await house.settle()
+            assert (house.free(), house.asked()) == ({A}, {})
+            house.clock.now += 1
+        await house.answer(A, X)
+        assert len(house.pool.called("start")) == 3
+
+
+@pytest.mark.parametrize("error", [UNREACHABLE, TaskUnsupported("no")])
+async def test_what_couldnt_be_asked_once_is_asked_when_the_card_is_in_doubt(
+    tmp_path: Path, error: ClusterError
+) -> None:
+    house = Ward.of(tmp_path, A)
+    brought_by_a_task(house, A)
+    async with house.watched():
+        await house.answer(A, error)
+        assert house.free() == {A}
+        house.safeguards.suspect(A)
+        assert house.free() == set()
+        await house.answer(A, X)
+        assert house.free() == {A}
+
+
+@pytest.mark.parametrize("configured", [None, MODEL])
+async def test_a_card_in_doubt_whose_model_isnt_on_its_disk_gets_nothing(
+    tmp_path: Path, configured: str | None
+) -> None:
+    settings = SafeguardSettings(CanarySettings(3600.0, configured))
+    house = Ward.of(tmp_path, A, B, settings=settings)
+    async with house.watched():
+        await house.answer(A, X)
+        await house.answer(B, X)
+        house.pool.cards[0] = replace(card(A), on_disk=frozenset())
+        house.pool.reports[A] = report_of(A, smallest=None)
+        await house.settle()
+        assert house.free() == {A, B}, "nothing is held against it"
+        house.safeguards.suspect(A)
+        await house.settle()
+        assert house.free() == {B}
+        (alert,) = house.safeguards.alerts()
+        assert f"GPU {A} gets no task: something failed on it, and {MODEL}" in alert
+        # It isn't forgotten by a crash.
+    house.begin_term()
+    assert house.free() == {B}
+    house.pool.cards[0], house.pool.reports[A] = card(A), report_of(A)
+    async with house.watched():
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A, B}, ())
 
 
 async def test_a_scheduled_canary_that_fails_keeps_tasks_away(tmp_path: Path) -> None:
