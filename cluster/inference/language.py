@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,13 +113,14 @@ def generate(
     watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
     seed_everything(params.seed)
     try:
-        made = model.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            generation_config=_settings(model, tokenizer, params),
-            stopping_criteria=StoppingCriteriaList([watch]),
-            logits_processor=LogitsProcessorList([_Numbers()]),
-        )
+        with _as_deterministic_as_can_be():
+            made = model.generate(
+                input_ids=prompt["input_ids"],
+                attention_mask=prompt["attention_mask"],
+                generation_config=_settings(model, tokenizer, params),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                logits_processor=LogitsProcessorList([_Numbers()]),
+            )
     except ValueError as error:
         if watch.made:
             raise
@@ -143,6 +145,23 @@ def _check_prompt(model: Any, tokens: torch.Tensor, room: int | None) -> None:
         raise TaskUnsupported(f"messages: {length} tokens, and the model has room for {room}")
     if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:
         raise TaskUnsupported("messages: a token that the model doesn't have")
+
+
+@contextmanager
+def _as_deterministic_as_can_be() -> Iterator[None]:
+    """Deterministic algorithms, and no error where a step of a model has none, as in the network's
+    runner: it would be the same error on every card, and one after the other would be blamed.
+
+    Where there is a deterministic one it is taken all the same. Nor does it bring back cuDNN's
+    attention: that is off for the whole process.
+    """
+    wanted = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=lenient)
 
 
 def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
