@@ -296,19 +296,26 @@ def test_missing_and_damaged_models(tiny_models: Path, tmp_path: Path) -> None:
     assert damaged.kind is ModelUnavailableKind.DAMAGED
 
 
-def test_scores_that_are_not_numbers_are_the_devices_fault(
-    tiny_models: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "expected", "kind"),
+    [
+        (float("nan"), ModelUnavailable, ModelUnavailableKind.DAMAGED),
+        (3e38, DeviceFault, DeviceFaultKind.BAD_RESULT),
+    ],
+)
+def test_scores_that_are_not_numbers_are_the_devices_fault_unless_the_weights_are_none(
+    tiny_models: Path, tmp_path: Path, number: float, expected: type[ClusterError], kind: object
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     store = _copy(tiny_models, tmp_path)
     file = store / "org" / "model" / "model.safetensors"
     tensors = load_file(file)
-    tensors["model.norm.weight"].fill_(float("nan"))
+    tensors["model.norm.weight"].fill_(number)
     save_file(tensors, file, metadata={"format": "pt"})
     broken = fault(new_engine(store), model="org/model")
-    assert isinstance(broken, DeviceFault)
-    assert broken.kind is DeviceFaultKind.BAD_RESULT
+    assert isinstance(broken, expected)
+    assert getattr(broken, "kind", None) is kind
 
 
 def test_auto_is_what_the_weights_are_stored_in(tiny_models: Path, tmp_path: Path) -> None:
