@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -31,21 +30,14 @@ from cluster.core.errors import (
     TaskUnsupported,
 )
 from cluster.inference.llm_parameters import LLMParameters
-from cluster.inference.parts import quiet, reading
+from cluster.inference.parts import look, quiet, reading
+from cluster.inference.rendering import Page, Renderer
 from cluster.inference.seeds import seed_everything
 from cluster.models.store import read_json
 
 FILE: Final = "0.json"
 OnStep = Callable[[int, int], None]
-_TEMPLATE_FAULTS: Final = (
-    TemplateError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+_RENDERER: Final = Renderer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +72,14 @@ def prompt_of(tokenizer: Any, params: LLMParameters) -> str:
     chat = [message.as_given() for message in params.messages]
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(str(message.get("content") or "") for message in chat)
-    tools = {} if params.tools is None else {"tools": copy.deepcopy(params.tools)}
     try:
-        written: str = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **tools
-        )
-    except _TEMPLATE_FAULTS as error:
+        template = tokenizer.get_chat_template(None, params.tools)
+    except ValueError as error:
         raise TaskUnsupported(
-            f"messages: the chat template refuses them ({type(error).__name__})"
+            "messages: the model has templates, and none for all chats"
         ) from error
-    return written
+    page = Page(template, chat, params.tools, tokenizer.special_tokens_map)
+    return _RENDERER.render(page, look)
 
 
 @torch.inference_mode()
