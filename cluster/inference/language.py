@@ -29,6 +29,7 @@ from cluster.core.errors import (
     ModelUnavailableKind,
     TaskUnsupported,
 )
+from cluster.inference import own_settings
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parts import look, quiet, reading
 from cluster.inference.rendering import Page, Renderer
@@ -36,8 +37,20 @@ from cluster.inference.seeds import seed_everything
 from cluster.models.store import read_json
 
 FILE: Final = "0.json"
+_LARGEST_SCORE: Final = 1e20
 OnStep = Callable[[int, int], None]
 _RENDERER: Final = Renderer()
+_REFUSALS: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    NotImplementedError,
+)
+"""How the libraries refuse settings, the model's own among them: at once, or at the token that they
+come to bear on. What a card raises is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +116,17 @@ def generate(
     watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
     seed_everything(params.seed)
     try:
+        chosen = _settings(model, tokenizer, params)
         with _as_deterministic_as_can_be():
             made = model.generate(
                 input_ids=prompt["input_ids"],
                 attention_mask=prompt["attention_mask"],
-                generation_config=_settings(model, tokenizer, params),
+                generation_config=chosen,
                 stopping_criteria=StoppingCriteriaList([watch]),
-                logits_processor=LogitsProcessorList([_Numbers()]),
+                logits_processor=LogitsProcessorList([_Numbers(chosen)]),
             )
-    except ValueError as error:
-        if watch.made:
-            raise
-        line = " ".join(str(error).split())[:200]
+    except _REFUSALS as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise TaskUnsupported(f"generation_config: refused: {line}") from error
     sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
     if any(len(each.tokens) <= length for each in sequences):
@@ -133,8 +145,13 @@ def _check_prompt(model: Any, tokens: torch.Tensor, room: int | None) -> None:
     length = tokens.shape[1]
     if room is not None and length > room:
         raise TaskUnsupported(f"messages: {length} tokens, and the model has room for {room}")
-    if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:
+    if int(tokens.max()) >= _table(model):
         raise TaskUnsupported("messages: a token that the model doesn't have")
+
+
+def _table(model: Any) -> int:
+    """How many tokens the model has."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 @contextmanager
@@ -155,7 +172,8 @@ def _as_deterministic_as_can_be() -> Iterator[None]:
 
 
 def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
-    """A copy of the model's own, with the task's on top. Raises `ValueError` where they clash."""
+    """A copy of the model's own, with the task's on top. Raises `TaskUnsupported`, or one of
+    `_REFUSALS` where they clash."""
     own = copy.deepcopy(model.generation_config)
     own.update(**params.generation_config.settings())
     own.max_length = None
@@ -163,6 +181,7 @@ def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
         end = own.eos_token_id
         first_end = end[0] if isinstance(end, list) else end
         own.pad_token_id = first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    own_settings.check(own, _table(model))
     return own
 
 
@@ -188,13 +207,19 @@ class _Watch(StoppingCriteria):
 class _Numbers(LogitsProcessor):
     """Lets the model's scores pass as they are, if one can be chosen by them.
 
-    Some may be minus infinity, which rules a token out; the largest must be finite.
+    Some may be minus infinity, which rules a token out; the largest must be finite, and stay so
+    when it is divided by a small temperature. A card is blamed if nothing but the model made them.
     """
 
+    def __init__(self, chosen: Any) -> None:
+        self._shifted = own_settings.shift_scores(chosen)
+
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
-            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not finite numbers")
-        return scores
+        if bool((scores.amax(dim=-1).abs() <= _LARGEST_SCORE).all()):
+            return scores
+        if self._shifted:
+            raise TaskUnsupported("generation_config: the model's own makes scores without bounds")
+        raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not finite numbers")
 
 
 def response(
