@@ -308,7 +308,12 @@ class Engine:
         model = self._bring({"model": recipe.model})["model"]
         self._note(step=0, steps=0)
         check()
-        with self._workspace_measured(), self._blamed_for_bad_results(recipe):
+        files = recipe.model.files
+        with (
+            _weights_looked_at(lambda: files, check),
+            self._blamed_for_bad_results(recipe),
+            self._workspace_measured(),
+        ):
             prompt, made = language.generate(model, tokenizer, params, progress)
         file = language.result_file(language.response(tokenizer, params, prompt, made))
         return ((language.FILE, file),), score_llm(file)
@@ -317,21 +322,8 @@ class Engine:
         check()
         prompts.check(params)
         recipe = self._remember(recipe_for(params, self.store))
-        try:
-            with self._blamed_for_bad_results(recipe):
-                return self._images_of(recipe, params, check, progress)
-        except DeviceFault as fault:
-            if fault.kind is not DeviceFaultKind.BAD_RESULT:
-                raise
-            # Of such weights any card makes nothing.
-            try:
-                broken = first_broken(recipe.weights(), check)
-            except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
-                raise fault from None
-            if broken is None:
-                raise
-            line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"
-            raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line) from fault
+        with _weights_looked_at(recipe.weights, check), self._blamed_for_bad_results(recipe):
+            return self._images_of(recipe, params, check, progress)
 
     def _images_of(
         self, recipe: Recipe, params: SDParameters, check: Check, progress: OnStep
@@ -459,6 +451,24 @@ class Engine:
 
 def _one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+
+@contextmanager
+def _weights_looked_at(weights: Callable[[], Sequence[Path]], check: Check) -> Iterator[None]:
+    """Of weights that hold no numbers any card makes nothing: that is the model's fault."""
+    try:
+        yield
+    except DeviceFault as fault:
+        if fault.kind is not DeviceFaultKind.BAD_RESULT:
+            raise
+        try:
+            broken = first_broken(weights(), check)
+        except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
+            raise fault from None
+        if broken is None:
+            raise
+        line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"
+        raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line) from fault
 
 
 def _is_certain(params: SDParameters, file: Path) -> bool:

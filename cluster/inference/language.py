@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
@@ -29,22 +29,28 @@ from cluster.core.errors import (
     ModelUnavailableKind,
     TaskUnsupported,
 )
+from cluster.inference import own_settings
 from cluster.inference.llm_parameters import LLMParameters
-from cluster.inference.parts import quiet, reading
+from cluster.inference.parts import look, quiet, reading
+from cluster.inference.rendering import Page, Renderer
 from cluster.inference.seeds import seed_everything
 from cluster.models.store import read_json
 
 FILE: Final = "0.json"
+_LARGEST_SCORE: Final = 1e20
 OnStep = Callable[[int, int], None]
-_TEMPLATE_FAULTS: Final = (
-    TemplateError,
+_RENDERER: Final = Renderer()
+_REFUSALS: Final = (
     ValueError,
     TypeError,
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    ImportError,
+    NotImplementedError,
 )
+"""How the libraries refuse settings, the model's own among them: at once, or at the token that they
+come to bear on. What a card raises is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,14 @@ def prompt_of(tokenizer: Any, params: LLMParameters) -> str:
     chat = [message.as_given() for message in params.messages]
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(str(message.get("content") or "") for message in chat)
-    tools = {} if params.tools is None else {"tools": copy.deepcopy(params.tools)}
     try:
-        written: str = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, **tools
-        )
-    except _TEMPLATE_FAULTS as error:
+        template = tokenizer.get_chat_template(None, params.tools)
+    except ValueError as error:
         raise TaskUnsupported(
-            f"messages: the chat template refuses them ({type(error).__name__})"
+            "messages: the model has templates, and none for all chats"
         ) from error
-    return written
+    page = Page(template, chat, params.tools, tokenizer.special_tokens_map)
+    return _RENDERER.render(page, look)
 
 
 @torch.inference_mode()
@@ -112,17 +116,17 @@ def generate(
     watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
     seed_everything(params.seed)
     try:
-        made = model.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            generation_config=_settings(model, tokenizer, params),
-            stopping_criteria=StoppingCriteriaList([watch]),
-            logits_processor=LogitsProcessorList([_Numbers()]),
-        )
-    except ValueError as error:
-        if watch.made:
-            raise
-        line = " ".join(str(error).split())[:200]
+        chosen = _settings(model, tokenizer, params)
+        with _as_deterministic_as_can_be():
+            made = model.generate(
+                input_ids=prompt["input_ids"],
+                attention_mask=prompt["attention_mask"],
+                generation_config=chosen,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                logits_processor=LogitsProcessorList([_Numbers(chosen)]),
+            )
+    except _REFUSALS as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise TaskUnsupported(f"generation_config: refused: {line}") from error
     sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
     if any(len(each.tokens) <= length for each in sequences):
@@ -141,12 +145,35 @@ def _check_prompt(model: Any, tokens: torch.Tensor, room: int | None) -> None:
     length = tokens.shape[1]
     if room is not None and length > room:
         raise TaskUnsupported(f"messages: {length} tokens, and the model has room for {room}")
-    if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:
+    if int(tokens.max()) >= _table(model):
         raise TaskUnsupported("messages: a token that the model doesn't have")
 
 
+def _table(model: Any) -> int:
+    """How many tokens the model has."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+@contextmanager
+def _as_deterministic_as_can_be() -> Iterator[None]:
+    """Deterministic algorithms, and no error where a step of a model has none, as in the network's
+    runner: it would be the same error on every card, and one after the other would be blamed.
+
+    Where there is a deterministic one it is taken all the same. Nor does it bring back cuDNN's
+    attention: that is off for the whole process.
+    """
+    wanted = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=lenient)
+
+
 def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
-    """A copy of the model's own, with the task's on top. Raises `ValueError` where they clash."""
+    """A copy of the model's own, with the task's on top. Raises `TaskUnsupported`, or one of
+    `_REFUSALS` where they clash."""
     own = copy.deepcopy(model.generation_config)
     own.update(**params.generation_config.settings())
     own.max_length = None
@@ -154,6 +181,7 @@ def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
         end = own.eos_token_id
         first_end = end[0] if isinstance(end, list) else end
         own.pad_token_id = first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    own_settings.check(own, _table(model))
     return own
 
 
@@ -179,13 +207,19 @@ class _Watch(StoppingCriteria):
 class _Numbers(LogitsProcessor):
     """Lets the model's scores pass as they are, if one can be chosen by them.
 
-    Some may be minus infinity, which rules a token out; the largest must be finite.
+    Some may be minus infinity, which rules a token out; the largest must be finite, and stay so
+    when it is divided by a small temperature. A card is blamed if nothing but the model made them.
     """
 
+    def __init__(self, chosen: Any) -> None:
+        self._shifted = own_settings.shift_scores(chosen)
+
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
-            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not finite numbers")
-        return scores
+        if bool((scores.amax(dim=-1).abs() <= _LARGEST_SCORE).all()):
+            return scores
+        if self._shifted:
+            raise TaskUnsupported("generation_config: the model's own makes scores without bounds")
+        raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not finite numbers")
 
 
 def response(

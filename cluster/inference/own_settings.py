@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskUnsupported
+from cluster.inference.llm_parameters import LARGEST, MAX_BEAMS, SMALLEST
 from cluster.models.store import read_json
 
 FILE: Final = "generation_config.json"
@@ -44,6 +45,15 @@ _REFUSED: Final = (
     "watermarking_config",
 )
 _LOSSY: Final = "quantized"
+_NESTED: Final = ("decoder", "generator", "text_config")
+"""Where the library looks among the settings of an older model's network, too."""
+_FRACTIONS: Final = ("temperature", "typical_p", "top_p", "repetition_penalty")
+_SHIFTS: Final = (
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "sequence_bias",
+)
 
 
 def refuse(folder: Path) -> None:
@@ -51,13 +61,54 @@ def refuse(folder: Path) -> None:
     among those of the network itself."""
     for name in (FILE, "config.json"):
         said = read_json(folder / name) if (folder / name).is_file() else {}
-        lossy = ("cache_implementation",) if said.get("cache_implementation") == _LOSSY else ()
-        for key in (*lossy, *_REFUSED):
-            if said.get(key):
+        inner = (said.get(key) for key in _NESTED) if name != FILE else ()
+        for settings in (said, *(each for each in inner if isinstance(each, dict))):
+            if (key := _refused(settings)) is not None:
                 raise ModelUnavailable(
                     ModelUnavailableKind.REFUSED,
                     f"{folder.name} asks for {key} ({name}), which isn't computed here",
                 )
+
+
+def _refused(said: Mapping[str, object]) -> str | None:
+    """Zeros and empty ones count: to the library they are set."""
+    if said.get("cache_implementation") == _LOSSY:
+        return "cache_implementation"
+    return next((key for key in _REFUSED if _is_set(said.get(key))), None)
+
+
+def _is_set(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def check(chosen: Any, tokens: int) -> None:
+    """What no card may be asked for, whoever asks: the bounds of a task's own settings, and tokens
+    among the model's `tokens`, because to look up another costs a card its context.
+
+    Raises `TaskUnsupported`, `TypeError` for what isn't a number.
+    """
+    rows = max(chosen.num_beams or 1, chosen.num_return_sequences or 1)
+    if rows > MAX_BEAMS:
+        raise TaskUnsupported(f"num_beams: {rows} are not within 1 to {MAX_BEAMS}")
+    for name in _FRACTIONS:
+        fraction = getattr(chosen, name)
+        if fraction and not SMALLEST <= abs(fraction) <= LARGEST:
+            raise TaskUnsupported(f"{name}: {fraction:g} is not within {SMALLEST:g} to {LARGEST:g}")
+    looked_up = {"forced_bos_token_id", "forced_eos_token_id"}
+    if rows > 1:  # rows that have ended go on with it
+        looked_up.add("pad_token_id")
+    if chosen.exponential_decay_length_penalty is not None:
+        looked_up.add("eos_token_id")
+    for name in sorted(looked_up):
+        value = getattr(chosen, name)
+        for token in value if isinstance(value, list) else () if value is None else (value,):
+            if not 0 <= token < tokens:
+                raise TaskUnsupported(f"{name}: a token that the model doesn't have")
+
+
+def shift_scores(chosen: Any) -> bool:
+    """Whether settings that have no bounds here change the scores that tokens are chosen by."""
+    return any(_is_set(getattr(chosen, key, None)) for key in _SHIFTS)
 
 
 def choose(own: Any) -> None:

@@ -175,6 +175,11 @@ def looking(look: Callable[[], None]) -> Iterator[None]:
         _look.reset(token)
 
 
+def look() -> None:
+    """Where something else is waited for than what is read here."""
+    _look.get()()
+
+
 def digest_of(file: Path) -> bytes:
     """The sha256 of a file's contents, read once for as long as the file stays as it is.
 
