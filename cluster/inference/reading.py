@@ -38,7 +38,11 @@ def read_object(text: str) -> dict[str, Any]:
     _check_nesting(text)
     try:
         data = json.loads(
-            text, parse_constant=_not_in_the_standard, parse_float=_float, parse_int=_int
+            text,
+            object_pairs_hook=_without_repeats,
+            parse_constant=_not_in_the_standard,
+            parse_float=_float,
+            parse_int=_int,
         )
         json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -71,6 +75,15 @@ def _check_nesting(text: str) -> None:
 
 def _not_in_the_standard(constant: str) -> object:
     raise TaskUnsupported(f"JSON that readers disagree on: {constant}")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that comes twice some readers take the first value, some the last, and the network's
+    one or the other by where it stands."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise TaskUnsupported("JSON that readers disagree on: a key comes twice in one object")
+    return data
 
 
 def _float(digits: str) -> float:

@@ -287,3 +287,18 @@ def test_an_unended_string_is_read_once() -> None:
     for text in ('"' + '\\"' * 1_000_000, '"' + '\\"' * 1_000_000 + "\\", '"a' * 500_000):
         with pytest.raises((TaskInvalid, TaskUnsupported)):
             parse(TaskType.SD, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"base_model": "o/m", "prompt": "a", "prompt": "b", "task_config": {}}',
+        '{"base_model": "o/m", "prompt": "a", "task_config": {"seed": 1, "cfg": 2, "seed": 1}}',
+        '{"base_model": "o/m", "prompt": "a", "task_config": {}, "dtype": "x", "dtype": "auto"}',
+        '{"base_model": "o/m", "prompt": "", "task_config": {}, "x": [{"y": 1, "\\u0079": 2}]}',
+    ],
+    ids=["first level", "second level", "one of them wrong", "escaped, in a list"],
+)
+def test_a_key_that_comes_twice_is_met_with_silence(text: str) -> None:
+    with pytest.raises(TaskUnsupported, match="twice"):
+        parse(TaskType.SD, text)
