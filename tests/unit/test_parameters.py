@@ -302,3 +302,20 @@ def test_an_unended_string_is_read_once() -> None:
 def test_a_key_that_comes_twice_is_met_with_silence(text: str) -> None:
     with pytest.raises(TaskUnsupported, match="twice"):
         parse(TaskType.SD, text)
+
+
+def with_most(digits: str) -> str:
+    args = f'{{"method": "DPMSolverMultistepScheduler", "args": {{"sample_max_value": {digits}}}}}'
+    return with_fields()[:-1] + f', "scheduler": {args}}}'
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 17, "-1" + "0" * 17, "1e30"])
+def test_a_number_that_every_reader_takes(digits: str) -> None:
+    params = parse(TaskType.SD, with_most(digits))
+    assert isinstance(params, SDParameters)
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 18, "-1" + "0" * 18, "1" + "0" * 30])
+def test_a_whole_number_that_some_readers_refuse_is_met_with_silence(digits: str) -> None:
+    with pytest.raises(TaskUnsupported, match="digits"):
+        parse(TaskType.SD, with_most(digits))
