@@ -319,3 +319,9 @@ def test_a_number_that_every_reader_takes(digits: str) -> None:
 def test_a_whole_number_that_some_readers_refuse_is_met_with_silence(digits: str) -> None:
     with pytest.raises(TaskUnsupported, match="digits"):
         parse(TaskType.SD, with_most(digits))
+
+
+def test_an_argument_of_null_is_no_argument() -> None:
+    args = {"clip_samples": None, "clip_samples_range": None, "timestep_scaling": None}
+    params = parse(TaskType.SD, with_fields(scheduler={"method": "LCMScheduler", "args": args}))
+    assert isinstance(params, SDParameters)
