@@ -258,10 +258,12 @@ def _check_percentages(params: SDParameters) -> None:
 
 def _check_scheduler_names(data: dict[str, Any]) -> None:
     """Arguments that the network's schema and the scheduler spell differently: heeded by one reader
-    and ignored by another."""
+    and ignored by another. Null is heeded by none."""
     scheduler = data.get("scheduler")
     args = scheduler.get("args") if isinstance(scheduler, dict) else None
-    if isinstance(args, dict) and (odd := _AMBIGUOUS_ARGS & args.keys()):
+    if not isinstance(args, dict):
+        return
+    if odd := {name for name in _AMBIGUOUS_ARGS if args.get(name) is not None}:
         raise TaskUnsupported(f"scheduler.args.{min(odd)}: nodes differ on what it means")
 
 

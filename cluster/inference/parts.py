@@ -248,7 +248,7 @@ def load(part: PartSource, device: torch.device) -> torch.nn.Module:
             **({} if part.class_name in _DIFFUSERS else {"trust_remote_code": False}),
             **({} if part.bits is None else _quantized(part.bits, device)),
         )
-    if part.class_name == LANGUAGE_MODEL and report["missing_keys"]:
+    if report["missing_keys"]:
         # The library makes up what is missing, and differently each time.
         raise ModelUnavailable(
             ModelUnavailableKind.DAMAGED,

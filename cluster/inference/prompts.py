@@ -92,8 +92,14 @@ def _reader(tokenizer: Any, encoder: Any, layers: Any = _PLAIN, pooled: bool = F
 
 
 def _read(reader: Any, params: SDParameters) -> Any:
-    """Both prompts' embeddings, (2, tokens, width), and if asked the pooled ones, (2, width)."""
-    return reader([params.prompt, params.negative_prompt])
+    """Both prompts' embeddings, (2, tokens, width), and if asked the pooled ones, (2, width).
+
+    What the grammar lets through but the reader can't read, as `()`, raises `TaskUnsupported`.
+    """
+    try:
+        return reader([params.prompt, params.negative_prompt])
+    except _UNREADABLE as error:
+        raise TaskUnsupported(f"prompt: can't be read ({type(error).__name__})") from error
 
 
 def _named(
@@ -152,7 +158,18 @@ def _check(prompt: str) -> None:
 
 
 def _heaviest(prompt: str) -> float:
-    return max((abs(weight) for weight in _weights(_parsed(prompt))), default=1.0)
+    parsed = _parsed(prompt)
+    weights = (*_weights(parsed), *_shares(parsed))
+    return max((abs(weight) for weight in weights), default=1.0)
+
+
+def _shares(parsed: Any) -> Iterator[float]:
+    """The weights of blends as Compel applies them, divided by their sum: infinity where it is
+    nothing."""
+    for blend in parsed.prompts:
+        if getattr(blend, "normalize_weights", False):
+            total = sum(blend.weights)
+            yield from (weight / total if total else math.inf for weight in blend.weights)
 
 
 def _weights(parsed: Any) -> Iterator[float]:

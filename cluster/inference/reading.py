@@ -23,8 +23,8 @@ MAX_BRACKETS: Final = 100_000
 _TOKENS: Final = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
 """A string, unended ones too (else each of its quotes would be tried), or a bracket."""
 _STEPS: Final = {"[": 1, "{": 1, "]": -1, "}": -1}
-MAX_DIGITS: Final = 300
-"""Of a whole number; longer ones are beyond a float's range."""
+MAX_DIGITS: Final = 18
+"""Of a whole number; in the place of a fraction, the network's reader takes no longer ones."""
 _ENVELOPE: Final = frozenset({"epk", "ct", "ciphertext", "encrypted_key", "protected"})
 _PERHAPS_ENVELOPE: Final = frozenset({"alg", "nonce"})
 """Fields of an envelope that may be ignored beside parameters, but not in their place."""
@@ -38,7 +38,11 @@ def read_object(text: str) -> dict[str, Any]:
     _check_nesting(text)
     try:
         data = json.loads(
-            text, parse_constant=_not_in_the_standard, parse_float=_float, parse_int=_int
+            text,
+            object_pairs_hook=_without_repeats,
+            parse_constant=_not_in_the_standard,
+            parse_float=_float,
+            parse_int=_int,
         )
         json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -73,6 +77,15 @@ def _not_in_the_standard(constant: str) -> object:
     raise TaskUnsupported(f"JSON that readers disagree on: {constant}")
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that comes twice some readers take the first value, some the last, and the network's
+    one or the other by where it stands."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise TaskUnsupported("JSON that readers disagree on: a key comes twice in one object")
+    return data
+
+
 def _float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
@@ -81,7 +94,7 @@ def _float(digits: str) -> float:
 
 
 def _int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
+    if len(digits.removeprefix("-")) > MAX_DIGITS:
         raise TaskUnsupported(f"JSON that readers disagree on: more than {MAX_DIGITS} digits")
     return int(digits)
 

@@ -28,6 +28,8 @@ _ROLES: Final = {
 }
 _BASE_ROLES: Final = frozenset({"unet", "vae", "text_encoder", "text_encoder_2"})
 REFINER_UNET: Final = "refiner"
+REFINED_AGAIN: Final = 0.3
+"""The share of its steps that a refiner goes over finished latents: its pipeline's own default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
     dtype = dtype_of(params)
     if params.unet:
         parts["unet"] = source(store.resolve("unet", params.unet), "UNet2DConditionModel", dtype)
+        _check_family(parts["unet"].folder, base)
     if params.vae:
         parts["vae"] = source(store.resolve("vae", params.vae), "AutoencoderKL", dtype)
     width = read_json(parts["unet"].folder / "config.json").get("cross_attention_dim")
@@ -133,6 +136,18 @@ def _base_parts(base: Path, pipeline: str, params: SDParameters) -> dict[str, Pa
     }
 
 
+def _check_family(unet: Path, base: Path) -> None:
+    if not (base / "unet" / "config.json").is_file():
+        return
+    theirs, ours = (read_json(folder / "config.json") for folder in (unet, base / "unet"))
+    for name in ("cross_attention_dim", "addition_embed_type"):
+        if theirs.get(name) != ours.get(name):
+            raise TaskUnsupported(
+                f"unet: its {name} is {str(theirs.get(name))[:40]}, "
+                f"the base model's is {str(ours.get(name))[:40]}"
+            )
+
+
 def _controlnet(params: SDParameters, store: ModelStore, width: object) -> PartSource:
     asked = params.controlnet
     assert asked is not None, "asked for by a task with a ControlNet"  # noqa: S101
@@ -151,6 +166,8 @@ def _refiner(params: SDParameters, store: ModelStore, pipeline: str) -> Path | N
         return None
     if pipeline != SDXL:
         raise TaskUnsupported("refiner: only an SDXL base model can be refined")
+    if params.controlnet is not None and int(asked.steps * REFINED_AGAIN) < 1:
+        raise TaskUnsupported(f"refiner: after a ControlNet, of {asked.steps} steps none is left")
     folder = store.resolve("base", asked.model, asked.variant)
     if read_index(folder).pipeline != SDXL_REFINER:
         raise TaskUnsupported(f"refiner: {asked.model} is not an SDXL refiner")

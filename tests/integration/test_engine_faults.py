@@ -214,6 +214,12 @@ def _dpm(**args: object) -> dict[str, object]:
         {"prompt": "cat" + "+" * 7900},
         {"prompt": "(a cat)" + "9" * 400},
         {"negative_prompt": "(a cat)" + "9" * 400, "base_model": SDXL},
+        {"prompt": "()"},
+        {"prompt": '""0.5}'},
+        {"prompt": '("a", "b").and(1, 0.5)', "base_model": SDXL},
+        {"prompt": '("a", "b").blend(0, 0)'},
+        {"prompt": '("a", "b").blend(1, -1)'},
+        {"prompt": '("a", "b").blend(1, -0.9999)', "dtype": "float16"},
     ],
     ids=lambda changes: str(changes)[:60],
 )
@@ -311,6 +317,24 @@ def test_a_result_of_one_colour_is_the_devices_fault(copy: Path) -> None:
 def test_damaged_weights(copy: Path) -> None:
     file = copy / "org" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
+    fault = fault_of(new_engine(copy), order(base_model="org/model"))
+    assert isinstance(fault, ModelUnavailable)
+    assert fault.kind is ModelUnavailableKind.DAMAGED
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("text_encoder/model.safetensors", "layers.0.mlp.fc1.weight"),
+        ("unet/diffusion_pytorch_model.safetensors", "conv_in.weight"),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(copy: Path, file: str, name: str) -> None:
+    from safetensors.torch import load_file
+
+    path = copy / "org" / "model" / file
+    kept = {key: value for key, value in load_file(path).items() if not key.endswith(name)}
+    save_file(kept, path, metadata={"format": "pt"})
     fault = fault_of(new_engine(copy), order(base_model="org/model"))
     assert isinstance(fault, ModelUnavailable)
     assert fault.kind is ModelUnavailableKind.DAMAGED

@@ -238,6 +238,13 @@ def test_what_cant_go_together_is_unsupported(engine: Engine) -> None:
         {"base_model": models.SDXL, "refiner": {"model": models.SDXL}},
         {"base_model": models.SDXL, "textual_inversion": models.SDXL_INVERSION},
         {"controlnet": controlled(preprocess={"method": "openpose"})},
+        {"base_model": models.SDXL, "unet": models.SD15_UNET},
+        {"base_model": models.SD2, "unet": models.SD15_UNET},
+        {
+            "base_model": models.SDXL,
+            "refiner": {"model": models.SDXL_REFINER, "steps": 3},
+            "controlnet": controlled(models.SDXL_CONTROLNET),
+        },
     ):
         assert isinstance(fault(engine, **fields), TaskUnsupported), fields
 

@@ -287,3 +287,41 @@ def test_an_unended_string_is_read_once() -> None:
     for text in ('"' + '\\"' * 1_000_000, '"' + '\\"' * 1_000_000 + "\\", '"a' * 500_000):
         with pytest.raises((TaskInvalid, TaskUnsupported)):
             parse(TaskType.SD, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"base_model": "o/m", "prompt": "a", "prompt": "b", "task_config": {}}',
+        '{"base_model": "o/m", "prompt": "a", "task_config": {"seed": 1, "cfg": 2, "seed": 1}}',
+        '{"base_model": "o/m", "prompt": "a", "task_config": {}, "dtype": "x", "dtype": "auto"}',
+        '{"base_model": "o/m", "prompt": "", "task_config": {}, "x": [{"y": 1, "\\u0079": 2}]}',
+    ],
+    ids=["first level", "second level", "one of them wrong", "escaped, in a list"],
+)
+def test_a_key_that_comes_twice_is_met_with_silence(text: str) -> None:
+    with pytest.raises(TaskUnsupported, match="twice"):
+        parse(TaskType.SD, text)
+
+
+def with_most(digits: str) -> str:
+    args = f'{{"method": "DPMSolverMultistepScheduler", "args": {{"sample_max_value": {digits}}}}}'
+    return with_fields()[:-1] + f', "scheduler": {args}}}'
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 17, "-1" + "0" * 17, "1e30"])
+def test_a_number_that_every_reader_takes(digits: str) -> None:
+    params = parse(TaskType.SD, with_most(digits))
+    assert isinstance(params, SDParameters)
+
+
+@pytest.mark.parametrize("digits", ["1" + "0" * 18, "-1" + "0" * 18, "1" + "0" * 30])
+def test_a_whole_number_that_some_readers_refuse_is_met_with_silence(digits: str) -> None:
+    with pytest.raises(TaskUnsupported, match="digits"):
+        parse(TaskType.SD, with_most(digits))
+
+
+def test_an_argument_of_null_is_no_argument() -> None:
+    args = {"clip_samples": None, "clip_samples_range": None, "timestep_scaling": None}
+    params = parse(TaskType.SD, with_fields(scheduler={"method": "LCMScheduler", "args": args}))
+    assert isinstance(params, SDParameters)
