@@ -27,7 +27,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskInva
 
 MAX_HEADER: Final = 32 * 2**20
 ADAPTER: Final = "task"
-_UNLOADABLE: Final = (ValueError, KeyError, TypeError, OSError, SafetensorError, RuntimeError)
+_UNLOADABLE: Final = (ValueError, LookupError, TypeError, OSError, SafetensorError, RuntimeError)
 
 _READS_TEXT: Final = re.compile(
     r"(?P<layer>.*attn2[._])(?:processor[._])?(?P<part>to_[kv])"
