@@ -27,7 +27,7 @@ from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskInva
 
 MAX_HEADER: Final = 32 * 2**20
 ADAPTER: Final = "task"
-_UNLOADABLE: Final = (ValueError, KeyError, TypeError, OSError, SafetensorError, RuntimeError)
+_UNLOADABLE: Final = (ValueError, LookupError, TypeError, OSError, SafetensorError, RuntimeError)
 
 _READS_TEXT: Final = re.compile(
     r"(?P<layer>.*attn2[._])(?:processor[._])?(?P<part>to_[kv])"
@@ -80,6 +80,7 @@ def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[No
     another one of the same model. After that, or any error, the pipeline's parts must be thrown
     away unless `is_bare` says that nothing stayed.
     """
+    asked = _gradients_asked(pipe)
     try:
         try:
             pipe.load_lora_weights(
@@ -105,6 +106,14 @@ def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[No
         yield
     finally:
         pipe.unload_lora_weights()
+        for tensor, was in asked:
+            tensor.requires_grad_(was)
+
+
+def _gradients_asked(pipe: Any) -> list[tuple[torch.Tensor, bool]]:
+    """Attaching asks for none of the base's any more, and on a CPU torch picks kernels by it."""
+    modules = (each for each in pipe.components.values() if isinstance(each, torch.nn.Module))
+    return [(each, each.requires_grad) for module in modules for each in module.parameters()]
 
 
 def is_bare(part: torch.nn.Module) -> bool:

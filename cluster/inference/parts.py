@@ -262,7 +262,9 @@ def load(part: PartSource, device: torch.device) -> torch.nn.Module:
             ModelUnavailableKind.UNREACHABLE,
             f"{part.folder.parent.name}/{part.folder.name} changed while it was read",
         )
-    return module.eval().requires_grad_(False)
+    # Gradients stay asked for: nothing makes any in inference mode, and without them torch picks
+    # other kernels on a CPU than the network's nodes have.
+    return module.eval()
 
 
 def _quantized(bits: int, device: torch.device) -> dict[str, Any]:

@@ -7,13 +7,14 @@ Everything here is looked up on this machine's disk, so every failure is `ModelU
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from cluster.core.errors import TaskUnsupported
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskUnsupported
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import SDParameters, base_key, pipeline_key
 from cluster.inference.parts import LANGUAGE_MODEL, PartKey, PartSource, source
@@ -106,6 +107,7 @@ def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
         _check_family(parts["unet"].folder, base)
     if params.vae:
         parts["vae"] = source(store.resolve("vae", params.vae), "AutoencoderKL", dtype)
+    _check_scale(parts["vae"].folder)
     width = read_json(parts["unet"].folder / "config.json").get("cross_attention_dim")
     if params.controlnet is not None:
         parts["controlnet"] = _controlnet(params, store, width)
@@ -146,6 +148,13 @@ def _check_family(unet: Path, base: Path) -> None:
                 f"unet: its {name} is {str(theirs.get(name))[:40]}, "
                 f"the base model's is {str(ours.get(name))[:40]}"
             )
+
+
+def _check_scale(vae: Path) -> None:
+    """By it the latents are divided: without one, no card makes an image."""
+    scale = read_json(vae / "config.json").get("scaling_factor", 1.0)
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or not scale:
+        raise ModelUnavailable(ModelUnavailableKind.DAMAGED, "vae: its scaling_factor is no scale")
 
 
 def _controlnet(params: SDParameters, store: ModelStore, width: object) -> PartSource:

@@ -110,7 +110,9 @@ def test_what_a_lora_holds_for_layers_that_the_base_has_not_is_nobodys_fault(
 
 
 @pytest.mark.parametrize(
-    ("rows", "fill"), [(63, 1.0), (64, float("nan")), (64, float("inf"))], ids=str
+    ("rows", "fill"),
+    [(63, 1.0), (0, 1.0), (64, float("nan")), (64, float("inf")), (64, 3e38)],
+    ids=str,
 )
 def test_a_lora_that_no_card_can_compute_with_is_no_fault_of_the_card(
     root: Path, tmp_path: Path, rows: int, fill: float
@@ -121,8 +123,9 @@ def test_a_lora_that_no_card_can_compute_with_is_no_fault_of_the_card(
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
     weights = {
         f"{layer}.lora_A.weight": torch.full((4, 64), fill),
-        f"{layer}.lora_B.weight": torch.ones(rows, 4),
     }
+    if rows:
+        weights[f"{layer}.lora_B.weight"] = torch.ones(rows, 4)
     save_file(weights, folder / "broken.safetensors")
     fresh = new_engine(tmp_path / "store")
     plain = files(fresh)
@@ -312,6 +315,15 @@ def test_a_result_of_one_colour_is_the_devices_fault(copy: Path) -> None:
     fault = fault_of(new_engine(copy), order(base_model="org/model"))
     assert isinstance(fault, DeviceFault)
     assert fault.kind is DeviceFaultKind.BAD_RESULT
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, "x"])
+def test_a_vae_without_a_scale_is_no_fault_of_the_card(copy: Path, scale: object) -> None:
+    file = copy / "org" / "model" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": scale}))
+    fault = fault_of(new_engine(copy), order(base_model="org/model"))
+    assert isinstance(fault, ModelUnavailable)
+    assert fault.kind is ModelUnavailableKind.DAMAGED
 
 
 def test_damaged_weights(copy: Path) -> None:

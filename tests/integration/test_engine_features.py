@@ -146,6 +146,15 @@ def test_it_has_its_effect_and_leaves_no_trace(engine: Engine, name: str) -> Non
     assert files(engine, **with_it) == changed
 
 
+def test_a_lora_leaves_the_base_on_the_kernels_of_the_networks_nodes(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models)
+    before = files(fresh, dtype="float16")
+    files(fresh, dtype="float16", lora={"model": models.SD15_LORA})
+    held = [part.module for part in fresh._pool._parts.values()]
+    assert all(each.requires_grad for module in held for each in module.parameters())
+    assert files(fresh, dtype="float16") == before
+
+
 def test_warm_or_cold_it_is_the_same(engine: Engine, tiny_models: Path) -> None:
     """With everything at once, on a card that has done all of the above and on a new one."""
     everything = REFINED | {

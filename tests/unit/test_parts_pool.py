@@ -382,7 +382,7 @@ def test_a_part_is_read_through_before_the_library_gets_it(
         @staticmethod
         def from_pretrained(*_: object, **__: object) -> tuple[torch.nn.Module, dict[str, object]]:
             done.append("loaded")
-            return torch.nn.Linear(1, 1), {}
+            return torch.nn.Linear(1, 1), {"missing_keys": []}
 
     monkeypatch.setattr(parts, "CLASSES", {"Linear": Library})
     monkeypatch.setattr(parts, "read_ahead", lambda file: done.append(file.name))
