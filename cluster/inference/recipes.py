@@ -7,7 +7,6 @@ Everything here is looked up on this machine's disk, so every failure is `ModelU
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +28,8 @@ _ROLES: Final = {
 }
 _BASE_ROLES: Final = frozenset({"unet", "vae", "text_encoder", "text_encoder_2"})
 REFINER_UNET: Final = "refiner"
+MOST_SCALE: Final = 1e4
+"""Of a VAE's latents; published ones are below 1."""
 REFINED_AGAIN: Final = 0.3
 """The share of its steps that a refiner goes over finished latents: its pipeline's own default."""
 
@@ -107,6 +108,10 @@ def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
         _check_family(parts["unet"].folder, base)
     if params.vae:
         parts["vae"] = source(store.resolve("vae", params.vae), "AutoencoderKL", dtype)
+    lacking = sorted(_BASE_ROLES.intersection(_ROLES[pipeline]) - parts.keys())
+    if lacking:
+        line = f"{params.base_model.name} names no {lacking[0]}"
+        raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line)
     _check_scale(parts["vae"].folder)
     width = read_json(parts["unet"].folder / "config.json").get("cross_attention_dim")
     if params.controlnet is not None:
@@ -153,7 +158,7 @@ def _check_family(unet: Path, base: Path) -> None:
 def _check_scale(vae: Path) -> None:
     """By it the latents are divided: without one, no card makes an image."""
     scale = read_json(vae / "config.json").get("scaling_factor", 1.0)
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or not scale:
+    if not isinstance(scale, int | float) or not 0 < abs(scale) <= MOST_SCALE:
         raise ModelUnavailable(ModelUnavailableKind.DAMAGED, "vae: its scaling_factor is no scale")
 
 

@@ -317,10 +317,21 @@ def test_a_result_of_one_colour_is_the_devices_fault(copy: Path) -> None:
     assert fault.kind is DeviceFaultKind.BAD_RESULT
 
 
-@pytest.mark.parametrize("scale", [None, 0.0, "x"])
+@pytest.mark.parametrize("scale", [None, 0.0, "x", pytest.param(10**400, id="huge")])
 def test_a_vae_without_a_scale_is_no_fault_of_the_card(copy: Path, scale: object) -> None:
     file = copy / "org" / "model" / "vae" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": scale}))
+    fault = fault_of(new_engine(copy), order(base_model="org/model"))
+    assert isinstance(fault, ModelUnavailable)
+    assert fault.kind is ModelUnavailableKind.DAMAGED
+
+
+@pytest.mark.parametrize("role", ["unet", "vae", "text_encoder"])
+def test_a_model_that_lacks_a_part_is_no_fault_of_the_card(copy: Path, role: str) -> None:
+    index = copy / "org" / "model" / "model_index.json"
+    parts = json.loads(index.read_text())
+    del parts[role]
+    index.write_text(json.dumps(parts))
     fault = fault_of(new_engine(copy), order(base_model="org/model"))
     assert isinstance(fault, ModelUnavailable)
     assert fault.kind is ModelUnavailableKind.DAMAGED
