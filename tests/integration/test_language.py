@@ -300,7 +300,8 @@ def test_missing_and_damaged_models(tiny_models: Path, tmp_path: Path) -> None:
     ("number", "expected", "kind"),
     [
         (float("nan"), ModelUnavailable, ModelUnavailableKind.DAMAGED),
-        (3e38, DeviceFault, DeviceFaultKind.BAD_RESULT),
+        (3e38, ModelUnavailable, ModelUnavailableKind.DAMAGED),
+        (6e4, DeviceFault, DeviceFaultKind.BAD_RESULT),
     ],
 )
 def test_scores_that_are_not_numbers_are_the_devices_fault_unless_the_weights_are_none(
@@ -313,7 +314,7 @@ def test_scores_that_are_not_numbers_are_the_devices_fault_unless_the_weights_ar
     tensors = load_file(file)
     tensors["model.norm.weight"].fill_(number)
     save_file(tensors, file, metadata={"format": "pt"})
-    broken = fault(new_engine(store), model="org/model")
+    broken = fault(new_engine(store), model="org/model", dtype="float16")
     assert isinstance(broken, expected)
     assert getattr(broken, "kind", None) is kind
 
