@@ -309,11 +309,7 @@ class Engine:
         self._note(step=0, steps=0)
         check()
         files = recipe.model.files
-        with (
-            _weights_looked_at(lambda: files, check),
-            self._blamed_for_bad_results(recipe),
-            self._workspace_measured(),
-        ):
+        with self._bad_results_blamed(recipe, lambda: files, check), self._workspace_measured():
             prompt, made = language.generate(model, tokenizer, params, progress)
         file = language.result_file(language.response(tokenizer, params, prompt, made))
         return ((language.FILE, file),), score_llm(file)
@@ -322,7 +318,7 @@ class Engine:
         check()
         prompts.check(params)
         recipe = self._remember(recipe_for(params, self.store))
-        with _weights_looked_at(recipe.weights, check), self._blamed_for_bad_results(recipe):
+        with self._bad_results_blamed(recipe, recipe.weights, check):
             return self._images_of(recipe, params, check, progress)
 
     def _images_of(
@@ -409,14 +405,25 @@ class Engine:
         }
 
     @contextmanager
-    def _blamed_for_bad_results(self, recipe: Recipe | LanguageRecipe) -> Iterator[None]:
-        """Its parts may be what has gone bad, the copies in host memory too: they go."""
+    def _bad_results_blamed(
+        self, recipe: Recipe | LanguageRecipe, weights: Callable[[], Sequence[Path]], check: Check
+    ) -> Iterator[None]:
+        """On the model where its weights hold no numbers: of such any card makes nothing. Else its
+        parts may be what has gone bad, the copies in host memory too: they go either way."""
         try:
             yield
         except DeviceFault as fault:
-            if fault.kind is DeviceFaultKind.BAD_RESULT:
-                self._discard(recipe.part_keys())
-            raise
+            if fault.kind is not DeviceFaultKind.BAD_RESULT:
+                raise
+            self._discard(recipe.part_keys())
+            try:
+                broken = first_broken(weights(), check)
+            except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
+                raise fault from None
+            if broken is None:
+                raise
+            line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"
+            raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line) from fault
 
     @contextmanager
     def _workspace_measured(self) -> Iterator[None]:
@@ -451,24 +458,6 @@ class Engine:
 
 def _one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-
-
-@contextmanager
-def _weights_looked_at(weights: Callable[[], Sequence[Path]], check: Check) -> Iterator[None]:
-    """Of weights that hold no numbers any card makes nothing: that is the model's fault."""
-    try:
-        yield
-    except DeviceFault as fault:
-        if fault.kind is not DeviceFaultKind.BAD_RESULT:
-            raise
-        try:
-            broken = first_broken(weights(), check)
-        except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
-            raise fault from None
-        if broken is None:
-            raise
-        line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"
-        raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line) from fault
 
 
 def _is_certain(params: SDParameters, file: Path) -> bool:

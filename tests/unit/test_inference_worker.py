@@ -172,13 +172,7 @@ async def test_says_what_canaries_are_judged_by(engine: FakeEngine) -> None:
 
 
 async def test_says_that_it_is_starting_until_the_engine_is_up(engine: FakeEngine) -> None:
-    go = threading.Event()
-
-    def make() -> Engine:
-        assert go.wait(PATIENCE)
-        return engine
-
-    worker = InferenceWorker(make, "1+abc")
+    worker, go = booting(engine)
     try:
         report = await worker.report()
         assert (report.health, report.gpu_class) == (Health.STARTING, None)
@@ -212,14 +206,19 @@ async def test_the_same_attempt_again_is_computed_once(engine: FakeEngine) -> No
     assert engine.ran == [A]
 
 
-async def test_starts_that_wait_for_the_engine_are_one_attempt(engine: FakeEngine) -> None:
+def booting(engine: Engine) -> tuple[InferenceWorker, threading.Event]:
+    """A worker whose engine isn't up until the event is set."""
     go = threading.Event()
 
     def make() -> Engine:
         assert go.wait(PATIENCE)
         return engine
 
-    worker = InferenceWorker(make, "1+abc")
+    return InferenceWorker(make, "1+abc"), go
+
+
+async def test_starts_that_wait_for_the_engine_are_one_attempt(engine: FakeEngine) -> None:
+    worker, go = booting(engine)
     starts = [asyncio.create_task(worker.start(order(each))) for each in (A, A, B)]
     await asyncio.sleep(0)
     go.set()
@@ -233,13 +232,7 @@ async def test_starts_that_wait_for_the_engine_are_one_attempt(engine: FakeEngin
 
 
 async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEngine) -> None:
-    go = threading.Event()
-
-    def make() -> Engine:
-        assert go.wait(PATIENCE)
-        return engine
-
-    worker = InferenceWorker(make, "1+abc")
+    worker, go = booting(engine)
     start = asyncio.create_task(worker.start(order(A)))
     await asyncio.sleep(0)
     start.cancel()
@@ -249,13 +242,7 @@ async def test_a_start_given_up_during_boot_leaves_the_boot_alone(engine: FakeEn
 
 
 async def test_a_start_cancelled_during_boot_never_begins(engine: FakeEngine) -> None:
-    go = threading.Event()
-
-    def make() -> Engine:
-        assert go.wait(PATIENCE)
-        return engine
-
-    worker = InferenceWorker(make, "1+abc")
+    worker, go = booting(engine)
     starts = [asyncio.create_task(worker.start(order(each))) for each in (A, A, B)]
     await asyncio.sleep(0)
     await worker.cancel(A)
