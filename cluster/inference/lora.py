@@ -106,8 +106,10 @@ def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[No
         yield
     finally:
         pipe.unload_lora_weights()
-        for tensor, was in asked:
-            tensor.requires_grad_(was)
+        # A VAE that has decoded in single precision holds tensors that may be asked nowhere else.
+        with torch.inference_mode():
+            for tensor, was in asked:
+                tensor.requires_grad_(was)
 
 
 def _gradients_asked(pipe: Any) -> list[tuple[torch.Tensor, bool]]:
