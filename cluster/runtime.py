@@ -27,7 +27,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.pool import simulated_resource
 from actors.precedence import RAY_SETTINGS
-from cluster import logs, ray_logs
+from cluster import logs, ray_logs, ray_start
 from cluster.api.guard import is_loopback, read_token
 from cluster.assembly import assemble_from, key_file_of, open_endpoints
 from cluster.chain.starting import check_contracts
@@ -186,7 +186,10 @@ def connect(config: Config) -> bool:
     else:
         options["address"] = address
     try:
-        ray.init(**options)
+        if own:
+            ray_start.start(ray.init, ray.shutdown, options)
+        else:
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         # Not there, not an address, or of another version of Ray or Python.
         where = "can't start one here" if own else f"can't join the one at {address}"

@@ -341,6 +341,7 @@ def test_a_ray_that_does_not_come_up_in_time_is_one_line_and_not_the_operators_f
         raise Exception("The current node timed out during startup.")  # noqa: TRY002  # as Ray does
 
     monkeypatch.setattr("cluster.runtime.ray.init", init)
+    monkeypatch.setattr("cluster.runtime.ray.shutdown", lambda: None)
     with pytest.raises(ClusterError, match=r"timed out during startup\. .*Start again") as caught:
         runtime.connect(config(tmp_path))
     assert not isinstance(caught.value, ConfigError)

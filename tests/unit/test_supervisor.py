@@ -349,7 +349,8 @@ def test_taking_down_has_the_coordinator_give_its_lease_back(post: Post, there: 
 @pytest.fixture
 def inits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(runtime, "ray", SimpleNamespace(init=lambda **given: found.append(given)))
+    fake = SimpleNamespace(init=lambda **given: found.append(given), shutdown=lambda: None)
+    monkeypatch.setattr(runtime, "ray", fake)
     return found
 
 
