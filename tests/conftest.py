@@ -5,7 +5,9 @@
 Integration tests wait for blocks most of their time, so several processes share them (pytest-xdist,
 `--dist loadgroup`). Tests that share something costly (a chain, an operator) stay together: those
 of the running operator, wherever they are, and those of a file that has a fixture of its own for
-more than one test. All others go wherever there is time.
+more than one test. All others go wherever there is time. Two clusters of Ray with all that belongs
+to them are too much for a small machine, so the tests of the pods go one after the other with the
+running operator's.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ settings.register_profile("dev", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 OPERATOR = "running_operator"
+CLUSTERS = frozenset({OPERATOR, "kube"})
+"""Fixtures that are whole clusters: their tests are one group."""
 
 
 # First: xdist reads the groups in a hook of the same name.
@@ -40,6 +44,6 @@ def pytest_collection_modifyitems(session: pytest.Session, items: Sequence[pytes
 
 def _shared(item: pytest.Item, costly: Container[str]) -> str | None:
     """The name of what it shares with other tests; None for one that stands alone."""
-    if OPERATOR in getattr(item, "fixturenames", ()):
-        return OPERATOR
+    if not CLUSTERS.isdisjoint(getattr(item, "fixturenames", ())):
+        return "clusters"
     return item.path.stem if item.nodeid.partition("::")[0] in costly else None
