@@ -17,7 +17,8 @@ $(STAMP): pyproject.toml
 	  { echo "error: $(PYTHON) is older than 3.11; set PYTHON=/path/to/python3.11 or newer"; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "==> installing the operator, the devnet and the test tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[devnet,test]'
+	@# Most modules that are installed are never imported; Python compiles those that are.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[devnet,test]'
 	@touch $@
 
 setup: $(STAMP)  ## create .venv and install everything, the devnet's EVM and tiny models included
