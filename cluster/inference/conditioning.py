@@ -138,6 +138,8 @@ def _decoded(text: str) -> bytes:
         raise _unsupported(f"image_dataurl: longer than {MAX_CHARACTERS} characters")
     prefix = _PREFIX.match(text)
     payload = _WHITE_SPACE.sub("", text[prefix.end() :] if prefix else text)
+    if prefix and ";base64," in payload:
+        raise _unsupported("image_dataurl: readers differ on where its base64 begins")
     if _BASE64.fullmatch(payload) and len(payload) % 4 == 0:
         return base64.b64decode(payload)
     if _ODD_BASE64.fullmatch(payload):

@@ -26,8 +26,10 @@ from PIL import Image
 from cluster.core.errors import DeviceFault, DeviceFaultKind, TaskUnsupported
 from cluster.inference.conditioning import conditioning_image
 from cluster.inference.parameters import SDParameters
+from cluster.inference.parts import DTYPES
 from cluster.inference.pipelines import Pipeline
 from cluster.inference.prompts import conditions, refiner_conditions
+from cluster.inference.recipes import dtype_of
 from cluster.inference.scoring import perceptual_hash
 from cluster.inference.seeds import seed_everything
 
@@ -128,17 +130,17 @@ def make_scheduler(own_config: Mapping[str, Any], params: SDParameters) -> Any:
     """The task's scheduler on the model's own settings.
 
     What the arguments' types don't tell (`beta_schedule: "x"`), the installed scheduler does, which
-    goes all its steps on a few numbers first. Other nodes may have a newer one, so its refusal
-    isn't the task's fault, and it certainly isn't the card's.
+    goes all its steps on a few numbers of the task's dtype first. Other nodes may have a newer one,
+    so its refusal isn't the task's fault, and it certainly isn't the card's.
     """
     chosen = params.scheduler
     args = chosen.args.model_dump(exclude_none=True) if chosen.args is not None else {}
-    kind, steps = SCHEDULERS[chosen.method], params.task_config.steps
+    kind, steps, dtype = SCHEDULERS[chosen.method], params.task_config.steps, dtype_of(params)
     try:
         scheduler = kind.from_config(own_config, **args)
-        tried = f"{chosen.method} {steps} {json.dumps(dict(scheduler.config), default=str)}"
+        tried = f"{chosen.method} {steps} {dtype} {json.dumps(dict(scheduler.config), default=str)}"
         if tried not in _tried:
-            _go_all_steps(scheduler, steps)
+            _go_all_steps(scheduler, steps, DTYPES[dtype])
             _tried.add(tried)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
@@ -154,13 +156,13 @@ _tried: set[str] = set()
 """Schedulers that have gone their steps well, with all their settings: it needn't be seen again."""
 
 
-def _go_all_steps(scheduler: Any, steps: int) -> None:
+def _go_all_steps(scheduler: Any, steps: int, dtype: torch.dtype) -> None:
     """Raises whatever it raises, and `ArithmeticError` for numbers that aren't finite."""
     generator = torch.Generator("cpu").manual_seed(0)
     scheduler.set_timesteps(steps)
-    sample = torch.randn(_FEW, generator=generator) * float(scheduler.init_noise_sigma)
+    sample = torch.randn(_FEW, generator=generator, dtype=dtype) * float(scheduler.init_noise_sigma)
     for timestep in scheduler.timesteps:
-        noise = torch.randn(_FEW, generator=generator)
+        noise = torch.randn(_FEW, generator=generator, dtype=dtype)
         scheduler.scale_model_input(sample, timestep)
         sample = scheduler.step(noise, timestep, sample, generator=generator).prev_sample
         if not bool(torch.isfinite(sample).all()):

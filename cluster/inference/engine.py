@@ -56,8 +56,7 @@ from cluster.inference.recipes import (
     recipe_for,
 )
 from cluster.inference.scoring import score_llm
-from cluster.models.refs import ModelRef
-from cluster.models.store import LORA_FILE, ModelStore
+from cluster.models.store import ModelStore
 
 MOST_RECIPES: Final = 256
 READ_AHEAD: Final = 8 * 2**20
@@ -309,7 +308,7 @@ class Engine:
         self._note(step=0, steps=0)
         check()
         files = recipe.model.files
-        with self._bad_results_blamed(recipe, lambda: files, check), self._workspace_measured():
+        with self._bad_results_blamed(recipe, lambda: files), self._workspace_measured():
             prompt, made = language.generate(model, tokenizer, params, progress)
         file = language.result_file(language.response(tokenizer, params, prompt, made))
         return ((language.FILE, file),), score_llm(file)
@@ -318,7 +317,7 @@ class Engine:
         check()
         prompts.check(params)
         recipe = self._remember(recipe_for(params, self.store))
-        with self._bad_results_blamed(recipe, recipe.weights, check):
+        with self._bad_results_blamed(recipe, recipe.weights):
             return self._images_of(recipe, params, check, progress)
 
     def _images_of(
@@ -339,7 +338,7 @@ class Engine:
                 with ExitStack() as adapters:
                     if recipe.lora is not None and params.lora is not None:
                         weight = 1.0 if self._full_loras else params.lora.weight / 100
-                        certain = _is_certain(params, recipe.lora)
+                        certain = lora.is_certain(params, recipe.lora)
                         adapters.enter_context(
                             lora.attached(pipeline.base, recipe.lora, weight, certain)
                         )
@@ -406,7 +405,7 @@ class Engine:
 
     @contextmanager
     def _bad_results_blamed(
-        self, recipe: Recipe | LanguageRecipe, weights: Callable[[], Sequence[Path]], check: Check
+        self, recipe: Recipe | LanguageRecipe, weights: Callable[[], Sequence[Path]]
     ) -> Iterator[None]:
         """On the model where its weights hold no numbers: of such any card makes nothing. Else its
         parts may be what has gone bad, the copies in host memory too: they go either way."""
@@ -417,7 +416,7 @@ class Engine:
                 raise
             self._discard(recipe.part_keys())
             try:
-                broken = first_broken(weights(), check)
+                broken = first_broken(weights(), parts.look)
             except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
                 raise fault from None
             if broken is None:
@@ -458,15 +457,6 @@ class Engine:
 
 def _one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-
-
-def _is_certain(params: SDParameters, file: Path) -> bool:
-    """Whether every node takes this file for the task's LoRA."""
-    if params.lora is None:
-        return False
-    # What a link leads to may be another file for every node that asks its host.
-    shared = not ModelRef("lora", params.lora.model).is_url
-    return shared and (bool(params.lora.weight_file_name) or file.name == LORA_FILE)
 
 
 def make_deterministic(threads: int | None) -> None:

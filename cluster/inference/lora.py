@@ -24,10 +24,27 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskInvalid
+from cluster.inference.parameters import SDParameters
+from cluster.inference.parts import disk
+from cluster.models.refs import ModelRef
+from cluster.models.store import LORA_FILE, guessed_in
 
 MAX_HEADER: Final = 32 * 2**20
 ADAPTER: Final = "task"
-_UNLOADABLE: Final = (ValueError, LookupError, TypeError, OSError, SafetensorError, RuntimeError)
+_UNLOADABLE: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What the libraries' converters raise over names and shapes that they don't know."""
+_OF_THE_CARD: Final = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 _READS_TEXT: Final = re.compile(
     r"(?P<layer>.*attn2[._])(?:processor[._])?(?P<part>to_[kv])"
@@ -70,6 +87,22 @@ def _layer_of(name: str) -> str:
     return layer.replace(".", "_")
 
 
+def is_certain(params: SDParameters, file: Path) -> bool:
+    """Whether no node takes another file for the task's LoRA, `file` being what lies here for it.
+
+    By a link each may get another one. In a repository it must be the one that nodes guess whatever
+    is named (`cluster.models.store.guessed`), and be named or have the conventional name. Of what
+    was fetched only the named file lies here: other files of its repository may keep nodes from
+    guessing at all, and none from taking this one.
+    """
+    asked = params.lora
+    if asked is None or ModelRef("lora", asked.model).is_url:
+        return False
+    plain = bool(asked.weight_file_name) or file.name == LORA_FILE
+    with disk(file.parent):
+        return plain and guessed_in(file.parent) == file.name
+
+
 @contextmanager
 def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[None]:
     """The LoRA on the pipeline for as long as the context lasts.
@@ -92,8 +125,7 @@ def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[No
             )
             pipe.set_adapters([ADAPTER], [weight])
         except _UNLOADABLE as error:
-            # Not its subclasses, which are the card's.
-            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            if isinstance(error, _OF_THE_CARD):
                 raise
             if line := misfit(file, pipe.unet):
                 if certain:

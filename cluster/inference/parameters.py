@@ -70,6 +70,8 @@ class ControlnetArgs(_Schema):
     image_dataurl: str = ""
     weight: Percent = 70
     preprocess: Preprocess | None = None
+    image: Any = None
+    """Of the network's own use: an image that is open already, which no JSON can hold."""
 
 
 class RefinerArgs(_Schema):
@@ -184,6 +186,8 @@ def _parse_sd(data: dict[str, Any]) -> SDParameters:
         params = SDParameters.model_validate(data)
     except ValidationError as error:
         raise verdict(error) from None
+    if params.controlnet is not None and params.controlnet.image is not None:
+        raise TaskUnsupported("controlnet.image: nodes differ on what may stand there")
     _check_bounds(params)
     _check_percentages(params)
     _check_scheduler_names(data)

@@ -275,6 +275,18 @@ def _quantized(bits: int, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
+_OVER_FILES: Final = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    OSError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+
+
 class reading:  # noqa: N801 - used as a with-statement
     """What the libraries raise over a folder's files becomes `ModelUnavailable`."""
 
@@ -287,9 +299,7 @@ class reading:  # noqa: N801 - used as a with-statement
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, ImportError):
             raise _refused(f"{self._name} needs a library that isn't here") from error
-        if isinstance(
-            error, OSError | ValueError | KeyError | TypeError | AttributeError | SafetensorError
-        ) or (type(error) is RuntimeError):
+        if isinstance(error, _OVER_FILES) or (type(error) is RuntimeError):
             raise ModelUnavailable(
                 ModelUnavailableKind.DAMAGED,
                 f"{self._name} can't be loaded: {type(error).__name__}",

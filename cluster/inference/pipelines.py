@@ -7,6 +7,7 @@ so nothing that a task sets on it can reach the next one.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -151,7 +152,9 @@ def assemble(
         role: module for role, module in modules.items() if role != REFINER_UNET
     }
     parts |= {kind: fittings.tokenizers.get(kind) for kind in _TOKENIZERS[: 1 + recipe.is_xl]}
-    parts["scheduler"] = fittings.scheduler
+    # One of its own: some pipelines write into its settings as they are made. The task's scheduler
+    # is made of what is there then, as by the network's runner.
+    parts["scheduler"] = copy.copy(fittings.scheduler)
     if not recipe.is_xl:
         checker = parts.setdefault("safety_checker", None)
         parts["feature_extractor"] = None if checker is None else fittings.feature_extractor
@@ -161,7 +164,7 @@ def assemble(
     for pipe in (base, refiner):
         if pipe is not None:
             pipe.set_progress_bar_config(disable=True)
-    return Pipeline(base, refiner, recipe.is_xl, fittings.scheduler.config)
+    return Pipeline(base, refiner, recipe.is_xl, base.scheduler.config)
 
 
 def _class_for(recipe: Recipe) -> Any:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskUnsupported
+from cluster.inference.fitting import misfit, scale
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import SDParameters, base_key, pipeline_key
 from cluster.inference.parts import LANGUAGE_MODEL, PartKey, PartSource, source
-from cluster.models.store import ModelStore, read_index, read_json
+from cluster.models.store import INDEX, ModelStore, read_index, read_json
 
 SD: Final = "StableDiffusionPipeline"
 SDXL: Final = "StableDiffusionXLPipeline"
@@ -28,6 +29,8 @@ _ROLES: Final = {
 }
 _BASE_ROLES: Final = frozenset({"unet", "vae", "text_encoder", "text_encoder_2"})
 REFINER_UNET: Final = "refiner"
+SCALE: Final = 8
+"""Pixels along a latent's side, of every published VAE of these families."""
 MOST_SCALE: Final = 1e4
 """Of a VAE's latents; published ones are below 1."""
 REFINED_AGAIN: Final = 0.3
@@ -108,6 +111,7 @@ def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
         _check_family(parts["unet"].folder, base)
     if params.vae:
         parts["vae"] = source(store.resolve("vae", params.vae), "AutoencoderKL", dtype)
+        _check_same_scale(parts["vae"].folder, base)
     lacking = sorted(_BASE_ROLES.intersection(_ROLES[pipeline]) - parts.keys())
     if lacking:
         line = f"{params.base_model.name} names no {lacking[0]}"
@@ -120,6 +124,7 @@ def recipe_for(params: SDParameters, store: ModelStore) -> Recipe:
     if refiner is not None:
         variant = None if params.refiner is None else params.refiner.variant
         parts[REFINER_UNET] = source(refiner / "unet", "UNet2DConditionModel", dtype, variant)
+    _check_fit(parts, params, pipeline, refiner)
     lora = params.lora
     return Recipe(
         pipeline_key(params),
@@ -155,10 +160,32 @@ def _check_family(unet: Path, base: Path) -> None:
             )
 
 
+def _check_same_scale(vae: Path, base: Path) -> None:
+    """The network's runner sets a VAE on a pipeline that has taken the latents' size from the
+    base's own, or from none: 8. Of another scale, it makes images of another size there."""
+    own = base / "vae" / "config.json"
+    expected = scale(read_json(own)) if own.is_file() else SCALE
+    if scale(read_json(vae / "config.json")) != expected:
+        raise TaskUnsupported("vae: its latents have another size than the base model's")
+
+
+def _check_fit(
+    parts: Mapping[str, PartSource], params: SDParameters, pipeline: str, refiner: Path | None
+) -> None:
+    configs = {role: read_json(part.folder / "config.json") for role, part in parts.items()}
+    told = {} if refiner is None else read_json(refiner / INDEX)
+    scored = told.get("requires_aesthetics_score") is True
+    if line := misfit(configs, pipeline == SDXL, scored):
+        raise TaskUnsupported(line)
+    side, config = scale(configs["vae"]), params.task_config
+    if not side or config.image_width % side or config.image_height % side:
+        raise TaskUnsupported(f"task_config: sides are multiples of {side} with this VAE")
+
+
 def _check_scale(vae: Path) -> None:
     """By it the latents are divided: without one, no card makes an image."""
-    scale = read_json(vae / "config.json").get("scaling_factor", 1.0)
-    if not isinstance(scale, int | float) or not 0 < abs(scale) <= MOST_SCALE:
+    factor = read_json(vae / "config.json").get("scaling_factor", 1.0)
+    if not isinstance(factor, int | float) or not 0 < abs(factor) <= MOST_SCALE:
         raise ModelUnavailable(ModelUnavailableKind.DAMAGED, "vae: its scaling_factor is no scale")
 
 

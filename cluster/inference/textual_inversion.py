@@ -10,13 +10,15 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskUnsupported
+
+MOST_VECTORS: Final = 128
 
 
 @contextmanager
@@ -33,6 +35,8 @@ def attached(pipe: Any, file: Path) -> Iterator[None]:
         raise ModelUnavailable(
             ModelUnavailableKind.DAMAGED, f"{file.name} can't be read: {type(error).__name__}"
         ) from error
+    for vectors in words.values():
+        _check_vectors(vectors)
     encoder = pipe.text_encoder
     before = _Table.of(encoder)
     pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
@@ -45,6 +49,15 @@ def attached(pipe: Any, file: Path) -> Iterator[None]:
         yield
     finally:
         before.put_back(encoder)
+
+
+def _check_vectors(vectors: torch.Tensor) -> None:
+    """A text encoder reads 77 tokens at once, and each vector is one: the library adds them one by
+    one, each slower than the one before."""
+    if not vectors.is_floating_point() or vectors.dim() not in (1, 2):
+        raise TaskUnsupported("textual_inversion: no vectors of numbers")
+    if vectors.dim() == 2 and len(vectors) > MOST_VECTORS:
+        raise TaskUnsupported(f"textual_inversion: more than {MOST_VECTORS} vectors")
 
 
 class _Table:

@@ -13,7 +13,7 @@ from typing import Final
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.models.refs import ModelRef
 from cluster.models.refusals import Refused, Rule
-from cluster.models.store import ADAPTER, CONFIG, INDEX, INVERSION_FILE, LORA_FILE
+from cluster.models.store import ADAPTER, CONFIG, INDEX, INVERSION_FILE, LORA_FILE, guessed
 
 MOST_FILES: Final = 500
 """Of one model: the largest published ones have some two hundred shards."""
@@ -56,10 +56,15 @@ def needed(ref: ModelRef, paths: Collection[str]) -> tuple[str, ...]:
     """The paths to fetch, in order.
 
     Raises `ModelUnavailable` (NOT_HERE) where the repository lacks what the model needs, and
-    `Refused` where it has it only in a form that could run code.
+    `Refused` where it has it only in a form that could run code, or as a LoRA's file in the place
+    of which other nodes take another one.
     """
     plain = sorted(path for path in paths if is_plain(path))
     chosen = _CHOICES[ref.kind](ref, plain)
+    guess = guessed(paths) if ref.kind == "lora" and not ref.is_url else None
+    if guess is not None and guess not in chosen:
+        line = f"{ref}: other nodes take {guess[:100]!r} for {chosen[0]}"
+        raise Refused(Rule.FILE_KIND, line)
     if len(chosen) > MOST_FILES:
         raise Refused(Rule.FILE_KIND, f"{ref} has {len(chosen)} files, {MOST_FILES} at most")
     return tuple(chosen)

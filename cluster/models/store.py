@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ INDEX: Final = "model_index.json"
 CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
 LORA_FILE: Final = "pytorch_lora_weights.safetensors"
+_NEVER_GUESSED: Final = ("scheduler", "optimizer", "checkpoint")
 INVERSION_FILE: Final = "learned_embeds.safetensors"
 KINDS: Final = frozenset(
     {"base", "lora", "controlnet", "unet", "vae", "textual_inversion", "language"}
@@ -328,8 +329,30 @@ def _is_as_stored(folder: Path, file: Stored, look: Callable[[], None]) -> bool:
     return True
 
 
+def guessed(paths: Iterable[str]) -> str | None:
+    """Of a LoRA's repository, the file that the network's nodes compute with whatever their task
+    names: as they download, they put the only safetensors file whose path has none of these words
+    in the name's place (sd_task's `best_guess_weight_name`).
+
+    None where there is no such file, or several: those that download stop there, and others take
+    the named one.
+    """
+    found = [
+        path
+        for path in paths
+        if path.endswith(".safetensors") and not any(word in path for word in _NEVER_GUESSED)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def guessed_in(folder: Path) -> str | None:
+    """`guessed`, of what lies here."""
+    return guessed(file.relative_to(folder).as_posix() for file in all_in(folder))
+
+
 def _lora_in(folder: Path, weight_file_name: str) -> Path:
-    """That file, or the one there is; of several the one with the conventional name."""
+    """That file, or the one there is; of several the one with the conventional name. None that
+    others wouldn't take (`guessed`)."""
     files = sorted(folder.glob("*.safetensors"))
     if weight_file_name:
         wanted = folder / weight_file_name
@@ -343,6 +366,8 @@ def _lora_in(folder: Path, weight_file_name: str) -> Path:
         raise _refused(f"{wanted.name} is not a safetensors file")
     if not wanted.is_file():
         raise _not_here(f"{folder.name} has no {wanted.name}")
+    if (guess := guessed_in(folder)) not in (None, wanted.name):
+        raise _refused(f"{folder.name}: other nodes take {guess[:100]} for {wanted.name}")
     return wanted
 
 

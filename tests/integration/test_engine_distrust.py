@@ -88,6 +88,18 @@ def test_what_a_run_changed_is_thrown_away(
     assert fresh.counts.loads == loads + 1
 
 
+def test_a_look_through_the_weights_after_a_bad_result_is_progress(tiny_models: Path) -> None:
+    """On a slow disk it takes longer than a card may be silent."""
+    fresh, told = new_engine(tiny_models), list[tuple[int, int]]()
+    run(fresh, order())
+    go_bad(fresh, "unet", float("nan"))
+    with pytest.raises(DeviceFault) as caught:
+        fresh.run(order(), lambda: False, lambda *step: told.append(step))
+    assert caught.value.kind is DeviceFaultKind.BAD_RESULT
+    begun = next(place for place, (step, _) in enumerate(told) if step)
+    assert (0, 0) in told[begun:]
+
+
 # --- preloaded ------------------------------------------------------------------------------------
 
 

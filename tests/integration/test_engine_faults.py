@@ -29,7 +29,7 @@ from cluster.inference import engine as engine_module
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.parameters import SDParameters
 from cluster.inference.recipes import Recipe, recipe_for
-from cluster.models.store import ModelStore
+from cluster.models.store import LORA_FILE, ModelStore
 from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA
 from tests.integration.engine_world import (
     DEVICE,
@@ -67,16 +67,15 @@ def test_a_lora_of_the_wrong_family_is_the_tasks_fault(
 
 def test_wrong_family_in_the_kohya_format(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "store")
-    folder = tmp_path / "store" / "org" / "kohya"
-    folder.mkdir(parents=True)
-    _kohya(folder / "narrow.safetensors", 64)
-    _kohya(folder / "wide.safetensors", 128)
-    _kohya(folder / "silent.safetensors", None)
+    for name, width in (("narrow", 64), ("wide", 128), ("silent", None)):
+        folder = tmp_path / "store" / "org" / name
+        folder.mkdir(parents=True)
+        _kohya(folder / f"{name}.safetensors", width)
     fresh = new_engine(tmp_path / "store")
     plain = files(fresh)
 
     def with_lora(name: str) -> Order:
-        return order(lora={"model": "org/kohya", "weight_file_name": f"{name}.safetensors"})
+        return order(lora={"model": f"org/{name}", "weight_file_name": f"{name}.safetensors"})
 
     assert run(fresh, with_lora("narrow")).files != plain
     assert isinstance(fault_of(fresh, with_lora("wide")), TaskInvalid)
@@ -145,6 +144,40 @@ def test_a_lora_that_nobody_named_may_be_another_one_elsewhere(root: Path, tmp_p
     assert isinstance(fault, ModelUnavailable)
 
 
+def test_a_named_lora_beside_others_may_be_another_one_elsewhere(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "store")
+    folder = tmp_path / "store" / "org" / "kohya"
+    folder.mkdir(parents=True)
+    _kohya(folder / "narrow.safetensors", 64)
+    _kohya(folder / "wide.safetensors", 128)
+    fresh = new_engine(tmp_path / "store")
+
+    def with_lora(name: str) -> Order:
+        return order(lora={"model": "org/kohya", "weight_file_name": f"{name}.safetensors"})
+
+    assert run(fresh, with_lora("narrow")).files != files(fresh)
+    assert isinstance(fault_of(fresh, with_lora("wide")), ModelUnavailable)
+
+
+@pytest.mark.parametrize("written", ["[1]", '"x"', '{"r": {}}', "{"])
+def test_a_loras_odd_notes_of_itself_are_no_fault_of_the_card(
+    root: Path, tmp_path: Path, written: str
+) -> None:
+    shutil.copytree(root, tmp_path / "store")
+    folder = tmp_path / "store" / "org" / "odd"
+    folder.mkdir(parents=True)
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
+    weights = {
+        f"{layer}.lora_A.weight": torch.ones(4, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 4),
+    }
+    save_file(weights, folder / LORA_FILE, metadata={"lora_adapter_metadata": written})
+    fault = _outcome(new_engine(tmp_path / "store"), order(lora={"model": "org/odd"}))
+    assert not isinstance(fault, DeviceFault | TaskInvalid)
+
+
 def test_a_lora_by_link_may_be_another_one_for_others(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +242,17 @@ def _dpm(**args: object) -> dict[str, object]:
         _dpm(thresholding=True, dynamic_thresholding_ratio=5.0),
         _dpm(beta_start=-1.0),
         _dpm(beta_end=3.0),
+        {
+            "dtype": "float16",
+            "scheduler": {
+                "method": "EulerAncestralDiscreteScheduler",
+                "args": {
+                    "timestep_spacing": "trailing",
+                    "beta_schedule": "linear",
+                    "beta_end": 0.05,
+                },
+            },
+        },
         {"prompt": "(a)0.9 b " * 800},
         {"negative_prompt": "a cat, " * 300 + "(b)0.5 c " * 60},
         {"version": "9.0.0"},

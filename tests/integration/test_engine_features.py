@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from cluster.core.errors import (
     ClusterError,
@@ -256,6 +260,71 @@ def test_what_cant_go_together_is_unsupported(engine: Engine) -> None:
         },
     ):
         assert isinstance(fault(engine, **fields), TaskUnsupported), fields
+
+
+@pytest.fixture(scope="module")
+def odd(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with parts in which one number is another one than their model's."""
+    root = tmp_path_factory.mktemp("odd")
+    shutil.copytree(tiny_models, root, dirs_exist_ok=True)
+    vae, unet = root / models.SD15_VAE, root / models.SD15_UNET
+    made: Any = diffusers.AutoencoderKL
+    blocks = {"block_out_channels": [8, 16, 16]}
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 3}
+    kinds |= {"up_block_types": ["UpDecoderBlock2D"] * 3}
+    _another(made, vae, root / "org/16-latents", latent_channels=16)
+    _another(made, vae, root / "org/small", **blocks, **kinds)
+    made = diffusers.UNet2DConditionModel
+    _another(made, unet, root / "org/inpainting", in_channels=9)
+    _another(made, unet, root / "org/classes", num_class_embeds=10)
+    controlnet, made = root / models.SD15_CONTROLNET, diffusers.ControlNetModel
+    _another(made, controlnet, root / "org/wide", block_out_channels=[32, 96])
+    for name, vectors in INVERSIONS.items():
+        (root / "org" / name).mkdir()
+        save_file({"<odd>": vectors}, root / "org" / name / "learned_embeds.safetensors")
+    return root
+
+
+def _another(kind: Any, like: Path, folder: Path, **settings: Any) -> None:
+    own = json.loads((like / "config.json").read_text())
+    kept = {name: value for name, value in own.items() if not name.startswith("_")}
+    torch.manual_seed(1)
+    kind(**kept | settings).save_pretrained(folder)
+
+
+INVERSIONS = {
+    "deep": torch.ones(2, 3, 64),
+    "whole-numbers": torch.ones(2, 64, dtype=torch.int64),
+    "no-vector": torch.ones(()),
+    "many": torch.ones(129, 64),
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vae": "org/16-latents"},
+        {"vae": "org/small"},
+        {"unet": "org/inpainting"},
+        {"unet": "org/classes"},
+        {"controlnet": controlled("org/wide")},
+        *({"textual_inversion": f"org/{name}"} for name in INVERSIONS),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_no_card_can_compute_with_is_unsupported(odd: Path, fields: dict[str, Any]) -> None:
+    fresh = new_engine(odd)
+    before = files(fresh)
+    assert isinstance(fault(fresh, **fields), TaskUnsupported)
+    assert files(fresh) == before
+
+
+def test_as_many_vectors_as_are_ever_written(odd: Path) -> None:
+    (odd / "org/enough").mkdir()
+    torch.manual_seed(1)
+    file = odd / "org/enough/learned_embeds.safetensors"
+    save_file({"<odd>": torch.randn(128, 64)}, file)
+    assert run(new_engine(odd), textual_inversion="org/enough", prompt="a <odd> cat")
 
 
 def test_an_image_that_none_can_read(engine: Engine) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ _FILE = io.BytesIO()
 Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(_FILE, "PNG")
 PICTURE = "data:image/png;base64," + base64.b64encode(_FILE.getvalue()).decode()
 
+OLD = "org/old"
+"""Its scheduler has settings that diffusers mends as it makes some pipelines, and others not."""
+
 TASKS: dict[str, dict[str, Any]] = {
     "a": {"base_model": SD15[0]},
     "a, weighted": {"base_model": SD15[0], "prompt": "a (red cat)1.3 in the forest"},
@@ -78,14 +82,25 @@ TASKS: dict[str, dict[str, Any]] = {
     "sd 2": {"base_model": SD2},
     "xl, refined": {"base_model": SDXL, "refiner": {"model": SDXL_REFINER, "steps": 3}},
     "chat": {"model": LLM, "generation_config": {"max_new_tokens": 8, "do_sample": True}},
+    "old": {"base_model": OLD, "prompt": "a dog by the river"},
+    "old, controlnet": {
+        "base_model": OLD,
+        "controlnet": {"model": SD15_CONTROLNET, "image_dataurl": PICTURE},
+    },
     "wrong lora": {"base_model": SD15[0], "lora": {"model": SDXL_LORA}},
     "not here": {"base_model": "org/none"},
 }
 
 
 @pytest.fixture(scope="module")
-def root(tiny_models: Path) -> Path:
-    return tiny_models
+def root(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_models, root, dirs_exist_ok=True)
+    shutil.copytree(root / SD15[0], root / OLD)
+    file = root / OLD / "scheduler" / "scheduler_config.json"
+    unmended = {"steps_offset": 0, "clip_sample": True, "timestep_spacing": "leading"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | unmended))
+    return root
 
 
 def order(name: str) -> Order:
@@ -129,6 +144,15 @@ def test_the_tasks_differ(expected: dict[str, object]) -> None:
     pictures = [made for made in expected.values() if isinstance(made, tuple)]
     assert len(pictures) == len(TASKS) - 2
     assert len({made[0][0][1] for made in pictures}) == len(pictures)
+
+
+@pytest.mark.parametrize("names", [("old", "old, controlnet"), ("old, controlnet", "old")])
+def test_a_models_scheduler_stays_as_it_was_read(
+    card: Device, root: Path, expected: dict[str, object], names: tuple[str, str]
+) -> None:
+    engine = new_engine(card, root)
+    for name in names:
+        assert outcome(engine, name) == expected[name]
 
 
 @settings(

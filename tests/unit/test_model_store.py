@@ -129,6 +129,17 @@ def test_several_loras_need_a_name(store: ModelStore) -> None:
     assert store.lora_file("org/lora", "b.safetensors").name == "b.safetensors"
 
 
+def test_a_lora_in_whose_place_others_take_another_file_is_refused(store: ModelStore) -> None:
+    folder = store.root / "org" / "lora"
+    (folder / "checkpoint-1.safetensors").touch()
+    assert store.lora_file("org/lora").name == LORA_FILE
+    with pytest.raises(ModelUnavailable, match=f"other nodes take {LORA_FILE}") as caught:
+        store.lora_file("org/lora", "checkpoint-1.safetensors")
+    assert caught.value.kind is REFUSED
+    (folder / "b.safetensors").touch()
+    assert store.lora_file("org/lora", "checkpoint-1.safetensors").name.startswith("checkpoint")
+
+
 def test_links_out_of_the_store_are_refused(store: ModelStore, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (store.root / "org" / "away").symlink_to(tmp_path / "outside")

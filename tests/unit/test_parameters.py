@@ -141,6 +141,9 @@ def test_another_versions_schema_is_not_ours_to_judge(version: Any, failure: Any
         text(task_config={"image_height": 0}),
         text(task_config={"image_height": 2**20}),
         text(scheduler={"method": "LCMScheduler", "args": {"num_train_timesteps": 10**9}}),
+        text(controlnet={"model": "o/c", "image": "data:image/png;base64,AAAA"}),
+        text(controlnet={"model": "o/c", "image": {}}),
+        text(controlnet={"model": "o/c", "image": False}),
         text(prompt="a" * (parameters.MAX_PROMPT + 1)),
         text(negative_prompt="a" * (parameters.MAX_PROMPT + 1)),
         text(extra=float("nan")),
@@ -186,6 +189,10 @@ def test_any_object_gets_one_of_the_verdicts(fields: dict[str, Any]) -> None:
     except (TaskInvalid, TaskUnsupported):
         return
     assert params.prompt
+
+
+def test_a_controlnets_open_image_may_be_null() -> None:
+    assert sd(controlnet={"model": "o/c", "image": None}) == sd(controlnet={"model": "o/c"})
 
 
 def test_keys_name_what_is_loaded() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.inference import parts
-from cluster.inference.parts import digest_of, load, source
+from cluster.inference.parts import digest_of, load, reading, source
 
 UNET = "UNet2DConditionModel"
 CPU = torch.device("cpu")
@@ -93,3 +93,19 @@ def test_only_so_many_digests_are_kept(folder: Path, monkeypatch: pytest.MonkeyP
         assert reads == [], "the least recently used has left"
         assert digest_of(files[1]) == digests[1]
         assert reads
+
+
+@pytest.mark.parametrize(
+    "kind", [ValueError, KeyError, IndexError, ZeroDivisionError, NotImplementedError, RuntimeError]
+)
+def test_what_the_libraries_raise_over_a_folder_is_its_fault(
+    folder: Path, kind: type[Exception]
+) -> None:
+    with pytest.raises(ModelUnavailable) as caught, reading(folder):
+        raise kind("x")
+    assert caught.value.kind is ModelUnavailableKind.DAMAGED
+
+
+def test_memory_that_runs_short_is_no_folders_fault(folder: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError), reading(folder):
+        raise torch.OutOfMemoryError

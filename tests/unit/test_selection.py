@@ -144,6 +144,50 @@ def test_a_loras_file_by_name_by_convention_or_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("paths", "file"),
+    [
+        (["a", "checkpoint-1"], "checkpoint-1"),
+        (["a", "optimizer", "my_scheduler"], "optimizer"),
+        (["deep/down/in/a", "checkpoint-1"], "checkpoint-1"),
+        (["a b", "checkpoint-1"], "checkpoint-1"),
+        (["in/a", "checkpoint-1"], ""),
+    ],
+    ids=str,
+)
+def test_a_lora_in_whose_place_others_take_another_file_is_refused(
+    paths: list[str], file: str
+) -> None:
+    with pytest.raises(Refused, match="other nodes take"):
+        chosen("lora", with_ending(paths), file=f"{file}.safetensors" if file else "")
+
+
+@pytest.mark.parametrize(
+    ("paths", "file"),
+    [
+        (["a", "checkpoint-1"], "a"),
+        (["a", "b"], "b"),
+        (["a", "b", "checkpoint-1"], "checkpoint-1"),
+        (["checkpoint-1", "checkpoint-2"], "checkpoint-2"),
+    ],
+    ids=str,
+)
+def test_a_named_lora_among_several_is_taken_where_nobody_guesses_another(
+    paths: list[str], file: str
+) -> None:
+    wanted = f"{file}.safetensors"
+    assert chosen("lora", with_ending(paths), file=wanted) == {wanted}
+
+
+def test_what_a_link_leads_to_is_guessed_by_nobody() -> None:
+    lora = ref("lora", "https://host/a.zip", None, "checkpoint-1.safetensors")
+    assert needed(lora, with_ending(["a", "checkpoint-1"])) == ("checkpoint-1.safetensors",)
+
+
+def with_ending(names: list[str]) -> list[str]:
+    return [f"{name}.safetensors" for name in names]
+
+
+@pytest.mark.parametrize(
     ("kind", "paths", "fields", "rule"),
     [
         ("lora", ["a.safetensors", "b.safetensors"], {}, Rule.FILE_KIND),
