@@ -124,7 +124,7 @@ def _gradients_asked(pipe: Any) -> list[tuple[torch.Tensor, bool]]:
 
 
 def _unfilled(pipe: Any) -> str:
-    """A layer that the LoRA was made for and brought no weights for, which only warns; or nothing."""
+    """A layer that got no weights of the LoRA, of which the libraries only warn; or none."""
     modules = (each for each in pipe.components.values() if isinstance(each, torch.nn.Module))
     return next(
         (name for each in modules for name, tensor in each.named_parameters() if tensor.is_meta), ""

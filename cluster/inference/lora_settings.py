@@ -2,8 +2,8 @@
 
 diffusers hands the JSON under `lora_adapter_metadata` in a safetensors file's header to PEFT as a
 LoRA's configuration, and PEFT knows configurations that change the base's own weights for good (one
-cuts them down at the first forward pass, another decomposes them), that copy whole layers, or that are
-searched for with a regular expression of the author's. Names of tensors become such expressions
+cuts them down at the first forward pass, another decomposes them), that copy whole layers, or that
+look for layers with a regular expression of the author's. Names of tensors become such expressions
 too. So a LoRA may say what makes it a LoRA, in bounds; anything else has to be what PEFT takes by
 itself, which is what diffusers' own training scripts write.
 """
@@ -59,7 +59,7 @@ def _is_harmless(setting: str, value: object) -> bool:
     if judge is not None and judge(value):
         return True
     if value is None or setting not in _DEFAULTS:
-        # A library's own error says what it doesn't know; nothing is what all of them are by default.
+        # Of what PEFT doesn't know, nothing but nothing is known to change nothing.
         return value is None
     default = _DEFAULTS[setting]
     return type(value) is type(default) and value == default

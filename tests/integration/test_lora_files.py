@@ -109,7 +109,7 @@ def test_what_diffusers_own_scripts_write_is_taken(engine: Engine, root: Path) -
     from peft import LoraConfig
 
     def written(alpha: int) -> dict[str, Any]:
-        config = LoraConfig(
+        config: Any = LoraConfig(
             r=4, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=["to_k", "to_q"]
         )
         said = {f"unet.{name}": value for name, value in config.to_dict().items()}
