@@ -9,7 +9,7 @@ ratios, the engine with the loop at torch's defaults.
 
 Besides: what a change of model costs when it comes from disk (`seconds_load`, the files read before
 by this process) and from host memory (`seconds_host_return`), and a LoRA that is put on
-(`seconds_lora_switch`), each beyond a warm run. `seconds_first` is a first task, all in.
+(`seconds_lora_switch`), each beyond a warm run. `seconds_first` is an engine's first task.
 
     python -m benchmarks.engine_overhead --device auto --json
 

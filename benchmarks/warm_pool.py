@@ -127,15 +127,16 @@ class Policy:
         self.tally.scores += (computed.score,)
 
 
-def keep_one(make: Callable[[], Engine]) -> Callable[[dict[str, Any]], Engine]:
-    """A new engine, which has nothing, whenever the models or the LoRA change."""
-    last: list[tuple[str, Engine]] = []
+def keep_one(engine: Engine) -> Callable[[dict[str, Any]], Engine]:
+    """It forgets all that it has read whenever the models or the LoRA change."""
+    last: list[str] = []
 
     def engine_for(fields: dict[str, Any]) -> Engine:
         key = json.dumps(fields, sort_keys=True)
-        if not last or last[0][0] != key:
-            last[:] = [(key, make())]
-        return last[0][1]
+        if last != [key]:
+            engine.distrust()
+            last[:] = [key]
+        return engine
 
     return engine_for
 
@@ -174,7 +175,7 @@ def main() -> None:
     )
     pooled = Engine(device, store, time.time, limits)
     ours = Policy(lambda _: pooled)
-    theirs = Policy(keep_one(lambda: Engine(device, store, time.time, Limits(threads=1))))
+    theirs = Policy(keep_one(Engine(device, store, time.time, Limits(threads=1))))
     for number, fields in enumerate(tasks, 1):
         ours.run(fields)
         theirs.run(fields)

@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskInvalid
+from cluster.inference import lora_settings
 from cluster.inference.parameters import SDParameters
 from cluster.inference.parts import disk
 from cluster.models.refs import ModelRef
@@ -113,6 +114,8 @@ def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[No
     another one of the same model. After that, or any error, the pipeline's parts must be thrown
     away unless `is_bare` says that nothing stayed.
     """
+    if line := lora_settings.objection(_header(file)):
+        raise ModelUnavailable(ModelUnavailableKind.REFUSED, f"{file.name}: {line}")
     asked = _gradients_asked(pipe)
     try:
         try:
@@ -124,6 +127,8 @@ def attached(pipe: Any, file: Path, weight: float, certain: bool) -> Iterator[No
                 use_safetensors=True,
             )
             pipe.set_adapters([ADAPTER], [weight])
+            if layer := _unfilled(pipe):
+                raise _damaged(f"{file.name} holds only a part of the layer {layer}")
         except _UNLOADABLE as error:
             if isinstance(error, _OF_THE_CARD):
                 raise
@@ -150,12 +155,20 @@ def _gradients_asked(pipe: Any) -> list[tuple[torch.Tensor, bool]]:
     return [(each, each.requires_grad) for module in modules for each in module.parameters()]
 
 
+def _unfilled(pipe: Any) -> str:
+    """A layer that got no weights of the LoRA, of which the libraries only warn; or none."""
+    modules = (each for each in pipe.components.values() if isinstance(each, torch.nn.Module))
+    return next(
+        (name for each in modules for name, tensor in each.named_parameters() if tensor.is_meta), ""
+    )
+
+
 def is_bare(part: torch.nn.Module) -> bool:
     """Whether no LoRA layer is left anywhere in a pipeline's part."""
     return not any(isinstance(module, BaseTunerLayer) for module in part.modules())
 
 
-def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= MAX_HEADER:
@@ -167,7 +180,11 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
         raise _damaged(f"{file.name} has a damaged safetensors header") from None
     if len(text) < length or not isinstance(header, dict):
         raise _damaged(f"{file.name} has a damaged safetensors header")
-    for name, entry in header.items():
+    return header
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    for name, entry in _header(file).items():
         if name == "__metadata__":
             continue
         shape = entry.get("shape") if isinstance(entry, dict) else None

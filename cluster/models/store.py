@@ -56,6 +56,8 @@ _NETWORKS: Final = frozenset({"unet", "vae", "controlnet"})
 _MAX_INDEX: Final = 2**20
 _read_through: dict[tuple[str, int, int, int], str] = {}
 """The sha256 of files whose time says that they may have changed, by path and what `stat` says."""
+LOOKS: Final = 3
+"""At folders that go while they are looked through."""
 _listings: dict[tuple[str, int], tuple[Manifest, ...]] = {}
 
 
@@ -154,6 +156,12 @@ class ModelStore:
 
         A language model is a folder with weights of its own, beside its configuration.
         """
+        for _ in range(LOOKS - 1):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return self._seen_on_disk()
+        return self._seen_on_disk()
+
+    def _seen_on_disk(self) -> frozenset[str]:
         keys = {each.ref.base_key for each in self._fetched() if each.ref.kind == "base"}
         for config in self.root.glob(f"*/*/{CONFIG}"):
             if _is_language_model(config):
@@ -173,10 +181,12 @@ class ModelStore:
             seen = (str(folder), folder.stat().st_mtime_ns)
         except FileNotFoundError:
             return ()
-        if seen not in _listings:
-            _listings.clear()
-            _listings[seen] = tuple(self.disk.manifests().values())
-        return _listings[seen]
+        listing = _listings.get(seen)
+        if listing is None:
+            listing = tuple(self.disk.manifests().values())
+            _listings.clear()  # another thread may do so at any time
+            _listings[seen] = listing
+        return listing
 
     def _first(self, kind: str, name: str, ref: ModelRef, look: Callable[[Path], Found]) -> Found:
         """What `look` finds in the folder laid here, or else in the one that was fetched."""

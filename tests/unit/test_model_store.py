@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,36 @@ def test_what_is_here(store: ModelStore) -> None:
 def test_an_empty_store(tmp_path: Path) -> None:
     assert ModelStore(tmp_path / "none").on_disk() == frozenset()
     assert kind_of(ModelStore(tmp_path / "none"), "base", "org/base") is NOT_HERE
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_not_here(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, gone = Path.glob, ["unet", "unet"]
+
+    def glob(self: Path, pattern: str) -> Iterator[Path]:
+        if self.name in gone:
+            gone.remove(self.name)
+            raise FileNotFoundError(self)
+        return iter(look(self, pattern))
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert store.on_disk() == {"org/base", "org/base+fp16"}
+    gone[:] = ["unet"] * 3
+    with pytest.raises(FileNotFoundError):
+        store.on_disk()
+
+
+def test_a_listing_that_another_thread_drops_is_given_all_the_same(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dropped(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            """Another thread clears it right after."""
+
+    (store.disk.base / "models").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr("cluster.models.store._listings", Dropped())
+    assert store.on_disk() == {"org/base", "org/base+fp16"}
 
 
 def test_what_is_not_here(store: ModelStore) -> None:
