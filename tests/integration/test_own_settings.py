@@ -46,6 +46,10 @@ ROWS = SAMPLED | {"num_return_sequences": 2}
         ({"sequence_bias": [[[5], 1e38]], "temperature": 1e-3}, {"do_sample": True}),
         ({"sequence_bias": [[[10**9], 1.0]]}, {"do_sample": True}),
         ({"token_healing": True}, {"max_new_tokens": 4}),
+        ({"suppress_tokens": list(range(400))}, {"max_new_tokens": 4}),
+        ({"bad_words_ids": [[each] for each in range(400)]}, {"do_sample": True}),
+        ({"num_beams": 1.5}, {"max_new_tokens": 4}),
+        ({"pad_token_id": "0"}, ROWS),
     ],
     ids=str,
 )
