@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,19 +20,22 @@ import torch
 from compel import Compel, ReturnedEmbeddingsType  # type: ignore[import-untyped]
 from compel.prompt_parser import Blend, PromptParser  # type: ignore[import-untyped]
 
-from cluster.core.errors import TaskUnsupported
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskUnsupported
 from cluster.inference.parameters import SDParameters
+from cluster.inference.parts import look
 from cluster.inference.referee import NoNumbers
 
 pyparsing.ParserElement.enable_packrat()
 
 MAX_DEPTH = 32
 MOST_READINGS: Final = 1024
-"""How often the text encoder may read 75 tokens for one prompt: it reads all of it once more for
+"""How often a text encoder may read 75 tokens for a task: it reads all of a prompt once more for
 each fragment of a weight below 1."""
 NEARLY: Final = 0.9
 """The share of a dtype's largest number from which on roundings may have made infinity of it."""
 _CHUNK: Final = 75
+_LEAST_ROOM: Final = 3
+"""Tokens: one between beginning and end."""
 _UNREADABLE = (
     PromptParser.ParsingException,
     pyparsing.ParseBaseException,
@@ -84,6 +88,25 @@ class _Reader(Compel):  # type: ignore[misc]
         return _parsed(prompt_string)
 
 
+def _watch(provider: Any, known: int) -> None:
+    """Between its readings the task may be given up. A token that the text encoder doesn't have is
+    never looked up: that costs a card its context."""
+    tokens_of, encode = provider.get_token_ids, provider._encode_token_ids_to_embeddings
+
+    def get_token_ids(*given: Any, **named: Any) -> Any:
+        found = tokens_of(*given, **named)
+        if max((token for tokens in found for token in tokens), default=0) >= known:
+            raise TaskUnsupported("prompt: a token that the text encoder doesn't have")
+        return found
+
+    def encode_and_look(*given: Any, **named: Any) -> Any:
+        look()
+        return encode(*given, **named)
+
+    provider.get_token_ids = get_token_ids
+    provider._encode_token_ids_to_embeddings = encode_and_look
+
+
 @functools.lru_cache(maxsize=16)
 def _parsed(prompt: str) -> Any:
     return Compel.parse_prompt_string(prompt)
@@ -104,6 +127,7 @@ class _Reading:
         What the grammar lets through but the reader can't read, as `()`, raises `TaskUnsupported`.
         """
         texts = [params.prompt, params.negative_prompt]
+        self._check(encoder)
         try:
             read = self._reader(encoder)(texts)
         except _UNREADABLE as error:
@@ -119,14 +143,29 @@ class _Reading:
             )
         return read
 
+    def _check(self, encoder: Any) -> None:
+        """Compel divides prompts into as many tokens as the tokenizer says that the text encoder
+        reads at a time, with a beginning and an end; with other numbers it never ends."""
+        most, room = self.tokenizer.model_max_length, encoder.config.max_position_embeddings
+        tokenizer = self.tokenizer
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if not _LEAST_ROOM <= most <= room or not all(isinstance(each, int) for each in marks):
+            raise ModelUnavailable(
+                ModelUnavailableKind.REFUSED,
+                f"{self.role} reads {room} tokens at a time, its tokenizer gives {most}, and of"
+                f" beginning, end and filling it has {marks}",
+            )
+
     def _reader(self, encoder: Any) -> Any:
-        return _Reader(
+        reader = _Reader(
             tokenizer=self.tokenizer,
             text_encoder=encoder,
             returned_embeddings_type=self.layers,
             requires_pooled=self.pooled,
             truncate_long_prompts=False,
         )
+        _watch(reader.conditioning_provider, encoder.get_input_embeddings().num_embeddings)
+        return reader
 
     def _too_loud(self, encoder: Any, text: str) -> bool:
         """Whether its weights alone make more of what the text encoder says than its dtype holds:
@@ -173,8 +212,9 @@ def _named(embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, Any]:
 
 def check(params: SDParameters) -> None:
     """Raises `TaskUnsupported` for prompts that can't be read; nothing is run for it."""
-    for prompt in (params.prompt, params.negative_prompt):
-        _check(prompt)
+    readings = sum(_checked(prompt) for prompt in (params.prompt, params.negative_prompt))
+    if readings > MOST_READINGS:
+        raise TaskUnsupported("prompt: too many fragments of a weight below 1 in so long a one")
 
 
 def _depth(prompt: str) -> int:
@@ -190,8 +230,11 @@ def _depth(prompt: str) -> int:
     return deepest
 
 
-def _check(prompt: str) -> None:
-    """Parse only, so that an error here can't be the card's; nothing runs on it yet."""
+def _checked(prompt: str) -> int:
+    """How often at most it is read for its fragments of a weight below 1.
+
+    It is parsed only, so that an error here can't be the card's; nothing runs on it yet.
+    """
     if _depth(prompt) > MAX_DEPTH:
         raise TaskUnsupported(f"prompt: brackets nested deeper than {MAX_DEPTH}")
     try:
@@ -201,9 +244,9 @@ def _check(prompt: str) -> None:
     if not math.isfinite(loudness(parsed, torch.float64)):
         raise TaskUnsupported("prompt: weights beyond what numbers hold")
     lighter = sum(weight < 1 for weight in _weights(parsed))
-    # A token is a character at least.
-    if lighter * math.ceil(len(prompt) / _CHUNK) > MOST_READINGS:
-        raise TaskUnsupported(f"prompt: {lighter} fragments of a weight below 1 in so long a one")
+    # A token is a byte at least, of the text as the tokenizer writes it.
+    tokens = len(unicodedata.normalize("NFC", prompt).encode("utf-8", "replace"))
+    return lighter * math.ceil(tokens / _CHUNK)
 
 
 def loudness(parsed: Any, dtype: torch.dtype) -> float:

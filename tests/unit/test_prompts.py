@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.core.errors import DeviceFault, TaskUnsupported
+from cluster.core.errors import (
+    Cancelled,
+    DeviceFault,
+    ModelUnavailable,
+    ModelUnavailableKind,
+    TaskUnsupported,
+)
 from cluster.core.types import TaskType
 from cluster.inference import prompts
 from cluster.inference.parameters import SDParameters, parse
+from cluster.inference.parts import looking
 from cluster.inference.referee import NoNumbers
 
 LENGTH = 8
@@ -100,6 +107,11 @@ class Encoder:
     """Says `loud` at most, and something else to each token."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(max_position_embeddings=LENGTH)
+    words = 23
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(num_embeddings=self.words)
 
     def __init__(self, dtype: torch.dtype, loud: float) -> None:
         self.dtype = dtype
@@ -184,3 +196,64 @@ def test_numbers_that_are_none_without_weights_are_asked_of_another_copy(
     assert fault.role == "text_encoder"
     assert fault.makes_numbers(Encoder(dtype, 1.0))
     assert not fault.makes_numbers(Encoder(dtype, math.inf))
+
+
+# --- models that would hang or kill a card ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model_max_length", 1),
+        ("model_max_length", 2),
+        ("model_max_length", LENGTH + 1),
+        ("model_max_length", int(1e30)),
+        ("eos_token_id", None),
+        ("bos_token_id", None),
+        ("pad_token_id", None),
+    ],
+)
+def test_a_tokenizer_that_does_not_go_with_its_text_encoder_is_refused(
+    setting: str, value: int | None
+) -> None:
+    tokenizer = Tokenizer()
+    setattr(tokenizer, setting, value)
+    reading = prompts._Reading("text_encoder", tokenizer, prompts._PLAIN)
+    with pytest.raises(ModelUnavailable, match="text_encoder reads 8 tokens") as caught:
+        reading.of(Encoder(FULL, 1.0), params("a b"))
+    assert caught.value.kind is ModelUnavailableKind.REFUSED
+
+
+def test_a_token_beyond_the_text_encoders_table_is_never_looked_up() -> None:
+    encoder = Encoder(FULL, 1.0)
+    reading = prompts._Reading("text_encoder", Tokenizer(), prompts._PLAIN)
+    known = 3 + ord("a") % 20 + 1
+    encoder.words = known
+    reading.of(encoder, params("a"))
+    encoder.words = known - 1
+    with pytest.raises(TaskUnsupported, match="a token that the text encoder doesn't have"):
+        reading.of(encoder, params("a"))
+
+
+def test_a_long_prompt_may_be_given_up_while_it_is_read() -> None:
+    readings: list[int] = []
+
+    def look() -> None:
+        readings.append(1)
+        if len(readings) == 3:
+            raise Cancelled("not wanted any more")
+
+    with looking(look), pytest.raises(Cancelled):
+        read("a b c d e f g h i j k l m n o p", FULL, 1.0)
+    assert len(readings) == 3
+
+
+def test_readings_are_bounded_by_bytes_and_for_both_prompts_together() -> None:
+    """A rare character may be four tokens."""
+    light = "(x)0.5 " * 9
+    prompts.check(params(light + "x" * 7900))
+    with pytest.raises(TaskUnsupported, match="too many fragments"):
+        prompts.check(params(light + "\U00013000" * 7900))
+    both = params(light + "x" * 7900).model_copy(update={"negative_prompt": light + "y" * 800})
+    with pytest.raises(TaskUnsupported, match="too many fragments"):
+        prompts.check(both)
