@@ -250,7 +250,7 @@ def test_a_long_prompt_may_be_given_up_while_it_is_read() -> None:
 
 def test_readings_are_bounded_by_bytes_and_for_both_prompts_together() -> None:
     """A rare character may be four tokens."""
-    light = "(x)0.5 " * 9
+    light = "(x)0.5 y " * 9
     prompts.check(params(light + "x" * 7900))
     with pytest.raises(TaskUnsupported, match="too many fragments"):
         prompts.check(params(light + "\U00013000" * 7900))
