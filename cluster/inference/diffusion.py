@@ -23,7 +23,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from cluster.core.errors import DeviceFault, DeviceFaultKind, TaskUnsupported
+from cluster.core.errors import TaskUnsupported
 from cluster.inference.conditioning import conditioning_image
 from cluster.inference.parameters import SDParameters
 from cluster.inference.parts import DTYPES
@@ -32,6 +32,7 @@ from cluster.inference.prompts import conditions, refiner_conditions
 from cluster.inference.recipes import dtype_of
 from cluster.inference.scoring import perceptual_hash
 from cluster.inference.seeds import seed_everything
+from cluster.inference.witness import Blame, Witness, of_the_card
 
 SCHEDULERS: Final[dict[str, Any]] = {
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
@@ -49,10 +50,12 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One image as made, (height, width, 3), and whether the safety checker blanked it."""
+    """One image as made, (height, width, 3), and whether the safety checker blanked it. `blame`:
+    whom for what is no picture."""
 
     pixels: Pixels
     blanked: bool
+    blame: Blame = of_the_card
 
 
 @torch.inference_mode()
@@ -63,23 +66,27 @@ def make_images(
 
     `on_step` gets (steps done, steps in all) and may raise to stop between steps. Raises
     `TaskInvalid` for a conditioning image that none can read, `TaskUnsupported` where the scheduler
-    refuses its arguments, `DeviceFault` for numbers that aren't finite.
+    refuses its arguments, `DeviceFault` for numbers that aren't finite: `NoNumbers` where the CPU
+    can be asked of the same.
     """
     base, refiner = pipeline.base, pipeline.refiner
     base.scheduler = make_scheduler(pipeline.scheduler_config, params)
     seed_everything(params.task_config.seed)
     generator = torch.Generator("cpu").manual_seed(params.task_config.seed)
-    steps = _Steps(params, on_step)
+    witness = Witness()
+    steps = _Steps(params, on_step, witness)
     base_call = _base_call(pipeline, params, generator, steps)
     refiner_call = None if refiner is None else _refiner_call(pipeline, params, generator, steps)
-    for index in range(params.task_config.num_images):
-        steps.begin(index, refining=False)
-        output = base(**base_call)
-        if refiner_call is not None:
-            steps.begin(index, refining=True)
-            output = refiner(image=output.images, **refiner_call)
-        flags = getattr(output, "nsfw_content_detected", None)
-        deliver(Made(_quantized(output.images), bool(flags and flags[0])))
+    with witness.looking_at(pipeline):
+        for index in range(params.task_config.num_images):
+            witness.begin()
+            steps.begin(index, refining=False)
+            output = base(**base_call)
+            if refiner_call is not None:
+                steps.begin(index, refining=True)
+                output = refiner(image=output.images, **refiner_call)
+            flags, blame = getattr(output, "nsfw_content_detected", None), witness.seen().blame
+            deliver(Made(_quantized(output.images, blame), bool(flags and flags[0]), blame))
 
 
 def _base_call(
@@ -176,11 +183,12 @@ class _Steps:
     out counts as done when the next begins.
     """
 
-    def __init__(self, params: SDParameters, on_step: OnStep) -> None:
+    def __init__(self, params: SDParameters, on_step: OnStep, witness: Witness) -> None:
         self._base = params.task_config.steps
         self._each = self._base + (params.refiner.steps if params.refiner else 0)
         self._all = self._each * params.task_config.num_images
         self._on_step = on_step
+        self._witness = witness
         self._before = 0
 
     def begin(self, index: int, refining: bool) -> None:
@@ -188,16 +196,16 @@ class _Steps:
 
     def __call__(self, pipe: Any, step: int, _timestep: Any, state: dict[str, Any]) -> Any:
         if step + 1 == pipe.num_timesteps and not bool(torch.isfinite(state["latents"]).all()):
-            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "latents that are not finite numbers")
+            raise self._witness.seen().blame("latents that are not finite numbers")
         self._on_step(self._before + step + 1, self._all)
         return state
 
 
-def _quantized(images: npt.NDArray[np.float32]) -> Pixels:
+def _quantized(images: npt.NDArray[np.float32], blame: Blame) -> Pixels:
     """One image of floats in 0..1, as diffusers makes it, to 8 bits as diffusers would."""
     image = images[0]
     if not np.isfinite(image).all():
-        raise DeviceFault(DeviceFaultKind.BAD_RESULT, "pixels that are not finite numbers")
+        raise blame("pixels that are not finite numbers")
     return np.asarray((image * 255).round().astype(np.uint8))
 
 
@@ -208,16 +216,12 @@ def encode(made: Made, params: SDParameters) -> tuple[bytes, bytes]:
     """
     config, pixels = params.task_config, made.pixels
     if pixels.shape != (config.image_height, config.image_width, 3):
-        raise _bad(f"an image of shape {pixels.shape}")
+        raise of_the_card(f"an image of shape {pixels.shape}")
     if not made.blanked and bool((pixels == pixels[0, 0]).all()):
-        raise _bad("an image of one colour")
+        raise made.blame("an image of one colour")
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=PNG_COMPRESSION)
     read = Image.open(io.BytesIO(file.getvalue()), formats=["PNG"])
     if read.mode != "RGB" or not np.array_equal(np.asarray(read), pixels):
-        raise _bad("a file that doesn't read back to the image")
+        raise of_the_card("a file that doesn't read back to the image")
     return file.getvalue(), perceptual_hash(read)
-
-
-def _bad(what: str) -> DeviceFault:
-    return DeviceFault(DeviceFaultKind.BAD_RESULT, f"the card made {what}")

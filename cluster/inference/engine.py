@@ -20,9 +20,8 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -40,21 +39,23 @@ from cluster.core.errors import (
 )
 from cluster.core.ports import CardUse, Computed, Order
 from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
-from cluster.inference import cuda, language, lora, own_settings, parts, prompts, textual_inversion
+from cluster.inference import adapters, cuda, language, lora, own_settings, parts, prompts
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
 from cluster.inference.llm_parameters import LLMParameters
 from cluster.inference.parameters import Parameters, SDParameters, parse
 from cluster.inference.parts import PartKey, PartSource
-from cluster.inference.pipelines import FittingsShelf, assemble
+from cluster.inference.pipelines import FittingsShelf
 from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed
 from cluster.inference.recipes import (
+    LANGUAGE_ROLE,
     LanguageRecipe,
     Recipe,
     language_recipe_for,
     recipe_for,
 )
+from cluster.inference.referee import Copied, copied_bare, judged
 from cluster.inference.scoring import score_llm
 from cluster.models.store import ModelStore
 
@@ -304,11 +305,11 @@ class Engine:
             language.refuse_code(recipe.model.folder)
             own_settings.refuse(recipe.model.folder)
             tokenizer = self._shelf.tokenizer(recipe.model.folder)
-        model = self._bring({"model": recipe.model})["model"]
+        model = self._bring(recipe.parts)[LANGUAGE_ROLE]
         self._note(step=0, steps=0)
         check()
-        files = recipe.model.files
-        with self._bad_results_blamed(recipe, lambda: files), self._workspace_measured():
+        copied = functools.partial(copied_bare, recipe.parts)
+        with self._bad_results_blamed(recipe, copied), self._workspace_measured():
             prompt, made = language.generate(model, tokenizer, params, progress)
         file = language.result_file(language.response(tokenizer, params, prompt, made))
         return ((language.FILE, file),), score_llm(file)
@@ -317,7 +318,8 @@ class Engine:
         check()
         prompts.check(params)
         recipe = self._remember(recipe_for(params, self.store))
-        with self._bad_results_blamed(recipe, recipe.weights):
+        copied = functools.partial(adapters.copied, recipe, params, self._shelf, self._full_loras)
+        with self._bad_results_blamed(recipe, copied):
             return self._images_of(recipe, params, check, progress)
 
     def _images_of(
@@ -333,20 +335,13 @@ class Engine:
             encoding.append(self._encoder.submit(encode, made, params))
 
         try:
-            with self._workspace_measured():
-                pipeline = assemble(recipe, modules, self._shelf)
-                with ExitStack() as adapters:
-                    if recipe.lora is not None and params.lora is not None:
-                        weight = 1.0 if self._full_loras else params.lora.weight / 100
-                        certain = lora.is_certain(params, recipe.lora)
-                        adapters.enter_context(
-                            lora.attached(pipeline.base, recipe.lora, weight, certain)
-                        )
-                    if recipe.inversion is not None:
-                        adapters.enter_context(
-                            textual_inversion.attached(pipeline.base, recipe.inversion)
-                        )
-                    make_images(pipeline, params, progress, deliver)
+            with (
+                self._workspace_measured(),
+                adapters.adapted(
+                    recipe, params, self._shelf, self._full_loras, modules
+                ) as pipeline,
+            ):
+                make_images(pipeline, params, progress, deliver)
         finally:
             self._throw_away_what_changed(recipe, modules)
         made = [future.result() for future in encoding]
@@ -405,10 +400,11 @@ class Engine:
 
     @contextmanager
     def _bad_results_blamed(
-        self, recipe: Recipe | LanguageRecipe, weights: Callable[[], Sequence[Path]]
+        self, recipe: Recipe | LanguageRecipe, copied: Copied
     ) -> Iterator[None]:
-        """On the model where its weights hold no numbers: of such any card makes nothing. Else its
-        parts may be what has gone bad, the copies in host memory too: they go either way."""
+        """On the model where its weights hold no numbers: of such any card makes nothing; on nobody
+        where the CPU makes nothing of the same either. Else its parts may be what has gone bad, the
+        copies in host memory too: they go in any case."""
         try:
             yield
         except DeviceFault as fault:
@@ -416,11 +412,11 @@ class Engine:
                 raise
             self._discard(recipe.part_keys())
             try:
-                broken = first_broken(weights(), parts.look)
+                broken = first_broken(recipe.weights(), parts.look)
             except (OSError, SafetensorError):  # it was read a moment ago: nothing is known of it
                 raise fault from None
             if broken is None:
-                raise
+                raise judged(fault, copied, self._loading_threads) from fault
             line = f"{broken.parent.name}/{broken.name} holds what are no finite numbers: {fault}"
             raise ModelUnavailable(ModelUnavailableKind.DAMAGED, line) from fault
 

@@ -14,9 +14,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
 import torch
 from transformers import AutoTokenizer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
@@ -31,12 +33,16 @@ from cluster.core.errors import (
 )
 from cluster.inference import own_settings
 from cluster.inference.llm_parameters import LLMParameters
-from cluster.inference.parts import look, quiet, reading
+from cluster.inference.parts import bytes_of, look, quiet, reading
+from cluster.inference.recipes import LANGUAGE_ROLE
+from cluster.inference.referee import NoNumbers
 from cluster.inference.rendering import Page, Renderer
 from cluster.inference.seeds import seed_everything
 from cluster.models.store import read_json
 
 FILE: Final = "0.json"
+MOST_READ_AGAIN: Final = 4 * 10**12
+"""Bytes of weights times tokens for which the CPU is asked again: a minute or two of one thread."""
 _LARGEST_SCORE: Final = 1e20
 OnStep = Callable[[int, int], None]
 _RENDERER: Final = Renderer()
@@ -50,7 +56,11 @@ _REFUSALS: Final = (
     NotImplementedError,
 )
 """How the libraries refuse settings, the model's own among them: at once, or at the token that they
-come to bear on. What a card raises is none of them."""
+come to bear on. What a card raises is none of them, and what our own calls raise there is told
+apart (`_Ours`)."""
+_MOST_TOLD: Final = 256
+_log = structlog.get_logger(__name__)
+_told: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,7 @@ def generate(
     """The prompt's tokens without special ones, as they are counted, and the sequences made.
 
     `on_step` gets (tokens made, most tokens) after each, and may raise to stop between tokens.
-    Raises `TaskUnsupported` where the settings are refused, `DeviceFault` for numbers that aren't
+    Raises `TaskUnsupported` where the settings are refused, `NoNumbers` for scores that aren't
     finite.
     """
     text = prompt_of(tokenizer, params)
@@ -113,25 +123,41 @@ def generate(
         raise TaskUnsupported("messages: an empty prompt")
     room = _room(model)
     _check_prompt(model, prompt["input_ids"], room)
-    watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step)
+    ours = _Ours()
+    watch = _Watch(length, params.generation_config.max_new_tokens, room, on_step, ours)
+    numbers = _Numbers(ours)
     seed_everything(params.seed)
     try:
         chosen = _settings(model, tokenizer, params)
-        with _as_deterministic_as_can_be():
+        with ours:
+            own_settings.check(chosen, _table(model))
+        with _as_deterministic_as_can_be(), numbers.seen_as_given(model):
             made = model.generate(
                 input_ids=prompt["input_ids"],
                 attention_mask=prompt["attention_mask"],
                 generation_config=chosen,
                 stopping_criteria=StoppingCriteriaList([watch]),
-                logits_processor=LogitsProcessorList([_Numbers(chosen)]),
+                logits_processor=LogitsProcessorList([numbers]),
             )
     except _REFUSALS as error:
+        if ours.raised(error):
+            raise
         line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        _tell_once(params.model, line)
         raise TaskUnsupported(f"generation_config: refused: {line}") from error
     sequences = [Generated(tuple(sequence)) for sequence in made.tolist()]
     if any(len(each.tokens) <= length for each in sequences):
         raise DeviceFault(DeviceFaultKind.BAD_RESULT, "a sequence without a new token")
     return counted, sequences
+
+
+def _tell_once(model: str, line: str) -> None:
+    """With the traceback: were it a bug and no refusal, nothing else would say where."""
+    if f"{model} {line}" not in _told:
+        _told.add(f"{model} {line}")
+        _log.warning("settings_refused", model=model, exc_info=True)
+    while len(_told) > _MOST_TOLD:
+        _told.pop()
 
 
 def _room(model: Any) -> int | None:
@@ -172,8 +198,8 @@ def _as_deterministic_as_can_be() -> Iterator[None]:
 
 
 def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
-    """A copy of the model's own, with the task's on top. Raises `TaskUnsupported`, or one of
-    `_REFUSALS` where they clash."""
+    """A copy of the model's own, with the task's on top. Raises one of `_REFUSALS` where they
+    clash."""
     own = copy.deepcopy(model.generation_config)
     own.update(**params.generation_config.settings())
     own.max_length = None
@@ -181,45 +207,108 @@ def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
         end = own.eos_token_id
         first_end = end[0] if isinstance(end, list) else end
         own.pad_token_id = first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    own_settings.check(own, _table(model))
     return own
+
+
+class _Ours:
+    """Knows an error that our own calls have raised inside the library from one of its own."""
+
+    def __init__(self) -> None:
+        self._raised: BaseException | None = None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:
+            self._raised = error
+
+    def raised(self, error: BaseException) -> bool:
+        return error is self._raised
 
 
 class _Watch(StoppingCriteria):
     """Looks on after each token; never asks to stop, but what it calls may raise."""
 
-    def __init__(self, length: int, most: int, room: int | None, on_step: OnStep) -> None:
+    def __init__(
+        self, length: int, most: int, room: int | None, on_step: OnStep, ours: _Ours
+    ) -> None:
         self.made = 0
         self._length = length
         self._most = most
         self._room = room
         self._on_step = on_step
+        self._ours = ours
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        length = input_ids.shape[1]
-        self.made = length - self._length
-        self._on_step(self.made, self._most)
-        if self._room is not None and length > self._room and self.made < self._most:
-            raise TaskUnsupported(f"max_new_tokens: the model has room for {self._room} tokens")
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        with self._ours:
+            length = input_ids.shape[1]
+            self.made = length - self._length
+            self._on_step(self.made, self._most)
+            if self._room is not None and length > self._room and self.made < self._most:
+                raise TaskUnsupported(f"max_new_tokens: the model has room for {self._room} tokens")
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class _Numbers(LogitsProcessor):
-    """Lets the model's scores pass as they are, if one can be chosen by them.
+    """Lets scores pass as they are, if a token can be chosen by them.
 
     Some may be minus infinity, which rules a token out; the largest must be finite, and stay so
-    when it is divided by a small temperature. A card is blamed if nothing but the model made them.
+    when it is divided by a small temperature. The library calls this after most processors of its
+    own, one of which makes numbers of what are none (`remove_invalid_values`), while others write
+    over all they find. So the model's own scores are looked at as it gives them; and both are asked
+    about at once, because for each answer the host waits for the card.
+
+    The card is blamed for the model's own alone. Where these are fine, settings have spoilt them.
     """
 
-    def __init__(self, chosen: Any) -> None:
-        self._shifted = own_settings.shift_scores(chosen)
+    def __init__(self, ours: _Ours) -> None:
+        self._ours = ours
+        self._given: list[torch.Tensor] = []
+        """The largest of each row, of each time that the model was asked for the next token."""
+
+    @contextmanager
+    def seen_as_given(self, model: Any) -> Iterator[None]:
+        handle = model.register_forward_hook(self._look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _look(self, _model: Any, _inputs: Any, outputs: Any) -> None:
+        with self._ours:
+            if isinstance(logits := getattr(outputs, "logits", None), torch.Tensor):
+                self._given.append(logits[:, -1].amax(dim=-1))
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if bool((scores.amax(dim=-1).abs() <= _LARGEST_SCORE).all()):
-            return scores
-        if self._shifted:
-            raise TaskUnsupported("generation_config: the model's own makes scores without bounds")
-        raise DeviceFault(DeviceFaultKind.BAD_RESULT, "scores that are not finite numbers")
+        with self._ours:
+            given = [each.to(scores.device, scores.dtype) for each in self._given]
+            self._given.clear()
+            fine = torch.cat([*given, scores.amax(dim=-1)]).abs() <= _LARGEST_SCORE
+            if bool(fine.all()):
+                return scores
+            rows = len(input_ids)
+            by_model = fine[:-rows] if given else fine
+            if bool(by_model.all()):
+                raise TaskUnsupported("generation_config: leaves no score to choose a token by")
+            row = int(by_model.logical_not().nonzero()[0]) % rows
+            raise NoNumbers(
+                "scores that are not finite numbers", LANGUAGE_ROLE, _scored(input_ids[row])
+            )
+
+
+def _scored(tokens: torch.Tensor) -> Callable[[Any], bool]:
+    """Whether another copy of the model scores what comes after `tokens`, or after the first of
+    them where they are many: of numbers that are none, what follows is none either."""
+
+    def ask(model: Any) -> bool:
+        few = tokens[: max(MOST_READ_AGAIN // bytes_of(model), 1)].to("cpu")
+        keeps = "logits_to_keep" in signature(model.forward).parameters
+        last = {"logits_to_keep": 1} if keeps else {}
+        scores = model(input_ids=few[None], use_cache=False, **last).logits[0, -1]
+        return bool(scores.float().amax().abs() <= _LARGEST_SCORE)
+
+    return ask
 
 
 def response(

@@ -47,13 +47,8 @@ _REFUSED: Final = (
 _LOSSY: Final = "quantized"
 _NESTED: Final = ("decoder", "generator", "text_config")
 """Where the library looks among the settings of an older model's network, too."""
+_ROWS: Final = ("num_beams", "num_return_sequences")
 _FRACTIONS: Final = ("temperature", "typical_p", "top_p", "repetition_penalty")
-_SHIFTS: Final = (
-    "encoder_repetition_penalty",
-    "exponential_decay_length_penalty",
-    "guidance_scale",
-    "sequence_bias",
-)
 
 
 def refuse(folder: Path) -> None:
@@ -85,13 +80,15 @@ def check(chosen: Any, tokens: int) -> None:
     """What no card may be asked for, whoever asks: the bounds of a task's own settings, and tokens
     among the model's `tokens`, because to look up another costs a card its context.
 
-    Raises `TaskUnsupported`, `TypeError` for what isn't a number.
+    Raises `TaskUnsupported`.
     """
-    rows = max(chosen.num_beams or 1, chosen.num_return_sequences or 1)
+    rows = max(_whole(name, getattr(chosen, name) or 1) for name in _ROWS)
     if rows > MAX_BEAMS:
         raise TaskUnsupported(f"num_beams: {rows} are not within 1 to {MAX_BEAMS}")
     for name in _FRACTIONS:
-        fraction = getattr(chosen, name)
+        fraction = getattr(chosen, name) or 0
+        if not isinstance(fraction, int | float):
+            raise TaskUnsupported(f"{name}: no number")
         if fraction and not SMALLEST <= abs(fraction) <= LARGEST:
             raise TaskUnsupported(f"{name}: {fraction:g} is not within {SMALLEST:g} to {LARGEST:g}")
     looked_up = {"forced_bos_token_id", "forced_eos_token_id"}
@@ -102,13 +99,14 @@ def check(chosen: Any, tokens: int) -> None:
     for name in sorted(looked_up):
         value = getattr(chosen, name)
         for token in value if isinstance(value, list) else () if value is None else (value,):
-            if not 0 <= token < tokens:
+            if not 0 <= _whole(name, token) < tokens:
                 raise TaskUnsupported(f"{name}: a token that the model doesn't have")
 
 
-def shift_scores(chosen: Any) -> bool:
-    """Whether settings that have no bounds here change the scores that tokens are chosen by."""
-    return any(_is_set(getattr(chosen, key, None)) for key in _SHIFTS)
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int):
+        raise TaskUnsupported(f"{name}: no whole number")
+    return value
 
 
 def choose(own: Any) -> None:

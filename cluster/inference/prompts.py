@@ -10,26 +10,32 @@ from __future__ import annotations
 
 import functools
 import math
+import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyparsing
 import torch
 from compel import Compel, ReturnedEmbeddingsType  # type: ignore[import-untyped]
-from compel.prompt_parser import PromptParser  # type: ignore[import-untyped]
+from compel.prompt_parser import Blend, PromptParser  # type: ignore[import-untyped]
 
-from cluster.core.errors import DeviceFault, DeviceFaultKind, TaskUnsupported
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind, TaskUnsupported
 from cluster.inference.parameters import SDParameters
+from cluster.inference.parts import look
+from cluster.inference.referee import NoNumbers
 
 pyparsing.ParserElement.enable_packrat()
 
 MAX_DEPTH = 32
 MOST_READINGS: Final = 1024
-"""How often the text encoder may read 75 tokens for one prompt: it reads all of it once more for
+"""How often a text encoder may read 75 tokens for a task: it reads all of a prompt once more for
 each fragment of a weight below 1."""
-MOST_WEIGHT: Final = 1000.0
-"""Beyond it 16-bit numbers overflow: what isn't finite then is the prompt's doing."""
+NEARLY: Final = 0.9
+"""The share of a dtype's largest number from which on roundings may have made infinity of it."""
 _CHUNK: Final = 75
+_LEAST_ROOM: Final = 3
+"""Tokens: one between beginning and end."""
 _UNREADABLE = (
     PromptParser.ParsingException,
     pyparsing.ParseBaseException,
@@ -45,23 +51,29 @@ _UNREADABLE = (
 def conditions(pipe: Any, params: SDParameters) -> dict[str, Any]:
     """The base call's prompt arguments: embeddings of both prompts, padded to one length.
 
-    Raises `TaskUnsupported` for a prompt that Compel can't read, `DeviceFault` where a prompt that
-    it can read becomes no numbers.
+    Raises `TaskUnsupported` for a prompt that Compel can't read, or whose weights are beyond what
+    numbers hold, `NoNumbers` where a prompt that it can read becomes no numbers.
     """
     tokenizer_2 = getattr(pipe, "tokenizer_2", None)
     if tokenizer_2 is None:
-        return _named(params, _read(_reader(pipe.tokenizer, pipe.text_encoder), params), None)
-    first = _read(_reader(pipe.tokenizer, pipe.text_encoder, _XL), params)
-    second, pooled = _read(_reader(tokenizer_2, pipe.text_encoder_2, _XL, pooled=True), params)
+        plain = _Reading("text_encoder", pipe.tokenizer, _PLAIN)
+        return _named(plain.of(pipe.text_encoder, params), None)
+    first = _Reading("text_encoder", pipe.tokenizer, _XL).of(pipe.text_encoder, params)
+    second, pooled = _second(pipe, params)
     if first.shape[1] != second.shape[1]:
         raise TaskUnsupported("prompt: the two text encoders read it as of different lengths")
-    return _named(params, torch.cat([first, second], dim=-1), pooled)
+    return _named(torch.cat([first, second], dim=-1), pooled)
 
 
 def refiner_conditions(pipe: Any, params: SDParameters) -> dict[str, Any]:
     """The refiner call's prompt arguments: it has the second text encoder only."""
-    reader = _reader(pipe.tokenizer_2, pipe.text_encoder_2, _XL, pooled=True)
-    return _named(params, *_read(reader, params))
+    return _named(*_second(pipe, params))
+
+
+def _second(pipe: Any, params: SDParameters) -> tuple[torch.Tensor, torch.Tensor]:
+    reading = _Reading("text_encoder_2", pipe.tokenizer_2, _XL, pooled=True)
+    embeds, pooled = reading.of(pipe.text_encoder_2, params)
+    return embeds, pooled
 
 
 _PLAIN: Final = ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
@@ -76,42 +88,118 @@ class _Reader(Compel):  # type: ignore[misc]
         return _parsed(prompt_string)
 
 
+def _watch(provider: Any, known: int) -> None:
+    """Between its readings the task may be given up. A token that the text encoder doesn't have is
+    never looked up: that costs a card its context."""
+    tokens_of, encode = provider.get_token_ids, provider._encode_token_ids_to_embeddings
+
+    def get_token_ids(*given: Any, **named: Any) -> Any:
+        found = tokens_of(*given, **named)
+        if max((token for tokens in found for token in tokens), default=0) >= known:
+            raise TaskUnsupported("prompt: a token that the text encoder doesn't have")
+        return found
+
+    def encode_and_look(*given: Any, **named: Any) -> Any:
+        look()
+        return encode(*given, **named)
+
+    provider.get_token_ids = get_token_ids
+    provider._encode_token_ids_to_embeddings = encode_and_look
+
+
 @functools.lru_cache(maxsize=16)
 def _parsed(prompt: str) -> Any:
     return Compel.parse_prompt_string(prompt)
 
 
-def _reader(tokenizer: Any, encoder: Any, layers: Any = _PLAIN, pooled: bool = False) -> Any:
-    return _Reader(
-        tokenizer=tokenizer,
-        text_encoder=encoder,
-        returned_embeddings_type=layers,
-        requires_pooled=pooled,
-        truncate_long_prompts=False,
-    )
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How the text encoder of a role is read with Compel."""
 
+    role: str
+    tokenizer: Any
+    layers: Any
+    pooled: bool = False
 
-def _read(reader: Any, params: SDParameters) -> Any:
-    """Both prompts' embeddings, (2, tokens, width), and if asked the pooled ones, (2, width).
+    def of(self, encoder: Any, params: SDParameters) -> Any:
+        """Both prompts' embeddings, (2, tokens, width), and if asked the pooled ones, (2, width).
 
-    What the grammar lets through but the reader can't read, as `()`, raises `TaskUnsupported`.
-    """
-    try:
-        return reader([params.prompt, params.negative_prompt])
-    except _UNREADABLE as error:
-        raise TaskUnsupported(f"prompt: can't be read ({type(error).__name__})") from error
-
-
-def _named(
-    params: SDParameters, embeds: torch.Tensor, pooled: torch.Tensor | None
-) -> dict[str, Any]:
-    for tensor in (embeds, pooled):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            if any(
-                _heaviest(each) > MOST_WEIGHT for each in (params.prompt, params.negative_prompt)
-            ):
+        What the grammar lets through but the reader can't read, as `()`, raises `TaskUnsupported`.
+        """
+        texts = [params.prompt, params.negative_prompt]
+        self._check(encoder)
+        try:
+            read = self._reader(encoder)(texts)
+        except _UNREADABLE as error:
+            raise TaskUnsupported(f"prompt: can't be read ({type(error).__name__})") from error
+        if not _are_numbers(read):
+            weighted = read[0] if self.pooled else read
+            if not _are_numbers(weighted) and any(self._too_loud(encoder, each) for each in texts):
                 raise TaskUnsupported("prompt: weights beyond what numbers hold")
-            raise DeviceFault(DeviceFaultKind.BAD_RESULT, "a prompt read as no finite numbers")
+            raise NoNumbers(
+                "a prompt read as no finite numbers",
+                self.role,
+                lambda other: _are_numbers(self._reader(other)(texts)),
+            )
+        return read
+
+    def _check(self, encoder: Any) -> None:
+        """Compel divides prompts into as many tokens as the tokenizer says that the text encoder
+        reads at a time, with a beginning and an end; with other numbers it never ends."""
+        most, room = self.tokenizer.model_max_length, encoder.config.max_position_embeddings
+        tokenizer = self.tokenizer
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if not _LEAST_ROOM <= most <= room or not all(isinstance(each, int) for each in marks):
+            raise ModelUnavailable(
+                ModelUnavailableKind.REFUSED,
+                f"{self.role} reads {room} tokens at a time, its tokenizer gives {most}, and of"
+                f" beginning, end and filling it has {marks}",
+            )
+
+    def _reader(self, encoder: Any) -> Any:
+        reader = _Reader(
+            tokenizer=self.tokenizer,
+            text_encoder=encoder,
+            returned_embeddings_type=self.layers,
+            requires_pooled=self.pooled,
+            truncate_long_prompts=False,
+        )
+        _watch(reader.conditioning_provider, encoder.get_input_embeddings().num_embeddings)
+        return reader
+
+    def _too_loud(self, encoder: Any, text: str) -> bool:
+        """Whether its weights alone make more of what the text encoder says than its dtype holds:
+        that depends on both, and a text encoder's numbers are what its author wants."""
+        parsed = _parsed(text)
+        times, most = loudness(parsed, encoder.dtype), NEARLY * torch.finfo(encoder.dtype).max
+        if times <= 1 or times >= most:
+            return times > 1
+        said = _unweighted(self._reader(encoder), parsed)
+        return math.isfinite(said) and times * said >= most
+
+
+def _unweighted(reader: Any, parsed: Any) -> float:
+    """The largest number in what the text encoder says to a prompt as if nothing in it had a
+    weight, and to an empty one, which Compel takes the difference to."""
+    said = [reader.conditioning_provider.empty_z]
+    for prompt in _leaves(parsed):
+        texts = [each.text for each in _applied(prompt)]
+        said.append(
+            reader.conditioning_provider.get_embeddings_for_weighted_prompt_fragments(
+                text_batch=[texts],
+                fragment_weights_batch=[[1.0] * len(texts)],
+                device=reader.device,
+            )
+        )
+    return max(float(each.abs().amax()) for each in said)
+
+
+def _are_numbers(read: Any) -> bool:
+    tensors = read if isinstance(read, tuple) else (read,)
+    return all(bool(torch.isfinite(each).all()) for each in tensors)
+
+
+def _named(embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "prompt_embeds": embeds[0:1],
         "negative_prompt_embeds": embeds[1:2],
@@ -124,8 +212,9 @@ def _named(
 
 def check(params: SDParameters) -> None:
     """Raises `TaskUnsupported` for prompts that can't be read; nothing is run for it."""
-    for prompt in (params.prompt, params.negative_prompt):
-        _check(prompt)
+    readings = sum(_checked(prompt) for prompt in (params.prompt, params.negative_prompt))
+    if readings > MOST_READINGS:
+        raise TaskUnsupported("prompt: too many fragments of a weight below 1 in so long a one")
 
 
 def _depth(prompt: str) -> int:
@@ -141,35 +230,68 @@ def _depth(prompt: str) -> int:
     return deepest
 
 
-def _check(prompt: str) -> None:
-    """Parse only, so that an error here can't be the card's; nothing runs on it yet."""
+def _checked(prompt: str) -> int:
+    """How often at most it is read for its fragments of a weight below 1.
+
+    It is parsed only, so that an error here can't be the card's; nothing runs on it yet.
+    """
     if _depth(prompt) > MAX_DEPTH:
         raise TaskUnsupported(f"prompt: brackets nested deeper than {MAX_DEPTH}")
     try:
         parsed = _parsed(prompt)
     except _UNREADABLE as error:
         raise TaskUnsupported(f"prompt: can't be parsed ({type(error).__name__})") from None
-    if not math.isfinite(_heaviest(prompt)):
+    if not math.isfinite(loudness(parsed, torch.float64)):
         raise TaskUnsupported("prompt: weights beyond what numbers hold")
     lighter = sum(weight < 1 for weight in _weights(parsed))
-    # A token is a character at least.
-    if lighter * math.ceil(len(prompt) / _CHUNK) > MOST_READINGS:
-        raise TaskUnsupported(f"prompt: {lighter} fragments of a weight below 1 in so long a one")
+    # A token is a byte at least, of the text as the tokenizer writes it.
+    tokens = len(unicodedata.normalize("NFC", prompt).encode("utf-8", "replace"))
+    return lighter * math.ceil(tokens / _CHUNK)
 
 
-def _heaviest(prompt: str) -> float:
-    parsed = _parsed(prompt)
-    weights = (*_weights(parsed), *_shares(parsed))
-    return max((abs(weight) for weight in weights), default=1.0)
+def loudness(parsed: Any, dtype: torch.dtype) -> float:
+    """How many times as large as the text encoder's own numbers those of a parsed prompt may be, as
+    Compel makes them in that dtype: all on the way to the end counted, and signs left aside.
+
+    A fragment's weight, into which the parser has multiplied those of the brackets around it, is
+    applied to the difference from an empty prompt; what is read of several prompts is added up by
+    their shares in the blend, and a conjunction's weight applied to that like a fragment's. Weights
+    below 1 mix two readings besides, which makes none larger.
+    """
+    return max(
+        (
+            _louder(_blended(each, dtype), weight)
+            for each, weight in zip(parsed.prompts, parsed.weights, strict=True)
+        ),
+        default=1.0,
+    )
 
 
-def _shares(parsed: Any) -> Iterator[float]:
-    """The weights of blends as Compel applies them, divided by their sum: infinity where it is
-    nothing."""
-    for blend in parsed.prompts:
-        if getattr(blend, "normalize_weights", False):
-            total = sum(blend.weights)
-            yield from (weight / total if total else math.inf for weight in blend.weights)
+def _louder(times: float, weight: float) -> float:
+    return times if weight == 1 else 1 + abs(weight) * (times + 1)
+
+
+def _blended(prompt: Any, dtype: torch.dtype) -> float:
+    if not isinstance(prompt, Blend):
+        return max((_louder(1.0, each.weight) for each in _applied(prompt)), default=1.0)
+    shares = torch.tensor(prompt.weights, dtype=dtype)
+    if prompt.normalize_weights:
+        shares = shares / shares.sum()
+    each = zip(shares.tolist(), prompt.prompts, strict=True)
+    total = sum(abs(share) * _blended(inner, dtype) for share, inner in each)
+    return total if math.isfinite(total) else math.inf
+
+
+def _leaves(parsed: Any) -> Iterator[Any]:
+    for each in parsed.prompts:
+        yield from each.prompts if isinstance(each, Blend) else (each,)
+
+
+def _applied(prompt: Any) -> Iterator[Any]:
+    """The fragments that are read in the end: what stands first where one is swapped for another,
+    as nothing is swapped while an image is made."""
+    for each in prompt.children:
+        yield from getattr(each, "original", None) or (each,)
 
 
 def _weights(parsed: Any) -> Iterator[float]:

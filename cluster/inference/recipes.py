@@ -31,6 +31,7 @@ _BASE_ROLES: Final = frozenset({"unet", "vae", "text_encoder", "text_encoder_2"}
 REFINER_UNET: Final = "refiner"
 SCALE: Final = 8
 """Pixels along a latent's side, of every published VAE of these families."""
+LANGUAGE_ROLE: Final = "model"
 MOST_SCALE: Final = 1e4
 """Of a VAE's latents; published ones are below 1."""
 REFINED_AGAIN: Final = 0.3
@@ -75,6 +76,13 @@ class LanguageRecipe:
     key: str
     base_key: str
     model: PartSource
+
+    @property
+    def parts(self) -> Mapping[str, PartSource]:
+        return {LANGUAGE_ROLE: self.model}
+
+    def weights(self) -> tuple[Path, ...]:
+        return self.model.files
 
     def part_keys(self) -> frozenset[PartKey]:
         return frozenset({self.model.key})

@@ -20,8 +20,6 @@ import transformers
 from cluster.core.errors import (
     Cancelled,
     ClusterError,
-    DeviceFault,
-    DeviceFaultKind,
     ModelUnavailable,
     ModelUnavailableKind,
     TaskUnsupported,
@@ -301,10 +299,10 @@ def test_missing_and_damaged_models(tiny_models: Path, tmp_path: Path) -> None:
     [
         (float("nan"), ModelUnavailable, ModelUnavailableKind.DAMAGED),
         (3e38, ModelUnavailable, ModelUnavailableKind.DAMAGED),
-        (6e4, DeviceFault, DeviceFaultKind.BAD_RESULT),
+        (6e4, TaskUnsupported, None),
     ],
 )
-def test_scores_that_are_not_numbers_are_the_devices_fault_unless_the_weights_are_none(
+def test_scores_that_are_no_numbers_on_any_card_are_no_cards_fault(
     tiny_models: Path, tmp_path: Path, number: float, expected: type[ClusterError], kind: object
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -314,9 +312,12 @@ def test_scores_that_are_not_numbers_are_the_devices_fault_unless_the_weights_ar
     tensors = load_file(file)
     tensors["model.norm.weight"].fill_(number)
     save_file(tensors, file, metadata={"format": "pt"})
-    broken = fault(new_engine(store), model="org/model", dtype="float16")
+    fresh = new_engine(store)
+    broken = fault(fresh, model="org/model", dtype="float16")
     assert isinstance(broken, expected)
     assert getattr(broken, "kind", None) is kind
+    if number == 6e4:
+        assert run(fresh, model="org/model", dtype="bfloat16").files
 
 
 def test_auto_is_what_the_weights_are_stored_in(tiny_models: Path, tmp_path: Path) -> None:
@@ -376,13 +377,14 @@ def test_a_token_beyond_the_models_table_never_reaches_a_card(
 
 def test_a_text_that_outgrows_the_model_is_never_reported() -> None:
     seen: list[tuple[int, int]] = []
-    watch = language._Watch(10, 100, 12, lambda *step: seen.append(step))
+    ours = language._Ours()
+    watch = language._Watch(10, 100, 12, lambda *step: seen.append(step), ours)
     watch(torch.zeros((1, 12), dtype=torch.long), None)
     with pytest.raises(TaskUnsupported):
         watch(torch.zeros((1, 13), dtype=torch.long), None)
     assert seen == [(2, 100), (3, 100)]
     # The last token is never looked up again.
-    language._Watch(10, 3, 12, lambda *_: None)(torch.zeros((1, 13), dtype=torch.long), None)
+    language._Watch(10, 3, 12, lambda *_: None, ours)(torch.zeros((1, 13), dtype=torch.long), None)
 
 
 def test_missing_weights_are_never_made_up(tiny_models: Path, tmp_path: Path) -> None:

@@ -46,6 +46,9 @@ ROWS = SAMPLED | {"num_return_sequences": 2}
         ({"sequence_bias": [[[5], 1e38]], "temperature": 1e-3}, {"do_sample": True}),
         ({"sequence_bias": [[[10**9], 1.0]]}, {"do_sample": True}),
         ({"token_healing": True}, {"max_new_tokens": 4}),
+        pytest.param({"suppress_tokens": [*range(400)]}, {"max_new_tokens": 4}, id="suppress all"),
+        ({"num_beams": 1.5}, {"max_new_tokens": 4}),
+        ({"pad_token_id": "0"}, ROWS),
     ],
     ids=str,
 )

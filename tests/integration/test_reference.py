@@ -106,7 +106,7 @@ class Reference:
 
     def _pipelines(self, task: Fields) -> tuple[Any, Any, Any]:
         """The base pipeline, the refiner's or None, and the base's own scheduler settings."""
-        named = ("base_model", "unet", "vae", "lora", "textual_inversion")
+        named = ("base_model", "dtype", "unet", "vae", "lora", "textual_inversion")
         added = [task.get(part, {}).get("model") for part in ("controlnet", "refiner")]
         checked = task["task_config"].get("safety_checker", True)
         key = json.dumps([*(task.get(part) for part in named), *added, checked])
@@ -116,14 +116,16 @@ class Reference:
 
     def _load(self, task: Fields, checked: bool) -> tuple[Any, Any, Any]:
         parts: dict[str, Any] = {} if checked else {"safety_checker": None}
+        kind = {"torch_dtype": getattr(torch, task.get("dtype", "float32"))}
         if "controlnet" in task:
-            parts["controlnet"] = self._from(diffusers.ControlNetModel, task["controlnet"]["model"])
+            name = task["controlnet"]["model"]
+            parts["controlnet"] = self._from(diffusers.ControlNetModel, name, **kind)
         if "unet" in task:
-            parts["unet"] = self._from(diffusers.UNet2DConditionModel, task["unet"])
+            parts["unet"] = self._from(diffusers.UNet2DConditionModel, task["unet"], **kind)
         whole: Any = diffusers.AutoPipelineForText2Image
-        pipe = self._from(whole, task["base_model"], **parts)
+        pipe = self._from(whole, task["base_model"], **parts, **kind)
         if "vae" in task:
-            pipe.vae = self._from(diffusers.AutoencoderKL, task["vae"])
+            pipe.vae = self._from(diffusers.AutoencoderKL, task["vae"], **kind)
         if "lora" in task:
             pipe.load_lora_weights(
                 str(self._root / task["lora"]["model"]),
@@ -132,15 +134,17 @@ class Reference:
             )
         if "textual_inversion" in task:
             pipe.load_textual_inversion(str(self._root / task["textual_inversion"]))
-        refiner = self._refiner(pipe, task["refiner"]["model"]) if "refiner" in task else None
+        refiner = None
+        if "refiner" in task:
+            refiner = self._refiner(pipe, task["refiner"]["model"], **kind)
         for each in filter(None, (pipe, refiner)):
             each.set_progress_bar_config(disable=True)
             _out_of_the_files(each)
         return pipe, refiner, pipe.scheduler.config
 
-    def _refiner(self, pipe: Any, name: str) -> Any:
+    def _refiner(self, pipe: Any, name: str, **kind: Any) -> Any:
         parts = {part: getattr(pipe, part) for part in ("text_encoder_2", "tokenizer_2", "vae")}
-        return self._from(diffusers.DiffusionPipeline, name, **parts)
+        return self._from(diffusers.DiffusionPipeline, name, **parts, **kind)
 
     def _from(self, kind: Any, name: str, **parts: Any) -> Any:
         return kind.from_pretrained(str(self._root / name), local_files_only=True, **parts)
@@ -202,6 +206,8 @@ LONG: Final = "a cat by the river, a house in the forest, " * 12
 ANCESTRAL: Final = {"method": "EulerAncestralDiscreteScheduler"}
 SDE: Final = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
 XL: Final[Fields] = {"base_model": models.SDXL, "negative_prompt": "a dog, blurry"}
+HALF: Final[Fields] = {"dtype": "float16"}
+BRAIN: Final[Fields] = {"dtype": "bfloat16"}
 EDGES: Final = {"model": models.SD15_CONTROLNET, "image_dataurl": picture(64, 64)}
 XL_EDGES: Final = {"model": models.SDXL_CONTROLNET, "image_dataurl": picture(96, 64)}
 
@@ -251,6 +257,19 @@ PICTURES: Final[dict[str, Fields]] = {
     "refiner from 80 %": refined(80, 10, prompt="a (cat)1.2 in the forest", scheduler=ANCESTRAL),
     "refiner from 30 %": refined(30, 5, task_config={"steps": 5, "num_images": 3}),
     "refiner after a controlnet": refined(50, 6, controlnet=XL_EDGES),
+    "half": {**HALF, "negative_prompt": "a dog"},
+    "half, lora": {**HALF, "lora": {"model": models.SD15_LORA}},
+    "half, lora of the text too": {**HALF, "lora": {"model": models.SD15_LORA_KOHYA}},
+    "half, long prompt": {**HALF, "prompt": LONG},
+    "half, controlnet": {**HALF, "controlnet": EDGES},
+    "half, sdxl": {**XL, **HALF},
+    "half, sdxl, lora": {**XL, **HALF, "lora": {"model": models.SDXL_LORA_KOHYA}},
+    "half, sdxl, long prompt": {**XL, **HALF, "prompt": LONG},
+    "half, refiner": refined(50, 4, **HALF),
+    "brain": {**BRAIN, "negative_prompt": "a dog"},
+    "brain, lora of the text too": {**BRAIN, "lora": {"model": models.SD15_LORA_KOHYA}},
+    "brain, long prompt": {**BRAIN, "prompt": LONG},
+    "brain, sdxl, lora": {**XL, **BRAIN, "lora": {"model": models.SDXL_LORA_KOHYA}},
 }
 
 
@@ -324,6 +343,15 @@ ANSWERS: Final[dict[str, Fields]] = {
         "generation_config": {"max_new_tokens": 24},
         "seed": 11,
     },
+    "half": {**HALF, "generation_config": SAMPLED | {"max_new_tokens": 60}, "seed": 5},
+    "half, beams": {**HALF, "generation_config": {"max_new_tokens": 30, "num_beams": 3}},
+    "brain": {**BRAIN, "generation_config": SAMPLED | {"max_new_tokens": 60}, "seed": 5},
+    "brain, tools": {
+        **BRAIN,
+        "tools": [TOOL],
+        "messages": CALLED,
+        "generation_config": {"max_new_tokens": 40},
+    },
 }
 
 
@@ -345,6 +373,7 @@ def language_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory)
         temperature=1.5,
         top_k=20,
         repetition_penalty=1.05,
+        remove_invalid_values=True,
     )
     return root
 
@@ -372,7 +401,13 @@ def _their_file(root: Path, task: Fields) -> bytes:
     folder, make = str(root / task["model"]), transformers.AutoTokenizer
     tokenizer: Any = make.from_pretrained(folder)
     new_pipeline: Any = transformers.pipeline
-    pipe = new_pipeline("text-generation", model=folder, tokenizer=tokenizer, device="cpu")
+    pipe = new_pipeline(
+        "text-generation",
+        model=folder,
+        tokenizer=tokenizer,
+        device="cpu",
+        dtype=getattr(torch, task.get("dtype", "float32")),
+    )
     tools = {"tools": task["tools"]} if "tools" in task else {}
     text = tokenizer.apply_chat_template(
         task["messages"], tokenize=False, add_generation_prompt=True, **tools
