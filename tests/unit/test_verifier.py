@@ -335,11 +335,11 @@ async def test_a_card_without_an_opinion_says_nothing(tmp_path: Path, error: Exc
     ],
 )
 async def test_one_that_failed_on_it_has_to_show_what_it_can(
-    tmp_path: Path, error: Exception, doubted: list[CardUuid]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, doubted: list[CardUuid]
 ) -> None:
     house = Bench.of(tmp_path, A, B)
     asked: list[CardUuid] = []
-    house.safeguards._verifier._suspect = asked.append
+    monkeypatch.setattr(house.safeguards, "_suspect", asked.append)
     await house.start()
     await house.says(A, X)
     await house.says(B, error)
