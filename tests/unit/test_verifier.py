@@ -297,6 +297,18 @@ async def test_three_that_differ_send_nothing(tmp_path: Path) -> None:
     assert house.pool.quarantined == frozenset()
 
 
+async def test_two_that_differ_again_and_again_dont_speak_against_the_task(tmp_path: Path) -> None:
+    """Each attempt ends for want of trust, which is no bad result that both would show."""
+    house = Bench.of(tmp_path, A, B)
+    await house.start()
+    await house.says(A, X)
+    await house.says(B, Y)
+    assert house.failed_as() is Fault.DEVICE
+    await house.start(avoid=frozenset({A}))
+    await house.says(B, Y)
+    assert house.failed_as() is Fault.DEVICE
+
+
 async def test_without_time_for_a_third_nothing_is_sent(tmp_path: Path) -> None:
     house = Bench.of(tmp_path, A, B, C)
     await house.start(deadline=START + MARGIN_SECONDS + SECONDS + 1)
