@@ -32,6 +32,7 @@ from cluster.core.errors import (
     TaskUnsupported,
 )
 from cluster.core.ports import GpuPool, Order
+from cluster.core.strikes import FaultKind, kind_of
 from cluster.core.types import (
     AttemptId,
     CardUuid,
@@ -123,7 +124,8 @@ class _Unable:
 
 class Canaries:
     """`idle` are the cards that no task's attempt is on, `waiting` the tasks that want one;
-    `changed` is called when a card is free again."""
+    `changed` is called when a card is free again, `strike` for one that its canary shows to be
+    unreliable though nothing can convict it."""
 
     def __init__(
         self,
@@ -137,6 +139,7 @@ class Canaries:
         idle: Callable[[], Sequence[Gpu]],
         waiting: Callable[[], bool],
         changed: Callable[[], None],
+        strike: Callable[[Gpu, FaultKind], None],
     ) -> None:
         self._health = health
         self._pool = pool
@@ -148,6 +151,7 @@ class Canaries:
         self._idle = idle
         self._waiting = waiting
         self._changed = changed
+        self._strike = strike
         self._models: dict[tuple[GpuClass, str], Candidate | None] = {}
         self._unable: dict[_Mark, _Unable] = {}
         self._missing: set[tuple[CardUuid, str | None]] = set()
@@ -344,7 +348,7 @@ class Canaries:
             if strange or error.kind is DeviceFaultKind.OUT_OF_MEMORY:
                 self._unusable(subject, error)
             else:
-                self._failed(subject, str(error))
+                self._failed(subject, str(error), kind_of(error))
         except ClusterError as error:
             self._failed(subject, str(error) or type(error).__name__)
         except TimeoutError:
@@ -382,6 +386,8 @@ class Canaries:
             subject.question, subject.gpu.uuid, score, subject.incarnation
         )
         self._metrics.canary(_RESULTS[judgement.verdict])
+        if judgement.wavers:
+            self._strike(subject.gpu, FaultKind.CANARY)
         calm = judgement.verdict not in {Verdict.DISPUTED, Verdict.QUARANTINED}
         log = self._log.info if calm else self._log.error
         log("canary_answered", gpu=subject.gpu.gpu_id, verdict=judgement.verdict.value)
@@ -413,7 +419,10 @@ class Canaries:
         self._metrics.canary("impossible")
         self._log.warning("canary_impossible", gpu=subject.gpu.gpu_id, problem=str(error))
 
-    def _failed(self, subject: _Subject, problem: str) -> None:
+    def _failed(self, subject: _Subject, problem: str, kind: FaultKind | None = None) -> None:
+        if kind is not None and not self._health.in_doubt(subject.gpu.uuid):
+            # One that is in doubt already, and fails again and again, is still the same failure.
+            self._strike(subject.gpu, FaultKind.CANARY)
         self._trouble(subject, problem, gpus_fault=True)
         # From now on it has to answer before any task, whatever the reason that it was asked for.
         self._health.suspect(subject.gpu.uuid)

@@ -92,8 +92,9 @@ class Guard(Protocol):
         """Whether a task may start on a card that no task is on."""
         ...
 
-    def suspect(self, gpu: GpuId) -> None:
-        """The card has just been at fault."""
+    def judged(self, gpu: GpuId, order: Order, error: ClusterError) -> ClusterError:
+        """The card has just been at fault. What the attempt failed with: this, or another error
+        where it turns out to be the task's."""
         ...
 
     async def vetted(self, gpu: GpuId, order: Order, computed: Computed) -> Computed:
@@ -107,8 +108,8 @@ class Unguarded:
     def free(self, gpu: Gpu) -> bool:
         return True
 
-    def suspect(self, gpu: GpuId) -> None:
-        pass
+    def judged(self, gpu: GpuId, order: Order, error: ClusterError) -> ClusterError:
+        return error
 
     async def vetted(  # noqa: RUF029 - others await
         self, gpu: GpuId, order: Order, computed: Computed
@@ -326,11 +327,12 @@ class Dispatcher:
         except LeaseLost:
             raise
         except ClusterError as error:
+            found = error
             if isinstance(error, DeviceFault) or self._died(order, error):
-                self._guard.suspect(gpu)
-            if not isinstance(error, Cancelled):
-                self.broke(gpu, order, error)
-            return event_for(order.attempt_id, error)
+                found = self._guard.judged(gpu, order, error)
+            if not isinstance(found, Cancelled):
+                self.broke(gpu, order, found)
+            return event_for(order.attempt_id, found)
         except OSError as error:
             # Our own disk: the files couldn't be kept, so there is no result.
             lost = ClusterError(f"artifacts: {brief(str(error))}")

@@ -5,8 +5,8 @@ Written to the journal under the lease first, then believed. A new term reads it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -74,11 +74,15 @@ class CardHealth:
     def quarantine(
         self, cards: Iterable[CardUuid], gpu_class: GpuClass, reason: str, by: QuarantineCause
     ) -> None:
-        """No task goes to these cards until an operator clears them."""
-        new = self._new(cards, gpu_class, reason)
+        """No task goes to these cards until an operator clears them. What a canary alone had put
+        there is there for this from now on: no dispute lets it out any more."""
+        named = frozenset(cards)
+        new = self._new(named, gpu_class, reason)
+        kept = [replace(each, reason=reason) for each in self._differing() if each.uuid in named]
         with self._ledger.journal.write(self._ledger.lease) as connection:
-            for each in new:
+            for each in (*new, *kept):
                 rows.begin(connection, each)
+        self._quarantines |= {each.uuid: each for each in kept}
         self._enter(new, by)
 
     def clear(self, card: CardUuid) -> bool:
@@ -123,7 +127,8 @@ class CardHealth:
             # It came there while it computed: what it says counts no more.
             return Judgement(Verdict.QUARANTINED)
         book = self._book(question)
-        answer = canary.next_answer(book.answers.get(card), score, self._now(), incarnation)
+        before = book.answers.get(card)
+        answer = canary.next_answer(before, score, self._now(), incarnation)
         judgement = canary.judge(
             card,
             book.expected,
@@ -138,18 +143,31 @@ class CardHealth:
                 rows.expect(connection, question.key, judgement.record, self._now())
             for each in new:
                 rows.begin(connection, each)
+            for released in judgement.released:
+                rows.release(connection, released, self._now())
         self._in_doubt.discard(card)
         book.answers[card] = answer
         book.expected = book.expected if judgement.record is None else judgement.record
         self._enter(new, "canary")
+        self._let_out(judgement.released)
         self._review(question)
-        return judgement
+        changed = before is not None and before.score != score
+        alone = book.expected is None and self._trusted(book).keys() == {card}
+        return replace(judgement, wavers=changed and alone)
 
     def forget(self, class_name: str | None) -> tuple[str, ...]:
         """Have what is expected recorded anew, and every card of the class, or of all, asked: the
-        classes' names of which anything was recorded. Quarantines stand."""
+        classes' names of which anything was recorded. Cards that are in quarantine for nothing but
+        having differed from it are asked, too."""
+        differing = {
+            each.uuid for each in self._differing() if class_name in {None, each.gpu_class.name}
+        }
         with self._ledger.journal.write(self._ledger.lease) as connection:
+            released = differing - rows.wavering(connection)
+            for card in released:
+                rows.release(connection, card, self._now())
             found = rows.forget(connection, class_name)
+        self._let_out(released)
         for question, book in self._books.items():
             if class_name in {None, question.gpu_class.name}:
                 book.expected = SHIPPED.get(question.key)
@@ -171,10 +189,7 @@ class CardHealth:
         """Something failed on this card: it has to answer again before it gets a task."""
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.suspect(connection, card)
-        self._in_doubt.add(card)
-        for book in self._books.values():
-            if card in book.answers:
-                book.answers[card] = canary.doubted(book.answers[card])
+        self._doubt(card)
 
     # --- disputes --------------------------------------------------------------------------------
 
@@ -239,13 +254,29 @@ class CardHealth:
             card: answer for card, answer in book.answers.items() if card not in self._quarantines
         }
 
+    def _differing(self) -> tuple[Quarantine, ...]:
+        """What a canary has put in quarantine, and nothing else."""
+        return tuple(each for each in self._quarantines.values() if each.reason == DIFFERS)
+
+    def _let_out(self, cards: Set[CardUuid]) -> None:
+        """In memory; their answers stay as evidence, and they have to answer again."""
+        for card in sorted(cards):
+            del self._quarantines[card]
+            self._doubt(card)
+            self._log.warning("quarantine_ended", card=card, why="its record is in doubt")
+        if cards:
+            self._end_of_change()
+
+    def _doubt(self, card: CardUuid) -> None:
+        self._in_doubt.add(card)
+        for book in self._books.values():
+            if card in book.answers:
+                book.answers[card] = canary.doubted(book.answers[card])
+
     def _convicted(self, book: _Book) -> dict[CardUuid, Answer]:
         """The answers of cards that such an answer has put in quarantine."""
-        return {
-            card: answer
-            for card, answer in book.answers.items()
-            if card in self._quarantines and self._quarantines[card].reason == DIFFERS
-        }
+        found = {each.uuid for each in self._differing()}
+        return {card: answer for card, answer in book.answers.items() if card in found}
 
     def _review(self, question: Question) -> None:
         book = self._books[question]

@@ -187,7 +187,8 @@ class InferenceWorker:
         loop = asyncio.get_running_loop()
         try:
             engine = await loop.run_in_executor(self._thread, make_engine)
-            # Before it is up: until it is known what to ask a card, it is taken for a good one.
+            # Before it is up: until it is known what to ask a card, it is taken for a good one. It
+            # may take minutes, and no account is to be there for the card before.
             self._candidates = await loop.run_in_executor(self._thread, engine.candidates)
             self._software = await loop.run_in_executor(self._thread, engine.software)
             self._engine = engine
@@ -207,9 +208,10 @@ class InferenceWorker:
         if current is not None and current.order.attempt_id == order.attempt_id:
             return None
         if current is not None and not current.done.done():
-            return DeviceFault(DeviceFaultKind.OTHER, f"busy with {current.order.attempt_id}")
+            return DeviceFault(DeviceFaultKind.NOT_TAKEN, f"busy with {current.order.attempt_id}")
         if self._engine is None:
-            return DeviceFault(DeviceFaultKind.OTHER, f"the engine didn't start: {self._problem}")
+            problem = f"the engine didn't start: {self._problem}"
+            return DeviceFault(DeviceFaultKind.NOT_TAKEN, problem)
         loop = asyncio.get_running_loop()
         now = self._clock()
         attempt = _Attempt(order, loop.create_future(), now, now)
@@ -301,7 +303,7 @@ class InferenceWorker:
             self._looking = loop.run_in_executor(None, self._read_vitals, engine)
 
     def _look_for_candidates(self, engine: Engine) -> None:
-        """In a thread, for the next report: it looks at the disk."""
+        """In a thread, for the next report: it looks at the disk, and may read a model through."""
         if self._listing is None or self._listing.done():
             loop = asyncio.get_running_loop()
             self._listing = loop.run_in_executor(None, self._list_candidates, engine)

@@ -187,7 +187,7 @@ class RayGpuPool:
     async def start(self, gpu: GpuId, order: Order) -> None:
         member = self._members.get(gpu)
         if member is None:
-            raise DeviceFault(DeviceFaultKind.OTHER, f"GPU {gpu} has left the cluster")
+            raise DeviceFault(DeviceFaultKind.NOT_TAKEN, f"GPU {gpu} has left the cluster")
         try:
             refused = await _within(PING_SECONDS * 4, member.actor.start.remote(order))
         except (RayError, TimeoutError) as error:
@@ -195,7 +195,7 @@ class RayGpuPool:
                 # It may have the order, or get it yet: nobody would wait for what came of it.
                 await self.cancel(gpu, order.attempt_id)
             raise DeviceFault(
-                DeviceFaultKind.OTHER, f"GPU {gpu} doesn't answer: {type(error).__name__}"
+                DeviceFaultKind.NOT_TAKEN, f"GPU {gpu} doesn't answer: {type(error).__name__}"
             ) from error
         if refused is not None:
             raise refused

@@ -1,10 +1,19 @@
-"""What keeps a faulty card from earning a slash: canaries, second opinions, quarantine, in one."""
+"""What keeps a faulty card from earning a slash: canaries, second opinions, strikes, quarantine, in
+one.
+
+A bad result that two cards show for one task is the task's, or its model's: the second card isn't
+suspected and no third one tries. The first was before anybody could know; its canary, which it
+has mostly answered by then, clears it of that, and of what else there may have been.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+import structlog
 
 from actors.canary import Canaries, CanarySettings, Cards
 from actors.dispatcher import Dispatcher
@@ -12,11 +21,16 @@ from actors.health import CardHealth
 from actors.holds import Holds
 from actors.ledger import Ledger
 from actors.pool import UNKNOWN
+from actors.strikes import Strikes
 from actors.verifier import Verifier
+from cluster.core.errors import ClusterError, TaskUnsupported
 from cluster.core.ports import Computed, Order
 from cluster.core.record import Outcome, Result, TaskRecord
+from cluster.core.strikes import Limit
 from cluster.core.types import AttemptId, CardUuid, Commitment, Gpu, GpuClass, GpuId, Timestamp
 from cluster.metrics import Metrics
+
+LOOK_SECONDS = 1.0
 
 _BLAMED = "blamed:"
 """By a task that cost its account the stake, the card that was put in quarantine for it."""
@@ -28,6 +42,7 @@ class SafeguardSettings:
 
     canary: CanarySettings = CanarySettings()
     fraction: float = 0.0
+    limit: Limit = Limit()
 
 
 class GuardedCards(Cards, Protocol):
@@ -49,6 +64,9 @@ class Safeguards:
     ) -> None:
         self._ledger = ledger
         self._pool = pool
+        self._metrics = metrics
+        self._log = structlog.get_logger("safeguards")
+        self._strikes = Strikes(ledger, pool, settings.limit, clock)
         self._blamed = {Commitment(task) for task in ledger.journal.cursors(_BLAMED)}
         self._holds = Holds()
         self._health = CardHealth(
@@ -69,6 +87,7 @@ class Safeguards:
             lambda: self._dispatcher.idle(),
             lambda: bool(self._dispatcher.waiting()),
             changed,
+            self._strikes.strike,
         )
         self._verifier = Verifier(
             self._health,
@@ -79,19 +98,46 @@ class Safeguards:
             lambda: ledger.clock(),
             lambda: tuple(filter(self.free, self._dispatcher.idle())),
             self._suspect,
+            self.judged,
             changed,
         )
+        metrics.canary_every(settings.canary.interval)
 
     def reconfigure(self, settings: SafeguardSettings) -> None:
         self._canaries.settings = settings.canary
         self._verifier.fraction = settings.fraction
+        self._strikes.limit = settings.limit
+        self._metrics.canary_every(settings.canary.interval)
         self._canaries.wake()
 
     def attach(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     async def run(self) -> None:
-        await self._canaries.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._canaries.run())
+            group.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            self.review()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def review(self) -> None:
+        """What the cards' drivers count by now, and whether a card has struck out."""
+        counted = [
+            (gpu, errors)
+            for gpu in self._pool.gpus()
+            if (report := self._pool.report(gpu.gpu_id)) is not None
+            and (errors := report.vitals.ecc_uncorrected) is not None
+            and gpu.uuid
+        ]
+        for gpu in self._strikes.memory_errors(counted):
+            self._suspect(gpu.uuid)
+        for card, reason in self._strikes.review().items():
+            if not self._health.in_quarantine(card):
+                known = (gpu.gpu_class for gpu in self._pool.gpus() if gpu.uuid == card)
+                self._health.quarantine({card}, next(known, UNKNOWN), reason, "strikes")
 
     def wake(self) -> None:
         """The cards have changed."""
@@ -145,6 +191,7 @@ class Safeguards:
         named = [gpu.uuid for gpu in self._pool.gpus() if card in {gpu.gpu_id, gpu.uuid}]
         uuid = named[0] if named else CardUuid(card)
         if self._health.clear(uuid):
+            self._strikes.forget(uuid)
             self._canaries.wake()
             return "cleared"
         return "free" if named or self._health.is_known(uuid) else "unknown"
@@ -161,9 +208,18 @@ class Safeguards:
     def free(self, gpu: Gpu) -> bool:
         return gpu.gpu_id not in self._holds and self._canaries.trusted(gpu)
 
-    def suspect(self, gpu: GpuId) -> None:
-        for card in (each.uuid for each in self._pool.gpus() if each.gpu_id == gpu):
-            self._suspect(card)
+    def judged(self, gpu: GpuId, order: Order, error: ClusterError) -> ClusterError:
+        there = next((each for each in self._pool.gpus() if each.gpu_id == gpu), None)
+        if there is None:
+            return error
+        other = self._strikes.failed(there, order, error) if there.uuid else None
+        if other is None:
+            self._suspect(there.uuid)
+            return error
+        self._log.warning("task_at_fault", task=order.task, cards=sorted({other, there.uuid}))
+        found = TaskUnsupported(f"two cards show the same bad result, {other} before: {error}")
+        found.trace = error.trace
+        return found
 
     async def vetted(self, gpu: GpuId, order: Order, computed: Computed) -> Computed:
         return await self._verifier.vetted(gpu, order, computed)

@@ -25,7 +25,8 @@ from cluster.metrics import Metrics
 
 class Verifier:
     """`idle` are the cards that may be asked, but for those held; `clock` is the network's;
-    `suspect` is told the cards that must show what they can; `changed` that a card is free again.
+    `suspect` is told the cards that must show what they can, `failed` what a card failed with;
+    `changed` that a card is free again.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Verifier:
         clock: Callable[[], float],
         idle: Callable[[], Sequence[Gpu]],
         suspect: Callable[[CardUuid], None],
+        failed: Callable[[GpuId, Order, ClusterError], object],
         changed: Callable[[], None],
     ) -> None:
         self._health = health
@@ -48,6 +50,7 @@ class Verifier:
         self._clock = clock
         self._idle = idle
         self._suspect = suspect
+        self._failed = failed
         self._changed = changed
         self._log = structlog.get_logger("verify")
 
@@ -113,7 +116,7 @@ class Verifier:
                 "second_opinion_failed", task=order.task, gpu=gpu.gpu_id, problem=str(error)
             )
             if isinstance(error, DeviceFault | AttemptLost):
-                self._suspect(gpu.uuid)
+                self._failed(gpu.gpu_id, second, error)
         finally:
             self._holds.give_back(gpu.gpu_id)
             self._changed()
@@ -155,4 +158,4 @@ class Verifier:
 
 
 def _fault(message: str) -> DeviceFault:
-    return DeviceFault(DeviceFaultKind.BAD_RESULT, message)
+    return DeviceFault(DeviceFaultKind.DISTRUSTED, message)

@@ -40,6 +40,7 @@ from cluster.chain.starting import check_contracts
 from cluster.config import Config
 from cluster.core.errors import ChainError, ConfigError
 from cluster.core.ports import Lease
+from cluster.core.strikes import Limit
 from cluster.core.types import Address, AttemptId, Timestamp
 from cluster.engines import EngineSettings, engine_factory, make_keeper
 from cluster.handover import take
@@ -181,7 +182,9 @@ class Reloading:
 
 def safeguard_settings(config: Config) -> SafeguardSettings:
     return SafeguardSettings(
-        CanarySettings(config.canary.interval_seconds, config.canary.model), config.verify.fraction
+        CanarySettings(config.canary.interval_seconds, config.canary.model),
+        config.verify.fraction,
+        Limit(config.canary.strikes, config.canary.strike_window_seconds),
     )
 
 

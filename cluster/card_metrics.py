@@ -16,7 +16,7 @@ from cluster.core.types import GpuState
 from cluster.gauges import put
 from cluster.status import GpuStatus
 
-QuarantineCause = Literal["canary", "verification", "slash"]
+QuarantineCause = Literal["canary", "verification", "slash", "strikes"]
 
 _CARD = ("gpu_uuid",)
 _INFO = ("gpu_uuid", "gpu", "ray_node", "gpu_name", "vram_gb")

@@ -144,6 +144,10 @@ class Metrics:
     def canary(self, result: CanaryResult) -> None:
         self._canaries.labels(result).inc()
 
+    def canary_every(self, seconds: float) -> None:
+        """So often the schedule asks a card; 0 for never."""
+        self._canary_interval.put(seconds or None)
+
     def verified(self, result: VerifyResult) -> None:
         self._verifications.labels(result).inc()
 
@@ -359,6 +363,9 @@ class Metrics:
         self.cards = CardMetrics(self.registry)
         self._canaries = self._counter(
             "canaries", "Canaries of cards, by what became of them.", result=get_args(CanaryResult)
+        )
+        self._canary_interval = self._known(
+            "canary_interval_seconds", "How often the schedule asks each card its canary."
         )
         self._verifications = self._counter(
             "verifications",

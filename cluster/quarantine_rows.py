@@ -1,16 +1,17 @@
 """What the journal keeps of cards: who is in quarantine, what each answered to the canary, what is
-expected, and which scores of a task were in dispute.
+expected, which scores of a task were in dispute, and what failed on each.
 
 Every function works within a transaction of the caller's: one under the lease where it writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Connection,
@@ -28,7 +29,8 @@ from sqlalchemy import (
     update,
 )
 
-from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, Score, Timestamp
+from cluster.core.strikes import CardFault, FaultKind
+from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, GpuId, Score, Timestamp
 from cluster.inference.canary import Answer, Question
 
 metadata = MetaData()
@@ -69,6 +71,26 @@ disputes_table = Table(
     Column("uuid", Text, primary_key=True),
     Column("score", LargeBinary, nullable=False),
 )
+faults_table = Table(
+    "card_faults",
+    metadata,
+    Column("uuid", Text, primary_key=True),
+    Column("cause", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("gpu_id", Text, nullable=False),
+    Column("incarnation", Text, nullable=False),
+    Column("task", Text),
+    Column("counts", Boolean, nullable=False),
+)
+"""What may be a strike, and what is one (`cluster.core.strikes`)."""
+memory_table = Table(
+    "card_memory_errors",
+    metadata,
+    Column("uuid", Text, primary_key=True),
+    Column("uncorrected", BigInteger, nullable=False),
+)
+"""How many the driver had counted when it was last looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +117,7 @@ def is_known(connection: Connection, uuid: CardUuid) -> bool:
 
 
 def begin(connection: Connection, quarantine: Quarantine) -> None:
-    """Put a card in quarantine that isn't in one."""
+    """Put a card in quarantine, or have it there for another reason."""
     values = {
         "gpu_name": quarantine.gpu_class.name,
         "gpu_vram": quarantine.gpu_class.vram,
@@ -107,14 +129,17 @@ def begin(connection: Connection, quarantine: Quarantine) -> None:
 
 
 def clear(connection: Connection, uuid: CardUuid, now: Timestamp) -> None:
-    """End the card's quarantine. Its answers are forgotten: it is to be asked anew."""
-    table = quarantines_table
-    connection.execute(
-        update(table)
-        .where(table.c.uuid == uuid, table.c.cleared_at.is_(None))
-        .values(cleared_at=now)
-    )
-    connection.execute(delete(answers_table).where(answers_table.c.uuid == uuid))
+    """End the card's quarantine. Its answers are forgotten, and what failed on it: it is to be
+    asked anew."""
+    _end(connection, uuid, now)
+    for table in (answers_table, faults_table):
+        connection.execute(delete(table).where(table.c.uuid == uuid))
+
+
+def release(connection: Connection, uuid: CardUuid, now: Timestamp) -> None:
+    """End the card's quarantine and put it in doubt. What it answered is evidence still."""
+    _end(connection, uuid, now)
+    suspect(connection, uuid)
 
 
 # --- canary ---------------------------------------------------------------------------------------
@@ -149,6 +174,12 @@ def suspected(connection: Connection) -> set[CardUuid]:
     query = select(table.c.uuid, table.c.incarnation).order_by(table.c.at)
     newest = {CardUuid(row.uuid): row.incarnation for row in connection.execute(query)}
     return {uuid for uuid, incarnation in newest.items() if not incarnation}
+
+
+def wavering(connection: Connection) -> set[CardUuid]:
+    """The cards that have contradicted themselves."""
+    query = select(answers_table.c.uuid).where(answers_table.c.wavered).distinct()
+    return set(map(CardUuid, connection.execute(query).scalars()))
 
 
 def expected(connection: Connection, question: str) -> Score | None:
@@ -189,7 +220,52 @@ def dispute(connection: Connection, task: Commitment, scores: Mapping[CardUuid, 
         _put(connection, disputes_table, {"task": task, "uuid": uuid}, values)
 
 
+# --- what failed on cards -------------------------------------------------------------------------
+
+
+def faults(connection: Connection) -> tuple[CardFault, ...]:
+    query = select(faults_table).order_by(faults_table.c.at)
+    return tuple(_fault(row) for row in connection.execute(query))
+
+
+def put_fault(connection: Connection, fault: CardFault) -> None:
+    values = {
+        "kind": fault.kind.name,
+        "at": fault.at,
+        "gpu_id": fault.gpu_id,
+        "incarnation": fault.incarnation,
+        "task": fault.task,
+        "counts": fault.counts,
+    }
+    _put(connection, faults_table, {"uuid": fault.card, "cause": fault.cause}, values)
+
+
+def drop_faults(connection: Connection, gone: Iterable[CardFault]) -> None:
+    table = faults_table
+    for each in gone:
+        which = and_(table.c.uuid == each.card, table.c.cause == each.cause)
+        connection.execute(delete(table).where(which))
+
+
+def memory_errors(connection: Connection) -> dict[CardUuid, int]:
+    found = connection.execute(select(memory_table))
+    return {CardUuid(row.uuid): row.uncorrected for row in found}
+
+
+def put_memory_errors(connection: Connection, uuid: CardUuid, uncorrected: int) -> None:
+    _put(connection, memory_table, {"uuid": uuid}, {"uncorrected": uncorrected})
+
+
 # --- inside ---------------------------------------------------------------------------------------
+
+
+def _end(connection: Connection, uuid: CardUuid, now: Timestamp) -> None:
+    table = quarantines_table
+    connection.execute(
+        update(table)
+        .where(table.c.uuid == uuid, table.c.cleared_at.is_(None))
+        .values(cleared_at=now)
+    )
 
 
 def _put(
@@ -208,3 +284,16 @@ def _quarantine(row: Row[Any]) -> Quarantine:
 def _answer(row: Row[Any]) -> Answer:
     score, at = Score(row.score), Timestamp(row.at)
     return Answer(score, at, row.incarnation, row.runs, row.wavered)
+
+
+def _fault(row: Row[Any]) -> CardFault:
+    return CardFault(
+        CardUuid(row.uuid),
+        row.cause,
+        FaultKind[row.kind],
+        Timestamp(row.at),
+        GpuId(row.gpu_id),
+        row.incarnation,
+        None if row.task is None else Commitment(row.task),
+        row.counts,
+    )

@@ -113,7 +113,8 @@ def gpus_forget_canary(gpu_class: str | None, config_file: Path) -> None:
     wrong: most often two cards that read the same spoilt file were the first to agree. Take their
     machine out, or mend it, before. CLASS is the name on the network, as `crynux-cluster gpus
     --cluster` shows it. Every card of it computes the canary before it gets a task, and the first
-    two that agree are the record. Cards in quarantine stay there until `gpus clear`.
+    two that agree are the record. So does one that is in quarantine only because it differed from
+    what is forgotten; others stay there until `gpus clear`.
 
     Run this on a machine of the operator's Ray cluster.
     """

@@ -26,6 +26,7 @@ from cluster.config.values import (
     path_of,
 )
 from cluster.core.lifecycle import Policy
+from cluster.core.strikes import Limit
 from cluster.core.types import GigaBytes
 
 _SQLITE = "sqlite:///"
@@ -172,10 +173,14 @@ class LeaseConfig(Section):
 
 
 class CanaryConfig(Section):
-    """`model` is a base model as `name[+variant]`, null for the smallest on each card's disk."""
+    """`model` is a base model as `name[+variant]`, null for the smallest on each card's disk. A
+    card that fails `strikes` times (0: however often) within `strike_window_seconds` is quarantined
+    though it answers well: not by what tasks do to every card (`cluster.core.strikes`)."""
 
     interval_seconds: float = Field(default=3600.0, ge=0, allow_inf_nan=False)
     model: str | None = Field(default=None, min_length=1)
+    strikes: int = Field(default=Limit().strikes, ge=0)
+    strike_window_seconds: float = Field(default=Limit().seconds, gt=0, allow_inf_nan=False)
 
 
 class VerifyConfig(Section):

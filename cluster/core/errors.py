@@ -37,6 +37,10 @@ class DeviceFaultKind(enum.Enum):
     CONTEXT_LOST = "context_lost"
     BAD_RESULT = "bad_result"
     STALLED = "stalled"
+    NOT_TAKEN = "not_taken"
+    """It didn't take the attempt: it is away, silent, busy or not up, which tells little of it."""
+    DISTRUSTED = "distrusted"
+    """What it computed looks well, and may not be trusted: another card computed something else."""
     OTHER = "other"
 
 

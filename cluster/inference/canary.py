@@ -13,8 +13,9 @@ agree for the first time. Until then nobody knows who is right:
 
 So a card is only ever quarantined on the evidence of other cards, and the only card of its class
 only by an answer recorded before. A record may be wrong itself: as soon as others agree against it
-that are as many as hold it, and no two cards of one machine only, it quarantines none of them, and
-an operator decides. Nothing here reads a clock or does anything.
+that are as many as hold it, and no two cards of one machine only, it quarantines none of them, lets
+those out that it had put there before the others came, and an operator decides. Nothing here reads
+a clock or does anything.
 """
 
 from __future__ import annotations
@@ -109,12 +110,16 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """`record` is what is expected from now on, `odd` go to quarantine, `again` are asked again."""
+    """`record` is what is expected from now on, `odd` go to quarantine, `again` are asked again;
+    `released` leave their quarantine, and have to answer anew. `wavers`: the card has contradicted
+    itself, and there is no other to tell whether that is its own doing."""
 
     verdict: Verdict
     record: Score | None = None
     odd: frozenset[CardUuid] = field(default_factory=frozenset)
     again: frozenset[CardUuid] = field(default_factory=frozenset)
+    released: frozenset[CardUuid] = field(default_factory=frozenset)
+    wavers: bool = False
 
 
 NOBODY: Final[Mapping[CardUuid, Answer]] = MappingProxyType({})
@@ -226,8 +231,9 @@ def judge(
     if expected is not None:
         if answers[card].score == expected:
             return Judgement(Verdict.PASSED)
-        if card in against(expected, {**convicted, **answers}, machines):
-            return Judgement(Verdict.DISPUTED)
+        cards = against(expected, {**convicted, **answers}, machines)
+        if card in cards:
+            return Judgement(Verdict.DISPUTED, released=cards & convicted.keys())
         return Judgement(Verdict.QUARANTINED, odd=frozenset({card}))
     steady = {uuid: answer for uuid, answer in answers.items() if not answer.wavered}
     if not steady:

@@ -54,7 +54,8 @@ class Candidates:
 
     def look(self) -> tuple[Candidate, ...]:
         """Models that make images by themselves: those that the operator has put here or pinned
-        first, and of these the smallest."""
+        first, and of these the smallest. One look reads at most one of them through, of many GB
+        perhaps: a card that comes up waits for the first look, and is asked with the best one."""
         here = self._keeper.store.on_disk()
         self._seen = {key: self._looked_at(key, self._seen.get(key)) for key in here}
         fit = [
@@ -63,14 +64,16 @@ class Candidates:
             if (found := each.found) is not None
         ]
         best = [key for *_, key in sorted(fit)[:MOST]]
-        for key in best[:READ_WHOLE]:
+        for key in (each for each in best[:READ_WHOLE] if not self._seen[each].read):
             self._seen[key] = self._read_through(self._seen[key])
+            if self._seen[key].read:
+                break
         return tuple(found for key in best if (found := self._seen[key].found) is not None)
 
     def _read_through(self, seen: _Seen) -> _Seen:
         """With a digest of all that is computed with: weights that are spoilt in their middle are
-        another question. Read once; what can't be read is none, and tried again later."""
-        if seen.read or seen.folder is None or seen.found is None:
+        another question. What can't be read is none, and tried again later."""
+        if seen.folder is None or seen.found is None:
             return seen
         try:
             files = _computed_with(seen.folder, seen.found.model.partition("+")[2])

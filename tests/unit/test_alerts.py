@@ -74,6 +74,7 @@ def known() -> Known:
     metrics = Metrics("1", "d")
     metrics.observe(large(8))
     metrics.turn_ended(Timestamp(1.0))
+    metrics.canary_every(3600.0)
     found: Known = defaultdict(lambda: defaultdict(set))
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:

@@ -90,7 +90,7 @@ def test_a_record_that_as_many_agree_against_quarantines_none_of_them() -> None:
     """Those count, too, that it has put there before the others came."""
     answers = {A: once(X), B: once(X), D: once(Y)}
     found = judge(D, X, answers, {C: once(Y)}, NORTH_AND_SOUTH)
-    assert found == Judgement(Verdict.DISPUTED)
+    assert found == Judgement(Verdict.DISPUTED, released=odd(C))
     three = {A: once(Y), B: once(Y), C: once(Y)}
     assert judge(C, X, three) == Judgement(Verdict.DISPUTED)
     # Who says a third thing, or contradicts himself, is at fault all the same.
@@ -318,6 +318,7 @@ def test_the_smallest_model_is_that_with_the_least_weights(tmp_path: Path) -> No
     plant(tmp_path, "acme/refiner", 5, REFINER)
     plant(tmp_path, "acme/chat", 3, None)
     engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
+    engine.candidates()
     first, second = engine.candidates()
     assert (first.model, second.model) == ("acme/small", "acme/large")
     assert first.own
@@ -352,7 +353,10 @@ def test_a_model_that_is_spoilt_in_its_middle_is_another_candidate(tmp_path: Pat
     assert engines[1].candidates() == (good,)
 
 
-def test_a_model_is_read_through_but_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_read_through_but_once_and_one_at_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look is what a card that comes up waits for."""
     for number in range(4):
         plant(tmp_path, f"acme/m{number}", 10 + number)
     read: list[str] = []
@@ -364,12 +368,17 @@ def test_a_model_is_read_through_but_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(parts, "digest_of", counted)
     engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
+
+    def weights() -> list[str]:
+        return [each for each in read if each.endswith(".safetensors")]
+
     first = engine.candidates()
-    assert engine.candidates() == first
-    assert [each for each in read if each.endswith(".safetensors")] == [
-        "acme/m0/unet/weights.safetensors",
-        "acme/m1/unet/weights.safetensors",
-    ]
+    assert weights() == ["acme/m0/unet/weights.safetensors"]
+    second = engine.candidates()
+    assert weights()[1:] == ["acme/m1/unet/weights.safetensors"]
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True, False, True, True]
+    assert engine.candidates() == second
+    assert len(weights()) == 2
 
 
 def test_what_is_no_model_for_a_canary_is_not_looked_into_with_every_report(

@@ -187,7 +187,7 @@ async def test_refuses_a_second_attempt_while_busy(engine: FakeEngine) -> None:
     await worker.start(order(A))
     refused = await worker.start(order(B))
     assert isinstance(refused, DeviceFault)
-    assert refused.kind is DeviceFaultKind.OTHER
+    assert refused.kind is DeviceFaultKind.NOT_TAKEN
     assert A in str(refused)
     assert isinstance(await worker.result(B), AttemptLost)
     engine.go.set()

@@ -80,7 +80,7 @@ def test_every_label_set_is_there_from_the_start() -> None:
         assert sample(metrics, "crynux_attempts_total", fault=fault) == 0
     assert sample(metrics, "crynux_slashes_total") == 0
     assert sample(metrics, "crynux_kick_outs_total") == 0
-    for cause in ("canary", "verification", "slash"):
+    for cause in ("canary", "verification", "slash", "strikes"):
         assert sample(metrics, "crynux_quarantines_total", by=cause) == 0
     assert sample(metrics, "crynux_results_total", tier="device") == 0
     assert sample(metrics, "crynux_score_slack_seconds_count", type="SD") == 0
@@ -548,3 +548,12 @@ def test_what_happens_in_the_stores_is_counted_and_no_model_becomes_a_label() ->
     }.items():
         assert sample(metrics, f"crynux_store_{name}") == value
     assert "secret" not in metrics.render().decode()
+
+
+def test_how_often_canaries_are_asked_is_told_while_they_are() -> None:
+    metrics = Metrics("1", "d")
+    assert sample(metrics, "crynux_canary_interval_seconds") is None
+    metrics.canary_every(7200.0)
+    assert sample(metrics, "crynux_canary_interval_seconds") == 7200
+    metrics.canary_every(0.0)
+    assert sample(metrics, "crynux_canary_interval_seconds") is None

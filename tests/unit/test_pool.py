@@ -420,7 +420,7 @@ async def test_a_start_without_an_answer_is_the_cards_fault(
     actor.answers["start"] = [silence]
     with pytest.raises(DeviceFault) as caught:
         await pool.start(gpu_id, ORDER)
-    assert caught.value.kind is DeviceFaultKind.OTHER
+    assert caught.value.kind is DeviceFaultKind.NOT_TAKEN
 
 
 @pytest.mark.parametrize(("silence", "told"), [(NEVER, True), (UNAVAILABLE, True), (DEAD, False)])

@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 from cluster import quarantine_rows as rows
 from cluster.core.errors import LeaseLost
 from cluster.core.ports import Lease
-from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, Score, Timestamp
+from cluster.core.strikes import CardFault, FaultKind
+from cluster.core.types import CardUuid, Commitment, GigaBytes, GpuClass, GpuId, Score, Timestamp
 from cluster.inference.canary import Answer, Question, doubted
 from cluster.journal import SqlJournal
 from cluster.quarantine_rows import Quarantine
@@ -167,4 +168,67 @@ def test_a_journal_of_before_gets_the_new_tables(url: str, journal: SqlJournal) 
     after = SqlJournal(url)
     with after.read() as connection:
         assert rows.standing(connection) == ()
+        assert rows.faults(connection) == ()
+        assert rows.memory_errors(connection) == {}
     after.close()
+
+
+FAULT = CardFault(
+    A, "a1", FaultKind.BAD_RESULT, Timestamp(3.0), GpuId("n-0"), "p1", TASK, counts=False
+)
+
+
+def test_what_failed_on_cards_is_kept_until_it_is_dropped(
+    url: str, journal: SqlJournal, lease: Lease
+) -> None:
+    own = CardFault(B, "x", FaultKind.MEMORY_ERRORS, Timestamp(1.0), GpuId("n-1"), "", counts=True)
+    with journal.write(lease) as connection:
+        for each in (FAULT, replace(FAULT, cause="a2", at=Timestamp(4.0)), own):
+            rows.put_fault(connection, each)
+        rows.put_fault(connection, replace(FAULT, counts=True))
+        rows.drop_faults(connection, [replace(FAULT, cause="a2")])
+    again = SqlJournal(url)
+    with again.read() as connection:
+        assert rows.faults(connection) == (own, replace(FAULT, counts=True))
+    again.close()
+
+
+def test_a_cleared_cards_faults_are_forgotten_and_nobody_elses(
+    journal: SqlJournal, lease: Lease
+) -> None:
+    other = replace(FAULT, card=B)
+    with journal.write(lease) as connection:
+        rows.begin(connection, FIRST)
+        for each in (FAULT, other):
+            rows.put_fault(connection, each)
+        rows.clear(connection, A, Timestamp(6.0))
+        assert rows.faults(connection) == (other,)
+
+
+def test_a_released_cards_answers_stay_and_it_is_in_doubt(
+    journal: SqlJournal, lease: Lease
+) -> None:
+    answer = Answer(X, Timestamp(1.0), "p1")
+    with journal.write(lease) as connection:
+        rows.begin(connection, FIRST)
+        rows.put_answer(connection, "q", A, answer)
+        rows.release(connection, A, Timestamp(6.0))
+        assert rows.standing(connection) == ()
+        assert rows.answers(connection, "q") == {A: doubted(answer)}
+        assert rows.suspected(connection) == {A}
+
+
+def test_who_has_contradicted_himself(journal: SqlJournal, lease: Lease) -> None:
+    answer = Answer(X, Timestamp(1.0), "p1")
+    with journal.write(lease) as connection:
+        rows.put_answer(connection, "q", A, answer)
+        rows.put_answer(connection, "q", B, replace(answer, wavered=True))
+        rows.put_answer(connection, "r", B, answer)
+        assert rows.wavering(connection) == {B}
+
+
+def test_what_a_cards_driver_counted_last(journal: SqlJournal, lease: Lease) -> None:
+    with journal.write(lease) as connection:
+        for uncorrected in (3, 2**40):
+            rows.put_memory_errors(connection, A, uncorrected)
+        assert rows.memory_errors(connection) == {A: 2**40}

@@ -21,6 +21,7 @@ from actors.stores import RayStores
 from cluster import assembly
 from cluster.config import load
 from cluster.core.errors import ConfigError, DeviceFault, DeviceFaultKind, LeaseLost
+from cluster.core.strikes import Limit
 from cluster.core.types import GpuState, RayNodeId, Timestamp
 from cluster.models.keeper import Stays
 from cluster.steering import (
@@ -269,7 +270,7 @@ def test_what_can_change_is_taken_over(tmp_path: Path) -> None:
         policy={"max_attempts": 7},
         fleet={"auto": False},
         verify={"fraction": 0.5},
-        canary={"interval_seconds": 5},
+        canary={"interval_seconds": 5, "strikes": 2, "strike_window_seconds": 60},
         logs={"level": "debug"},
     )
     live, changed = again()
@@ -278,11 +279,14 @@ def test_what_can_change_is_taken_over(tmp_path: Path) -> None:
         "fleet.auto",
         "verify.fraction",
         "canary.interval_seconds",
+        "canary.strikes",
+        "canary.strike_window_seconds",
         "logs.level",
     }
     assert live.policy.max_attempts == 7
     assert live.fleet.automatic is False
     assert (live.safeguards.canary.interval, live.level) == (5, "debug")
+    assert live.safeguards.limit == Limit(2, 60.0)
     assert again()[1] == ()
 
 

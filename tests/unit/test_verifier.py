@@ -297,6 +297,18 @@ async def test_three_that_differ_send_nothing(tmp_path: Path) -> None:
     assert house.pool.quarantined == frozenset()
 
 
+async def test_two_that_differ_again_and_again_dont_speak_against_the_task(tmp_path: Path) -> None:
+    """Each attempt ends for want of trust, which is no bad result that both would show."""
+    house = Bench.of(tmp_path, A, B)
+    await house.start()
+    await house.says(A, X)
+    await house.says(B, Y)
+    assert house.failed_as() is Fault.DEVICE
+    await house.start(avoid=frozenset({A}))
+    await house.says(B, Y)
+    assert house.failed_as() is Fault.DEVICE
+
+
 async def test_without_time_for_a_third_nothing_is_sent(tmp_path: Path) -> None:
     house = Bench.of(tmp_path, A, B, C)
     await house.start(deadline=START + MARGIN_SECONDS + SECONDS + 1)
@@ -335,11 +347,11 @@ async def test_a_card_without_an_opinion_says_nothing(tmp_path: Path, error: Exc
     ],
 )
 async def test_one_that_failed_on_it_has_to_show_what_it_can(
-    tmp_path: Path, error: Exception, doubted: list[CardUuid]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, doubted: list[CardUuid]
 ) -> None:
     house = Bench.of(tmp_path, A, B)
     asked: list[CardUuid] = []
-    house.safeguards._verifier._suspect = asked.append
+    monkeypatch.setattr(house.safeguards, "_suspect", asked.append)
     await house.start()
     await house.says(A, X)
     await house.says(B, error)
