@@ -202,8 +202,8 @@ def test_a_checksum_is_the_same_on_a_card_as_on_the_cpu(card: Device) -> None:
     numbers = torch.Generator().manual_seed(1)
     words = torch.randint(-(2**63), 2**63 - 1, (5 * ROW + 77,), generator=numbers)
     assert sums(words.to(card.torch_device)[:].view(torch.uint8)) == sums(words.view(torch.uint8))
-    module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(300, 301)).half()
-    module = module.to(memory_format=torch.channels_last)
+    module: Any = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(300, 301))
+    module = module.half().to(memory_format=torch.channels_last)
     packing = Packing.of(module, torch.device(card.torch_device))
     here = packing.digest(tensors(module))
     assert packing.digest(tensors(module.to(card.torch_device))) == here

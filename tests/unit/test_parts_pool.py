@@ -328,16 +328,16 @@ def test_one_huge_task_is_not_reckoned_with_for_ever(monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_pinned_is_kept_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = torch.empty, []
 
-    def empty(*sizes: int, pin_memory: bool = False, **more: torch.dtype) -> torch.Tensor:
-        asked.append((sizes, pin_memory))
+    def empty(size: int, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        asked.append((size, pin_memory))
         if pin_memory:
             raise torch.AcceleratorError("out of memory")
-        return real(*sizes, **more)
+        return real(size, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", empty)
     made = Pool(Shop().load, torch.device("cuda"), fixed(0), 0)._host_block(Block(512, 448))
     assert (made.numel(), made.dtype) == (448, torch.uint8)
-    assert asked == [((512,), True), ((448,), False)]
+    assert asked == [(512, True), (448, False)]
 
 
 def test_a_copy_counts_as_what_is_pinned_for_it(shop: Shop) -> None:
