@@ -236,6 +236,7 @@ def _gpu(gpu: Gpu, report: Report | None, canary_at: Timestamp | None) -> GpuSta
             "returned": usage.returns,
             "left_device": usage.left_device,
             "left_host": usage.left_host,
+            "spoilt": usage.spoilt,
         },
         store_hits=usage.hits,
         canary_at=canary_at,

@@ -92,7 +92,7 @@ def main() -> None:
     asked = options().parse_args()
     device = claimed(asked.device, os.environ)
     from benchmarks.engine_bench import measure, prepare
-    from cluster.inference.engine import make_deterministic
+    from cluster.inference.determinism import make_deterministic
 
     make_deterministic(threads=None)  # before CUDA begins
     what = chosen(asked, device)

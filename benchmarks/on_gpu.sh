@@ -15,10 +15,10 @@ PYTHON=${PYTHON:-python3}
 # Beside torch, numpy, pytest, hypothesis and what these bring, in the versions of our lock; first
 # what the engine needs, then what the configuration does, which an actor's process reads.
 LACKING=(accelerate annotated-types compel diffusers httpcore2 httpx2 huggingface-hub
-  importlib-metadata nvidia-ml-py peft pydantic pydantic-core pyparsing transformers truststore
+  importlib-metadata nvidia-ml-py peft pydantic pydantic-core pyparsing structlog transformers truststore
   typing-extensions typing-inspection
   bitarray boto3 botocore ckzg eth-abi eth-account eth-hash eth-keyfile eth-keys eth-rlp eth-typing eth-utils
-  hexbytes jmespath parsimonious py-ecc pycryptodome rlp s3transfer structlog)
+  hexbytes jmespath parsimonious py-ecc pycryptodome rlp s3transfer)
 
 wheels() {
   local platforms=() pinned=() each

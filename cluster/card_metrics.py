@@ -20,7 +20,7 @@ QuarantineCause = Literal["canary", "verification", "slash", "strikes"]
 
 _CARD = ("gpu_uuid",)
 _INFO = ("gpu_uuid", "gpu", "ray_node", "gpu_name", "vram_gb")
-_MOVES = ("loaded", "returned", "left_device", "left_host")
+_MOVES = ("loaded", "returned", "left_device", "left_host", "spoilt")
 _USES = ("models", "other", "free")
 
 
@@ -49,7 +49,8 @@ class CardMetrics:
         )
         self._moves = Counter(
             "crynux_model_parts_moved",
-            "Parts of models loaded from disk, returned from host memory, sent away from either.",
+            "Parts of models loaded from disk, returned from host memory, sent away from either,"
+            " or spoilt: thrown away because memory has changed them.",
             ("move",),
             registry=registry,
         )

@@ -118,7 +118,8 @@ class GpuStatus(View):
     busy_seconds: float = 0.0
     """Since its process began; so are the moves."""
     moves: Mapping[str, int] = Field(default_factory=dict)
-    """Parts of models: loaded from disk, returned from host memory, sent away from either."""
+    """Parts of models: loaded from disk, returned from host memory, sent away from either, spoilt
+    in memory."""
     store_hits: int = 0
     """Models that tasks needed and that lay on its machine's disk; since its process began too."""
     canary_at: float | None = None

@@ -36,6 +36,7 @@ class DeviceFaultKind(enum.Enum):
     OUT_OF_MEMORY = "out_of_memory"
     CONTEXT_LOST = "context_lost"
     BAD_RESULT = "bad_result"
+    MEMORY_CHANGED = "memory_changed"
     STALLED = "stalled"
     NOT_TAKEN = "not_taken"
     """It didn't take the attempt: it is away, silent, busy or not up, which tells little of it."""

@@ -265,7 +265,8 @@ class Computed:
 class CardUse:
     """What a card's process has done since it began, and holds: bytes of models on the card and
     waiting in host memory; parts of models that were loaded from disk, came back from host memory,
-    and left either; `hits`: models that tasks needed and that lay on the machine's disk."""
+    and left either; `hits`: models that tasks needed and that lay on the machine's disk; `spoilt`:
+    parts that were found to hold something else than what was read."""
 
     device_bytes: int = 0
     host_bytes: int = 0
@@ -274,6 +275,7 @@ class CardUse:
     left_device: int = 0
     left_host: int = 0
     hits: int = 0
+    spoilt: int = 0
 
 
 class GpuPool(Protocol):

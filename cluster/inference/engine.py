@@ -15,8 +15,6 @@ Exception` stands only here, at the top.
 from __future__ import annotations
 
 import functools
-import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,20 +29,21 @@ from safetensors import SafetensorError
 from cluster.core.errors import (
     Cancelled,
     ClusterError,
-    DeadlinePassed,
     DeviceFault,
     DeviceFaultKind,
     ModelUnavailable,
     ModelUnavailableKind,
 )
 from cluster.core.ports import CardUse, Computed, Order
-from cluster.core.types import GpuClass, Score, TaskType, Tier, Timestamp
-from cluster.inference import adapters, cuda, language, lora, own_settings, parts, prompts
+from cluster.core.types import GpuClass, Score, Tier
+from cluster.inference import adapters, canary, cuda, language, lora, own_settings, parts, prompts
+from cluster.inference.determinism import make_deterministic
 from cluster.inference.devices import Device
 from cluster.inference.diffusion import Made, encode, make_images
 from cluster.inference.finite import first_broken
 from cluster.inference.llm_parameters import LLMParameters
-from cluster.inference.parameters import Parameters, SDParameters, parse
+from cluster.inference.orders import check_wanted, loaded_by_default, parsed
+from cluster.inference.parameters import Parameters, SDParameters
 from cluster.inference.parts import PartKey, PartSource
 from cluster.inference.pipelines import FittingsShelf
 from cluster.inference.pool import Counts, MeasuredBudget, Pool, fixed
@@ -155,6 +154,7 @@ class Engine:
             counts.returns,
             counts.left_device,
             counts.left_host,
+            spoilt=counts.spoilt,
         )
 
     def run(self, order: Order, cancelled: Callable[[], bool], on_step: OnStep) -> Computed:
@@ -193,7 +193,7 @@ class Engine:
         for model in models:
             try:
                 with self._faults_named(), parts.looking(look):
-                    needed = self._parts_of(_as_loaded_by_default(model, self.store))
+                    needed = self._parts_of(loaded_by_default(model, self.store))
                     self._hold({part.key: part for part in needed})
                     self._preloaded = {**self._preloaded, model: needed}
             except Cancelled:
@@ -221,7 +221,7 @@ class Engine:
 
         near = self._pool.where()
         with parts.looking(look):
-            needed = self._parts_of(_parse(order))
+            needed = self._parts_of(parsed(order))
         for part in needed:
             if part.key not in near.device | near.host:
                 for file in part.files:
@@ -251,18 +251,17 @@ class Engine:
     def _run(
         self, order: Order, cancelled: Callable[[], bool], on_step: OnStep
     ) -> tuple[Files, Score]:
-        params = _parse(order)
-        if order.afresh:
-            self.distrust()
-        self._has_run = True
+        params = parsed(order)
 
         def check() -> None:
-            _check_wanted(order.deadline, cancelled, self._clock)
+            check_wanted(order.deadline, cancelled, self._clock)
 
         def look() -> None:
             """Between the files that are read: it goes on, as long as it is wanted."""
             on_step(0, 0)
             check()
+
+        self._prepare(order, look)
 
         def progress(step: int, steps: int) -> None:
             self._note(step=step, steps=steps)
@@ -361,16 +360,34 @@ class Engine:
         return modules
 
     def _hold(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
-        computing = torch.get_num_threads()
-        torch.set_num_threads(self._loading_threads or computing)
         self._preloaded = {
             name: needed
             for name, needed in self._preloaded.items()
             if all(part.is_as_seen() for part in needed)
         }
         self._pool.kept = {part.key for needed in self._preloaded.values() for part in needed}
-        try:
+        with self._loading():
             return self._pool.hold(parts)
+
+    def _prepare(self, order: Order, look: Callable[[], None]) -> None:
+        """A canary says nothing about the weights that tasks are computed with, its own model's
+        aside: before it, all that is near the card is proven. Raises `DeviceFault`."""
+        if order.task == canary.TASK:
+            with self._loading():
+                spoilt = self._pool.verify(look)
+            if spoilt:
+                self._discard(spoilt.keys())
+                raise DeviceFault(DeviceFaultKind.MEMORY_CHANGED, "; ".join(spoilt.values()))
+        if order.afresh:
+            self.distrust()
+        self._has_run = True
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        computing = torch.get_num_threads()
+        torch.set_num_threads(self._loading_threads or computing)
+        try:
+            yield
         finally:
             torch.set_num_threads(computing)
 
@@ -453,41 +470,3 @@ class Engine:
 
 def _one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-
-
-def make_deterministic(threads: int | None) -> None:
-    """This process's torch computes the same bits every time. Call before CUDA is first used."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # the network's, whatever it was
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    # It makes a plan for each length of a text: slow first tokens, and no end of plans kept.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def _as_loaded_by_default(model: str, store: ModelStore) -> Parameters:
-    """Parameters that say no more than the base model."""
-    name, _, variant = model.partition("+")
-    if store.is_language_model(name):
-        return parse(TaskType.LLM, json.dumps({"model": name, "messages": [{"role": "user"}]}))
-    base = {"name": name, "variant": variant or None}
-    task = {"base_model": base, "prompt": "a", "task_config": {}}
-    return parse(TaskType.SD, json.dumps(task))
-
-
-def _parse(order: Order) -> Parameters:
-    return parse(TaskType(order.task_type), order.parameters)
-
-
-def _check_wanted(
-    deadline: Timestamp | None, cancelled: Callable[[], bool], clock: Callable[[], float]
-) -> None:
-    if cancelled():
-        raise Cancelled("cancelled")
-    if deadline is not None and clock() >= deadline:
-        raise DeadlinePassed("ran into the deadline")

@@ -7,9 +7,13 @@
 Parts are immutable, so as long as there is room the host keeps its copy of a part that moves on to
 the device, and sending it away costs nothing; on a CUDA device the copy lies in pinned memory. What
 is larger than that room goes to the device without a copy, and is lost when it leaves. A quantized
-part is made on the device and is lost when it leaves. Both tiers are bounded, and lose
-what is worth least (`cluster.core.eviction`). How much a part takes on the device and how long
-it takes to bring back are measured as it moves.
+part is made on the device and is lost when it leaves. In either tier the others lie in a few blocks
+each (`cluster.inference.blocks`). Both tiers are bounded, and lose what is worth least
+(`cluster.core.eviction`). How much a part takes on the device and how long it takes to bring back
+are measured as it moves.
+
+Memory may fail. Of what was read a checksum is kept, by which a part is proven each time that it
+comes to the device, and all of them wherever they are when somebody asks (`verify`).
 
 One thread uses a pool; any thread may look at `where`.
 """
@@ -24,17 +28,24 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, Protocol
 
+import structlog
 import torch
 
+from cluster.core.errors import DeviceFault, DeviceFaultKind
 from cluster.core.eviction import Popularity, Resident, victims
-from cluster.inference.parts import Loader, PartKey, PartSource, bytes_of, tensors
+from cluster.inference.blocks import BLOCK, Block
+from cluster.inference.packing import Packing
+from cluster.inference.parts import Loader, PartKey, PartSource, bytes_of, look, tensors
 
 FIRST_LOAD_RATE: Final = 1e9
 """Bytes a second, for what has not been loaded yet."""
 FIRST_MOVE_RATE: Final = 1e10
 RUNS: Final = 64
 """Of which the largest need for memory is remembered: one huge task doesn't count for ever."""
+GATHERED: Final = 16 * 2**20
+"""Bytes of a block of a part that lies elsewhere: to prove it, that much is gathered at a time."""
 
+_log = structlog.get_logger("pool")
 
 Forms = tuple[tuple[torch.Tensor, torch.dtype, torch.Size], ...]
 """Which tensors a module is made of, and as what; a move changes their data only."""
@@ -63,7 +74,10 @@ class _Part:
     host: Sequence[torch.Tensor] | None
     """The copies in host memory, in the order of `tensors(module)`; None while there are none."""
     forms: Forms
+    packing: Packing
     on_device: bool = False
+    digest: bytes = b""
+    """Of what was read."""
     host_bytes: int = 0
     device_bytes: int = 0
     load_seconds: float = 0.0
@@ -72,12 +86,14 @@ class _Part:
 
 @dataclass(slots=True)
 class Counts:
-    """Since the start: parts loaded from disk, returned from host memory, sent away by tier."""
+    """Since the start: parts loaded from disk, returned from host memory, sent away by tier, and
+    those that were found to hold something else than what was read."""
 
     loads: int = 0
     returns: int = 0
     left_device: int = 0
     left_host: int = 0
+    spoilt: int = 0
     load_seconds: float = 0.0
     move_seconds: float = 0.0
 
@@ -101,7 +117,8 @@ class Pool:
         return self._where
 
     def hold(self, sources: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
-        """The parts by role, all on the device. Raises `ModelUnavailable`, or out of memory.
+        """The parts by role, all on the device. Raises `ModelUnavailable`, `DeviceFault` for one
+        that doesn't get there as it was read, or out of memory.
 
         What they hold stays theirs until the next `hold`; nobody else moves parts meanwhile.
         """
@@ -122,6 +139,25 @@ class Pool:
             for key in {source.key for source in sources.values()}
             if (part := self._parts.get(key)) is not None and not _same(part)
         )
+
+    def verify(self, look: Callable[[], None]) -> dict[PartKey, str]:
+        """The parts that no longer hold what was read, each with a line that names it and says
+        where. To be discarded. `look` is called between pieces of them, and may raise."""
+        found: dict[PartKey, str] = {}
+        for key, part in self._parts.items():
+            places = [
+                place
+                for place, values in (
+                    ("on the card", tensors(part.module) if part.on_device else None),
+                    ("in host memory", part.host),
+                )
+                # What computing has made another part of is judged by who computes: `changed`.
+                if values is not None and part.packing.fits(values)
+                if part.packing.digest(values, look) != part.digest
+            ]
+            if places:
+                found[key] = self._spoilt(part, " and ".join(places))
+        return found
 
     def discard(self, keys: Collection[PartKey]) -> None:
         """Forget parts altogether: something may have changed them."""
@@ -144,12 +180,18 @@ class Pool:
 
     def _bring(self, source: PartSource, wanted: Collection[PartKey]) -> None:
         part = self._parts.get(source.key)
+        if part is not None and not part.on_device:
+            self.counts.returns += 1
+            if not self._move(part, wanted):
+                self._spoilt(part, "after its return to the card")
+                part = None
+                self.discard([source.key])
         if part is None:
             part = self._load(source, wanted)
-        elif not part.on_device:
-            self.counts.returns += 1
-        if not part.on_device:
-            self._move(part, wanted)
+            if not part.on_device and not self._move(part, wanted):
+                line = self._spoilt(part, "as it came to the card")
+                self.discard([source.key])
+                raise DeviceFault(DeviceFaultKind.MEMORY_CHANGED, line)
         self._parts[source.key] = part
 
     def _load(self, source: PartSource, wanted: Collection[PartKey]) -> _Part:
@@ -160,12 +202,14 @@ class Pool:
             self._make_host_room(source.size, wanted)
         before, began = _allocated(self.device), self.clock()
         module = self.load(source)
-        part = _Part(source, module, None, _forms(module), on_device=stays)
-        part.device_bytes = bytes_of(module)
-        part.host_bytes = _host_size(module, self.device)
+        packing = Packing.of(module, self.device, GATHERED if stays else BLOCK)
+        part = _Part(source, module, None, _forms(module), packing, on_device=stays)
+        part.device_bytes = bytes_of(module) if stays else packing.plan.used
+        part.host_bytes = self._host_size(packing)
         if not stays and self._make_host_room(part.host_bytes, wanted):
-            part.host = [_own_copy(tensor, self.device) for tensor in tensors(module)]
-            _point(module, part.host)
+            self._copy_to_host(part)
+            _point(module, part.host or ())
+        part.digest = packing.digest(tensors(module), look)
         part.load_seconds = self.clock() - began
         if stays and self.device.type == "cuda":
             part.device_bytes = _allocated(self.device) - before
@@ -175,21 +219,26 @@ class Pool:
             self._parts[source.key] = part
         return part
 
-    def _move(self, part: _Part, wanted: Collection[PartKey]) -> None:
+    def _move(self, part: _Part, wanted: Collection[PartKey]) -> bool:
+        """Whether what is on the device now is what was read."""
         self._make_device_room(part.device_bytes, wanted)
         before, began = _allocated(self.device), self.clock()
-        if part.host is None:  # just read, and not to be kept: it may be a view into the file
-            _point(part.module, [_moved(each, self.device) for each in tensors(part.module)])
-        else:
-            _point(part.module, [copy.to(self.device, non_blocking=True) for copy in part.host])
+        values = part.host
+        if values is None or self.device.type == "cuda":
+            # Without a copy it was just read, and may be a view into the file.
+            there = tensors(part.module) if values is None else values
+            values = part.packing.packed(there, self.device, self._device_block)
+        _point(part.module, values)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             part.device_bytes = _allocated(self.device) - before
         part.on_device = True
+        arrived = part.packing.digest(tensors(part.module)) == part.digest
         part.move_seconds = self.clock() - began
         self.counts.move_seconds += part.move_seconds
         if self._host_used() > self.host_bytes:
             self._make_host_room(0, wanted)
+        return arrived
 
     def _make_device_room(self, size: int, wanted: Collection[PartKey]) -> None:
         residents = [
@@ -207,7 +256,7 @@ class Pool:
             return
         moves = part.source.bits is None
         if part.host is None and moves and self._make_host_room(part.host_bytes, wanted):
-            part.host = [_own_copy(tensor.cpu(), self.device) for tensor in tensors(part.module)]
+            self._copy_to_host(part)
         if part.host is not None:
             _point(part.module, part.host)
         part.on_device = False
@@ -236,6 +285,35 @@ class Pool:
     def _forget_homeless(self) -> None:
         for key in [key for key, part in self._parts.items() if _homeless(part)]:
             del self._parts[key]
+
+    def _spoilt(self, part: _Part, where: str) -> str:
+        """Counts and tells it; the line."""
+        folder = part.source.folder
+        line = f"{folder.parent.name}/{folder.name} no longer holds what was read: {where}"
+        self.counts.spoilt += 1
+        _log.error("weights_changed_in_memory", problem=line)
+        return line
+
+    # --- memory for blocks -----------------------------------------------------------------------
+
+    def _copy_to_host(self, part: _Part) -> None:
+        there = tensors(part.module)
+        part.host = part.packing.packed(there, torch.device("cpu"), self._host_block)
+
+    def _host_block(self, block: Block) -> torch.Tensor:
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # the system has no more to pin: it comes back more slowly
+                return torch.empty(block.size, dtype=torch.uint8, pin_memory=True)[: block.used]
+        return torch.empty(block.used, dtype=torch.uint8)
+
+    def _device_block(self, block: Block) -> torch.Tensor:
+        return torch.empty(block.used, dtype=torch.uint8, device=self.device)
+
+    def _host_size(self, packing: Packing) -> int:
+        """Bytes that a part's copy takes."""
+        return packing.plan.size if self.device.type == "cuda" else packing.plan.used
+
+    # --- what there is ---------------------------------------------------------------------------
 
     def _host_used(self) -> int:
         return sum(part.host_bytes for part in self._parts.values() if part.host is not None)
@@ -268,28 +346,6 @@ def _point(module: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
     """Make the module's tensors these, without a copy."""
     for tensor, value in zip(tensors(module), values, strict=True):
         tensor.data = value
-
-
-def _own_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """In memory of our own: what was just read may be a view into the mapped file."""
-    data = tensor.detach()
-    if device.type == "cuda" and data.numel():
-        with suppress(RuntimeError):  # the system has no more to pin: it comes back more slowly
-            return data.pin_memory()
-    return data.clone()
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    data = tensor.detach()
-    return data.to(device) if device.type == "cuda" else data.clone()
-
-
-def _host_size(module: torch.nn.Module, device: torch.device) -> int:
-    """Bytes that copies of its tensors take: of pinned memory torch takes powers of two."""
-    if device.type != "cuda":
-        return bytes_of(module)
-    sizes = (tensor.nbytes for tensor in tensors(module))
-    return sum(1 << (size - 1).bit_length() for size in sizes if size)
 
 
 def _forms(module: torch.nn.Module) -> Forms:

@@ -16,8 +16,8 @@ from benchmarks import engine_bench, engine_overhead, utilisation, warm_pool
 from benchmarks.bare_loop import OURS, BareTask, at_torchs_defaults
 from benchmarks.chain_world import Cards, chain_room, specs
 from cluster.core.types import GigaBytes, GpuClass
+from cluster.inference.determinism import make_deterministic
 from cluster.inference.devices import Device, prepare, simulated
-from cluster.inference.engine import make_deterministic
 from devnet.models import SD15
 
 pytestmark = pytest.mark.timeout(600)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ import torch
 from cluster.core.errors import DeviceFault, DeviceFaultKind
 from cluster.core.ports import Order
 from cluster.core.types import AttemptId, Commitment, TaskType
-from cluster.inference import cuda, devices
+from cluster.inference import canary, cuda, devices
 from cluster.inference.devices import Device
 from cluster.inference.engine import Engine, Limits
-from cluster.inference.pool import MeasuredBudget
+from cluster.inference.packing import ROW, Packing, sums
+from cluster.inference.parts import tensors
+from cluster.inference.pool import MeasuredBudget, release_memory, release_pinned
 from cluster.models.store import ModelStore
 from devnet.models import INVERSION_TOKEN, LLM, SD15, SD15_INVERSION, SD15_LORA, SDXL, SDXL_REFINER
 from tests.integration.card_world import DEVICES, device_of, needs_card
@@ -172,13 +175,67 @@ def test_copies_that_wait_in_host_memory_are_pinned(card: Device, tiny_models: P
 
 
 @needs_card
+@pytest.mark.skipif(
+    not hasattr(torch.accelerator, "empty_host_cache"),
+    reason="an older torch keeps what it pinned",
+)
+def test_what_is_pinned_is_what_the_copies_are_counted_as(card: Device, tiny_models: Path) -> None:
+    def pinned() -> int:
+        release_memory()
+        release_pinned()
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+
+    score(engine_on(card, tiny_models), "plain")  # what torch pins for itself
+    before = pinned()
+    engine = engine_on(card, tiny_models, SMALL)
+    for name in ("plain", "half", "text"):
+        score(engine, name)
+    counted = engine.usage().host_bytes
+    assert counted > 2**20
+    assert abs(pinned() - before - counted) < 2**16
+    engine.distrust()
+    assert abs(pinned() - before) < 2**16
+
+
+@needs_card
+def test_a_checksum_is_the_same_on_a_card_as_on_the_cpu(card: Device) -> None:
+    numbers = torch.Generator().manual_seed(1)
+    words = torch.randint(-(2**63), 2**63 - 1, (5 * ROW + 77,), generator=numbers)
+    assert sums(words.to(card.torch_device)[:].view(torch.uint8)) == sums(words.view(torch.uint8))
+    module: Any = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(300, 301))
+    module = module.half().to(memory_format=torch.channels_last)
+    packing = Packing.of(module, torch.device(card.torch_device))
+    here = packing.digest(tensors(module))
+    assert packing.digest(tensors(module.to(card.torch_device))) == here
+
+
+def test_a_bit_that_flips_on_the_device_is_found_by_the_canary(
+    device: Device, tiny_models: Path
+) -> None:
+    engine = engine_on(device, tiny_models)
+    expected = {name: score(engine, name) for name in ("plain", "half", "text")}
+    asked = replace(order("plain"), task=canary.TASK)
+    assert engine.run(asked, lambda: False, lambda _step, _steps: None)
+    for part in engine._pool._parts.values():
+        largest = max(part.module.parameters(), key=lambda each: each.numel())
+        largest.data.view(torch.uint8).view(-1)[1] ^= 1
+    with pytest.raises(DeviceFault) as caught:
+        engine.run(asked, lambda: False, lambda _step, _steps: None)
+    assert caught.value.kind is DeviceFaultKind.MEMORY_CHANGED
+    assert engine.usage().device_bytes == 0
+    assert {name: score(engine, name) for name in expected} == expected
+
+
+@needs_card
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
 def test_what_is_quantized_on_the_card_gives_the_same_bits(card: Device, tiny_models: Path) -> None:
     cold = {name: score(engine_on(card, tiny_models), name) for name in QUANTIZED}
     assert len({*cold.values(), score(engine_on(card, tiny_models), "text")}) == 3
     small = engine_on(card, tiny_models, SMALL)
+    asked = replace(order("plain"), task=canary.TASK)
     for name in ("plain", *QUANTIZED, "text", *reversed(QUANTIZED), "half", *QUANTIZED):
         assert score(small, name) == cold.get(name, score(small, name))
+        assert small.run(asked, lambda: False, lambda _step, _steps: None), "nothing looks changed"
 
 
 def _in_a_process(program: str, tiny_models: Path) -> str:

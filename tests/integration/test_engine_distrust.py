@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.core.errors import Cancelled, DeviceFault, DeviceFaultKind
-from cluster.core.types import TaskType
-from cluster.inference import diffusion
+from cluster.core.types import TaskType, Tier
+from cluster.inference import canary, diffusion
 from cluster.inference.engine import Engine
+from cluster.inference.packing import Packing
 from cluster.inference.pipelines import Pipeline
-from devnet.models import LLM, SD15
+from cluster.inference.pool import Pool, _Part
+from devnet.models import (
+    INVERSION_TOKEN,
+    LLM,
+    SD15,
+    SD15_INVERSION,
+    SD15_LORA,
+    SDXL,
+    SDXL_LORA,
+)
 from tests.integration.engine_world import ONE_PIPELINE, ROOMY, fault_of, new_engine, order, run
 
 
@@ -98,6 +109,111 @@ def test_a_look_through_the_weights_after_a_bad_result_is_progress(tiny_models: 
     assert caught.value.kind is DeviceFaultKind.BAD_RESULT
     begun = next(place for place, (step, _) in enumerate(told) if step)
     assert (0, 0) in told[begun:]
+
+
+# --- memory that fails ----------------------------------------------------------------------------
+
+
+def flip(values: Iterable[torch.Tensor]) -> None:
+    """One low bit of a weight."""
+    largest = max(values, key=lambda each: each.numel())
+    largest.data.view(torch.uint8).view(-1)[0] ^= 1
+
+
+def unet_of(engine: Engine, model: str) -> _Part:
+    wanted = f"{model}/unet"
+    (found,) = (
+        part
+        for part in engine._pool._parts.values()
+        if part.source.folder.as_posix().endswith(wanted)
+    )
+    return found
+
+
+@pytest.mark.parametrize("afresh", [False, True], ids=["by schedule", "in doubt"])
+def test_a_canary_finds_what_has_gone_bad_on_the_card(tiny_models: Path, afresh: bool) -> None:
+    """In the weights of another model than its own."""
+    fresh = new_engine(tiny_models, host_bytes=0)
+    asked = replace(order(base_model=SD15[1]), task=canary.TASK, afresh=afresh)
+    said = run(fresh, asked).score
+    expected = run(fresh, order()).files
+    held = fresh.state().warm
+    flip(unet_of(fresh, SD15[0]).module.parameters())
+    fault = fault_of(fresh, asked)
+    assert isinstance(fault, DeviceFault)
+    assert fault.kind is DeviceFaultKind.MEMORY_CHANGED
+    assert "/unet no longer holds what was read: on the card" in str(fault)
+    assert fresh.state().warm < held, "the part is gone"
+    assert fresh.usage().spoilt == 1
+    assert run(fresh, asked).score == said
+    assert run(fresh, order()).files == expected
+
+
+def test_a_canary_finds_what_has_gone_bad_in_host_memory(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models, ONE_PIPELINE)
+    expected = run(fresh, order()).files
+    asked = replace(order(base_model=SD15[1]), task=canary.TASK)
+    run(fresh, asked)
+    part = unet_of(fresh, SD15[0])
+    assert not part.on_device
+    flip(part.host or ())
+    fault = fault_of(fresh, asked)
+    assert isinstance(fault, DeviceFault)
+    assert "/unet no longer holds what was read: in host memory" in str(fault)
+    run(fresh, asked)
+    assert run(fresh, order()).files == expected
+
+
+def test_what_went_bad_in_host_memory_is_read_anew(tiny_models: Path) -> None:
+    fresh = new_engine(tiny_models, ONE_PIPELINE)
+    expected = run(fresh, order()).files
+    run(fresh, order(base_model=SD15[1]))
+    flip(unet_of(fresh, SD15[0]).host or ())
+    again = run(fresh, order())
+    assert (again.files, again.tier) == (expected, Tier.DISK)
+    assert fresh.usage().spoilt == 1
+
+
+def test_no_task_leaves_anything_that_looks_like_bad_memory(tiny_models: Path) -> None:
+    """Not a LoRA, not words of its own, not a VAE that was made wider for an image."""
+    said = {"messages": [{"role": "user", "content": "a cat"}]}
+    chat = {"model": LLM, "generation_config": {"max_new_tokens": 3}} | said
+    orders = [
+        order(lora={"model": SD15_LORA}),
+        order(textual_inversion=SD15_INVERSION, prompt=f"a {INVERSION_TOKEN} cat"),
+        order(base_model=SDXL, dtype="float16"),
+        order(base_model=SDXL, dtype="float16", lora={"model": SDXL_LORA}),
+        replace(order(), task_type=TaskType.LLM, parameters=json.dumps(chat)),
+        order(base_model=SD15[1]),
+    ]
+    asked = replace(order(), task=canary.TASK)
+    for device, host in ((ONE_PIPELINE, 0), (ONE_PIPELINE, ROOMY), (ROOMY, 0)):
+        fresh = new_engine(tiny_models, device, host)
+        expected = run(fresh, asked).score
+        for each in orders:
+            run(fresh, each)
+            assert run(fresh, asked).score == expected
+        assert fresh.usage().spoilt == 0
+
+
+def test_proving_gives_way_to_who_cancels_it(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = new_engine(tiny_models)
+    run(fresh, order())
+    monkeypatch.setattr(Pool, "hold", lambda *_: pytest.fail("it has gone on"))
+    looks: list[int] = []
+    asked = replace(order(), task=canary.TASK)
+    with pytest.raises(Cancelled):
+        fresh.run(asked, lambda: len(looks) >= 2, lambda step, _steps: looks.append(step))
+    assert looks == [0, 0]
+
+
+def test_nothing_is_proven_for_a_task(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = new_engine(tiny_models)
+    expected = run(fresh, order()).files
+    monkeypatch.delattr(Packing, "digest")
+    assert run(fresh, order()).files == expected
 
 
 # --- preloaded ------------------------------------------------------------------------------------

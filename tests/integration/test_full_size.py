@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from cluster.config.schema import GpuConfig
 from cluster.core.ports import Computed, Order
 from cluster.core.types import AttemptId, Commitment, GigaBytes, TaskType
 from cluster.inference.devices import simulated
 from cluster.inference.engine import Engine, Limits
+from cluster.inference.packing import Packing
+from cluster.inference.parts import tensors
 from cluster.models.store import ModelStore
 from devnet.full_size import SD15, SDXL, FullSize, make_full, networks
 
@@ -63,6 +66,18 @@ def test_networks_have_as_many_weights_as_the_published(
     assert {name: sum(p.numel() for p in net.parameters()) for name, net in made.items()} == (
         published
     )
+
+
+def test_an_sdxl_in_half_precision_waits_in_host_memory() -> None:
+    """In what is pinned for it by default, a card's copies among little that is empty."""
+    card, sizes, pinned = torch.device("cuda"), 0, 0
+    with torch.device("meta"):
+        for make in networks(SDXL).values():
+            made = make().half()
+            sizes += sum(tensor.nbytes for tensor in tensors(made))
+            pinned += Packing.of(made, card).plan.size
+    assert sizes < pinned < sizes * 1.02
+    assert pinned < Limits().host_bytes == GpuConfig().host_memory_gb * 2**30
 
 
 def images(root: Path, size: FullSize, **more: Any) -> Computed:

@@ -11,6 +11,8 @@ import torch
 
 from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.inference import parts, pool
+from cluster.inference.blocks import Block
+from cluster.inference.packing import Packing
 from cluster.inference.parts import PartKey, PartSource, bytes_of, digest_of, source, weights
 from cluster.inference.pool import RUNS, MeasuredBudget, Pool, fixed
 
@@ -324,14 +326,25 @@ def test_one_huge_task_is_not_reckoned_with_for_ever(monkeypatch: pytest.MonkeyP
 
 
 def test_what_cannot_be_pinned_is_kept_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: torch.Tensor) -> torch.Tensor:
-        raise torch.AcceleratorError("out of memory")
+    real, asked = torch.empty, []
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
-    tensor = torch.arange(4)
-    copy = pool._own_copy(tensor, torch.device("cuda"))
-    assert torch.equal(copy, tensor)
-    assert copy.data_ptr() != tensor.data_ptr()
+    def empty(size: int, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        asked.append((size, pin_memory))
+        if pin_memory:
+            raise torch.AcceleratorError("out of memory")
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    made = Pool(Shop().load, torch.device("cuda"), fixed(0), 0)._host_block(Block(512, 448))
+    assert (made.numel(), made.dtype) == (448, torch.uint8)
+    assert asked == [(512, True), (448, False)]
+
+
+def test_a_copy_counts_as_what_is_pinned_for_it(shop: Shop) -> None:
+    packing = Packing.of(shop.load(part("a")), torch.device("cuda"))
+    on_a_card = Pool(shop.load, torch.device("cuda"), fixed(0), 0)
+    assert on_a_card._host_size(packing) == 2048
+    assert shop.pool()._host_size(packing) == SIZE
 
 
 def test_an_older_torch_keeps_its_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

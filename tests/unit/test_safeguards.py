@@ -612,6 +612,7 @@ async def test_a_dispute_goes_on_after_a_crash(tmp_path: Path) -> None:
     [
         DeviceFault(DeviceFaultKind.CONTEXT_LOST, "gone"),
         DeviceFault(DeviceFaultKind.BAD_RESULT, "black"),
+        DeviceFault(DeviceFaultKind.MEMORY_CHANGED, "x/unet no longer holds what was read"),
         AttemptLost("its process died"),
         ClusterError("something else"),
     ],
@@ -631,6 +632,25 @@ async def test_a_card_that_fails_on_it_gets_no_task_and_is_asked_later(
         await house.settle()
         assert house.asked() == {}, "twice as long"
         house.clock.now += module.FIRST_PAUSE
+        await house.answer(A, X)
+        assert (house.free(), house.safeguards.alerts()) == ({A}, ())
+
+
+async def test_memory_that_fails_is_the_cards_fault_whoevers_the_canarys_model_is(
+    tmp_path: Path,
+) -> None:
+    """A scheduled canary finds it, and the card has to answer before its next task."""
+    house = Ward.of(tmp_path, A)
+    brought_by_a_task(house, A)
+    async with house.watched():
+        await house.answer(A, X)
+        house.clock.now += 3600
+        await house.answer(A, DeviceFault(DeviceFaultKind.MEMORY_CHANGED, "x/unet changed"))
+        assert house.free() == set()
+        assert "x/unet changed" in house.safeguards.alerts()[0]
+        house.clock.now += module.FIRST_PAUSE
+        await until(lambda: A in house.asked())
+        assert house.asked()[A].afresh
         await house.answer(A, X)
         assert (house.free(), house.safeguards.alerts()) == ({A}, ())
 

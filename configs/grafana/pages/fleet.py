@@ -348,7 +348,8 @@ MODELS = Section(
                     "{{move}}",
                 )
             ],
-            "Loaded from disk, returned from host memory, sent away from the device or the host.",
+            "Loaded from disk, returned from host memory, sent away from the device or the host;"
+            " spoilt: memory has changed them, and they were thrown away.",
             unit=PER_SECOND,
             span=12,
         ),
