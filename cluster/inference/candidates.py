@@ -79,7 +79,7 @@ class Candidates:
             files = _computed_with(seen.folder, seen.found.model.partition("+")[2])
             contents = _whole(seen.folder, files)
             stamp = _stamp(seen.folder, files)
-        except OSError:  # it is being moved
+        except (ModelUnavailable, OSError):  # it is being moved, or the disk has lost it
             return _Seen(self._clock())
         found = replace(seen.found, contents=contents)
         return replace(seen, stamp=stamp, found=found, read=files)

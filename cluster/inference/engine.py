@@ -194,6 +194,7 @@ class Engine:
             try:
                 with self._faults_named(), parts.looking(look):
                     needed = self._parts_of(loaded_by_default(model, self.store))
+                    self._check_room_to_keep(needed)
                     self._hold({part.key: part for part in needed})
                     self._preloaded = {**self._preloaded, model: needed}
             except Cancelled:
@@ -201,6 +202,18 @@ class Engine:
             except ClusterError as error:
                 problems.append(f"{model}: {error}")
         return tuple(problems)
+
+    def _check_room_to_keep(self, more: Sequence[PartSource]) -> None:
+        """What is kept never leaves, and so mustn't need the room that computing does."""
+        self._keep_what_is_as_seen()
+        kept = {part.key: part for each in (*self._preloaded.values(), more) for part in each}
+        size, room = sum(part.device_size for part in kept.values()), self._pool.budget()
+        if size > room:
+            raise DeviceFault(
+                DeviceFaultKind.OUT_OF_MEMORY,
+                f"no room: with what is kept it takes {size / 2**30:.1f} GiB on the card, which has"
+                f" {room / 2**30:.1f} for models",
+            )
 
     @property
     def preloaded(self) -> frozenset[str]:
@@ -256,19 +269,25 @@ class Engine:
         def check() -> None:
             check_wanted(order.deadline, cancelled, self._clock)
 
+        reached = (0, 0)
+
         def look() -> None:
-            """Between the files that are read: it goes on, as long as it is wanted."""
-            on_step(0, 0)
+            """Between the pieces of what is read: it goes on, as long as it is wanted."""
+            on_step(*reached)
             check()
 
         self._prepare(order, look)
 
         def progress(step: int, steps: int) -> None:
+            nonlocal reached
+            reached = (step, steps)
             self._note(step=step, steps=steps)
             on_step(step, steps)
             check()
 
         def compute() -> tuple[Files, Score]:
+            nonlocal reached
+            reached = (0, 0)
             with parts.looking(look):
                 if isinstance(params, LLMParameters):
                     return self._text(params, check, progress)
@@ -282,6 +301,7 @@ class Engine:
                 raise
         if made is None:  # out of the handler, which would keep the failed run's tensors alive
             self._pool.clear()
+            self._preloaded = {}
             made = self._apart(compute)
         check()
         return made
@@ -360,14 +380,18 @@ class Engine:
         return modules
 
     def _hold(self, parts: Mapping[str, PartSource]) -> dict[str, torch.nn.Module]:
+        self._keep_what_is_as_seen()
+        # Of a weight that found no room as it was quantized the library says that it is missing.
+        with self._loading(), cuda.shortage_raised(self._torch_device):
+            return self._pool.hold(parts)
+
+    def _keep_what_is_as_seen(self) -> None:
         self._preloaded = {
             name: needed
             for name, needed in self._preloaded.items()
             if all(part.is_as_seen() for part in needed)
         }
         self._pool.kept = {part.key for needed in self._preloaded.values() for part in needed}
-        with self._loading():
-            return self._pool.hold(parts)
 
     def _prepare(self, order: Order, look: Callable[[], None]) -> None:
         """A canary says nothing about the weights that tasks are computed with, its own model's

@@ -247,9 +247,13 @@ class Pool:
             if part.on_device
             for kept in [key in wanted or key in self.kept]
         ]
-        for key in victims(residents, size, self.budget()):
+        leaving = victims(residents, size, self.budget())
+        quantized = any(self._parts[key].source.bits is not None for key in leaving)
+        for key in leaving:
             self._leave_device(self._parts[key], wanted)
         self._forget_homeless()
+        if quantized:  # its layers and their weights hold each other until Python looks for such
+            release_memory()
 
     def _leave_device(self, part: _Part, wanted: Collection[PartKey]) -> None:
         if not part.on_device:

@@ -107,8 +107,7 @@ def test_a_look_through_the_weights_after_a_bad_result_is_progress(tiny_models: 
     with pytest.raises(DeviceFault) as caught:
         fresh.run(order(), lambda: False, lambda *step: told.append(step))
     assert caught.value.kind is DeviceFaultKind.BAD_RESULT
-    begun = next(place for place, (step, _) in enumerate(told) if step)
-    assert (0, 0) in told[begun:]
+    assert told.count(told[-1]) > 2, "where it had come to, again and again"
 
 
 # --- memory that fails ----------------------------------------------------------------------------

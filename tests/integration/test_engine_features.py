@@ -221,10 +221,10 @@ def test_progress_covers_base_and_refiner(engine: Engine) -> None:
     seen: list[tuple[int, int]] = []
     what = order(**REFINED, task_config={"num_images": 2})
     engine.run(what, lambda: False, lambda *step: seen.append(step))
-    assert {steps for _, steps in seen} == {2 * (STEPS + 4)}
+    assert {steps for step, steps in seen if step} == {2 * (STEPS + 4)}
     counts = [step for step, _ in seen]
-    assert counts == sorted(set(counts))
-    assert 0 < counts[0] <= counts[-1] <= 2 * (STEPS + 4)
+    assert counts == sorted(counts), "it never goes back, not where the refiner reads the prompt"
+    assert 0 == counts[0] <= counts[-1] <= 2 * (STEPS + 4)
 
 
 def test_a_deadline_stops_the_refiner_too(engine: Engine) -> None:

@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.core.errors import Cancelled, DeviceFault, DeviceFaultKind
+from cluster.core.errors import (
+    Cancelled,
+    DeviceFault,
+    DeviceFaultKind,
+    ModelUnavailable,
+    ModelUnavailableKind,
+)
 from cluster.inference import cuda, diffusion, pool
 from cluster.inference.engine import Engine, Limits
 from cluster.models.store import ModelStore
-from devnet.models import SD15
+from devnet.models import SD15, SDXL
 from tests.integration.engine_world import DEVICE, fault_of, new_engine, order, run
 
 
@@ -39,6 +45,7 @@ def test_out_of_memory_frees_all_and_tries_once_more(
         return real(*args)
 
     run(fresh, order(base_model=SD15[1]))
+    assert fresh.preload([SD15[1]]) == ()
     monkeypatch.setattr("cluster.inference.engine.make_images", make_images)
     if failures == 1:
         run(fresh, order())
@@ -48,6 +55,43 @@ def test_out_of_memory_frees_all_and_tries_once_more(
         assert fault.kind is DeviceFaultKind.OUT_OF_MEMORY
     assert len(calls) == 2
     assert len(fresh.state().warm) == 1
+    assert fresh.preloaded == frozenset(), "what was to be kept is gone, and to be brought again"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_runs_short_while_a_model_is_read_is_not_the_models_fault(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """The library that quantizes catches it, leaves the weight out, and says that the file has
+    none."""
+    fresh, expected = new_engine(tiny_models), run(new_engine(tiny_models), order()).score
+    real, short = pool.Pool.hold, [0]
+    monkeypatch.setattr(cuda, "shortages", lambda _: short[0])
+
+    def hold(*args: Any) -> Any:
+        if short[0] < times:
+            short[0] += 1
+            raise ModelUnavailable(ModelUnavailableKind.DAMAGED, "a weight is missing")
+        return real(*args)
+
+    monkeypatch.setattr(pool.Pool, "hold", hold)
+    if times == 1:
+        assert run(fresh, order()).score == expected
+        return
+    fault = fault_of(fresh, order())
+    assert isinstance(fault, DeviceFault)
+    assert fault.kind is DeviceFaultKind.OUT_OF_MEMORY
+
+
+def test_what_there_is_no_room_to_keep_is_not_preloaded(tiny_models: Path) -> None:
+    """It would take the room that computing needs, at each task."""
+    small = new_engine(tiny_models, device_bytes=7 * 2**20)
+    assert small.preload([SD15[0]]) == ()
+    loads = small.counts.loads
+    (problem,) = small.preload([SDXL])
+    assert problem.startswith(f"{SDXL}: no room: with what is kept it takes 0.0 GiB")
+    assert small.preloaded == {SD15[0]}
+    assert small.counts.loads == loads
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.core.errors import ModelUnavailable, ModelUnavailableKind
 from cluster.core.types import CardUuid, GigaBytes, GpuClass, Score, TaskType, Timestamp
 from cluster.inference import canary, devices, parts
 from cluster.inference import parameters as task_parameters
@@ -351,6 +352,23 @@ def test_a_model_that_is_spoilt_in_its_middle_is_another_candidate(tmp_path: Pat
     # Mended in its place, by the same process.
     weights.write_bytes(bytes(size))
     assert engines[1].candidates() == (good,)
+
+
+def test_what_the_disk_has_lost_is_no_candidate_and_no_fault_of_the_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, "acme/small", 10)
+    plant(tmp_path, "acme/large", 30)
+    lost, read = tmp_path / "acme" / "small" / "unet" / "weights.safetensors", parts.digest_of
+
+    def digest(file: Path) -> bytes:
+        if file == lost:
+            raise ModelUnavailable(ModelUnavailableKind.UNREACHABLE, "input/output error")
+        return read(file)
+
+    monkeypatch.setattr(parts, "digest_of", digest)
+    engine = MountedEngine(cast("Engine", None), A, Keeper(ModelStore(tmp_path)))
+    assert [each.model for each in engine.candidates()] == ["acme/large"]
 
 
 def test_a_model_is_read_through_but_once_and_one_at_a_look(

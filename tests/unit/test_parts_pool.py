@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_what_left_the_device_comes_back_without_the_disk(shop: Shop) -> None:
     assert all(bool((tensor == 1.0).all()) for tensor in after.parameters())
     assert shop.loaded == ["a", "bb"]
     assert (pool.counts.loads, pool.counts.returns, pool.counts.left_device) == (2, 1, 2)
+
+
+def test_what_is_quantized_is_gone_as_soon_as_it_has_left(shop: Shop) -> None:
+    """bitsandbytes' layers and their weights hold each other."""
+    pool, held = shop.pool(device=1), []
+
+    def load(source: PartSource) -> torch.nn.Module:
+        module = shop.load(source)
+        module.weight.layer = module  # type: ignore[union-attr]
+        held.append(weakref.ref(module))
+        return module
+
+    pool.load = load
+    first, second = (replace(part(name), bits=8, size=2 * SIZE) for name in ("a", "b"))
+    pool.hold({"model": first})
+    assert held[0]() is not None
+    pool.hold({"model": second})
+    assert [each() is None for each in held] == [True, False]
 
 
 def test_host_memory_is_bounded_too(shop: Shop) -> None:
