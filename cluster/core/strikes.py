@@ -34,6 +34,7 @@ class FaultKind(enum.Enum):
     BAD_RESULT = "bad result"
     CONTEXT_LOST = "context lost"
     STALLED = "stalled"
+    MEMORY_CHANGED = "weights changed in memory"
     OTHER = "unexplained error"
     DIED = "process died"
     MEMORY_ERRORS = "uncorrected memory errors"
@@ -45,6 +46,7 @@ _OF_DEVICES: Final = {
     DeviceFaultKind.BAD_RESULT: FaultKind.BAD_RESULT,
     DeviceFaultKind.CONTEXT_LOST: FaultKind.CONTEXT_LOST,
     DeviceFaultKind.STALLED: FaultKind.STALLED,
+    DeviceFaultKind.MEMORY_CHANGED: FaultKind.MEMORY_CHANGED,
     DeviceFaultKind.OTHER: FaultKind.OTHER,
 }
 _ENDS_PROCESS: Final = frozenset({FaultKind.CONTEXT_LOST, FaultKind.STALLED, FaultKind.DIED})

@@ -70,6 +70,7 @@ def strikes_at(*moments: float) -> list[CardFault]:
         (DeviceFault(DeviceFaultKind.BAD_RESULT, "x"), FaultKind.BAD_RESULT),
         (DeviceFault(DeviceFaultKind.CONTEXT_LOST, "x"), FaultKind.CONTEXT_LOST),
         (DeviceFault(DeviceFaultKind.STALLED, "x"), FaultKind.STALLED),
+        (DeviceFault(DeviceFaultKind.MEMORY_CHANGED, "x"), FaultKind.MEMORY_CHANGED),
         (DeviceFault(DeviceFaultKind.OTHER, "x"), FaultKind.OTHER),
         (AttemptLost("x"), FaultKind.DIED),
         (DeviceFault(DeviceFaultKind.OUT_OF_MEMORY, "x"), None),
