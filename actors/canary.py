@@ -340,7 +340,11 @@ class Canaries:
         try:
             score = await self._score(subject, afresh=why.urgent)
         except TaskUnsupported as error:
-            self._cannot(subject, error)
+            if self._health.is_expected(subject.question):
+                # Others of its class, or it, could: it may have talked itself out of it.
+                self._failed(subject, str(error), FaultKind.CANARY)
+            else:
+                self._cannot(subject, error)
         except (ModelUnavailable, TaskInvalid) as error:
             self._unusable(subject, error)
         except DeviceFault as error:
@@ -422,7 +426,7 @@ class Canaries:
     def _failed(self, subject: _Subject, problem: str, kind: FaultKind | None = None) -> None:
         if kind is not None and not self._health.in_doubt(subject.gpu.uuid):
             # One that is in doubt already, and fails again and again, is still the same failure.
-            self._strike(subject.gpu, FaultKind.CANARY)
+            self._strike(subject.gpu, kind)
         self._trouble(subject, problem, gpus_fault=True)
         # From now on it has to answer before any task, whatever the reason that it was asked for.
         self._health.suspect(subject.gpu.uuid)

@@ -101,6 +101,10 @@ class CardHealth:
 
     # --- canary ----------------------------------------------------------------------------------
 
+    def is_expected(self, question: Question) -> bool:
+        """Whether it is known what a card of the class answers."""
+        return self._book(question).expected is not None
+
     def answer(self, question: Question, card: CardUuid) -> Answer | None:
         return self._book(question).answers.get(card)
 

@@ -27,7 +27,16 @@ from cluster.core.errors import ClusterError, TaskUnsupported
 from cluster.core.ports import Computed, Order
 from cluster.core.record import Outcome, Result, TaskRecord
 from cluster.core.strikes import Limit
-from cluster.core.types import AttemptId, CardUuid, Commitment, Gpu, GpuClass, GpuId, Timestamp
+from cluster.core.types import (
+    AttemptId,
+    CardUuid,
+    Commitment,
+    Gpu,
+    GpuClass,
+    GpuId,
+    GpuState,
+    Timestamp,
+)
 from cluster.metrics import Metrics
 
 LOOK_SECONDS = 1.0
@@ -130,7 +139,9 @@ class Safeguards:
             for gpu in self._pool.gpus()
             if (report := self._pool.report(gpu.gpu_id)) is not None
             and (errors := report.vitals.ecc_uncorrected) is not None
+            # A member that went away keeps its last report: the card may be there again elsewhere.
             and gpu.uuid
+            and gpu.state is not GpuState.UNREACHABLE
         ]
         for gpu in self._strikes.memory_errors(counted):
             self._suspect(gpu.uuid)

@@ -55,6 +55,8 @@ class Strikes:
         if kind is None or (kind is FaultKind.DIED and report is None):
             # What had never reported to us was ended for the release that it ran.
             return None
+        if kind is FaultKind.STALLED and not _has_stepped(report, order):
+            return None  # storage may hang as well, for many cards at once
         incarnation = "" if report is None else report.incarnation
         at = Timestamp(self._clock())
         fault = CardFault(gpu.uuid, order.attempt_id, kind, at, gpu.gpu_id, incarnation, order.task)
@@ -168,3 +170,8 @@ class Strikes:
         for each in struck:
             self._faults[each.card, each.cause] = each
             self._log.warning("card_struck", card=each.card, kind=each.kind.value, task=each.task)
+
+
+def _has_stepped(report: Report | None, order: Order) -> bool:
+    """Whether the card had begun to compute the order, all that it needs being read."""
+    return report is not None and report.attempt == order.attempt_id and report.step > 0

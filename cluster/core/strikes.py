@@ -39,7 +39,7 @@ class FaultKind(enum.Enum):
     DIED = "process died"
     MEMORY_ERRORS = "uncorrected memory errors"
     CANARY = "canary"
-    """It failed on its canary, or contradicted itself there with no card to be compared with."""
+    """It can't do what its class can, or contradicted itself with no card to be compared with."""
 
 
 _OF_DEVICES: Final = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -46,11 +47,14 @@ def copied(
     full_loras: bool,
     role: str,
 ) -> Iterator[Any]:
-    """Another copy of the part of that role on the CPU, read anew, with its adapters on."""
+    """Another copy of the part of that role on the CPU, read anew, with its adapters on; of the
+    others no more is read than they are put on with."""
     cpu = torch.device("cpu")
     if role not in _ADAPTED or (recipe.lora is None and recipe.inversion is None):
         yield load(recipe.parts[role], cpu)
         return
-    modules = {name: load(part, cpu) for name, part in recipe.parts.items()}
-    with adapted(recipe, params, shelf, full_loras, modules) as pipeline:
+    needed = {name: part for name, part in recipe.parts.items() if name in _ADAPTED | {"vae"}}
+    alone = replace(recipe, parts=needed, refiner=None)
+    modules = {name: load(part, cpu) for name, part in needed.items()}
+    with adapted(alone, params, shelf, full_loras, modules) as pipeline:
         yield getattr(pipeline.base, role)

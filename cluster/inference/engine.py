@@ -158,8 +158,8 @@ class Engine:
         )
 
     def run(self, order: Order, cancelled: Callable[[], bool], on_step: OnStep) -> Computed:
-        """Compute one order; blocks. `on_step` gets (steps done, steps in all), after each step,
-        and (0, 0) between the pieces of what is read before the first.
+        """Compute one order; blocks. `on_step` gets (steps done, steps in all), after each step
+        and again between the pieces of what is read, before the first step as (0, 0).
 
         Raises `TaskInvalid`, `TaskUnsupported`, `DeviceFault`, `ModelUnavailable`, `Cancelled` or
         `DeadlinePassed`, and nothing else.

@@ -28,6 +28,7 @@ _HINT: Final[Config] = {
 }
 _TEXT: Final[Config] = {"hidden_size": 512, "projection_dim": 512}
 MOST: Final = 2**20
+MOST_BLOCKS: Final = 32
 _SHARED: Final = (
     "in_channels",
     "cross_attention_dim",
@@ -64,12 +65,13 @@ def misfit(configs: dict[str, Config], is_xl: bool, is_scored: bool) -> str:
 
 
 def scale(vae: Config) -> int:
-    """Pixels along the side of a latent; 0 for what can't be a VAE."""
+    """Pixels along the side of a latent; 0 for what can't be a VAE, or is one of no sane size."""
     return _doublings((_VAE | vae)["block_out_channels"])
 
 
 def _doublings(blocks: object) -> int:
-    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else 0
+    blocks = blocks if isinstance(blocks, list) else []
+    return 2 ** (len(blocks) - 1) if 0 < len(blocks) <= MOST_BLOCKS else 0
 
 
 def _text(config: Config) -> Config:

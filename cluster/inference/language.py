@@ -211,20 +211,23 @@ def _settings(model: Any, tokenizer: Any, params: LLMParameters) -> Any:
 
 
 class _Ours:
-    """Knows an error that our own calls have raised inside the library from one of its own."""
+    """Knows an error that our own calls have raised inside the library from one of its own.
+
+    By its number: to hold it would hold its traceback, and by that the model, after the task.
+    """
 
     def __init__(self) -> None:
-        self._raised: BaseException | None = None
+        self._raised = 0
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is not None:
-            self._raised = error
+            self._raised = id(error)
 
     def raised(self, error: BaseException) -> bool:
-        return error is self._raised
+        return id(error) == self._raised
 
 
 class _Watch(StoppingCriteria):

@@ -169,7 +169,7 @@ def is_bare(part: torch.nn.Module) -> bool:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
+    with disk(file), file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= MAX_HEADER:
             raise _damaged(f"{file.name} has no safetensors header")

@@ -11,7 +11,6 @@ itself, which is what diffusers' own training scripts write.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -70,7 +69,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MOST_ALPHA  # type: ignore[arg-type]
+    return isinstance(value, int | float) and not _is_flag(value) and abs(value) <= MOST_ALPHA
 
 
 def _by_layer(judge: Callable[[object], bool]) -> Callable[[object], bool]:

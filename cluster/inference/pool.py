@@ -141,22 +141,28 @@ class Pool:
         )
 
     def verify(self, look: Callable[[], None]) -> dict[PartKey, str]:
-        """The parts that no longer hold what was read, each with a line that names it and says
-        where. To be discarded. `look` is called between pieces of them, and may raise."""
+        """The parts that no longer hold on the card what was read, each with a line that names it.
+        To be discarded. Copies in host memory that don't are thrown away: they are no card's fault.
+
+        `look` is called between pieces of them, and may raise.
+        """
+
+        def is_spoilt(part: _Part, values: Sequence[torch.Tensor] | None) -> bool:
+            # What computing has made another part of is judged by who computes: `changed`.
+            kept = values is not None and part.packing.fits(values)
+            return kept and part.packing.digest(values or (), look) != part.digest
+
         found: dict[PartKey, str] = {}
         for key, part in self._parts.items():
-            places = [
-                place
-                for place, values in (
-                    ("on the card", tensors(part.module) if part.on_device else None),
-                    ("in host memory", part.host),
-                )
-                # What computing has made another part of is judged by who computes: `changed`.
-                if values is not None and part.packing.fits(values)
-                if part.packing.digest(values, look) != part.digest
-            ]
-            if places:
-                found[key] = self._spoilt(part, " and ".join(places))
+            in_host = is_spoilt(part, part.host)
+            if part.on_device and is_spoilt(part, tensors(part.module)):
+                found[key] = self._spoilt(part, "on the card")
+            elif in_host:
+                self._spoilt(part, "in host memory")
+            if in_host:
+                part.host = None
+        self._forget_homeless()
+        self._look()
         return found
 
     def discard(self, keys: Collection[PartKey]) -> None:
@@ -228,9 +234,10 @@ class Pool:
             # Without a copy it was just read, and may be a view into the file.
             there = tensors(part.module) if values is None else values
             values = part.packing.packed(there, self.device, self._device_block)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # before what was copied from may be gone
         _point(part.module, values)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
             part.device_bytes = _allocated(self.device) - before
         part.on_device = True
         arrived = part.packing.digest(tensors(part.module)) == part.digest

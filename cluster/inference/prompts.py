@@ -12,6 +12,7 @@ import functools
 import math
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -88,7 +89,8 @@ class _Reader(Compel):  # type: ignore[misc]
         return _parsed(prompt_string)
 
 
-def _watch(provider: Any, known: int) -> None:
+@contextmanager
+def _watched(provider: Any, known: int) -> Iterator[None]:
     """Between its readings the task may be given up. A token that the text encoder doesn't have is
     never looked up: that costs a card its context."""
     tokens_of, encode = provider.get_token_ids, provider._encode_token_ids_to_embeddings
@@ -105,6 +107,10 @@ def _watch(provider: Any, known: int) -> None:
 
     provider.get_token_ids = get_token_ids
     provider._encode_token_ids_to_embeddings = encode_and_look
+    try:
+        yield
+    finally:  # else it holds itself, and the text encoder, until Python looks for such
+        del provider.get_token_ids, provider._encode_token_ids_to_embeddings
 
 
 @functools.lru_cache(maxsize=16)
@@ -129,17 +135,16 @@ class _Reading:
         texts = [params.prompt, params.negative_prompt]
         self._check(encoder)
         try:
-            read = self._reader(encoder)(texts)
+            read = self._read(encoder, texts)
         except _UNREADABLE as error:
             raise TaskUnsupported(f"prompt: can't be read ({type(error).__name__})") from error
         if not _are_numbers(read):
-            weighted = read[0] if self.pooled else read
-            if not _are_numbers(weighted) and any(self._too_loud(encoder, each) for each in texts):
+            if any(_is_too_loud(each, encoder.dtype) for each in texts):
                 raise TaskUnsupported("prompt: weights beyond what numbers hold")
             raise NoNumbers(
                 "a prompt read as no finite numbers",
                 self.role,
-                lambda other: _are_numbers(self._reader(other)(texts)),
+                lambda other: _are_numbers(self._read(other, texts)),
             )
         return read
 
@@ -156,7 +161,7 @@ class _Reading:
                 f" beginning, end and filling it has {marks}",
             )
 
-    def _reader(self, encoder: Any) -> Any:
+    def _read(self, encoder: Any, texts: list[str]) -> Any:
         reader = _Reader(
             tokenizer=self.tokenizer,
             text_encoder=encoder,
@@ -164,34 +169,14 @@ class _Reading:
             requires_pooled=self.pooled,
             truncate_long_prompts=False,
         )
-        _watch(reader.conditioning_provider, encoder.get_input_embeddings().num_embeddings)
-        return reader
-
-    def _too_loud(self, encoder: Any, text: str) -> bool:
-        """Whether its weights alone make more of what the text encoder says than its dtype holds:
-        that depends on both, and a text encoder's numbers are what its author wants."""
-        parsed = _parsed(text)
-        times, most = loudness(parsed, encoder.dtype), NEARLY * torch.finfo(encoder.dtype).max
-        if times <= 1 or times >= most:
-            return times > 1
-        said = _unweighted(self._reader(encoder), parsed)
-        return math.isfinite(said) and times * said >= most
+        known = encoder.get_input_embeddings().num_embeddings
+        with _watched(reader.conditioning_provider, known):
+            return reader(texts)
 
 
-def _unweighted(reader: Any, parsed: Any) -> float:
-    """The largest number in what the text encoder says to a prompt as if nothing in it had a
-    weight, and to an empty one, which Compel takes the difference to."""
-    said = [reader.conditioning_provider.empty_z]
-    for prompt in _leaves(parsed):
-        texts = [each.text for each in _applied(prompt)]
-        said.append(
-            reader.conditioning_provider.get_embeddings_for_weighted_prompt_fragments(
-                text_batch=[texts],
-                fragment_weights_batch=[[1.0] * len(texts)],
-                device=reader.device,
-            )
-        )
-    return max(float(each.abs().amax()) for each in said)
+def _is_too_loud(text: str, dtype: torch.dtype) -> bool:
+    """Whether its weights alone make more than the dtype holds of whatever a text encoder says."""
+    return loudness(_parsed(text), dtype) >= NEARLY * torch.finfo(dtype).max
 
 
 def _are_numbers(read: Any) -> bool:
@@ -280,11 +265,6 @@ def _blended(prompt: Any, dtype: torch.dtype) -> float:
     each = zip(shares.tolist(), prompt.prompts, strict=True)
     total = sum(abs(share) * _blended(inner, dtype) for share, inner in each)
     return total if math.isfinite(total) else math.inf
-
-
-def _leaves(parsed: Any) -> Iterator[Any]:
-    for each in parsed.prompts:
-        yield from each.prompts if isinstance(each, Blend) else (each,)
 
 
 def _applied(prompt: Any) -> Iterator[Any]:

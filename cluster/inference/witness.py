@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cluster.core.errors import DeviceFault, DeviceFaultKind
 from cluster.inference.pipelines import Pipeline
@@ -22,6 +22,8 @@ from cluster.inference.referee import NoNumbers
 LOUDEST: Final = 1e2
 """Of latents and of the noise in them, which are around 1: from a larger number on, what is made of
 it later is none."""
+LOUDEST_TOLD: Final = 1e4
+"""Of what a text encoder says, times a prompt's weights, and of sizes in pixels."""
 Blame = Callable[[str], DeviceFault]
 
 
@@ -37,6 +39,15 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     fine: torch.Tensor
+
+    @property
+    def is_sane(self) -> bool:
+        """Whether numbers were asked for of numbers: what it was given is the card's as well."""
+        given = (each for each in tree_leaves(self.kwargs) if isinstance(each, torch.Tensor))
+        told = (each for each in given if each.is_floating_point())
+        return bool(_is_fine(self.args[0])) and all(
+            bool((each.abs() <= LOUDEST_TOLD).all()) for each in told
+        )
 
     def ask(self, unet: Any) -> bool:
         args, kwargs = tree_map(_on_the_cpu, (self.args, dict(self.kwargs)))
@@ -76,8 +87,7 @@ class Seen:
         card where there is none such."""
         for call in self.calls:
             if not bool(call.fine):
-                sane = bool(_is_fine(call.args[0]))
-                return NoNumbers(what, call.role, call.ask) if sane else of_the_card(what)
+                return NoNumbers(what, call.role, call.ask) if call.is_sane else of_the_card(what)
         if self.decoding is not None and self.decoding.is_sane:
             return NoNumbers(what, "vae", self.decoding.ask)
         return of_the_card(what)

@@ -68,6 +68,8 @@ def with_lora(
         {"unet.target_modules": "([a-z_.0-9]+)+!"},
         {"unet.rank_pattern": {"([a-z_.0-9]+)+!": 4}},
         {"unet.lora_alpha": 1e30},
+        {"unet.lora_alpha": 10**400},
+        {"unet.lora_alpha": True},
         {"text_encoder.kasa_config": {}},
     ],
     ids=lambda more: json.dumps(more)[:40],

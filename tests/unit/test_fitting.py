@@ -132,7 +132,8 @@ def test_sdxl_must_be_told_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "side"), [([1] * 4, 8), ([1] * 3, 4), ([1], 1), ([], 0), ("abcd", 0), (None, 0)]
+    ("blocks", "side"),
+    [([1] * 4, 8), ([1] * 3, 4), ([1], 1), ([], 0), ("abcd", 0), (None, 0), ([1] * 20_000, 0)],
 )
 def test_scale(blocks: object, side: int) -> None:
     assert scale({"block_out_channels": blocks}) == side

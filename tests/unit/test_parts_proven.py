@@ -67,7 +67,15 @@ def test_a_bit_that_flips_in_host_memory_is_found(shop: Shop) -> None:
     pool.hold(roles("a"))
     pool.hold(roles("bb"))
     flip(waiting(pool, "a"))
-    assert pool.verify(nobody_asks) == {"a": "/a no longer holds what was read: in host memory"}
+    with capture_logs() as logs:
+        assert pool.verify(nobody_asks) == {}, "it is no card's fault"
+    assert [each["problem"] for each in logs] == [
+        "/a no longer holds what was read: in host memory"
+    ]
+    assert pool.where().host == {"bb"}
+    assert pool.counts.spoilt == 1
+    pool.hold(roles("a"))
+    assert shop.loaded == ["a", "bb", "a"]
 
 
 def test_what_went_bad_as_it_waited_is_loaded_anew(shop: Shop) -> None:

@@ -50,16 +50,24 @@ def task_of(number: int) -> Commitment:
     return Commitment(f"0x{number:064x}")
 
 
-async def try_on(house: Ward, gpu: GpuId, task: Commitment, outcome: Computed | Exception) -> None:
-    """An attempt at the task on this card, which ends so."""
-    house.pool.outcomes = [outcome]
+async def try_on(
+    house: Ward, gpu: GpuId, task: Commitment, outcome: Computed | Exception, step: int = 1
+) -> None:
+    """An attempt at the task on this card, which ends so, at that step."""
+    began, house.pool.outcomes = len(house.pool.orders), []
     away = frozenset(each.gpu_id for each in house.pool.cards) - {gpu}
     requirement = Requirement(GigaBytes(1), "", GigaBytes(0))
     want = Want(task, requirement, "p", "b", None, 1.0, away)
     house.dispatcher.want(want, Order(AttemptId(""), task, 0, "{}", None), Work("sd", 0.0))
     house.dispatcher.dispatch(Timestamp(house.clock()))
+    await until(lambda: len(house.pool.orders) > began)
+    ((where, order),) = house.pool.orders[began:]
+    assert where == gpu
+    report = house.pool.reports[gpu]
+    house.pool.reports[gpu] = replace(report, attempt=order.attempt_id, step=step, steps=20)
+    house.pool.finish(order.attempt_id, outcome)
     await house.calm()
-    assert house.pool.orders[-1][0] == gpu
+    house.pool.reports[gpu] = report
 
 
 async def fail_once(house: Ward, gpu: GpuId, number: int, error: Exception = BAD) -> None:
@@ -160,6 +168,19 @@ async def test_tasks_that_nobody_can_compute_take_no_card_away(tmp_path: Path) -
     assert house.quarantined() == set()
     with house.journal.read() as connection:
         assert rows.faults(connection) == ()
+
+
+async def test_a_card_that_still_read_as_it_stalled_is_not_struck(tmp_path: Path) -> None:
+    """Where storage hangs, it does so for many cards at once."""
+    house = Ward.of(tmp_path, A, settings=OFF)
+    for number in range(4):
+        task = task_of(number)
+        house.open(task, ParametersFetched("{}"))
+        await try_on(house, A, task, DeviceFault(DeviceFaultKind.STALLED, "no step"), step=0)
+        await try_on(house, A, task, GOOD)
+        house.safeguards.review()
+        house.clock.now += MOMENT
+    assert house.quarantined() == set()
 
 
 async def test_a_stall_that_leaves_no_time_for_another_try_is_held_against_the_card(

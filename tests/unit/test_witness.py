@@ -94,6 +94,16 @@ def test_a_unet_that_was_given_none_is_not_asked() -> None:
     assert role_of(seen(float("nan"), given=SANE * 1e4).blame("no image")) == ""
 
 
+@pytest.mark.parametrize("told", [1e5, float("inf"), float("nan")])
+def test_a_unet_that_was_told_no_text_is_not_asked(told: float) -> None:
+    """The text encoder ran on the same card, which would acquit itself by it."""
+    well = seen(float("nan"), encoder_hidden_states=SANE * 1000).blame("no image")
+    assert role_of(well) == "unet"
+    added = {"time_ids": torch.tensor([[1024.0]]), "text_embeds": SANE * told}
+    assert role_of(seen(float("nan"), added_cond_kwargs=added).blame("no image")) == ""
+    assert role_of(seen(float("nan"), encoder_hidden_states=SANE * told).blame("no image")) == ""
+
+
 def test_what_a_controlnet_adds_is_not_held() -> None:
     found = seen(float("nan"), down_block_additional_residuals=(SANE,))
     assert not found.calls
