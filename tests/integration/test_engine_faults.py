@@ -29,7 +29,7 @@ from cluster.inference import engine as engine_module
 from cluster.inference.engine import Engine, Limits
 from cluster.inference.parameters import SDParameters
 from cluster.inference.recipes import Recipe, recipe_for
-from cluster.models.store import LORA_FILE, ModelStore
+from cluster.models.store import ModelStore
 from devnet.models import SD15, SD15_LORA, SDXL, SDXL_LORA
 from tests.integration.engine_world import (
     DEVICE,
@@ -159,23 +159,6 @@ def test_a_named_lora_beside_others_may_be_another_one_elsewhere(
 
     assert run(fresh, with_lora("narrow")).files != files(fresh)
     assert isinstance(fault_of(fresh, with_lora("wide")), ModelUnavailable)
-
-
-@pytest.mark.parametrize("written", ["[1]", '"x"', '{"r": {}}', "{"])
-def test_a_loras_odd_notes_of_itself_are_no_fault_of_the_card(
-    root: Path, tmp_path: Path, written: str
-) -> None:
-    shutil.copytree(root, tmp_path / "store")
-    folder = tmp_path / "store" / "org" / "odd"
-    folder.mkdir(parents=True)
-    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
-    weights = {
-        f"{layer}.lora_A.weight": torch.ones(4, 64),
-        f"{layer}.lora_B.weight": torch.ones(64, 4),
-    }
-    save_file(weights, folder / LORA_FILE, metadata={"lora_adapter_metadata": written})
-    fault = _outcome(new_engine(tmp_path / "store"), order(lora={"model": "org/odd"}))
-    assert not isinstance(fault, DeviceFault | TaskInvalid)
 
 
 def test_a_lora_by_link_may_be_another_one_for_others(

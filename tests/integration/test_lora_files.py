@@ -43,12 +43,14 @@ def layer(name: str) -> dict[str, torch.Tensor]:
 
 
 def with_lora(
-    root: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any] | None = None
+    root: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any] | str | None = None
 ) -> Order:
+    """`settings` as the file's own, or the text that stands for them."""
     folder = root / "org" / "hostile"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    said = None if settings is None else {lora_settings.KEY: json.dumps(settings)}
+    text = settings if isinstance(settings, str | None) else json.dumps(settings)
+    said = None if text is None else {lora_settings.KEY: text}
     save_file(tensors, folder / "hostile.safetensors", metadata=said)
     named = {"model": "org/hostile", "weight_file_name": "hostile.safetensors"}
     return order(lora=named)
@@ -83,6 +85,12 @@ def test_a_lora_that_would_do_more_than_stand_beside_the_base_is_refused(
     assert fault.kind is ModelUnavailableKind.REFUSED
     assert next(iter(more)) in str(fault)
     assert files(engine) == plain
+
+
+@pytest.mark.parametrize("written", ["[1]", '"x"', '{"r": {}}', '{"unet.r": {}}', "{"])
+def test_odd_notes_of_itself_are_the_files_fault(engine: Engine, root: Path, written: str) -> None:
+    fault = fault_of(engine, with_lora(root, layer(LAYER), written))
+    assert isinstance(fault, ModelUnavailable)
 
 
 def test_a_tensor_named_as_a_search_without_end_is_refused(engine: Engine, root: Path) -> None:
