@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 import ray
 import structlog
 
+from actors.machine import memory_kills
 from actors.precedence import CARDS, give_way
 from cluster.core.errors import (
     AttemptLost,
@@ -140,6 +141,8 @@ class Report:
     """Spent on attempts by this process, the one that runs included."""
     usage: CardUse = CardUse()  # noqa: RUF009 - frozen
     vitals: Vitals = Vitals()  # noqa: RUF009 - frozen
+    memory_kills: int | None = None
+    """How many processes the kernel of its machine has ended for want of memory, since it began."""
 
 
 @dataclass(slots=True)
@@ -374,6 +377,7 @@ class InferenceWorker:
             + (self._clock() - attempt.began_at if attempt and running else 0.0),
             usage=CardUse() if engine is None else engine.usage(),
             vitals=self._vitals,
+            memory_kills=memory_kills(),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import ray
 import structlog
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environment import without_password
@@ -117,6 +117,8 @@ class _Member:
     silent_since: float | None = None
     cancelled: tuple[AttemptId, float] | None = None
     stalled: AttemptId | None = None
+    starved: str = ""
+    """The last process that was ended for want of its machine's memory, by its incarnation."""
 
 
 class RayGpuPool:
@@ -184,6 +186,11 @@ class RayGpuPool:
         member = self._members.get(gpu)
         return None if member is None else member.report
 
+    def starved(self, gpu: GpuId) -> str:
+        """Which process there its machine ended last for want of memory; empty where none was."""
+        member = self._members.get(gpu)
+        return "" if member is None else member.starved
+
     async def start(self, gpu: GpuId, order: Order) -> None:
         member = self._members.get(gpu)
         if member is None:
@@ -207,6 +214,8 @@ class RayGpuPool:
         try:
             outcome = await member.actor.result.remote(attempt)
         except RayError as error:  # its process, or the node that held the answer
+            if isinstance(error, OutOfMemoryError):
+                self._starved(member)
             outcome = AttemptLost(f"GPU {gpu} lost it: {type(error).__name__}")
         if isinstance(outcome, AttemptLost) and member.stalled == attempt:
             raise DeviceFault(DeviceFaultKind.STALLED, f"GPU {gpu} made no step for too long")
@@ -284,10 +293,22 @@ class RayGpuPool:
             return
         await self._mend(member, report)
         await self._end_stall(member, report)
+        if _was_starved(member.report, report):
+            self._starved(member)
         member.report = _still_broken(report, member.report)
         member.answering = True
         member.gpu_class = report.gpu_class or member.gpu_class
         member.uuid = report.uuid or member.uuid
+
+    def _starved(self, member: _Member) -> None:
+        if member.report is not None and member.starved != member.report.incarnation:
+            member.starved = member.report.incarnation
+            self._log.error(
+                "gpu_process_starved",
+                gpu=member.slot.gpu_id,
+                problem="its machine's memory ran out, and its process was ended for it: see "
+                "gpu.host_memory_gb, or what else runs there",
+            )
 
     async def _end_silence(self, member: _Member, error: Exception) -> None:
         """Begin a process anew that hasn't answered for long: its attempt would never end."""
@@ -398,6 +419,15 @@ def _still_broken(report: Report, before: Report | None) -> Report:
     if report.health is Health.STARTING and before is not None and not report.problem:
         return replace(report, problem=before.problem)
     return report
+
+
+def _was_starved(before: Report | None, now: Report) -> bool:
+    """Whether its machine has ended processes for want of memory since another one was here."""
+    if before is None or before.incarnation == now.incarnation:
+        return False
+    if before.memory_kills is None or now.memory_kills is None:
+        return False
+    return now.memory_kills > before.memory_kills
 
 
 def _breaks_the_process(error: ClusterError) -> bool:

@@ -21,7 +21,7 @@ from actors.health import CardHealth
 from actors.holds import Holds
 from actors.ledger import Ledger
 from actors.pool import UNKNOWN
-from actors.strikes import Strikes
+from actors.strikes import Reports, Strikes
 from actors.verifier import Verifier
 from cluster.core.errors import ClusterError, TaskUnsupported
 from cluster.core.ports import Computed, Order
@@ -54,7 +54,7 @@ class SafeguardSettings:
     limit: Limit = Limit()
 
 
-class GuardedCards(Cards, Protocol):
+class GuardedCards(Cards, Reports, Protocol):
     def quarantine(self, cards: frozenset[CardUuid]) -> None: ...
 
 

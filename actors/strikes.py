@@ -1,8 +1,9 @@
 """Keeps count of what fails on each card (`cluster.core.strikes`), in the journal and here.
 
 Written under the lease first, then believed. A new term reads it again, and judges what was still
-open. A process that died is held against its card once another one answers from the same place: a
-machine that went away takes the processes of good cards with it.
+open. A process that died is held against its card once another one answers from the same place, and
+unless its machine ended it for want of memory: a machine that goes away, or is too full, takes the
+processes of good cards with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 
@@ -24,11 +25,18 @@ from cluster.core.record import TaskRecord
 from cluster.core.strikes import CardFault, Fate, FaultKind, Limit
 from cluster.core.types import CardUuid, Commitment, Gpu, GpuId, Timestamp
 
+LATELY: Final = 3600.0
+"""Seconds for which it is known what several cards shared: a process is back long before."""
+
 
 class Reports(Protocol):
     def gpus(self) -> tuple[Gpu, ...]: ...
 
     def report(self, gpu: GpuId) -> Report | None: ...
+
+    def starved(self, gpu: GpuId) -> str:
+        """Which process there its machine ended last for want of memory; empty where none was."""
+        ...
 
 
 class Strikes:
@@ -45,6 +53,8 @@ class Strikes:
         with ledger.journal.read() as connection:
             self._faults = {(each.card, each.cause): each for each in rows.faults(connection)}
             self._counted = rows.memory_errors(connection)
+        self._lately = list(self._faults.values())
+        """What was seen within the last hour, judged or not."""
 
     # --- what happens ----------------------------------------------------------------------------
 
@@ -100,13 +110,14 @@ class Strikes:
     def review(self) -> Mapping[CardUuid, str]:
         """Judge what can be judged by now: the cards that have struck out, and why."""
         now = Timestamp(self._clock())
+        self._lately = [each for each in self._lately if now - each.at < LATELY]
         old = {each for each in self._faults.values() if now - each.at > self.limit.seconds}
         gone = [each for each in old if each.counts]
         count: list[CardFault] = []
         for task, faults in self._open().items():
             fate = strikes.fate_of(self._record(task))
-            if fate is not Fate.OPEN:
-                known = {each: self._came_back(each) for each in strikes.struck(faults, fate)}
+            if fate is not Fate.OPEN and all(strikes.ripe(each, now) for each in faults):
+                known = {each: self._its_own(each) for each in strikes.struck(faults, fate)}
                 count += [each for each, back in known.items() if back and each not in old]
                 gone += [each for each in faults if each in old or known.get(each, False) is False]
         if gone or count:
@@ -128,6 +139,7 @@ class Strikes:
         with self._ledger.journal.write(self._ledger.lease) as connection:
             rows.put_fault(connection, fault)
         self._faults[fault.card, fault.cause] = fault
+        self._lately.append(fault)
 
     def _open(self) -> Mapping[Commitment, list[CardFault]]:
         """What isn't judged yet, by the task."""
@@ -145,9 +157,11 @@ class Strikes:
         closed = (each for each in self._ledger.closed if each.commitment == task)
         return next(closed, None) if found is None else found
 
-    def _came_back(self, fault: CardFault) -> bool | None:
-        """Whether the card's process, or another one of it, is where it was; None while it isn't
-        known."""
+    def _its_own(self, fault: CardFault) -> bool | None:
+        """Whether nothing that it shares with other cards explains the fault; None while it isn't
+        known. Of a process that died, another one must be where it was."""
+        if strikes.shared(fault, self._lately):
+            return False
         if fault.kind is not FaultKind.DIED:
             return True
         places = [gpu.gpu_id for gpu in self._pool.gpus() if gpu.uuid == fault.card]
@@ -156,8 +170,9 @@ class Strikes:
         if fault.gpu_id not in places:
             return False
         report = self._pool.report(fault.gpu_id)
-        answered = report is not None and report.incarnation not in {"", fault.incarnation}
-        return True if answered else None
+        if report is None or report.incarnation in {"", fault.incarnation}:
+            return None
+        return self._pool.starved(fault.gpu_id) != fault.incarnation
 
     def _judge(self, gone: list[CardFault], count: list[CardFault]) -> None:
         struck = [replace(each, counts=True) for each in count]

@@ -8,6 +8,8 @@ away. A fault strikes its card only where nothing says that it was the task's:
     another card showed the same fault   it is the task's, or its model's: neither card is struck
     no attempt gave a result             a fault that ended the card's process strikes it, if no
                                          other attempt failed; any other says nothing
+    processes of several cards ended     they share what ended them (storage, power, a driver that
+    in one way within a moment           was begun anew): no card is struck
 
 One task strikes a card once, and so does what happens within a moment, which one event may bring
 about in several ways. Nothing here reads a clock or does anything.
@@ -118,6 +120,19 @@ def also_showed(fault: CardFault, others: Iterable[CardFault]) -> CardUuid | Non
         if each.task == fault.task and each.kind is fault.kind and each.card != fault.card
     )
     return None if fault.task is None else next(same, None)
+
+
+def shared(fault: CardFault, lately: Iterable[CardFault]) -> bool:
+    """Whether another card's process ended in the same way within a moment."""
+    return fault.kind in _ENDS_PROCESS and any(
+        each.kind is fault.kind and each.card != fault.card and abs(each.at - fault.at) < MOMENT
+        for each in lately
+    )
+
+
+def ripe(fault: CardFault, now: Timestamp) -> bool:
+    """Whether what else happened in its moment is known by now."""
+    return fault.kind not in _ENDS_PROCESS or now - fault.at >= MOMENT
 
 
 def struck(faults: Sequence[CardFault], fate: Fate) -> tuple[CardFault, ...]:

@@ -292,6 +292,7 @@ class FakePool(Faulty):
         self.reports: dict[GpuId, Report] = {}
         self.quarantined: frozenset[CardUuid] = frozenset()
         self.drained: Callable[[Gpu], bool] = lambda _: False
+        self.ended_for_memory: dict[GpuId, str] = {}
 
     def gpus(self) -> tuple[Gpu, ...]:
         return tuple(
@@ -308,6 +309,9 @@ class FakePool(Faulty):
 
     def report(self, gpu: GpuId) -> Report | None:
         return self.reports.get(gpu)
+
+    def starved(self, gpu: GpuId) -> str:
+        return self.ended_for_memory.get(gpu, "")
 
     def quarantine(self, cards: frozenset[CardUuid]) -> None:
         self.quarantined = cards

@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    OutOfMemoryError,
     OwnerDiedError,
     RayActorError,
     RaySystemError,
@@ -313,6 +314,35 @@ async def test_a_result_says_which_card_computed_it_by_the_name_that_the_pool_ha
     actor.answers["result"] = [replace(DONE, card=CardUuid("GPU-1"))]
     (gpu,) = pool.gpus()
     assert (await pool.result(gpu_id, A)).card == gpu.uuid
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "starved"),
+    [(3, 4, True), (3, 3, False), (None, 4, False), (3, None, False)],
+)
+async def test_a_process_that_its_machine_ended_for_want_of_memory_is_known(
+    nodes: list[dict[str, Any]], before: int | None, after: int | None, starved: bool
+) -> None:
+    first = replace(READY, incarnation="p1", memory_kills=before)
+    pool, actor, gpu_id = await pool_of(first)
+    actor.answers["report"] = [replace(first, memory_kills=9), first]
+    for _ in range(2):
+        await pool.refresh()
+        assert pool.starved(gpu_id) == "", "it is there: others were ended"
+    actor.answers["report"] = [UNAVAILABLE, replace(first, incarnation="p2", memory_kills=after)]
+    for _ in range(2):
+        await pool.refresh()
+    assert pool.starved(gpu_id) == ("p1" if starved else "")
+    assert pool.starved(GpuId("elsewhere")) == ""
+
+
+async def test_so_is_one_that_ray_ended_for_it(nodes: list[dict[str, Any]]) -> None:
+    pool, actor, gpu_id = await pool_of(replace(READY, incarnation="p1"))
+    full = OutOfMemoryError("95 % of memory is used")  # type: ignore[no-untyped-call]
+    actor.answers["result"] = [full]
+    with pytest.raises(AttemptLost, match="OutOfMemoryError"):
+        await pool.result(gpu_id, A)
+    assert pool.starved(gpu_id) == "p1"
 
 
 async def test_a_card_in_quarantine_is_seen_as_such_and_by_its_uuid(

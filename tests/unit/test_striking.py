@@ -78,6 +78,7 @@ async def fail_once(house: Ward, gpu: GpuId, number: int, error: Exception = BAD
     await try_on(house, gpu, task, GOOD)
     house.safeguards.review()
     house.clock.now += MOMENT
+    house.safeguards.review()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,9 @@ async def test_a_stall_that_leaves_no_time_for_another_try_is_held_against_the_c
         assert house.quarantined() == set(), "it may yet be computed"
         house.ledger.append(task, Closed(Outcome.ABORTED, Wei(0)))
         house.safeguards.review()
+        assert house.quarantined() == set(), "other cards may yet show the same"
         house.clock.now += MOMENT
+    house.safeguards.review()
     assert house.quarantined() == {uuid_of(A)}
 
 
@@ -225,6 +228,52 @@ async def test_a_machine_that_went_away_says_nothing_of_its_cards(tmp_path: Path
     assert house.quarantined() == set()
     with house.journal.read() as connection:
         assert rows.faults(connection) == ()
+
+
+async def test_a_process_that_its_machine_ended_for_want_of_memory_says_nothing_of_the_card(
+    tmp_path: Path,
+) -> None:
+    house = Ward.of(tmp_path, A, settings=replace(OFF, limit=Limit(1, 86_400.0)))
+    await fail_once(house, A, 1, DIED)
+    house.pool.reports[A] = report_of(A, "p2")
+    house.pool.ended_for_memory[A] = "p1"
+    house.safeguards.review()
+    assert house.quarantined() == set()
+    await fail_once(house, A, 2, DIED)  # of which nothing is known
+    house.pool.reports[A] = report_of(A, "p3")
+    house.safeguards.review()
+    assert house.quarantined() == {uuid_of(A)}
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds", "struck"),
+    [
+        (DIED, 0.9 * MOMENT, False),
+        (DIED, MOMENT, True),
+        (DeviceFault(DeviceFaultKind.STALLED, "no step"), 0.9 * MOMENT, False),
+        (DeviceFault(DeviceFaultKind.CONTEXT_LOST, "gone"), 0.9 * MOMENT, False),
+        (BAD, 0.9 * MOMENT, True),
+    ],
+)
+async def test_what_ends_the_processes_of_several_cards_at_once_is_no_cards_own(
+    tmp_path: Path, error: Exception, seconds: float, struck: bool
+) -> None:
+    """They share what ended them: storage, power, a driver that was begun anew."""
+    house = Ward.of(tmp_path, A, B, settings=replace(OFF, limit=Limit(1, 86_400.0)))
+    for number, gpu in enumerate((A, B)):
+        task = task_of(number)
+        house.open(task, ParametersFetched("{}"))
+        await try_on(house, gpu, task, error)
+        await try_on(house, gpu, task, GOOD)
+        house.pool.reports[gpu] = report_of(gpu, "p2")
+        house.safeguards.review()
+        house.clock.now += seconds
+    for _ in range(3):
+        house.safeguards.review()
+        house.clock.now += MOMENT
+    assert house.quarantined() == ({uuid_of(A), uuid_of(B)} if struck else set())
+    with house.journal.read() as connection:
+        assert len(rows.faults(connection)) == (2 if struck else 0)
 
 
 # --- memory errors --------------------------------------------------------------------------------
