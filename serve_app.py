@@ -22,8 +22,9 @@ from actors.environment import without_password
 from actors.precedence import ONLOOKERS, give_way, serve_gives_way
 from cluster import logs
 from cluster.api.app import create_api
-from cluster.api.guard import Access, is_loopback, read_token
+from cluster.api.guard import Access
 from cluster.api.source import NotKnown, SourceAway, SourceBusy
+from cluster.api.tokens import is_loopback, read_token
 from cluster.api.traffic import MOST_ONGOING
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError

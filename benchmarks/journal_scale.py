@@ -44,6 +44,7 @@ from cluster.core.record import (
     ResultStored,
     Seen,
 )
+from cluster.core.takings import DAY, HOUR
 from cluster.core.types import (
     Address,
     AttemptId,
@@ -67,7 +68,6 @@ from cluster.journal_tables import (
     outbox_table,
     tasks_table,
 )
-from cluster.journal_takings import DAY, HOUR
 from cluster.story import UnknownTask, find, story_of
 
 SMALL, LARGE = 10_000, 1_000_000

@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 import cluster
-from cluster.api.guard import read_token
+from cluster.api.tokens import read_token
 from cluster.core.errors import ClusterError, ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from cluster.core.takings import DAY, HOUR, Sums, Takings
 from cluster.core.types import Address, GpuClass, Timestamp
-from cluster.journal_takings import DAY, HOUR, Sums, Takings
 from cluster.status import View, WeiText
 
 Step = Literal["hour", "day"]

@@ -47,6 +47,7 @@ from cluster.core.record import (
     begin,
     fold,
 )
+from cluster.core.takings import Takings
 from cluster.core.types import (
     Address,
     Commitment,
@@ -66,7 +67,6 @@ from cluster.journal_tables import (
     outbox_table,
     tasks_table,
 )
-from cluster.journal_takings import Takings
 from cluster.journal_upgrades import SCHEMA, upgrade
 
 _SLASHED = "slashed:"

@@ -6,9 +6,9 @@ from __future__ import annotations
 from sqlalchemy import Connection, select
 
 from cluster.chain.outbox_rows import REFUSED
+from cluster.core.takings import HOUR
 from cluster.core.types import Address, Timestamp, Wei
 from cluster.journal_tables import MICRO, earned_table, outbox_table
-from cluster.journal_takings import HOUR
 
 GAS = "gas"
 """The verb of such a payment."""

@@ -7,39 +7,17 @@ amount is kept in two numbers that it can hold the sum of.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Column, Connection, Row, func, insert, select, update
 
+from cluster.core.takings import DAY, HOUR, Sums, Takings
 from cluster.core.types import Address, Timestamp, Wei
 from cluster.journal_tables import MICRO
 from cluster.journal_tables import earned_table as table
 
-HOUR = 3600
-DAY = 24 * HOUR
 _NOTHING = Wei(0)
 _AMOUNTS = ("tasks", "paid_micro", "paid_wei", "gas_micro", "gas_wei")
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    tasks: int = 0
-    paid: Wei = _NOTHING
-    gas: Wei = _NOTHING
-
-    def __add__(self, more: Sums) -> Sums:
-        return Sums(self.tasks + more.tasks, Wei(self.paid + more.paid), Wei(self.gas + more.gas))
-
-
-@dataclass(frozen=True, slots=True)
-class Takings:
-    """The same twice: by the number of the hour or day (of unix time), and by account; those in
-    which nothing happened are left out."""
-
-    steps: Mapping[int, Sums]
-    accounts: Mapping[Address, Sums]
 
 
 def add(

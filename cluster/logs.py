@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 import structlog
-from eth_account.hdaccount.mnemonic import get_wordlist
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict, Processor, WrappedLogger
 
@@ -111,6 +110,9 @@ def _mask_phrase(match: re.Match[str]) -> str:
 
 @functools.cache
 def _bip39_words() -> frozenset[str]:
+    # Here, since most processes never meet a text that looks like a phrase, and it takes long.
+    from eth_account.hdaccount.mnemonic import get_wordlist
+
     return frozenset(get_wordlist("english"))
 
 

@@ -28,7 +28,7 @@ from actors.coordinator import NAME, REFUSED, CoordinatorActor
 from actors.pool import simulated_resource
 from actors.precedence import RAY_SETTINGS
 from cluster import logs, ray_logs, ray_start
-from cluster.api.guard import is_loopback, read_token
+from cluster.api.tokens import is_loopback, read_token
 from cluster.assembly import assemble_from, key_file_of, open_endpoints
 from cluster.chain.starting import check_contracts
 from cluster.config import Config

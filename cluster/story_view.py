@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from math import inf, isfinite
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,7 +16,9 @@ from cluster.core.wording import printable
 from cluster.earnings import Earnings
 from cluster.status_view import cnx, row
 from cluster.steering import ActionView
-from cluster.story import TaskStory
+
+if TYPE_CHECKING:
+    from cluster.story import TaskStory
 
 BAR = 30
 """Characters of the longest bar."""

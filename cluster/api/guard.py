@@ -12,18 +12,16 @@ one that a proxy on this machine hands on, for whom nobody knows.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 
 from cluster import logs
+from cluster.api.tokens import is_loopback
 from cluster.chain.health import Bucket
-from cluster.core.errors import ConfigError
 
 ACTIONS_PER_SECOND: Final = 5.0
 FAILURES_PER_SECOND: Final = 0.2
@@ -31,8 +29,6 @@ FAILURES_PER_SECOND: Final = 0.2
 REFUSALS_LOGGED: Final = 0.2
 """In a second; more at once are only counted."""
 MOST_ADDRESSES: Final = 1_000
-LEAST_TOKEN: Final = 16
-"""Characters of a token."""
 HANDED_ON: Final = (
     "forwarded",
     "via",
@@ -45,33 +41,6 @@ HANDED_ON: Final = (
 log = logs.get(__name__)
 
 NOBODY: Final = "no token is set (serve.token_file), so nobody may do this from here"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def read_token(file: Path | None) -> str | None:
-    """Raises `ConfigError` for a file that can't be read, or whose token is too short to be one."""
-    if file is None:
-        return None
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ConfigError(f"serve.token_file: {file} can't be read: {reason}") from None
-    if len(token) < LEAST_TOKEN or not token.isascii() or any(map(str.isspace, token)):
-        raise ConfigError(
-            f"serve.token_file: {file} must hold one word of at least {LEAST_TOKEN} characters, "
-            "such as `openssl rand -hex 32` makes"
-        )
-    return token
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import RootModel, TypeAdapter
@@ -21,7 +21,9 @@ from cluster.core.errors import ClusterError, ConfigError
 from cluster.earnings import Earnings
 from cluster.status import Status
 from cluster.steering import ActionView
-from cluster.story import TaskStory
+
+if TYPE_CHECKING:
+    from cluster.story import TaskStory
 
 Actions = RootModel[tuple[ActionView, ...]]
 TOP_SECONDS = 2.0
@@ -119,6 +121,12 @@ def _screen(as_json: bool) -> Iterator[tuple[Callable[[Status], None], Callable[
         )
 
 
+def _story(api: ApiClient, task: str) -> TaskStory:
+    from cluster.story import TaskStory  # it brings the database's library along
+
+    return api.get(f"/v1/tasks/{named(task)}", TaskStory)
+
+
 @click.command(short_help="List tasks, or tell one's whole story.")
 @click.argument("task", required=False, metavar="[ID]")
 @click.option("--bundle", is_flag=True, help="All that is kept of its failed attempts, as JSON.")
@@ -141,7 +149,7 @@ def tasks(api: ApiClient, as_json: bool, task: str | None, bundle: bool) -> None
     if bundle:
         click.echo(json.dumps(api.raw(f"/v1/tasks/{named(task)}/bundle"), indent=2))
         return
-    found = api.get(f"/v1/tasks/{named(task)}", TaskStory)
+    found = _story(api, task)
     if as_json:
         click.echo(found.model_dump_json(indent=2))
     else:
@@ -182,7 +190,7 @@ def logs(api: ApiClient, as_json: bool, task: str) -> None:
 
     It comes from the journal, so it is whole whatever became of the processes that wrote it.
     """
-    found = api.get(f"/v1/tasks/{named(task)}", TaskStory)
+    found = _story(api, task)
     for line in story_view.log_lines(found):
         click.echo(json.dumps(line) if as_json else story_view.log_text(line))
 

@@ -6,7 +6,8 @@ import ast
 import asyncio
 import socket
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ MAKE_MODELS = (
     "devnet.full_size",
     "devnet.language_model",
 )
+SLOW = (*RAY, *HEAVY, "eth_account", "web3", "sqlalchemy", "fastapi", "boto3", "huggingface_hub")
+"""Each takes half a second and more to import."""
 OURS = ("cluster", "actors", "devnet", "serve_app")
 
 
@@ -84,6 +87,9 @@ def _walk(node: ast.AST, module: str, is_package: bool, lazy: bool) -> Iterator[
         for target in _named(child, module, is_package):
             yield Import(module, target, getattr(child, "lineno", 0), lazy)
         inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = inside or (
+            isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        )
         yield from _walk(child, module, is_package, inside)
 
 
@@ -146,6 +152,41 @@ def test_arrows_run_one_way() -> None:
 def test_the_walk_sees_the_core() -> None:
     seen = {(found.source, found.target) for found in imports(ROOT)}
     assert ("cluster.core.lifecycle", "cluster.core.record") in seen
+
+
+def at_start(module: str, found: Iterable[Import]) -> dict[str, str]:
+    """What is imported as the module is, and by which one each was first."""
+    eager: dict[str, list[str]] = defaultdict(list)
+    for each in found:
+        if not each.lazy:
+            eager[each.source].append(each.target)
+    first, todo = {module: ""}, [module]
+    while todo:
+        source = todo.pop()
+        for target in eager[source]:
+            parts = target.split(".")
+            for name in (".".join(parts[: n + 1]) for n in range(len(parts))):
+                if name not in first:
+                    first[name] = source
+                    todo.append(name)
+    return first
+
+
+def test_the_command_line_answers_at_once() -> None:
+    """A shell's completion, `--help`, `status`: nobody waits for a library that isn't needed."""
+    began = at_start("cluster.cli", imports(ROOT))
+    assert {name: by for name, by in began.items() if within(name, *SLOW)} == {}
+    assert {"click", "cluster.cli.look", "cluster.api_client"} < began.keys()
+
+
+def test_what_is_imported_by_and_by_is_found(tmp_path: Path) -> None:
+    _plant(tmp_path, "cluster/cli.py", "from cluster import a\ndef f():\n    import web3")
+    _plant(tmp_path, "cluster/a.py", "if TYPE_CHECKING:\n    import ray\nimport cluster.b.c")
+    _plant(tmp_path, "cluster/b/__init__.py", "import sqlalchemy.orm")
+    _plant(tmp_path, "cluster/b/c.py", "")
+    found = at_start("cluster.cli", imports(tmp_path)).items()
+    slow = {name: by for name, by in found if within(name, *SLOW)}
+    assert slow == {"sqlalchemy": "cluster.b", "sqlalchemy.orm": "cluster.b"}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from cluster.core.record import (
     Seen,
     fold,
 )
+from cluster.core.takings import DAY, HOUR, Sums, Takings
 from cluster.core.types import (
     Address,
     AttemptId,
@@ -50,7 +51,6 @@ from cluster.core.types import (
 from cluster.journal import Assignment, Owner, SqlJournal
 from cluster.journal_events import KINDS, decode_event, encode_event
 from cluster.journal_tables import metadata
-from cluster.journal_takings import DAY, HOUR, Sums, Takings
 from tests.unit.journal_plans import plans, scanned
 
 TASK = Commitment("0x" + "ab" * 32)

@@ -11,11 +11,11 @@ from cluster import journal_takings
 from cluster.chain import outbox_rows
 from cluster.chain.outbox_rows import RowState
 from cluster.core.record import Closed, Outcome
+from cluster.core.takings import DAY, HOUR, Sums
 from cluster.core.types import Address, AttemptId, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
 from cluster.journal_history import Bundle, bundles_of, keep_bundle
 from cluster.journal_tables import metadata
-from cluster.journal_takings import DAY, HOUR, Sums
 from cluster.story import story_of
 from tests.unit import old_journals as old
 

@@ -23,9 +23,9 @@ from cluster.core.errors import ChainError, IllegalMove, LeaseLost, NetworkUnava
 from cluster.core.lifecycle import WriteState
 from cluster.core.ports import Lease, Movement
 from cluster.core.record import Claim
+from cluster.core.takings import HOUR
 from cluster.core.types import Address, Commitment, Timestamp, Wei
 from cluster.journal import SqlJournal
-from cluster.journal_takings import HOUR
 from tests.unit.journal_plans import plans, scanned
 
 ALICE, BOB = Address("0x" + "aa" * 20), Address("0x" + "bb" * 20)

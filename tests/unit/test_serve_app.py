@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 
 import serve_app
 from cluster.api.app import MOST_BODY, create_api
-from cluster.api.guard import LEAST_TOKEN, NOBODY, Access, is_loopback, read_token
+from cluster.api.guard import NOBODY, Access
 from cluster.api.source import NotKnown, SourceAway
+from cluster.api.tokens import LEAST_TOKEN, is_loopback, read_token
 from cluster.core.errors import ConfigError
 from cluster.core.types import GpuState
 from cluster.lookups import TooBusy

@@ -32,6 +32,7 @@ from cluster.core.record import (
     Seen,
     fold,
 )
+from cluster.core.takings import Sums, Takings
 from cluster.core.types import (
     Address,
     AttemptId,
@@ -52,7 +53,6 @@ from cluster.core.types import (
 from cluster.earnings import MOST_STEPS, earnings_of, numbers
 from cluster.journal import SqlJournal
 from cluster.journal_history import Audited, Bundle
-from cluster.journal_takings import Sums, Takings
 from cluster.stages import spans
 from cluster.steering import ActionView
 from cluster.story import UnknownTask, bundle_of, file_of, story_of
