@@ -214,6 +214,7 @@ class OperatorWorld(TaskWorld):
         self.gate.open()
         self.rpc.heal()
         self._log_start = len(self.log())
+        self.first_block = self.web3.eth.block_number
 
     def log(self) -> str:
         try:

@@ -85,6 +85,8 @@ class TaskWorld:
     journal: SqlJournal
     sent: list[Commitment]
     """The tasks of the present test."""
+    first_block: int = 0
+    """Before which no transaction can be about any of them."""
 
     @property
     def folder(self) -> Path:
@@ -179,22 +181,27 @@ class TaskWorld:
     def score_transactions(self, commitment: Commitment) -> list[tuple[str, int]]:
         """Hash and status of every `submitTaskScore` for the task, in whichever block it is."""
         eth = self.web3.eth
-        place = Web3.to_checksum_address(self.devnet.deployment.task)
-        tasks = eth.contract(place, abi=contract("VSSTask").abi)
+        place = self.devnet.deployment.task.lower()
+        tasks = eth.contract(Web3.to_checksum_address(place), abi=contract("VSSTask").abi)
         found = []
-        for number in range(eth.block_number + 1):
-            for each in eth.get_block(number, full_transactions=True)["transactions"]:
-                transaction = cast(Any, each)
-                if transaction["to"] != place:
+        for number in range(self.first_block, eth.block_number + 1):
+            # As the node says it: web3 would make objects of all that is in thousands of blocks.
+            block = self._asked("eth_getBlockByNumber", hex(number), True)
+            for transaction in block["transactions"]:
+                if (transaction["to"] or "").lower() != place:
                     continue
                 function, arguments = tasks.decode_function_input(transaction["input"])
                 named = arguments.get("taskIDCommitment") == commitment_bytes(commitment)
                 if function.fn_name == "submitTaskScore" and named:
                     status = eth.get_transaction_receipt(transaction["hash"])["status"]
-                    found.append((transaction["hash"].to_0x_hex(), status))
+                    found.append((transaction["hash"], status))
         return found
 
     def pass_time(self, seconds: int) -> None:
         """The chain's time jumps ahead, for good."""
-        answer = self.web3.provider.make_request(cast(Any, "evm_increaseTime"), [seconds])
+        self._asked("evm_increaseTime", seconds)
+
+    def _asked(self, method: str, *parameters: object) -> Any:
+        answer = self.web3.provider.make_request(cast(Any, method), list(parameters))
         assert "error" not in answer, answer
+        return answer["result"]
