@@ -12,7 +12,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.coordinator import NAME, RAY_ADDRESS
+from actors.names import NAME, RAY_ADDRESS
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError
 from cluster.journal import SqlJournal

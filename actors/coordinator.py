@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from actors.leasing import Taken, take
 from actors.ledger import Ledger
+from actors.names import RAY_ADDRESS, REFUSED
 from actors.overview import Sight, describe
 from actors.patience import Patience
 from actors.readers import Readers
@@ -53,12 +54,6 @@ from cluster.story import UnknownTask, bundle_of, file_of, story_of
 THREADS_GIVE_WAY_SECONDS = 0.001
 """For how long a thread of ours that renders or reads may keep the interpreter from the loop; it is
 Python's to ask it, and it does after 5 ms unless it is told."""
-NAME = "coordinator"
-"""The actor's name in its Ray namespace."""
-REFUSED = "refused: "
-"""Begins the answer of one that can't act for what the operator has to mend, and says what."""
-RAY_ADDRESS = "ray_address"
-"""The journal's cursor for where the acting coordinator's Ray cluster is."""
 BETWEEN_TERMS_SECONDS = 0.5
 EARNED_SECONDS = 60.0
 """For how long earnings are as they were."""

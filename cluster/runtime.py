@@ -24,7 +24,8 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from actors.coordinator import NAME, REFUSED, CoordinatorActor
+from actors.coordinator import CoordinatorActor
+from actors.names import NAME, REFUSED
 from actors.pool import simulated_resource
 from actors.precedence import RAY_SETTINGS
 from cluster import logs, ray_logs, ray_start

@@ -18,8 +18,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from web3 import Web3
 
-from actors.coordinator import NAME, CoordinatorActor
+from actors.coordinator import CoordinatorActor
 from actors.inference import Report
+from actors.names import NAME
 from cluster.config import Config
 from cluster.core.types import Commitment, GigaBytes, GpuClass, GpuState
 from cluster.journal import SqlJournal

@@ -90,7 +90,7 @@ JOIN = """
 import sys
 from pathlib import Path
 import ray
-from actors.coordinator import NAME
+from actors.names import NAME
 from cluster import runtime
 from cluster.config import load
 

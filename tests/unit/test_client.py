@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors import client
-from actors.coordinator import RAY_ADDRESS
+from actors.names import RAY_ADDRESS
 from actors.pool import PING_SECONDS
 from cluster.config import Config
 from cluster.core.errors import ClusterError, ConfigError

@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 from ray.exceptions import RayTaskError
 
 from actors import client
-from actors.coordinator import REFUSED, Coordinator
+from actors.coordinator import Coordinator
+from actors.names import REFUSED
 from cluster.api.app import create_api
 from cluster.core.errors import ClusterError, ConfigError
 from serve_app import CoordinatorSource

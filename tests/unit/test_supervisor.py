@@ -15,7 +15,7 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 from structlog.testing import capture_logs
 
-from actors.coordinator import NAME, REFUSED
+from actors.names import NAME, REFUSED
 from cluster import runtime
 from cluster.config import Config
 from cluster.core.errors import ConfigError
