@@ -115,7 +115,12 @@ def _watched(provider: Any, known: int) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=16)
 def _parsed(prompt: str) -> Any:
-    return Compel.parse_prompt_string(prompt)
+    try:
+        return Compel.parse_prompt_string(prompt)
+    finally:
+        # It keeps what didn't match until the next prompt comes, with the frames of whoever asked,
+        # and all that is in them: a text encoder that has left its card, somebody's prompt.
+        pyparsing.ParserElement.reset_cache()
 
 
 @dataclass(frozen=True, slots=True)

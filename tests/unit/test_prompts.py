@@ -294,3 +294,20 @@ def test_readings_are_bounded_by_bytes_and_for_both_prompts_together() -> None:
     both = params(light + "x" * 7900).model_copy(update={"negative_prompt": light + "y" * 800})
     with pytest.raises(TaskUnsupported, match="too many fragments"):
         prompts.check(both)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a fox that nobody has read before", "((unread", "unread (b)1.5"]
+)
+def test_reading_a_prompt_holds_nothing_of_who_asked(prompt: str) -> None:
+    class Tensors:
+        pass
+
+    def ask() -> weakref.ref[Tensors]:
+        held = Tensors()
+        loudness(prompt)
+        return weakref.ref(held)
+
+    held = ask()
+    gc.collect()  # what did not match and its frames hold one another
+    assert held() is None
