@@ -21,7 +21,7 @@ from cluster import quarantine_rows as rows
 from cluster.core import strikes
 from cluster.core.errors import ClusterError
 from cluster.core.ports import Order
-from cluster.core.record import TaskRecord
+from cluster.core.record import TaskRecord, fold
 from cluster.core.strikes import CardFault, Fate, FaultKind, Limit
 from cluster.core.types import CardUuid, Commitment, Gpu, GpuId, Timestamp
 
@@ -55,6 +55,8 @@ class Strikes:
             self._counted = rows.memory_errors(connection)
         self._lately = list(self._faults.values())
         """What was seen within the last hour, judged or not."""
+        self._fates: dict[Commitment, Fate] = {}
+        """Of closed tasks that wait to be judged: a fleet closes hundreds in a minute."""
 
     # --- what happens ----------------------------------------------------------------------------
 
@@ -114,8 +116,10 @@ class Strikes:
         old = {each for each in self._faults.values() if now - each.at > self.limit.seconds}
         gone = [each for each in old if each.counts]
         count: list[CardFault] = []
-        for task, faults in self._open().items():
-            fate = strikes.fate_of(self._record(task))
+        waiting = self._open()
+        self._fates = {task: self._fates[task] for task in waiting.keys() & self._fates.keys()}
+        for task, faults in waiting.items():
+            fate = self._fate(task)
             if fate is not Fate.OPEN and all(strikes.ripe(each, now) for each in faults):
                 known = {each: self._its_own(each) for each in strikes.struck(faults, fate)}
                 count += [each for each, back in known.items() if back and each not in old]
@@ -152,10 +156,20 @@ class Strikes:
     def _of(self, card: CardUuid) -> list[CardFault]:
         return [each for each in self._faults.values() if each.card == card]
 
-    def _record(self, task: Commitment) -> TaskRecord | None:
+    def _fate(self, task: Commitment) -> Fate:
         found = self._ledger.open.get(task)
+        if found is not None:
+            return strikes.fate_of(found)
+        if task not in self._fates:
+            self._fates[task] = strikes.fate_of(self._closed(task))
+        return self._fates[task]
+
+    def _closed(self, task: Commitment) -> TaskRecord | None:
         closed = (each for each in self._ledger.closed if each.commitment == task)
-        return next(closed, None) if found is None else found
+        found = next(closed, None)
+        if found is None and (history := self._ledger.journal.story(task)):
+            found = fold(task, history)
+        return found
 
     def _its_own(self, fault: CardFault) -> bool | None:
         """Whether nothing that it shares with other cards explains the fault; None while it isn't

@@ -230,6 +230,28 @@ async def test_a_machine_that_went_away_says_nothing_of_its_cards(tmp_path: Path
         assert rows.faults(connection) == ()
 
 
+async def test_a_task_that_was_closed_long_ago_still_says_whose_the_fault_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large fleet closes more tasks in the time than the ledger remembers."""
+    house = Ward.of(tmp_path, A, settings=replace(OFF, limit=Limit(2, 86_400.0)))
+    for number, incarnation in ((1, "p2"), (2, "p3")):
+        task = task_of(number)
+        house.open(task, ParametersFetched("{}"))
+        await try_on(house, A, task, DIED)
+        await try_on(house, A, task, GOOD)
+        house.ledger.append(task, Closed(Outcome.SUCCESS, Wei(1)))
+        house.ledger.closed.clear()
+        if number == 2:
+            house.begin_term()
+            house.ledger.closed.clear()
+        house.safeguards.review()
+        house.pool.reports[A] = report_of(A, incarnation)
+        house.clock.now += MOMENT
+        house.safeguards.review()
+    assert house.quarantined() == {uuid_of(A)}
+
+
 async def test_a_process_that_its_machine_ended_for_want_of_memory_says_nothing_of_the_card(
     tmp_path: Path,
 ) -> None:
